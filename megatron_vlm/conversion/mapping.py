@@ -1,0 +1,168 @@
+"""Weight mappings: how HF tensors become Megatron tensors, and back. Pure functions of tensors, no process group.
+
+    HF tensors <--Entry.to_full / from_full--> full Megatron tensor <--Layout.split / merge--> tp shards
+
+A *full* tensor is the Megatron tensor as one tensor parallel rank would hold it (fused, group-major qkv; [gate; up]),
+without vocabulary padding. A family's mapping is one list of entries; export is the inverse of import by construction.
+Names of full tensors are global: ``language_model.decoder.layers.7`` is decoder layer 7 on whatever stage it lives.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.errors import ConversionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one full tensor lies over tensor parallel ranks.
+
+    Attributes:
+        dim: the dimension that is cut; None: every rank holds the whole tensor.
+        stride: blocks along ``dim`` that are each cut on their own (2 for [gate; up]: a shard is [gate_r; up_r]).
+        vocab_multiple: pad dim 0 with zero rows to a multiple of this times tp before cutting; 0: no padding.
+    """
+
+    dim: int | None = None
+    stride: int = 1
+    vocab_multiple: int = 0
+
+    def padded(self, size: int, tp: int) -> int:
+        """Rows after padding a true size of ``size`` for ``tp`` ranks."""
+        if not self.vocab_multiple:
+            return size
+        unit = self.vocab_multiple * tp
+        return -(-size // unit) * unit
+
+    def split(self, full: Tensor, tp: int) -> list[Tensor]:
+        """Cuts a full tensor into ``tp`` shards (views where possible).
+
+        Raises:
+            ConversionError: the dimension does not divide.
+        """
+        if self.dim is None:
+            return [full] * tp
+        pad = self.padded(full.shape[0], tp) - full.shape[0]
+        if pad:
+            full = torch.cat([full, full.new_zeros(pad, *full.shape[1:])])
+        size = full.shape[self.dim]
+        if size % (self.stride * tp):
+            raise ConversionError(f"dimension {self.dim} of size {size} does not divide into {self.stride} x {tp} pieces")
+        blocks = full.chunk(self.stride, self.dim)
+        if self.stride == 1:
+            return list(blocks[0].chunk(tp, self.dim))
+        pieces = [block.chunk(tp, self.dim) for block in blocks]
+        return [torch.cat([piece[rank] for piece in pieces], self.dim) for rank in range(tp)]
+
+    def merge(self, shards: Sequence[Tensor], true_size: int | None = None) -> Tensor:
+        """Puts shards back into the full tensor; ``true_size`` rows of a padded vocabulary are kept.
+
+        Raises:
+            ConversionError: replicas differ.
+        """
+        if self.dim is None:
+            for rank, shard in enumerate(shards[1:], 1):
+                if not torch.equal(shard, shards[0]):
+                    raise ConversionError(f"replicated tensor differs between tensor parallel ranks 0 and {rank}")
+            return shards[0]
+        if len(shards) == 1:
+            full = shards[0]
+        elif self.stride == 1:
+            full = torch.cat(list(shards), self.dim)
+        else:
+            pieces = [shard.chunk(self.stride, self.dim) for shard in shards]
+            full = torch.cat([piece[block] for block in range(self.stride) for piece in pieces], self.dim)
+        if self.vocab_multiple and true_size is not None:
+            full = full[:true_size]
+        return full
+
+
+REPLICATED = Layout()
+COLUMN = Layout(dim=0)
+ROW = Layout(dim=1)
+GATED = Layout(dim=0, stride=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One full tensor and the HF tensors it is made of. Build with ``direct``, ``qkv``, ``concat`` or ``gated``."""
+
+    name: str
+    hf: tuple[str, ...]
+    layout: Layout
+    to_full: Callable[[Sequence[Tensor]], Tensor]
+    from_full: Callable[[Tensor], list[Tensor]]
+
+
+def direct(name: str, hf: str, layout: Layout = REPLICATED) -> Entry:
+    """The same tensor under another name."""
+    return Entry(name=name, hf=(hf,), layout=layout, to_full=lambda t: t[0], from_full=lambda full: [full])
+
+
+def qkv(name: str, hf: Sequence[str], *, num_heads: int, num_query_groups: int, layout: Layout = COLUMN) -> Entry:
+    """Fuses q, k, v (weights [n * d, h] or biases [n * d]) group by group: [q_0 .. q_{g-1}, k, v] per query group.
+
+    Source of the order: megatron-core 0.16.1, transformer/attention.py, ``get_query_key_value_tensors``.
+    """
+    heads_per_group = num_heads // num_query_groups
+
+    def to_full(tensors: Sequence[Tensor]) -> Tensor:
+        groups = [t.reshape(num_query_groups, -1, *t.shape[1:]) for t in tensors]
+        return torch.cat(groups, 1).reshape(-1, *tensors[0].shape[1:])
+
+    def from_full(full: Tensor) -> list[Tensor]:
+        groups = full.reshape(num_query_groups, -1, *full.shape[1:])
+        dim = groups.shape[1] // (heads_per_group + 2)
+        parts = groups.split([heads_per_group * dim, dim, dim], 1)
+        return [part.reshape(-1, *full.shape[1:]) for part in parts]
+
+    return Entry(name=name, hf=tuple(hf), layout=layout, to_full=to_full, from_full=from_full)
+
+
+def gated(name: str, hf: Sequence[str], layout: Layout = GATED) -> Entry:
+    """[gate; up] of a gated MLP."""
+    return Entry(
+        name=name,
+        hf=tuple(hf),
+        layout=layout,
+        to_full=lambda tensors: torch.cat(list(tensors)),
+        from_full=lambda full: list(full.chunk(len(hf))),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapping:
+    """A family's whole weight map for one model config.
+
+    Attributes:
+        entries: every full tensor, in the order files are written.
+        ignored: HF names that may be present and are not used (buffers), by exact name.
+        hf_tied: HF names that repeat another tensor of the model (a tied head): name -> the name it repeats.
+            Read from a source only to check that they are equal; written on export only if the source had them.
+        hf_aliases: ``rename(hf name found in a file) -> hf name of the entries`` for other spellings on disk.
+    """
+
+    entries: tuple[Entry, ...]
+    ignored: frozenset[str] = frozenset()
+    hf_tied: dict[str, str] = field(default_factory=dict)
+    hf_aliases: Callable[[str], str] = staticmethod(lambda name: name)
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for entry in self.entries:
+            for name in (f"mg:{entry.name}", *(f"hf:{name}" for name in entry.hf)):
+                if name in seen:
+                    raise ConversionError(f"mapping names {name[3:]} twice")
+                seen.add(name)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def by_name(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.entries}
+
+    def hf_names(self) -> set[str]:
+        return {name for entry in self.entries for name in entry.hf}

@@ -1,0 +1,31 @@
+"""Logging that knows its rank: rank 0 speaks at INFO, the others at WARNING with their rank in front."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+LOGGER_NAME = "megatron_vlm"
+
+
+def get_logger(name: str = LOGGER_NAME) -> logging.Logger:
+    """Returns the package's logger, or a child of it for a module's ``__name__``."""
+    return logging.getLogger(name if name.startswith(LOGGER_NAME) else f"{LOGGER_NAME}.{name}")
+
+
+def setup_logging(rank: int | None = None, file: str | os.PathLike | None = None, level: int = logging.INFO) -> None:
+    """Sends the package's log lines to stdout and, on rank 0, to ``file`` as well. Safe to call again."""
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    logger = logging.getLogger(LOGGER_NAME)
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    formatter = logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if file is not None and rank == 0:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)

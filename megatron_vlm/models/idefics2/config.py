@@ -1,0 +1,136 @@
+"""Configuration of Idefics2, resolved from an HF config.json through transformers' own config class."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vlm.config import Config
+from megatron_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(Config):
+    """A Mistral or Llama decoder.
+
+    Attributes:
+        sliding_window: keys a query sees, itself included (Mistral); None: all before it.
+        vocab_size: true vocabulary, without padding for tensor parallelism.
+    """
+
+    model_type: str
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    sliding_window: int | None
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(Config):
+    """The SigLIP NaViT tower. ``image_size // patch_size`` is the side of its position table."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    num_channels: int
+    norm_epsilon: float
+
+    @property
+    def side(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceiverConfig(Config):
+    """The perceiver resampler."""
+
+    num_latents: int
+    depth: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    norm_epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idefics2ModelConfig(Config):
+    """The whole model; ``image_token_id`` marks the positions that image features overwrite."""
+
+    text: TextConfig
+    vision: VisionConfig
+    perceiver: PerceiverConfig
+    image_token_id: int
+
+    @classmethod
+    def from_hf(cls, hf_config: dict[str, Any]) -> "Idefics2ModelConfig":
+        """Resolves a config.json's content; transformers fills in the defaults, nothing is assumed here.
+
+        Raises:
+            ConfigError: not an Idefics2 config, or a feature that is not built.
+        """
+        from transformers import Idefics2Config
+
+        if hf_config.get("model_type") != "idefics2":
+            raise ConfigError(f"an Idefics2 config has model_type 'idefics2', this one has {hf_config.get('model_type')!r}")
+        hf = Idefics2Config.from_dict(dict(hf_config))
+        text, vision, perceiver = hf.text_config, hf.vision_config, hf.perceiver_config
+        if text.model_type not in ("mistral", "llama"):
+            raise ConfigError(f"Idefics2's text model must be mistral or llama, got {text.model_type!r}")
+        rope = dict(getattr(text, "rope_parameters", None) or {})
+        if rope.get("rope_type", "default") != "default":
+            raise ConfigError(f"rope_type {rope['rope_type']!r} is not built yet: only 'default' is")
+        for name, value, wanted in (
+            ("text_config.hidden_act", text.hidden_act, "silu"),
+            ("vision_config.hidden_act", vision.hidden_act, "gelu_pytorch_tanh"),
+            ("perceiver_config.hidden_act", perceiver.hidden_act, "silu"),
+        ):
+            if value != wanted:
+                raise ConfigError(f"{name} {value!r} is not built: only {wanted!r} is")
+        if getattr(text, "attention_bias", False) or getattr(text, "mlp_bias", False):
+            raise ConfigError("text_config.attention_bias / mlp_bias true is not built for Idefics2")
+        heads = text.num_attention_heads
+        return cls(
+            text=TextConfig(
+                model_type=text.model_type,
+                hidden_size=text.hidden_size,
+                ffn_hidden_size=text.intermediate_size,
+                num_layers=text.num_hidden_layers,
+                num_attention_heads=heads,
+                num_query_groups=text.num_key_value_heads or heads,
+                head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+                vocab_size=text.vocab_size,
+                max_position_embeddings=text.max_position_embeddings,
+                norm_epsilon=text.rms_norm_eps,
+                rotary_base=float(rope.get("rope_theta", 10000.0)),
+                sliding_window=getattr(text, "sliding_window", None),
+                tie_word_embeddings=bool(hf.tie_word_embeddings),
+            ),
+            vision=VisionConfig(
+                hidden_size=vision.hidden_size,
+                ffn_hidden_size=vision.intermediate_size,
+                num_layers=vision.num_hidden_layers,
+                num_attention_heads=vision.num_attention_heads,
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
+                num_channels=vision.num_channels,
+                norm_epsilon=vision.layer_norm_eps,
+            ),
+            perceiver=PerceiverConfig(
+                num_latents=perceiver.resampler_n_latents,
+                depth=perceiver.resampler_depth,
+                num_attention_heads=perceiver.resampler_n_heads,
+                num_query_groups=perceiver.num_key_value_heads,
+                head_dim=perceiver.resampler_head_dim,
+                norm_epsilon=perceiver.rms_norm_eps,
+            ),
+            image_token_id=hf.image_token_id,
+        )

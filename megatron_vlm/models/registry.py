@@ -1,0 +1,66 @@
+"""The model families: FamilySpec and the one table of names."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vlm.config import nearest
+from megatron_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilySpec:
+    """Everything the house needs to know of one family.
+
+    Attributes:
+        name: as users write it (``--family``).
+        model_types: HF ``model_type`` values whose directories this family reads.
+        config: ``config(hf_config: dict) -> model config`` (frozen dataclass; resolves HF's defaults).
+        build: ``build(config, topology, *, vp_stage, training options) -> VisionLanguageModel``.
+        processor: ``processor(hf_dir, data config) -> data.types.Processor``.
+        mapping: ``mapping(config) -> conversion.mapping.Mapping``, both directions.
+        assemble: ``assemble(llm=DIR, vision=DIR, out=DIR, ...)`` makes one HF directory out of parts; None: not offered.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    config: Callable[[dict[str, Any]], Any]
+    build: Callable[..., Any]
+    processor: Callable[..., Any]
+    mapping: Callable[[Any], Any]
+    assemble: Callable[..., Any] | None = None
+
+
+# One line per family: name -> "module:attribute", imported when asked for.
+FAMILIES = {
+    "idefics2": "megatron_vlm.models.idefics2:SPEC",
+    "idefics2_llama3": "megatron_vlm.models.idefics2:LLAMA3_SPEC",
+}
+
+
+def get(name: str) -> FamilySpec:
+    """Returns the family called ``name``.
+
+    Raises:
+        ConfigError: unknown name, with the known ones.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(f"unknown model family {name!r}{nearest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
+    module, attribute = FAMILIES[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def family_of(hf_config: dict[str, Any]) -> FamilySpec:
+    """Returns the family that reads an HF config: by ``model_type``, and for Idefics2 by its text model.
+
+    Raises:
+        ConfigError: no family reads this model_type.
+    """
+    model_type = hf_config.get("model_type")
+    text_type = (hf_config.get("text_config") or {}).get("model_type")
+    for wanted in (f"{model_type}/{text_type}", model_type):
+        for name in FAMILIES:
+            if wanted in get(name).model_types:
+                return get(name)
+    raise ConfigError(f"no model family reads model_type {model_type!r}; known families: {', '.join(FAMILIES)}")

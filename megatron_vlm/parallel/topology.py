@@ -1,0 +1,210 @@
+"""Parallel layout of a run: ParallelConfig -> megatron-core groups -> one frozen Topology that is passed around.
+
+The only file that imports megatron-core's parallel_state. Rank order is megatron-core's: tp fastest, then dp, then pp.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.config import Config
+from megatron_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Config):
+    """How a model is laid over ranks.
+
+    Attributes:
+        tensor_model_parallel_size: ranks that split each matrix (tp).
+        pipeline_model_parallel_size: stages that split the layers (pp).
+        num_layers_per_virtual_pipeline_stage: layers per virtual stage; None: one stage per rank.
+        sequence_parallel: split activations between tensor parallel regions along the sequence.
+        context_parallel_size: fixed to 1.
+        use_distributed_optimizer: shard optimizer state over data parallel ranks.
+        overlap_grad_reduce: reduce gradients while the backward pass runs.
+        overlap_param_gather: gather parameters while the forward pass runs (needs the distributed optimizer).
+        accumulate_allreduce_grads_in_fp32: keep and reduce gradients in fp32.
+        ddp_bucket_size: elements of one gradient bucket; None: megatron-core's choice.
+        recompute_granularity: None, or "full": recompute each layer's activations in the backward pass.
+        distributed_timeout_minutes: a collective that waits longer ends the run.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    sequence_parallel: bool = False
+    context_parallel_size: int = 1
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    accumulate_allreduce_grads_in_fp32: bool = True
+    ddp_bucket_size: int | None = None
+    recompute_granularity: Literal["full"] | None = None
+    distributed_timeout_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        if self.context_parallel_size != 1:
+            raise ConfigError(
+                f"parallel.context_parallel_size is {self.context_parallel_size}, but context parallelism is not built yet: "
+                "set it to 1, and use tensor and sequence parallelism for long rows"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError("parallel.sequence_parallel has no effect at tensor_model_parallel_size 1: drop it or raise tp")
+        if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                "parallel.num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2, got 1"
+            )
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ConfigError("parallel.overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
+
+    def virtual_size(self, num_layers: int) -> int:
+        """Virtual stages per rank for a decoder of ``num_layers`` layers (1: none).
+
+        Raises:
+            ConfigError: the layers do not divide.
+        """
+        pp, per = self.pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage
+        if num_layers % pp:
+            raise ConfigError(f"{num_layers} decoder layers do not divide by pipeline_model_parallel_size {pp}")
+        if per is None:
+            return 1
+        if (num_layers // pp) % per:
+            raise ConfigError(
+                f"{num_layers} decoder layers on {pp} stages are {num_layers // pp} a stage, which "
+                f"num_layers_per_virtual_pipeline_stage {per} does not divide"
+            )
+        return num_layers // pp // per
+
+
+class SoloGroup:
+    """Stands for a tensor parallel group of this rank alone: modules built with it hold full, replicated weights."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Sizes, this rank's coordinates and the process groups of a run. ``vp`` is virtual stages per rank (1: none)."""
+
+    tp: int
+    pp: int
+    dp: int
+    vp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    rank: int
+    world_size: int
+    device: torch.device
+    tp_group: Any
+    pp_group: Any
+    dp_group: Any
+    model_group: Any
+    """Ranks of one model replica: tp x pp."""
+    embedding_group: Any
+    """First and last stage, which share a tied embedding."""
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def model_source(self) -> int:
+        """Global rank of this replica's (tp 0, stage 0), which reads the data."""
+        return self.dp_rank * self.tp
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this replica's (tp 0, last stage), which knows the loss."""
+        return (self.pp - 1) * self.tp * self.dp + self.dp_rank * self.tp
+
+    def name(self) -> str:
+        return f"tp {self.tp} pp {self.pp} dp {self.dp}" + (f" vp {self.vp}" if self.vp > 1 else "")
+
+
+def init_process_group(device: torch.device, timeout_minutes: float = 30.0) -> None:
+    """Joins the process group that torchrun's variables describe (a group of one without them)."""
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        store = dist.HashStore()
+        dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
+        return
+    dist.init_process_group(_backend(device), timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def build_topology(config: ParallelConfig, *, num_layers: int, device: torch.device) -> Topology:
+    """Makes megatron-core's groups over the initialised process group.
+
+    Args:
+        config: the layout.
+        num_layers: decoder layers, to derive the number of virtual stages.
+        device: this rank's device.
+
+    Raises:
+        ConfigError: the world size does not match the layout; raised on every rank before any collective.
+    """
+    from megatron.core import parallel_state
+
+    world = dist.get_world_size()
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if world % (tp * pp):
+        raise ConfigError(
+            f"world size {world} is not a multiple of tensor x pipeline parallel size {tp} x {pp} = {tp * pp}: "
+            f"start {tp * pp} ranks (or a multiple), or change parallel.tensor_model_parallel_size / pipeline_model_parallel_size"
+        )
+    vp = config.virtual_size(num_layers)
+    destroy_topology()
+    parallel_state.initialize_model_parallel(
+        tp,
+        pp,
+        virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=int(max(1, config.distributed_timeout_minutes)),
+    )
+    return Topology(
+        tp=tp,
+        pp=pp,
+        dp=world // (tp * pp),
+        vp=vp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        rank=dist.get_rank(),
+        world_size=world,
+        device=device,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
+        embedding_group=parallel_state.get_embedding_group(check_initialized=False),
+    )
+
+
+def destroy_topology() -> None:
+    """Forgets megatron-core's groups; the process group itself stays."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"

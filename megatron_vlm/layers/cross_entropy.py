@@ -1,0 +1,94 @@
+"""Head and cross entropy in one: the sum of token losses without ever holding the logits of a whole row.
+
+    for each chunk of tokens:  hidden @ weight.T -> fp32 logits [n, V / tp] -> loss, then in place their gradient
+                               -> gradient of hidden, gradient of weight
+
+The gradients are made in the forward pass and scaled in the backward pass, so that no logits are kept or recomputed
+(the idea of Liger Kernel, arXiv 2410.10989; here over a vocabulary split over tensor parallel ranks). Rows of ``weight``
+that only pad the vocabulary take no part: the result is that of the true vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits of one chunk on one rank: 64 MiB in fp32."""
+
+
+def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any) -> Tensor:
+    """Returns sum_n -log softmax(hidden_n @ weight.T)[target_n].
+
+    Args:
+        hidden: [N, H], equal on all ranks of ``group``; its gradient comes out as this rank's partial sum.
+        weight: [V_padded / tp, H], this rank's rows of the head.
+        targets: int64 [N], ids in the true vocabulary.
+        vocab_size: true vocabulary; rows from there on are padding.
+        group: tensor parallel group.
+
+    Returns:
+        fp32 scalar, equal on all ranks of ``group``.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, group)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any) -> Tensor:
+        rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+        start = rank * weight.shape[0]
+        rows = weight[: max(0, min(weight.shape[0], vocab_size - start))]
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        # fp32 until the backward pass has scaled them: fp16 gradients before loss scaling would underflow.
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[0]))
+        boost = 1024.0 if hidden.dtype == torch.float16 else 1.0
+        for first in range(0, hidden.shape[0], step):
+            h, target = hidden[first : first + step], targets[first : first + step] - start
+            logits = (h @ rows.t()).float()
+            index = torch.arange(len(target), device=target.device)
+            mine = (target >= 0) & (target < rows.shape[0])
+            column = target.clamp(0, max(0, rows.shape[0] - 1))
+            total += _loss_to_probabilities(logits, index, column, mine, group, size)
+            if not (need_hidden or need_weight):
+                continue
+            if rows.shape[0]:
+                logits[index, column] -= mine.float()  # now the gradient of the logits
+            gradient = (logits * boost).to(h.dtype) if boost != 1.0 else logits.to(h.dtype)
+            del logits
+            if grad_hidden is not None:
+                grad_hidden[first : first + step] = (gradient @ rows).float() / boost
+            if grad_weight is not None:
+                grad_weight[: rows.shape[0]] += (gradient.t() @ h).float() / boost
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = [
+            None if grad is None else (grad * grad_output).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return (*grads, None, None, None)
+
+
+def _loss_to_probabilities(logits: Tensor, index: Tensor, column: Tensor, mine: Tensor, group: Any, size: int) -> Tensor:
+    """Turns fp32 logits [n, v] into probabilities in place and returns the sum of the n token losses."""
+    if logits.shape[1]:
+        peak = logits.amax(1)
+    else:  # this rank holds padding only
+        peak = torch.full((logits.shape[0],), -torch.inf, device=logits.device)
+    if size > 1:
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    logits -= peak[:, None]
+    picked = logits[index, column].masked_fill(~mine, 0.0) if logits.shape[1] else torch.zeros_like(peak)
+    logits.exp_()
+    sums = torch.stack([picked, logits.sum(1)])
+    if size > 1:
+        dist.all_reduce(sums, group=group)
+    logits /= sums[1][:, None]
+    return (sums[1].log() - sums[0]).sum()

@@ -1,0 +1,43 @@
+"""Normalisations with the constructor that megatron-core's layer specs call, usable with and without sequence parallelism.
+
+megatron-core's own WrappedTorchNorm refuses sequence parallelism; here the weights carry the ``sequence_parallel`` mark
+that ``finalize_model_grads`` looks for, so that their gradients are summed over the tensor parallel group.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = _parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weight and bias over the last dimension."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = _parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
+        self.bias = _parameter(torch.zeros(hidden_size, dtype=config.params_dtype), config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
+def _parameter(data: Tensor, config: Any) -> nn.Parameter:
+    device = data.device if config.use_cpu_initialization else torch.cuda.current_device()
+    parameter = nn.Parameter(data.to(device))
+    setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - an attribute megatron-core reads
+    return parameter

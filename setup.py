@@ -1,0 +1,64 @@
+"""Package metadata. The lists are plain literals: tests read them to keep the docker images on the same versions."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Exactness depends on these, so they are pinned: a bit-for-bit resume, parity with transformers, megatron-core's seams.
+INSTALL = [
+    "torch==2.13.0",
+    "megatron-core==0.16.1",
+    "transformers==5.23.0",
+    "tokenizers==0.23.3",
+    "safetensors==0.8.0",
+    "sentencepiece==0.2.3",
+    "huggingface_hub==2.4.0",
+    "peft==0.21.2",
+    "webdataset==1.0.2",
+    "pillow==13.0.0",
+    "numpy==2.4.6",
+    "pyyaml==6.0.3",
+    "tensorboard==2.21.0",
+    "psutil==7.2.2",
+]
+
+EXTRAS = {
+    # apex has no package in any registry (the one called apex is another project): docker/Dockerfile.gpu builds it from
+    # its repository.
+    "gpu": [
+        "flash-attn==2.8.3.post2",
+        "transformer-engine[pytorch]==2.20.2",
+    ],
+    "dev": [
+        "pytest==9.2.0",
+        "ruff==0.17.6",
+        "mypy==2.4.1",
+        "types-PyYAML==6.0.12.20261113",
+        "scikit-learn==1.9.1",
+        "matplotlib==3.11.2",
+    ],
+}
+
+
+def version() -> str:
+    """Returns ``__version__`` without importing the package."""
+    text = (ROOT / "megatron_vlm" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+setup(
+    name="megatron_vlm",
+    version=version(),
+    description="Vision-language models from a Hugging Face checkpoint to a Hugging Face checkpoint, on megatron-core",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["megatron_vlm", "megatron_vlm.*"]),
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-vlm = megatron_vlm.cli.main:main"]},
+)

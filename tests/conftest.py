@@ -1,0 +1,25 @@
+"""What every test shares: the GPU tests that cannot run here are left out before they start, and counted at the end."""
+
+import pytest
+import torch
+
+not_run: list[str] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects tests marked ``gpu`` on a machine without a CUDA device."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        not_run.extend(item.nodeid for item in gpu)
+        items[:] = [item for item in items if item not in gpu]
+        config.hook.pytest_deselected(items=gpu)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how many GPU tests were not run; a green run without a GPU must not look like one with it."""
+    if not_run:
+        terminalreporter.write_line(f"gpu: {len(not_run)} tests were NOT run, no CUDA device here:", yellow=True)
+        for nodeid in not_run:
+            terminalreporter.write_line(f"  {nodeid}")

@@ -1,0 +1,160 @@
+"""Imports point one way: read from the syntax trees, so imports inside functions and under TYPE_CHECKING count too."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_vlm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import what is on its own level or below. The longest matching prefix decides.
+LEVELS = {
+    "": 0,  # the package's own __init__
+    "errors": 0,
+    "log": 0,
+    "config": 0,
+    "data": 1,
+    "layers": 1,
+    "conversion.mapping": 1,
+    "parallel": 2,
+    "models": 3,
+    "conversion": 4,
+    "peft": 4,
+    "training": 5,
+    "cli": 6,
+    "testing": 7,
+}
+# Neighbours on one level that must stay apart all the same.
+APART = {("data", "layers"), ("layers", "data"), ("data", "conversion.mapping"), ("conversion.mapping", "data")}
+NO_MEGATRON = ("data", "conversion.mapping", "conversion.rank_files", "errors", "log", "config")
+
+
+def module_name(path: Path) -> str:
+    """``data.types`` for megatron_vlm/data/types.py; packages lose their ``__init__``."""
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """The entry of LEVELS that a module belongs to."""
+    matches = [part for part in LEVELS if module == part or module.startswith(part + ".")]
+    if not matches:
+        raise AssertionError(f"megatron_vlm.{module} belongs to no part of the house: add it to LEVELS, or move it")
+    return max(matches, key=len)
+
+
+def imports_of(tree: ast.AST, module: str = "", is_package: bool = False) -> Iterator[tuple[int, str]]:
+    """Yields (line, absolute dotted name) of everything imported; ``from a import b`` gives ``a.b``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                here = ["megatron_vlm", *filter(None, module.split("."))]
+                up = node.level - 1 if is_package else node.level
+                base = ".".join([*here[: len(here) - up], *filter(None, [node.module])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def broken_rules(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Returns one line per import of ``source``, taken as ``megatron_vlm.<module>``, that breaks the order."""
+    part, broken = part_of(module), []
+    for line, name in imports_of(ast.parse(source), module, is_package):
+        if name.startswith("megatron_vlm."):
+            target = part_of(name.removeprefix("megatron_vlm.")) if known(name) else ""
+            if LEVELS[target] > LEVELS[part]:
+                broken.append(f"{module}:{line} ({part}) imports {name} ({target}), which lies above it")
+            if (part, target) in APART:
+                broken.append(f"{module}:{line} ({part}) imports {name} ({target}), its neighbour")
+        elif name.split(".")[0] == "megatron":
+            if any(module == part or module.startswith(part + ".") for part in NO_MEGATRON):
+                broken.append(f"{module}:{line} imports {name}, but works without megatron-core")
+            if "parallel_state" in name and module != "parallel.topology":
+                broken.append(f"{module}:{line} imports {name}: only parallel/topology.py may")
+    return broken
+
+
+def known(name: str) -> bool:
+    """Whether an imported name lies in a part of the house (``from megatron_vlm import __version__`` does not)."""
+    rest = name.removeprefix("megatron_vlm.")
+    return any(part and (rest == part or rest.startswith(part + ".")) for part in LEVELS) or (
+        (PACKAGE / rest.split(".")[0]).exists() or (PACKAGE / f"{rest.split('.')[0]}.py").exists()
+    )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: module_name(p) or "__init__")
+def test_import_order(path):
+    source = path.read_text(encoding="utf-8")
+    assert not broken_rules(source, module_name(path), path.name == "__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("data.order", "def f():\n    from megatron_vlm.training.trainer import Trainer"),
+        ("data.order", "import megatron.core"),
+        ("data.order", "from megatron_vlm.layers import norm"),
+        ("models.vlm", "from megatron.core import parallel_state"),
+        ("models.vlm", "from megatron_vlm.conversion.convert import export_hf"),
+        ("models.idefics2.model", "from ...cli import main"),
+        ("training.step", "from megatron_vlm.testing import twins"),
+        ("conversion.mapping", "from megatron_vlm.conversion.source import open_source"),
+    ],
+)
+def test_the_walk_sees_what_it_should(module, source):
+    assert broken_rules(source, module)
+
+
+def test_allowed_imports_pass():
+    assert not broken_rules("from megatron_vlm.conversion.mapping import direct\nimport megatron.core", "models.vlm")
+    assert not broken_rules("from megatron_vlm import __version__", "data.order")
+
+
+def test_megatron_is_patched_in_one_file():
+    """Assignments to attributes of torch.cuda or of megatron modules, and setattr on them: parallel/cpu.py alone."""
+    found = []
+    for path in MODULES:
+        if module_name(path) != "parallel.cpu":
+            found += [f"{module_name(path)}:{line}" for line in patches(path.read_text(encoding="utf-8"))]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.cuda.current_device = int",
+        "import megatron.core.utils as u\nu.get_device = 1",
+        "from megatron.core import tensor_parallel\ntensor_parallel.random.f = 1",
+        "import torch\nsetattr(torch.cuda, 'x', 1)",
+    ],
+)
+def test_the_walk_sees_patches(source):
+    assert patches(source)
+
+
+def patches(source: str) -> list[int]:
+    """Lines of ``source`` that assign to an attribute of torch.cuda or of something imported from megatron."""
+    tree = ast.parse(source)
+    owned = {"torch.cuda"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            owned |= {alias.asname or alias.name for alias in node.names if alias.name.split(".")[0] == "megatron"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megatron":
+            owned |= {alias.asname or alias.name for alias in node.names}
+
+    def is_owned(node: ast.AST) -> bool:
+        text = ast.unparse(node)
+        return any(text == name or text.startswith(name + ".") for name in owned)
+
+    lines = []
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            lines += [node.lineno for t in targets if isinstance(t, ast.Attribute) and is_owned(t.value)]
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr" and is_owned(node.args[0]):
+            lines.append(node.lineno)
+    return lines

@@ -1,0 +1,118 @@
+"""The package as installed: entry point, versions, docker's pins, and the commands that the docs give."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
+
+
+def setup_list(key: str) -> dict[str, str]:
+    """Returns {package: version} of a literal list in setup.py: INSTALL, or one of EXTRAS."""
+    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("INSTALL", "EXTRAS"):
+            value = ast.literal_eval(node.value)
+            value = {"INSTALL": value} if isinstance(value, list) else value
+            if key in value:
+                return dict(re.match(r"([\w.-]+)(?:\[\w+\])?==(.+)", item).groups() for item in value[key])
+    raise KeyError(key)
+
+
+def test_everything_is_pinned_and_installed():
+    for package, version in {**setup_list("INSTALL"), **setup_list("dev")}.items():
+        assert metadata.version(package).split("+")[0] == version, package
+
+
+def test_constraints_agree_with_setup():
+    lines = (ROOT / "toolkits" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    wanted = {**setup_list("INSTALL"), **setup_list("dev")}
+    for package, version in wanted.items():
+        assert constraints.get(package, version) == version, package
+    assert "torch" not in constraints, "the build of torch is chosen by MEGATRON_VLM_TORCH"
+
+
+def test_console_script():
+    script = Path(sys.executable).parent / "megatron-vlm"
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "data", "convert"):
+        assert command in done.stdout
+
+
+def test_command_line_starts_quickly():
+    """--help must not load megatron-core or transformers' models: that costs seconds."""
+    code = (
+        "import megatron_vlm.cli.main, sys; print([m for m in sys.modules if m in ('megatron.core', 'transformers')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda p: p.name)
+def test_docker_pins_equal_setup(dockerfile):
+    """Every version that a Dockerfile pins of a package of setup.py is setup.py's."""
+    wanted = {**setup_list("INSTALL"), **setup_list("gpu"), **setup_list("dev")}
+    text = dockerfile.read_text(encoding="utf-8")
+    args = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
+    pins = {package: args[arg] for package, arg in re.findall(r"([\w-]+)(?:\[\w+\])?==\$\{(\w+)\}", text)}
+    assert "torch" in pins and "megatron-core" in pins
+    if dockerfile.name == "Dockerfile.gpu":
+        assert {"flash-attn", "transformer-engine"} <= set(pins)
+        assert "github.com/NVIDIA/apex" in text and not re.search(r"pip install[^\n]* apex\b", text)
+        assert re.match(r"FROM \S+:\d+\.\d+\.\d+-\S+", text.split("FROM ")[0] + "FROM " + text.split("FROM ")[1])
+    assert {package: wanted[package] for package in pins} == pins
+    assert not re.findall(r"[\w-]+==\d\S*", text), "pin through ARG, so that this test sees it"
+
+
+def doc_commands() -> list[tuple[str, str]]:
+    """(page, command line) of every line in a fenced sh block of the docs, continuation lines joined."""
+    commands = []
+    for page in DOCS:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.strip() and not line.lstrip().startswith("#"):
+                    commands.append((page.name, line.strip()))
+    return commands
+
+
+@pytest.mark.parametrize(("page", "command"), doc_commands(), ids=lambda value: value[:60])
+def test_documented_commands_exist(page, command):
+    """Files named in a command exist, and megatron-vlm and convert know the flags that are given to them."""
+    words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z_]+=.*", word)]
+    for word in words:
+        if re.match(r"(examples|toolkits|tests|benchmarks|docker)/", word):
+            assert (ROOT / word).exists(), f"{page}: {command}: no {word}"
+    tool = next((i for i, word in enumerate(words) if word in ("megatron-vlm", "toolkits/convert")), None)
+    if tool is None:
+        return
+    program = ["megatron-vlm"] if words[tool] == "megatron-vlm" else [words[tool]]
+    names = [word for word in words[tool + 1 :] if not word.startswith("-")]
+    depth = 2 if names[:1] == ["data"] else 1
+    usage = help_text(*program, *names[:depth])
+    for flag in (word.split("=")[0] for word in words[tool + 1 :] if word.startswith("--")):
+        assert flag in usage, f"{page}: {command}: {flag} is not in {' '.join(program + names[:depth])} --help"
+
+
+_help: dict[tuple[str, ...], str] = {}
+
+
+def help_text(*words: str) -> str:
+    """Returns what a command prints for --help."""
+    if words not in _help:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            [*words, "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, "PATH": path}
+        )
+        assert done.returncode == 0, done.stderr
+        _help[words] = done.stdout
+    return _help[words]

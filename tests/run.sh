@@ -1,0 +1,24 @@
+#!/bin/sh
+# Checks everything that can be checked on this machine:  sh tests/run.sh [--fast | --full] [pytest arguments]
+#   default   lint, format, types, and all tests but the whole matrices
+#   --fast    the same without the tests marked slow (about 3 minutes)
+#   --full    the whole matrix, before a capability is called done
+# Tests that need a GPU run where there is one; elsewhere they are counted, not hidden.
+set -eu
+cd "$(dirname "$0")/.."
+. toolkits/setup_env.sh
+
+case ${1-} in
+--fast) marks="not slow and not full" && shift ;;
+--full) marks="" && shift ;;
+*) marks="not full" ;;
+esac
+
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# A failed check does not hide the ones after it.
+status=0
+ruff check . || status=1
+ruff format --check . || status=1
+mypy || status=1
+if ! python -m pytest -m "$marks" --durations=15 "$@"; then status=1; fi
+exit $status

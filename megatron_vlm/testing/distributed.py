@@ -2,10 +2,10 @@
 
     parent --pickled (module, function, args)--> worker 0..world-1 --pickled result or traceback--> parent
 
-Importing megatron-core costs seconds, so workers are started when first needed and live until the parent exits. The
-process group is rebuilt when the world size changes. A rank that raises, dies or outlives the deadline is reported by
-number with its traceback (or the tail of its output), and ranks that cannot be used again are killed with their
-children and replaced.
+Importing megatron-core costs seconds, so workers are forked from a server that has imported it, and live until the
+parent exits. The process group is rebuilt when the world size changes. A rank that raises, dies or outlives the
+deadline is reported by number with its traceback (or the tail of its output), and ranks that cannot be used again are
+killed with their children and replaced.
 """
 
 import atexit
@@ -16,13 +16,14 @@ import functools
 import gc
 import importlib
 import importlib.util
+import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,6 +35,12 @@ from pathlib import Path
 from typing import Any
 
 MAX_RANKS = 4
+PRELOAD = (
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+    "megatron.core.models.gpt",
+    "megatron.core.pipeline_parallel",
+)
 START_SECONDS = 180.0
 """A worker that has not imported megatron-core by then is given up."""
 GRACE_SECONDS = 15.0
@@ -80,28 +87,37 @@ def _pool() -> "_Pool":
     return _Pool()
 
 
+@functools.cache
+def _forkserver() -> Any:
+    """A process that has imported megatron-core once and forks the ranks (it runs no threads)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    return context
+
+
 class _Worker:
     """One rank's process, in a session of its own so that its children die with it."""
 
     def __init__(self, rank: int, directory: Path):
         self.rank = rank
         self.log = directory / f"rank{rank}-{time.monotonic_ns()}.log"
+        self.log.touch()
         self.connection, theirs = multiprocessing.Pipe()
-        with theirs, open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(rank), str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
+        with theirs:
+            self.process = _forkserver().Process(target=_work, args=(rank, theirs, str(self.log)))
+            self.process.start()
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        for kill in (os.killpg, os.kill):  # the second for one that has no session yet
+            with contextlib.suppress(ProcessLookupError):
+                kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
         self.connection.close()
 
     def tail(self, size: int = 4000) -> str:
@@ -110,7 +126,7 @@ class _Worker:
     def stacks(self) -> str:
         """The end of the output after asking every thread for its stack."""
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGUSR1)
+            os.kill(self.process.pid, signal.SIGUSR1)
         time.sleep(0.5)
         return self.tail()
 
@@ -144,7 +160,7 @@ class _Pool:
         return self._collect(self.workers[:world], timeout)
 
     def _start(self, world: int) -> None:
-        if any(worker.process.poll() is not None for worker in self.workers):
+        if any(not worker.process.is_alive() for worker in self.workers):
             self._kill()
         new = [_Worker(rank, self.directory) for rank in range(len(self.workers), world)]
         self.workers += new
@@ -173,8 +189,8 @@ class _Pool:
                     good, answer = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, OSError):
                     usable, good = False, False
-                    code = worker.process.wait()
-                    answer = f"died with exit code {code}; its output ends:\n{worker.tail()}"
+                    worker.process.join()
+                    answer = f"died with exit code {worker.process.exitcode}; its output ends:\n{worker.tail()}"
                 if good:
                     results[worker.rank] = answer
                 else:
@@ -197,8 +213,10 @@ class _Pool:
 # ---- the worker's side ----
 
 
-def _work(rank: int, connection: Connection) -> None:
+def _work(rank: int, connection: Connection, log: str) -> None:
     """Answers jobs until the parent closes the pipe."""
+    os.setsid()
+    _redirect(log)
     import torch
 
     from megatron_vlm.parallel import cpu
@@ -239,11 +257,9 @@ def _work(rank: int, connection: Connection) -> None:
 def _call(where: tuple[str, str, str, list[str]], arguments: bytes) -> Any:
     name, file, qualname, path = where
     sys.path[:] = path
-    if name == "__main__":
-        name = "__distributed_main__"
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError:  # a script, or pytest's importlib mode
+    except ModuleNotFoundError:  # pytest's importlib mode
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None:
             raise
@@ -252,6 +268,15 @@ def _call(where: tuple[str, str, str, list[str]], arguments: bytes) -> Any:
         spec.loader.exec_module(module)
     args, kwargs = pickle.loads(arguments)
     return functools.reduce(getattr, qualname.split("."), module)(*args, **kwargs)  # type: ignore[operator]
+
+
+def _redirect(log: str) -> None:
+    with open(log, "ab", buffering=0) as file, open(os.devnull, "rb") as nothing:
+        for source, target in ((nothing, 0), (file, 1), (file, 2)):
+            os.dup2(source.fileno(), target)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
 
 
 def _join(rank: int, world: int, store: str) -> None:
@@ -294,7 +319,3 @@ def _die_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(0, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    _work(int(sys.argv[1]), Connection(int(sys.argv[2])))

@@ -84,7 +84,9 @@ def select_backend(device_type: str, dtype: torch.dtype) -> str:
         if wanted not in BACKENDS:
             raise ConfigError(f"MEGATRON_VLM_ATTENTION={wanted!r} is not a backend{nearest(wanted, BACKENDS)}")
         if wanted != "segments" and not half_on_cuda:
-            raise ConfigError(f"MEGATRON_VLM_ATTENTION={wanted} needs a CUDA device and bf16 or fp16, got {device_type} {dtype}")
+            raise ConfigError(
+                f"MEGATRON_VLM_ATTENTION={wanted} needs a CUDA device and bf16 or fp16, got {device_type} {dtype}"
+            )
         if wanted == "flash_attn" and not flash:
             raise ConfigError("MEGATRON_VLM_ATTENTION=flash_attn, but the package flash-attn is not installed")
         return wanted
@@ -106,9 +108,7 @@ def _torch_varlen_checks_heads() -> bool:
 def _segments(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, window: int | None) -> Tensor:
     """Dense SDPA for each run of neighbouring segments of equal lengths."""
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
-    lengths = [
-        (q1 - q0, k1 - k0) for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:])
-    ]
+    lengths = [(q1 - q0, k1 - k0) for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:])]
     outputs = []
     index = 0
     for (length_q, length_k), run in itertools.groupby(lengths):

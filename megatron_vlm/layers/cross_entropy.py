@@ -71,12 +71,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = [
-            None if grad is None else (grad * grad_output).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+            None if grad is None else (grad * grad_output).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
         return (*grads, None, None, None)
 
 
-def _loss_to_probabilities(logits: Tensor, index: Tensor, column: Tensor, mine: Tensor, group: Any, size: int) -> Tensor:
+def _loss_to_probabilities(
+    logits: Tensor, index: Tensor, column: Tensor, mine: Tensor, group: Any, size: int
+) -> Tensor:
     """Turns fp32 logits [n, v] into probabilities in place and returns the sum of the n token losses."""
     if logits.shape[1]:
         peak = logits.amax(1)

@@ -70,6 +70,15 @@ class Idefics2ModelConfig(Config):
     perceiver: PerceiverConfig
     image_token_id: int
 
+    def vision_sharded(self, tp: int) -> bool:
+        """The tower is split over ``tp`` ranks (else it runs whole on each)."""
+        return self.vision.num_attention_heads % tp == 0 and self.vision.ffn_hidden_size % tp == 0
+
+    def perceiver_sharded(self, tp: int) -> bool:
+        """The resampler's attention is split over ``tp`` ranks (else it runs whole on each)."""
+        heads, groups, width = (getattr(self.perceiver, n) for n in ("num_attention_heads", "num_query_groups", "head_dim"))
+        return heads % tp == 0 and (groups % tp == 0 or tp % groups == 0) and groups * width % tp == 0
+
     @classmethod
     def from_hf(cls, hf_config: dict[str, Any]) -> "Idefics2ModelConfig":
         """Resolves a config.json's content; transformers fills in the defaults, nothing is assumed here.

@@ -1,0 +1,261 @@
+"""The only file that builds megatron-core's GPT decoder and its layer specs.
+
+    embed(ids) -> [T, 1, H] -(fused with image features, scattered by vlm.py)-> forward -> hidden -> loss | logits
+
+Legend: T tokens of the row (T / tp under sequence parallelism), H hidden size, V vocabulary, D dimension of a head.
+Everything that depends on the version of megatron-core (pinned to 0.16.1) stands here and in ``parallel/``.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.layers.core_attention import CoreAttention, RowParams
+from megatron_vlm.layers.cross_entropy import linear_cross_entropy_sum
+from megatron_vlm.layers.norm import LayerNorm, RMSNorm
+from megatron_vlm.parallel.topology import SoloGroup, Topology
+
+
+class DecoderConfig(Protocol):
+    """What a family's text config must offer; see ``models/idefics2/config.py`` for the meaning of each."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    sliding_window: int | None
+    tie_word_embeddings: bool
+
+
+def layer_spec(norm: type[RMSNorm] | type[LayerNorm], causal: bool) -> ModuleSpec:
+    """Spec of one transformer layer from megatron-core's parallel linears, our norms and our core attention."""
+    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    return ModuleSpec(
+        TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                SelfAttention,
+                params={"attn_mask_type": mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def transformer_config(
+    topology: Topology, options: Any, *, decoder: bool, tp: int | None = None, **fields: Any
+) -> TransformerConfig:
+    """Returns megatron-core's config with what every part of a model shares; ``fields`` are the part's own.
+
+    Args:
+        topology: layout of the run.
+        options: ``models.vlm.ModelOptions``.
+        decoder: the part is the decoder, which pipelines and may run sequence parallel; towers and connectors do neither.
+        tp: tensor parallel size of the part; 1 for a part that runs replicated.
+    """
+    pp, vp = (topology.pp, topology.vp) if decoder else (1, 1)
+    dtype = options.torch_dtype
+    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return TransformerConfig(
+        tensor_model_parallel_size=topology.tp if tp is None else tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
+        sequence_parallel=options.sequence_parallel and decoder,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu_initialization=topology.device.type == "cpu",
+        perform_initialization=False,  # every parameter is loaded; conversion checks that none is left out
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,  # megatron-core's fused GELU is the tanh form only
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=topology.device.type == "cuda",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=decoder,
+        # Rows differ in length; megatron-core asks for the alltoall dispatcher with this even in dense models.
+        variable_seq_lengths=pp > 1 and vp == 1,
+        moe_token_dispatcher_type="alltoall",
+        **(recompute if options.recompute_granularity else {}),
+        **fields,
+    )
+
+
+def process_groups(solo: bool = False) -> ProcessGroupCollection:
+    """megatron-core's groups; ``solo`` replaces the tensor parallel one by this rank alone."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if solo:
+        groups.tp = SoloGroup()
+    return groups
+
+
+def mark_replicated(module: torch.nn.Module) -> torch.nn.Module:
+    """Clears megatron-core's sharding marks of a module built with a solo group: its weights are whole on every rank."""
+    for parameter in module.parameters():
+        tensor_parallel.set_tensor_model_parallel_attributes(parameter, False, -1, 1)
+    return module
+
+
+class Decoder(GPTModel):
+    """megatron-core's GPTModel for packed rows: fused embeddings in; hidden states, loss sum or logits out."""
+
+    def __init__(
+        self, text: DecoderConfig, topology: Topology, options: Any, vp_stage: int | None, pre: bool, post: bool
+    ):
+        check_decoder_parallel(text, topology)
+        config = decoder_transformer_config(text, topology, options)
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=topology.pp_rank)
+        spec = TransformerBlockSubmodules(layer_specs=[layer_spec(RMSNorm, causal=True)] * layers, layer_norm=RMSNorm)
+        super().__init__(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=padded_vocab_size(text.vocab_size, options.make_vocab_size_divisible_by, topology.tp),
+            max_sequence_length=text.max_position_embeddings,
+            pre_process=pre,
+            post_process=post,
+            share_embeddings_and_output_weights=text.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=text.rotary_base,
+            scatter_embedding_sequence_parallel=False,  # images are fused in first
+            vp_stage=vp_stage,
+        )
+        self.true_vocab_size = text.vocab_size
+        self.tp_group = topology.tp_group
+        if post and not pre and text.tie_word_embeddings:
+            self.output_layer.weight.tied_copy = True
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[1, T] ids -> [T, 1, H], whole on every tensor parallel rank."""
+        return self.embedding(input_ids=input_ids, position_ids=position_ids)
+
+    def forward(self, decoder_input: Tensor | None, position_ids: Tensor, row: RowParams) -> Tensor:
+        """Runs this stage's layers (and the final norm on the last stage).
+
+        Args:
+            decoder_input: [T(/tp), 1, H] on the first stage; None elsewhere (see ``set_input_tensor``).
+            position_ids: int64 [1, T], restarting in each segment.
+            row: the row's segments.
+
+        Returns:
+            Hidden states [T(/tp), 1, H].
+        """
+        angles = self.rotary_pos_emb(row.max_seqlen_q, packed_seq=True)[position_ids[0]]
+        return self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=None,
+            rotary_pos_emb=angles,
+            packed_seq_params=row,
+        )
+
+    def loss(self, hidden: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """Sum of token losses at ``positions`` (int64 [N]) with shifted ``labels`` (int64 [T]): fp32 scalar."""
+        hidden = self._whole(hidden)[:, 0].index_select(0, positions)
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return linear_cross_entropy_sum(hidden, weight, labels[positions], self.true_vocab_size, self.tp_group)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, true V], gathered over tensor parallel ranks: for evaluation and tests, never for training."""
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        local = F.linear(self._whole(hidden)[:, 0], weight)
+        return gather_from_tensor_model_parallel_region(local, group=self.tp_group)[:, : self.true_vocab_size]
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """The whole row on every rank; gradients of the ranks' shares of the vocabulary are summed on the way back."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+
+
+def decoder_transformer_config(text: DecoderConfig, topology: Topology, options: Any) -> TransformerConfig:
+    """megatron-core's config of a Llama-shaped decoder."""
+    window = (text.sliding_window - 1, 0) if text.sliding_window is not None else None
+    return transformer_config(
+        topology,
+        options,
+        decoder=True,
+        num_layers=text.num_layers,
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.ffn_hidden_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_query_groups,
+        kv_channels=text.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        window_size=window,
+    )
+
+
+def check_decoder_parallel(text: DecoderConfig, topology: Topology) -> None:
+    """Raises ConfigError, with the legal sizes, where the decoder does not divide over tensor parallel ranks."""
+
+    def fits(tp: int) -> bool:
+        heads, groups = text.num_attention_heads, text.num_query_groups
+        return heads % tp == 0 and text.ffn_hidden_size % tp == 0 and (groups % tp == 0 or tp % groups == 0)
+
+    if not fits(topology.tp):
+        legal = [tp for tp in range(1, text.num_attention_heads + 1) if fits(tp)]
+        raise ConfigError(
+            f"tensor_model_parallel_size {topology.tp} does not divide the decoder ({text.num_attention_heads} heads, "
+            f"{text.num_query_groups} key/value heads, ffn {text.ffn_hidden_size}): use one of {legal}"
+        )
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
+    """Vocabulary padded to a multiple of ``divisible_by`` x tp, as Megatron does."""
+    unit = divisible_by * tp
+    return -(-vocab_size // unit) * unit
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh form of GELU (HF: gelu_pytorch_tanh)."""
+    return F.gelu(x, approximate="tanh")

@@ -1,0 +1,204 @@
+"""VisionLanguageModel: one pipeline stage of a vision tower, a connector and a decoder.
+
+    pixels --vision_model--> patches --connector--> features --fuse--> embeddings --(scatter)--> decoder stage --> hidden | loss
+
+The first stage owns tower and connector. Towers and connectors are given by the family:
+    vision_model(pixels: tuple of [C, h, w]) -> (patches [P, Hv], number of patches of each image)
+    connector(patches, counts) -> features [F, H]
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer import MegatronModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_vlm.config import Config, nearest
+from megatron_vlm.data.types import VLMBatch
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.fusion import fuse, touch
+from megatron_vlm.layers.core_attention import RowParams
+from megatron_vlm.models.language import Decoder
+from megatron_vlm.models.registry import FamilySpec
+from megatron_vlm.parallel.topology import Topology
+
+GROUPS = {"vision": "vision_model.", "connector": "connector.", "llm": "language_model."}
+"""Parameter groups, by which parts are frozen and given learning rates: group -> prefix of its names."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Config):
+    """How a model is built, beside its own config and the topology.
+
+    Attributes:
+        params_dtype: dtype of the parameters and activations.
+        sequence_parallel: the decoder's activations are split along the sequence between tensor parallel regions.
+        recompute_granularity: "full" recomputes each layer of tower and decoder, and the connector, in the backward pass.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
+        freeze: parameter groups that do not train: llm, vision, connector.
+    """
+
+    params_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    sequence_parallel: bool = False
+    recompute_granularity: Literal["full"] | None = None
+    make_vocab_size_divisible_by: int = 128
+    freeze: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for group in self.freeze:
+            if group not in GROUPS:
+                raise ConfigError(f"cannot freeze {group!r}{nearest(group, GROUPS)}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.params_dtype]
+
+
+class VisionLanguageModel(MegatronModule):
+    """One stage. ``vision_model`` and ``connector`` are None on stages that do not own them."""
+
+    def __init__(
+        self,
+        language_model: Decoder,
+        vision_model: nn.Module | None,
+        connector: nn.Module | None,
+        *,
+        recompute_connector: bool = False,
+    ):
+        super().__init__(config=language_model.config)
+        self.vision_model = vision_model
+        self.connector = connector
+        self.language_model = language_model
+        self.pre_process = language_model.pre_process
+        self.post_process = language_model.post_process
+        self.vp_stage = language_model.vp_stage
+        self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+        self.recompute_connector = recompute_connector
+        self.model_type = language_model.model_type
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        self.language_model.set_input_tensor(input_tensor)
+
+    def forward(self, batch: VLMBatch) -> Tensor:
+        """Runs the stage on one row.
+
+        Returns:
+            The last stage: fp32 scalar, the sum of token losses of the row. Other stages: hidden states [T(/tp), 1, H].
+        """
+        hidden = self._hidden(batch)
+        return self.language_model.loss(hidden, batch.labels[0], batch.loss_positions) if self.post_process else hidden
+
+    def logits(self, batch: VLMBatch) -> Tensor:
+        """As ``forward``, but the last stage returns logits [T, true vocabulary]."""
+        hidden = self._hidden(batch)
+        return self.language_model.logits(hidden) if self.post_process else hidden
+
+    def image_features(self, batch: VLMBatch) -> Tensor:
+        """[F, H], features of all images of the row in order (first stage)."""
+        vision, connector = self._vision_parts()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(vision)):
+            patches, counts = vision(batch.pixels)
+        if self.recompute_connector and self.training and _trains(self):
+            # Non-reentrant: a frozen tower gives an input without gradient, which a reentrant one would answer with zeros.
+            return checkpoint(connector, patches, counts, use_reentrant=False, preserve_rng_state=False)
+        return connector(patches, counts)
+
+    def _hidden(self, batch: VLMBatch) -> Tensor:
+        embeddings = self._embeddings(batch) if self.pre_process else None
+        row = RowParams.of(batch.cu_seqlens, batch.max_seqlen, batch.position_ids.shape[1])
+        return self.language_model(embeddings, batch.position_ids, row)
+
+    def _embeddings(self, batch: VLMBatch) -> Tensor:
+        x = self.language_model.embed(batch.input_ids, batch.position_ids)
+        if batch.num_images:
+            x = fuse(x, self.image_features(batch), batch.image_positions, batch.num_images)
+        else:
+            x = touch(x, self._vision_parts())
+        if self.config.sequence_parallel:
+            x = scatter_to_sequence_parallel_region(x, group=self.language_model.tp_group)
+        if torch.is_grad_enabled() and not x.requires_grad and _trains(self.language_model):
+            # A frozen embedding before a decoder that trains: megatron-core's recomputation gives no gradient at all to layers
+            # whose input needs none.
+            x = x.detach().requires_grad_()
+        return x
+
+    def _vision_parts(self) -> tuple[nn.Module, nn.Module]:
+        if self.vision_model is None or self.connector is None:
+            raise ValueError("this stage has no vision tower")
+        return self.vision_model, self.connector
+
+
+def build_model(spec: FamilySpec, config: Any, topology: Topology, options: ModelOptions) -> list[VisionLanguageModel]:
+    """Builds this rank's stages (one per virtual stage), frozen groups applied; weights are to be loaded.
+
+    Raises:
+        ConfigError: the model does not divide over the topology, with the legal sizes.
+    """
+    chunks = []
+    for stage in range(topology.vp):
+        chunk = spec.build(config, topology, options, vp_stage=stage if topology.vp > 1 else None)
+        freeze(chunk, options.freeze)
+        chunks.append(chunk)
+    return chunks
+
+
+def stage_ends(topology: Topology, vp_stage: int | None) -> tuple[bool, bool]:
+    """(owns the embedding and tower, owns the head) of a stage."""
+    first = topology.first_stage and vp_stage in (None, 0)
+    last = topology.last_stage and vp_stage in (None, topology.vp - 1)
+    return first, last
+
+
+def freeze(chunk: nn.Module, groups: Sequence[str]) -> None:
+    """Takes whole groups out of training, both copies of a tied weight included."""
+    for name, parameter in global_named_parameters(chunk):
+        if group_of(name) in groups:
+            parameter.requires_grad_(False)
+
+
+def group_of(name: str) -> str:
+    """Group of a global parameter name."""
+    for group, prefix in GROUPS.items():
+        if name.startswith(prefix):
+            return group
+    raise ValueError(f"parameter {name!r} belongs to no group")
+
+
+_LAYER = re.compile(r"^language_model\.decoder\.layers\.(\d+)\.")
+
+
+def global_named_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields (global name, parameter) of a stage, wrapped in DDP or not: decoder layers count over the whole model."""
+    while not isinstance(chunk, VisionLanguageModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    layers: Any = chunk.language_model.decoder.layers
+    for name, parameter in chunk.named_parameters():
+        match = _LAYER.match(name)
+        if match:
+            number = layers[int(match[1])].layer_number - 1
+            name = f"language_model.decoder.layers.{number}.{name[match.end() :]}"
+        yield name, parameter
+
+
+def global_parameters(chunks: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
+    """All parameters of this rank by global name, copies of tied weights left out."""
+    return {
+        name: parameter
+        for chunk in chunks
+        for name, parameter in global_named_parameters(chunk)
+        if not getattr(parameter, "tied_copy", False)
+    }
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

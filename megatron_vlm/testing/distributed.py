@@ -240,18 +240,18 @@ def _work(rank: int, connection: Connection, log: str) -> None:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(wanted[0]))
             _reset_torch()
             answer = pickle.dumps((True, _call(where, arguments)))
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
             group = None
-            _leave()
-        finally:
-            _clean_up()
-            os.environ.clear()
-            os.environ.update(environment)
-            os.chdir(folder)
+        _clean_up()
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
         connection.send_bytes(answer)
+        if group is None:
+            _leave()
 
 
 def _call(where: tuple[str, str, str, list[str]], arguments: bytes) -> Any:
@@ -289,7 +289,7 @@ def _join(rank: int, world: int, store: str) -> None:
 
 
 def _leave() -> None:
-    """Closes the sockets, so that ranks waiting for this one fail at once instead of waiting."""
+    """Closes the sockets: after a failure, ranks that wait for this one then fail too instead of waiting on."""
     import torch.distributed as dist
 
     if dist.is_initialized():

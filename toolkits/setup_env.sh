@@ -43,7 +43,7 @@ PY
 
 _pip() {
     # shellcheck disable=SC2086 # the arguments are words
-    "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check ${MEGATRON_VLM_PIP_ARGS:-} -c toolkits/constraints.txt "$@"
+    "$_venv/bin/python" -m pip install -qq --disable-pip-version-check ${MEGATRON_VLM_PIP_ARGS:-} -c toolkits/constraints.txt "$@"
 }
 
 _make_env() {

@@ -24,38 +24,47 @@ class Layout:
         dim: the dimension that is cut; None: every rank holds the whole tensor.
         stride: blocks along ``dim`` that are each cut on their own (2 for [gate; up]: a shard is [gate_r; up_r]).
         vocab_multiple: pad dim 0 with zero rows to a multiple of this times tp before cutting; 0: no padding.
+        vocab_extra: zero rows that are added before that padding.
     """
 
     dim: int | None = None
     stride: int = 1
     vocab_multiple: int = 0
+    vocab_extra: int = 0
 
     def padded(self, size: int, tp: int) -> int:
         """Rows after padding a true size of ``size`` for ``tp`` ranks."""
         if not self.vocab_multiple:
             return size
         unit = self.vocab_multiple * tp
-        return -(-size // unit) * unit
+        return -(-(size + self.vocab_extra) // unit) * unit
 
-    def split(self, full: Tensor, tp: int) -> list[Tensor]:
-        """Cuts a full tensor into ``tp`` shards (views where possible).
+    def shard(self, full: Tensor, tp: int, rank: int) -> Tensor:
+        """Cuts the shard of one rank out of a full tensor (a view where possible).
 
         Raises:
             ConversionError: the dimension does not divide.
         """
         if self.dim is None:
-            return [full] * tp
-        pad = self.padded(full.shape[0], tp) - full.shape[0]
-        if pad:
-            full = torch.cat([full, full.new_zeros(pad, *full.shape[1:])])
-        size = full.shape[self.dim]
+            return full
+        size = self.padded(full.shape[0], tp) if self.vocab_multiple else full.shape[self.dim]
         if size % (self.stride * tp):
-            raise ConversionError(f"dimension {self.dim} of size {size} does not divide into {self.stride} x {tp} pieces")
-        blocks = full.chunk(self.stride, self.dim)
-        if self.stride == 1:
-            return list(blocks[0].chunk(tp, self.dim))
-        pieces = [block.chunk(tp, self.dim) for block in blocks]
-        return [torch.cat([piece[rank] for piece in pieces], self.dim) for rank in range(tp)]
+            raise ConversionError(
+                f"dimension {self.dim} of size {size} does not divide into {self.stride} x {tp} pieces"
+            )
+        if tp == 1 and size == full.shape[self.dim]:
+            return full
+        width = size // self.stride // tp
+        starts = [block * (size // self.stride) + rank * width for block in range(self.stride)]
+        pieces = [full.narrow(self.dim, start, width) for start in starts if start + width <= full.shape[self.dim]]
+        if not pieces:  # the shard reaches into the padded rows
+            real = full[starts[0] :]
+            pieces = [real, full.new_zeros(width - real.shape[0], *full.shape[1:])]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
+
+    def split(self, full: Tensor, tp: int) -> list[Tensor]:
+        """Cuts a full tensor into ``tp`` shards (views where possible)."""
+        return [self.shard(full, tp, rank) for rank in range(tp)]
 
     def merge(self, shards: Sequence[Tensor], true_size: int | None = None) -> Tensor:
         """Puts shards back into the full tensor; ``true_size`` rows of a padded vocabulary are kept.
@@ -143,12 +152,14 @@ class Mapping:
         hf_tied: HF names that repeat another tensor of the model (a tied head): name -> the name it repeats.
             Read from a source only to check that they are equal; written on export only if the source had them.
         hf_aliases: ``rename(hf name found in a file) -> hf name of the entries`` for other spellings on disk.
+        vocab_size: true rows of the tensors whose layout pads the vocabulary.
     """
 
     entries: tuple[Entry, ...]
+    vocab_size: int
     ignored: frozenset[str] = frozenset()
     hf_tied: dict[str, str] = field(default_factory=dict)
-    hf_aliases: Callable[[str], str] = staticmethod(lambda name: name)
+    hf_aliases: Callable[[str], str] = str
 
     def __post_init__(self) -> None:
         seen: set[str] = set()

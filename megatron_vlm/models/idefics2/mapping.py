@@ -1,27 +1,62 @@
 """Weight map of Idefics2: the module names here are those of ``model.py`` with global layer numbers."""
 
 from megatron_vlm.conversion.mapping import COLUMN, GATED, REPLICATED, ROW, Entry, Layout, Mapping, direct, gated, qkv
-from megatron_vlm.models.idefics2.config import Idefics2ModelConfig
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.idefics2.config import Idefics2ModelConfig, TextConfig
+
+_MAX_TP = 64
 
 
-def idefics2_mapping(config: Idefics2ModelConfig, tp: int = 1, vocab_multiple: int = 1) -> Mapping:
+def idefics2_mapping(
+    config: Idefics2ModelConfig, tp: int = 1, vocab_multiple: int = 1, vocab_extra: int = 0
+) -> Mapping:
     """Returns the map of a model.
 
     Args:
         config: the model.
         tp: tensor parallel size, which decides what runs replicated (heads that do not divide).
         vocab_multiple: Megatron's ``--make-vocab-size-divisible-by``.
+        vocab_extra: ``--extra-vocab-size``.
+
+    Raises:
+        ConfigError: the decoder cannot be cut into ``tp`` parts; with the sizes that can.
     """
-    vocab = Layout(dim=0, vocab_multiple=vocab_multiple)
+    check_tensor_parallel(config.text, tp)
+    vocab = Layout(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
     entries = [*_vision(config, tp), *_connector(config, tp), *_text(config, vocab)]
     tied = {"lm_head.weight": "model.text_model.embed_tokens.weight"} if config.text.tie_word_embeddings else {}
-    return Mapping(entries=tuple(entries), hf_tied=tied)
+    rotary = (f"model.text_model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.text.num_layers))
+    return Mapping(
+        entries=tuple(entries),
+        vocab_size=config.text.vocab_size,
+        hf_tied=tied,
+        ignored=frozenset(["model.vision_model.embeddings.position_ids", *rotary]),  # buffers in files of old versions
+    )
+
+
+def check_tensor_parallel(text: TextConfig, tp: int) -> None:
+    """Checks that decoder heads and ffn divide by ``tp``, and that the kv heads are a multiple or a divisor of it.
+
+    Raises:
+        ConfigError: they do not; with the sizes that work.
+    """
+
+    def legal(size: int) -> bool:
+        groups = text.num_query_groups
+        even = text.num_attention_heads % size == 0 and text.ffn_hidden_size % size == 0
+        return even and (groups % size == 0 or size % groups == 0)
+
+    if tp < 1 or not legal(tp):
+        sizes = ", ".join(str(size) for size in range(1, _MAX_TP + 1) if legal(size))
+        raise ConfigError(
+            f"tensor parallel size {tp} does not fit a decoder of {text.num_attention_heads} heads, "
+            f"{text.num_query_groups} kv heads and ffn {text.ffn_hidden_size}: use one of {sizes}"
+        )
 
 
 def _vision(config: Idefics2ModelConfig, tp: int) -> list[Entry]:
     vision = config.vision
-    sharded = vision.num_attention_heads % tp == 0 and vision.ffn_hidden_size % tp == 0
-    column, row = (COLUMN, ROW) if sharded else (REPLICATED, REPLICATED)
+    column, row = (COLUMN, ROW) if config.vision_sharded(tp) else (REPLICATED, REPLICATED)
     hf, mg = "model.vision_model.", "vision_model."
     entries = [
         direct(mg + "patch_embedding.weight", hf + "embeddings.patch_embedding.weight"),
@@ -36,7 +71,13 @@ def _vision(config: Idefics2ModelConfig, tp: int) -> list[Entry]:
         for kind in ("weight", "bias"):
             names = [f"{h}self_attn.{x}_proj.{kind}" for x in "qkv"]
             entries.append(
-                qkv(f"{m}self_attention.linear_qkv.{kind}", names, num_heads=heads, num_query_groups=heads, layout=column)
+                qkv(
+                    f"{m}self_attention.linear_qkv.{kind}",
+                    names,
+                    num_heads=heads,
+                    num_query_groups=heads,
+                    layout=column,
+                )
             )
             entries.append(direct(f"{m}mlp.linear_fc1.{kind}", f"{h}mlp.fc1.{kind}", column))
         for own, name in (("self_attention.linear_proj", "self_attn.out_proj"), ("mlp.linear_fc2", "mlp.fc2")):
@@ -50,10 +91,7 @@ def _vision(config: Idefics2ModelConfig, tp: int) -> list[Entry]:
 
 def _connector(config: Idefics2ModelConfig, tp: int) -> list[Entry]:
     perceiver = config.perceiver
-    sharded = perceiver.num_attention_heads % tp == 0 and (
-        perceiver.num_query_groups % tp == 0 or tp % perceiver.num_query_groups == 0
-    )
-    column, row = (COLUMN, ROW) if sharded else (REPLICATED, REPLICATED)
+    column, row = (COLUMN, ROW) if config.perceiver_sharded(tp) else (REPLICATED, REPLICATED)
     hf = "model.connector."
     mg = "connector."
     entries = [
@@ -71,7 +109,9 @@ def _connector(config: Idefics2ModelConfig, tp: int) -> list[Entry]:
         for proj in ("q_proj", "k_proj", "v_proj"):
             entries.append(direct(f"{m}self_attn.{proj}.weight", f"{h}self_attn.{proj}.weight", column))
         entries.append(direct(f"{m}self_attn.o_proj.weight", f"{h}self_attn.o_proj.weight", row))
-        entries.append(gated(f"{m}mlp.linear_fc1.weight", [f"{h}mlp.gate_proj.weight", f"{h}mlp.up_proj.weight"], GATED))
+        entries.append(
+            gated(f"{m}mlp.linear_fc1.weight", [f"{h}mlp.gate_proj.weight", f"{h}mlp.up_proj.weight"], GATED)
+        )
         entries.append(direct(f"{m}mlp.linear_fc2.weight", f"{h}mlp.down_proj.weight", ROW))
     entries.append(direct(mg + "perceiver_resampler.norm.weight", hf + "perceiver_resampler.norm.weight"))
     return entries

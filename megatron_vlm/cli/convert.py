@@ -1,0 +1,96 @@
+"""``toolkits/convert``: parse, call the library, print errors without a traceback."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_vlm.errors import MegatronVLMError
+from megatron_vlm.log import setup_logging
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds ``hf2mg``, ``mg2hf`` and ``verify``; each sets ``run(args) -> exit code``."""
+    _add_hf2mg(commands)
+    parser = commands.add_parser("mg2hf", help="Megatron weights or a training checkpoint -> Hugging Face directory")
+    parser.add_argument(
+        "--load", required=True, metavar="DIR", help="Megatron weights, a training checkpoint or one iter_ folder"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="absent or an empty directory")
+    parser.add_argument("--family", help="checked against what --load holds (default: taken from it)")
+    _add_dtype(parser)
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: 5GB)"
+    )
+    parser.set_defaults(run=_run_mg2hf)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    help_text = "dtype of the written tensors (default: each keeps its own)"
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help=help_text)
+
+
+def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("hf2mg", help="Hugging Face directory -> Megatron weights for tp x pp ranks")
+    parser.add_argument("--family", help="model family (default: told by config.json)")
+    source = parser.add_argument_group("source (a hub id is taken wherever a directory is)")
+    source.add_argument("--hf", metavar="DIR", help="a whole model; Megatron weights of another layout work too")
+    source.add_argument("--llm", metavar="DIR", help="language model to assemble from, with --vision")
+    source.add_argument("--vision", metavar="DIR", help="vision tower to assemble from, with --llm")
+    parser.add_argument("--out", required=True, metavar="DIR", help="absent or an empty directory")
+    parser.add_argument(
+        "--tp", "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="tensor parallel size"
+    )
+    parser.add_argument(
+        "--pp", "--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="pipeline stages"
+    )
+    _add_dtype(parser)
+    vocabulary = parser.add_argument_group("vocabulary (padding rows are zero and never exported)")
+    vocabulary.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        metavar="N",
+        help="pad to a multiple of N x tp (default: 128)",
+    )
+    vocabulary.add_argument(
+        "--extra-vocab-size", type=int, default=0, metavar="N", help="rows added before that padding"
+    )
+    parser.set_defaults(run=_run_hf2mg)
+
+
+def _run_hf2mg(args: argparse.Namespace) -> int:
+    from megatron_vlm.conversion.convert import hf2mg
+
+    hf2mg(
+        args.hf,
+        args.out,
+        family=args.family,
+        tp=args.tp,
+        pp=args.pp,
+        dtype=args.dtype,
+        vocab_multiple=args.make_vocab_size_divisible_by,
+        vocab_extra=args.extra_vocab_size,
+    )
+    return 0
+
+
+def _run_mg2hf(args: argparse.Namespace) -> int:
+    from megatron_vlm.conversion.convert import mg2hf
+
+    mg2hf(args.load, args.out, family=args.family, dtype=args.dtype, max_shard_size=args.max_shard_size)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="convert", description="Converts weights between Hugging Face and Megatron layouts."
+    )
+    add_parser(parser.add_subparsers(dest="command", required=True, metavar="hf2mg | mg2hf | verify"))
+    args = parser.parse_args(argv)
+    setup_logging(rank=0)
+    try:
+        return args.run(args)
+    except MegatronVLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

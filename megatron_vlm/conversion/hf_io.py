@@ -1,0 +1,294 @@
+"""Hugging Face directories: weights read lazily, tensor by tensor, and written as sharded safetensors with an index.
+
+directory or hub id --resolve_directory--> directory --HFTensors--> names, shapes, read(name)
+                                                    --copy_hf_files--> config, tokenizer, processor ... of the copy
+"""
+
+import fnmatch
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from megatron_vlm.conversion.safetensors_io import (
+    SafetensorsFile,
+    SafetensorsWriter,
+    TensorInfo,
+    aligned_order,
+    sync_path,
+)
+from megatron_vlm.errors import ConfigError, ConversionError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHT_PATTERNS = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf",
+    "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.pkl",
+)  # fmt: skip
+"""Files that hold weights: never copied as "the other files" of a model."""
+_NEVER_FETCHED = [p for p in WEIGHT_PATTERNS if "safetensors" not in p] + ["original/*", "onnx/*", "flax/*"]
+_SKIPPED_DIRECTORIES = {".git", ".cache", "__pycache__", "original", "onnx"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve_directory(path_or_id: str | os.PathLike) -> Path:
+    """Returns the directory itself, or the local snapshot of a hub id (``org/name``), fetched where it is not cached.
+
+    huggingface_hub's own variables apply: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+
+    Raises:
+        ConversionError: neither a directory nor a model that the hub or its cache has.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    text = str(path_or_id)
+    if path.exists() or not _HUB_ID.fullmatch(text):
+        what = "is a file" if path.exists() else "does not exist"
+        raise ConversionError(f"{path} {what}: give a model directory, or a hub id such as HuggingFaceM4/idefics2-8b")
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(snapshot_download(text, ignore_patterns=_NEVER_FETCHED))
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # its own errors (no connection, no such model, offline mode, bad id) are these
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        offline = ", and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        raise ConversionError(
+            f"{text!r} is neither a directory here nor a model that could be fetched from the hub or found in "
+            f"its cache {constants.HF_HUB_CACHE}{offline} ({reason})"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; errors name the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConversionError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConversionError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class TensorStore(Protocol):
+    """Named tensors that are read one at a time."""
+
+    infos: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class HFTensors:
+    """The tensors of an HF directory: ``model.safetensors``, or the shards of its index.
+
+    Files stay open until ``close``.
+
+    Attributes:
+        infos: name -> TensorInfo of every tensor, as named in the files.
+
+    Raises:
+        ConversionError: no safetensors weights, a shard absent or damaged, or index and shards disagree.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        index = self.directory / INDEX_NAME
+        self._files: dict[str, SafetensorsFile] = {}
+        self._file_of: dict[str, str] = {}
+        try:
+            if index.exists():
+                self._open_index(index)
+            elif (self.directory / WEIGHTS_NAME).exists() or (self.directory / WEIGHTS_NAME).is_symlink():
+                self._open(WEIGHTS_NAME)
+            else:
+                raise ConversionError(self._explain_absence())
+        except BaseException:
+            self.close()
+            raise
+        self.infos = {name: self._files[file].infos[name] for name, file in self._file_of.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor into fresh memory."""
+        return self._files[self._file_of[name]].read(name)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _open(self, name: str) -> None:
+        file = self._files[name] = SafetensorsFile(self.directory / name)
+        for tensor in file.infos:
+            if tensor in self._file_of:
+                raise ConversionError(f"{tensor} is both in {self._file_of[tensor]} and {name} of {self.directory}")
+            self._file_of[tensor] = name
+
+    def _open_index(self, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConversionError(f"{index} has no weight_map")
+        for shard in sorted(set(weight_map.values())):
+            if not (self.directory / shard).exists():
+                raise ConversionError(f"{index} names shard {shard}, which is not in {self.directory}")
+            self._open(shard)
+        absent = sorted(name for name, shard in weight_map.items() if self._file_of.get(name) != shard)
+        if absent:
+            raise ConversionError(
+                f"{len(absent)} tensors are not in the file that {index} names for them: "
+                + list_names(f"{name} ({weight_map[name]})" for name in absent)
+            )
+        extra = sorted(set(self._file_of) - set(weight_map))
+        if extra:
+            raise ConversionError(f"{len(extra)} tensors in the shards are not in {index}: {list_names(extra)}")
+
+    def _explain_absence(self) -> str:
+        pickles = sorted(p.name for p in self.directory.glob("*.bin")) + sorted(
+            p.name for p in self.directory.glob("*.pt*")
+        )
+        if pickles:
+            return (
+                f"{self.directory} has pickled weights ({list_names(pickles)}) and no safetensors: pickles are not "
+                "read; save the model once with transformers' save_pretrained, which writes safetensors"
+            )
+        return f"{self.directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}"
+
+
+class DerivedTensors:
+    """Tensors computed when they are read: renamed, extended or freshly drawn ones. ``readers``: name -> function."""
+
+    def __init__(
+        self,
+        infos: Mapping[str, TensorInfo],
+        readers: Mapping[str, Callable[[], Tensor]],
+        sources: Iterable[TensorStore] = (),
+    ):
+        self.infos = dict(infos)
+        self._readers = dict(readers)
+        self._sources = tuple(sources)
+
+    def read(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
+
+
+def list_names(names: Iterable[str], limit: int = 20) -> str:
+    """``a, b, c`` with the count of those left out beyond ``limit``."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def copy_hf_files(source: str | os.PathLike, destination: str | os.PathLike) -> None:
+    """Copies every file of an HF directory that holds no weights (config, tokenizer, processor, licence ...).
+
+    Symbolic links are followed; version control and cache folders stay behind.
+    """
+    source, destination = Path(source), Path(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    try:
+        for item in sorted(source.iterdir()):
+            if item.is_dir():
+                if item.name not in _SKIPPED_DIRECTORIES:
+                    copy_hf_files(item, destination / item.name)
+            elif not any(fnmatch.fnmatch(item.name, pattern) for pattern in WEIGHT_PATTERNS):
+                shutil.copyfile(item, destination / item.name)
+    except OSError as error:
+        raise ConversionError(f"cannot copy the files of {source} to {destination}: {error}") from error
+    if not any(destination.iterdir()):
+        destination.rmdir()  # a folder of weights alone
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of ``"5GB"``, ``"500MB"``, ``"2GiB"`` or a plain number, as transformers reads ``max_shard_size``.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", str(text).strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ConfigError(f"max_shard_size {text!r} is not a size: write for example 5GB, 500MB or 2GiB")
+    unit = (match[2] or "B").upper()
+    base = 1024 if "I" in unit else 1000
+    return int(float(match[1]) * base ** "BKMGT".index(unit[0]))
+
+
+def plan_shards(infos: Mapping[str, TensorInfo], max_shard_size: str | int) -> dict[str, dict[str, TensorInfo]]:
+    """Deals tensors, in order, to files of at most ``max_shard_size`` under HF's names (a larger tensor gets its own)."""
+    limit = parse_size(max_shard_size)
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, info in infos.items():
+        if shards[-1] and size + info.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += info.nbytes
+    if len(shards) == 1:
+        return {WEIGHTS_NAME: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+class HFWriter:
+    """Writes the weights of an HF directory in streaming order: one shard file open at a time.
+
+    Args:
+        directory: exists.
+        infos: every tensor, in the order in which it will be written; widest dtypes first (``aligned_order``).
+        max_shard_size: as of ``save_pretrained``.
+    """
+
+    def __init__(self, directory: Path, infos: Mapping[str, TensorInfo], max_shard_size: str | int = "5GB"):
+        self.directory = directory
+        self._plan = plan_shards(aligned_order(infos), max_shard_size)
+        self._shard_of = {name: shard for shard, names in self._plan.items() for name in names}
+        self._current = ""
+        self._writer: SafetensorsWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer:
+            self._writer.abort()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        shard = self._shard_of[name]
+        if shard != self._current:
+            if self._writer:
+                self._writer.close()
+            self._current = shard
+            self._writer = SafetensorsWriter(self.directory / shard, self._plan[shard], {"format": "pt"})
+        assert self._writer is not None
+        self._writer.write(name, tensor)
+
+    def close(self) -> None:
+        """Finishes the last shard and writes the index where there is more than one."""
+        if self._writer:
+            self._writer.close()
+        if len(self._plan) > 1:
+            infos = [info for shard in self._plan.values() for info in shard.values()]
+            metadata = {
+                "total_parameters": sum(info.meta().numel() for info in infos),
+                "total_size": sum(info.nbytes for info in infos),
+            }
+            write_json(
+                self.directory / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(self._shard_of.items()))}
+            )
+        sync_path(self.directory)

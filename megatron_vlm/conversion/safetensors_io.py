@@ -1,0 +1,311 @@
+"""Streaming safetensors: read one tensor at a time by ``pread``, write one tensor at a time behind a known header.
+
+Format: https://github.com/huggingface/safetensors#format. Reads use ``pread`` into fresh memory instead of a memory
+map: a shard that shrinks under us is then an error and not a SIGBUS, and network file systems see large requests.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.errors import ConversionError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PARAMS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What ``--dtype`` takes."""
+
+_HASHING = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def meta(self) -> Tensor:
+        """A tensor of this shape and dtype without data: mappings applied to it tell shapes without reading."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def cast(self, dtype: torch.dtype | None) -> "TensorInfo":
+        """The info after ``cast(tensor, dtype)``."""
+        return TensorInfo(dtype=dtype, shape=self.shape) if dtype and self.dtype.is_floating_point else self
+
+    @staticmethod
+    def of(tensor: Tensor) -> "TensorInfo":
+        return TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Casts floating point tensors to ``dtype`` (None: keeps each tensor's own)."""
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def aligned_order(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Widest dtypes first, else in the given order, so that every tensor starts at a multiple of its item size."""
+    return dict(sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+class SafetensorsFile:
+    """One open file for reading. Symbolic links are followed.
+
+    Attributes:
+        infos: name -> TensorInfo, in the order of the data.
+        metadata: the header's ``__metadata__``.
+
+    Raises:
+        ConversionError: absent, truncated, or not a safetensors file; the message names it.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        self._descriptor = -1
+        try:
+            with safe_open(self.path, framework="np"):  # checks the header against the file's size
+                pass
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self.size = os.fstat(self._descriptor).st_size
+            length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+            header_bytes = os.pread(self._descriptor, 8 + length, 0)
+        except FileNotFoundError as error:
+            raise ConversionError(f"weights file {self.path} does not exist") from error
+        except (OSError, SafetensorError) as error:
+            raise ConversionError(
+                f"weights file {self.path} cannot be read as safetensors ({error}): it is truncated or damaged, "
+                "fetch it again"
+            ) from error
+        header: dict[str, Any] = json.loads(header_bytes[8:])
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.infos: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, int] = {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise ConversionError(f"{name} in {self.path} has dtype {entry['dtype']}, which is not supported")
+            self.infos[name] = TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]))
+            self._offsets[name] = 8 + length + entry["data_offsets"][0]
+        self._hash, self._hashed = hashlib.sha256(header_bytes), len(header_bytes)
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor into fresh memory."""
+        info, offset = self.infos[name], self._offsets[name]
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        done = 0
+        while done < info.nbytes:
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                raise ConversionError(f"reading {name} from {self.path} failed: {error.strerror}") from error
+            if count == 0:
+                raise ConversionError(f"{self.path} ends inside tensor {name}: the file was cut while it was read")
+            done += count
+        if offset == self._hashed:  # read in file order: the digest costs no second pass
+            self._hash.update(view)
+            self._hashed += info.nbytes
+        return buffer.view(info.dtype).reshape(info.shape)
+
+    def sha256(self) -> str:
+        """Digest of the whole file; bytes that ``read`` has passed over in file order are not read again."""
+        while self._hashed < self.size:
+            block = os.pread(self._descriptor, 1 << 24, self._hashed)
+            if not block:
+                raise ConversionError(f"{self.path} was cut while it was read")
+            self._hash.update(block)
+            self._hashed += len(block)
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class SafetensorsWriter:
+    """Writes one file front to back: the header first, then each tensor as it comes, hashed on the way.
+
+    Args:
+        path: a new file.
+        infos: every tensor, in the order of the ``write`` calls (see ``aligned_order``).
+        metadata: text values for ``__metadata__``.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
+    ):
+        self.path = Path(path)
+        self._infos = dict(infos)
+        self._left = iter(self._infos)
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for name, info in self._infos.items():
+            if offset % info.dtype.itemsize:
+                raise ConversionError(f"{name} would start unaligned in {self.path}: order tensors with aligned_order")
+            header[name] = {
+                "dtype": NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [offset, offset + info.nbytes],
+            }
+            offset += info.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._hash = hashlib.sha256()
+        self.size = 0
+        self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 (closed by close)
+        self._put(memoryview(len(text).to_bytes(8, "little") + text))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Appends the next tensor.
+
+        Raises:
+            ConversionError: not the next one of the header, or of another shape or dtype than announced.
+        """
+        expected = next(self._left, None)
+        if name != expected:
+            raise ConversionError(f"{self.path}: got tensor {name} where {expected} comes next")
+        if TensorInfo.of(tensor) != self._infos[name]:
+            raise ConversionError(
+                f"{name} is {TensorInfo.of(tensor)}, the header of {self.path} says {self._infos[name]}"
+            )
+        self._put(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+    def close(self) -> dict[str, Any]:
+        """Flushes the file to disk and returns ``{"size", "sha256"}``.
+
+        Raises:
+            ConversionError: announced tensors were not written.
+        """
+        left = list(self._left)
+        if left:
+            raise ConversionError(
+                f"{self.path}: {len(left)} announced tensors were not written: {', '.join(left[:10])}"
+            )
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"size": self.size, "sha256": self._hash.hexdigest()}
+
+    def abort(self) -> None:
+        """Closes the file as it is."""
+        self._file.close()
+
+    def _put(self, view: memoryview) -> None:
+        hashing = _HASHING.submit(self._hash.update, view)  # both calls release the interpreter lock
+        try:
+            done = 0
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            raise ConversionError(f"writing {self.path} failed after {self.size:,} bytes: {error.strerror}") from error
+        finally:
+            hashing.result()
+        self.size += len(view)
+
+
+class Writers:
+    """Several files written at the same time; on an error all are closed."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, SafetensorsWriter] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self.open.values():
+            writer.abort()
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Closes every file and returns their sizes and digests."""
+        return {key: writer.close() for key, writer in self.open.items()}
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    """``{"size", "sha256"}`` of a file."""
+    with open(path, "rb") as file:
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+@contextlib.contextmanager
+def atomic_directory(out: str | os.PathLike, need_bytes: int = 0) -> Iterator[Path]:
+    """Yields a temporary directory that becomes ``out`` when the block ends well, and is removed when not.
+
+    Args:
+        out: absent, or an empty directory.
+        need_bytes: what will be written; checked against the free space before anything is.
+
+    Raises:
+        ConversionError: ``out`` holds something, or the disk is too small.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not out.is_dir():
+        raise ConversionError(f"--out {out} exists and is not a directory")
+    if out.exists() and any(out.iterdir()):
+        raise ConversionError(f"--out {out} exists and is not empty: remove it, or choose another directory")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < need_bytes:
+            raise ConversionError(
+                f"{out.parent} has {free / 1e9:.1f} GB free, the output needs {need_bytes / 1e9:.1f} GB"
+            )
+        temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+        temporary.mkdir()
+    except OSError as error:
+        raise ConversionError(f"cannot write beside {out}: {error}") from error
+    try:
+        yield temporary
+        sync_tree(temporary)
+        os.rename(temporary, out)  # replaces an empty directory
+        sync_path(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync_tree(root: Path) -> None:
+    """Flushes every file and directory under ``root`` to disk."""
+    for directory, _, files in os.walk(root):
+        for name in files:
+            sync_path(Path(directory, name))
+        sync_path(Path(directory))
+
+
+def sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,384 @@
+"""Where weights come from: an HF directory, Megatron weights or a training checkpoint, all read as full tensors.
+
+HF files ----Entry.to_full---+
+Megatron shards --merge------+--> WeightSource.read(full name) --Layout.shard--> parameter (load_into)
+RankFiles (checkpoint) ------+                                 --Entry.from_full--> HF export (convert.export_hf)
+"""
+
+import abc
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from megatron_vlm.conversion.hf_io import HFTensors, TensorStore, list_names, read_json, resolve_directory
+from megatron_vlm.conversion.mapping import Entry, Layout, Mapping
+from megatron_vlm.conversion.megatron_dir import MANIFEST, Stages, rank_file, read_manifest
+from megatron_vlm.conversion.safetensors_io import SafetensorsFile, TensorInfo
+from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.log import get_logger
+from megatron_vlm.models import registry
+from megatron_vlm.models.registry import FamilySpec
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_OUTPUT, _EMBEDDING = "language_model.output_layer.weight", "language_model.embedding.word_embeddings.weight"
+
+
+class WeightSource(abc.ABC):
+    """Full tensors of a model by global name, read one at a time.
+
+    Attributes:
+        kind: ``hf``, ``megatron`` or ``training``.
+        spec: the model family.
+        hf_config: content of config.json.
+        config: the family's model config.
+        hf_dir: directory with every non-weight HF file.
+        mapping: the family's map (layouts as for one rank).
+        infos: name -> dtype and shape of the full tensor, without vocabulary padding.
+        stored_ties: HF names of tied copies that the original files store.
+    """
+
+    kind: str
+    infos: dict[str, TensorInfo]
+    stored_ties: Sequence[str] = ()
+
+    def __init__(self, hf_dir: Path, hf_config: dict[str, Any], spec: FamilySpec):
+        self.hf_dir, self.hf_config, self.spec = hf_dir, hf_config, spec
+        self.config = spec.config(hf_config)
+        self.mapping: Mapping = spec.mapping(self.config)
+        self.entries: dict[str, Entry] = self.mapping.by_name()
+
+    def names(self) -> list[str]:
+        return list(self.infos)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.infos[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.infos[name].shape
+
+    @abc.abstractmethod
+    def read(self, name: str) -> Tensor:
+        """Reads one full tensor: fused as Megatron holds it, with the true vocabulary."""
+
+    def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
+        """Reads what one tensor parallel rank holds, vocabulary padded as ``layout`` says."""
+        return layout.shard(self.read(name), tp, tp_rank)
+
+    def check_digests(self) -> None:
+        """Compares files with their recorded digests; cheap after everything was read in order.
+
+        Raises:
+            ConversionError: a file was changed.
+        """
+        return  # an HF directory records none
+
+    def close(self) -> None:
+        """Closes the files."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class HFSource(WeightSource):
+    """An HF model: ``tensors`` under HF names, and the directory of its other files.
+
+    Raises:
+        ConversionError: tensors missing, unmapped, stored twice or of a wrong shape; every name is listed.
+    """
+
+    kind = "hf"
+
+    def __init__(self, tensors: TensorStore, hf_dir: Path, hf_config: dict[str, Any], spec: FamilySpec):
+        super().__init__(hf_dir, hf_config, spec)
+        self.tensors = tensors
+        self._file_name = self._match_names()
+        self.infos = {}
+        for entry in self.mapping:
+            self.infos[entry.name] = check_entry(entry, self._hf_infos(entry), self.mapping.vocab_size)
+        self.stored_ties = self._check_ties()
+
+    def read(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        return entry.to_full([self.tensors.read(self._file_name[hf]) for hf in entry.hf])
+
+    def read_hf(self, hf_name: str) -> Tensor:
+        """Reads one tensor as the files hold it, by the mapping's HF name."""
+        return self.tensors.read(self._file_name[hf_name])
+
+    def close(self) -> None:
+        self.tensors.close()
+
+    def _hf_infos(self, entry: Entry) -> list[TensorInfo]:
+        return [self.tensors.infos[self._file_name[hf]] for hf in entry.hf]
+
+    def _match_names(self) -> dict[str, str]:
+        wanted = self.mapping.hf_names()
+        found: dict[str, str] = {}
+        unmapped = []
+        for name in self.tensors.infos:
+            hf_name = self.mapping.hf_aliases(name)
+            if hf_name in found:
+                raise ConversionError(f"{self.hf_dir}: {name} and {found[hf_name]} are the same tensor {hf_name}")
+            if hf_name in wanted or hf_name in self.mapping.hf_tied:
+                found[hf_name] = name
+            elif hf_name not in self.mapping.ignored:
+                unmapped.append(name)
+        missing = sorted(wanted - set(found))
+        if missing or unmapped:
+            lines = [f"the weights in {self.hf_dir} are not those of family {self.spec.name}:"]
+            if missing:
+                lines.append(f"  {len(missing)} tensors missing: {list_names(missing)}")
+            if unmapped:
+                lines.append(f"  {len(unmapped)} tensors unmapped: {list_names(sorted(unmapped))}")
+            raise ConversionError("\n".join(lines))
+        return found
+
+    def _check_ties(self) -> list[str]:
+        stored = [name for name in self.mapping.hf_tied if name in self._file_name]
+        for name in stored:
+            other = self.mapping.hf_tied[name]
+            if not torch.equal(self.read_hf(name), self.read_hf(other)):
+                raise ConversionError(
+                    f"{self.hf_dir}: config.json ties {name} to {other}, but the stored tensors differ: "
+                    "set tie_word_embeddings to false in config.json, or remove the copy"
+                )
+        return stored
+
+
+def check_entry(entry: Entry, infos: Sequence[TensorInfo], vocab_size: int) -> TensorInfo:
+    """Returns the full tensor's info, after a round trip of shapes through the entry.
+
+    Raises:
+        ConversionError: parts of different dtypes, or shapes that the entry cannot take.
+    """
+    if len({info.dtype for info in infos}) > 1:
+        parts = ", ".join(f"{name} {info.dtype}" for name, info in zip(entry.hf, infos))
+        raise ConversionError(
+            f"{entry.name} fuses tensors of different dtypes: {parts}; convert them to one dtype first"
+        )
+    shapes = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(entry.hf, infos))
+    try:
+        full = entry.to_full([info.meta() for info in infos])
+        back = [TensorInfo.of(part) for part in entry.from_full(full)]
+    except (RuntimeError, IndexError) as error:
+        raise ConversionError(f"shapes do not fit into {entry.name}: {shapes} ({error})") from error
+    if back != list(infos):
+        raise ConversionError(f"shapes do not fit the heads or parts of {entry.name}: {shapes}")
+    if entry.layout.vocab_multiple and full.shape[0] != vocab_size:
+        raise ConversionError(f"{shapes}: config.json says a vocabulary of {vocab_size} rows")
+    return TensorInfo.of(full)
+
+
+class MegatronSource(WeightSource):
+    """Megatron weights of any tp and pp (megatron_dir.py); file sizes are checked when it is opened.
+
+    Raises:
+        ConversionError: files missing, damaged, or not holding what the family needs.
+    """
+
+    kind = "megatron"
+
+    def __init__(self, directory: Path, spec: FamilySpec | None = None):
+        self.directory = directory
+        self.manifest = read_manifest(directory)
+        hf_dir = directory / "hf"
+        super().__init__(hf_dir, read_json(hf_dir / "config.json"), spec or registry.get(self.manifest.family))
+        self.stored_ties = self.manifest.stored_ties
+        self.tp, self.pp = self.manifest.tensor_model_parallel_size, self.manifest.pipeline_model_parallel_size
+        self._layouts = {
+            entry.name: entry.layout
+            for entry in self.spec.mapping(
+                self.config,
+                tp=self.tp,
+                vocab_multiple=self.manifest.make_vocab_size_divisible_by,
+                vocab_extra=self.manifest.extra_vocab_size,
+            )
+        }
+        self._stages = Stages(self._layouts, self.pp)
+        self._files: dict[tuple[int, int], SafetensorsFile] = {}
+        try:
+            for stage in range(self.pp):
+                for rank in range(self.tp):
+                    self._files[rank, stage] = SafetensorsFile(directory / rank_file(rank, stage))
+            self._check_names()
+            self.infos = self._full_infos()
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str) -> Tensor:
+        stage = self._stages.of(name)
+        shards = [self._files[rank, stage].read(name) for rank in range(self.tp)]
+        try:
+            return self._layouts[name].merge(shards, self.mapping.vocab_size)
+        except ConversionError as error:
+            raise ConversionError(f"{self.directory}: {name}: {error}") from error
+
+    def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
+        if tp == self.tp and layout == self._layouts[name]:
+            return self._files[tp_rank, self._stages.of(name)].read(name)
+        return super().read_shard(name, layout, tp, tp_rank)
+
+    def check_digests(self) -> None:
+        for (rank, stage), file in self._files.items():
+            if file.sha256() != self.manifest.files[rank_file(rank, stage)].sha256:
+                raise ConversionError(
+                    f"{file.path} was changed: its sha256 is not the one in {self.directory / MANIFEST}"
+                )
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _check_names(self) -> None:
+        for (_, stage), file in self._files.items():
+            wanted = {name for name in self._layouts if self._stages.of(name) == stage}
+            missing, extra = sorted(wanted - set(file.infos)), sorted(set(file.infos) - wanted)
+            if missing or extra:
+                raise ConversionError(
+                    f"{file.path} does not hold stage {stage} of {self.pp} of family {self.spec.name}: "
+                    f"missing {list_names(missing) or 'nothing'}; unexpected {list_names(extra) or 'nothing'}"
+                )
+
+    def _full_infos(self) -> dict[str, TensorInfo]:
+        infos = {}
+        for name, layout in self._layouts.items():
+            stage = self._stages.of(name)
+            shards = [self._files[rank, stage].infos[name] for rank in range(self.tp)]
+            if len(set(shards)) > 1:
+                raise ConversionError(f"{self.directory}: shards of {name} differ in shape or dtype: {shards}")
+            if layout.dim is None:
+                infos[name] = shards[0]
+                continue
+            shape = list(shards[0].shape)
+            shape[layout.dim] *= self.tp
+            if layout.vocab_multiple:
+                padded = layout.padded(self.mapping.vocab_size, self.tp)
+                if shape[0] != padded:
+                    raise ConversionError(f"{self.directory}: {name} has {shape[0]} rows, {MANIFEST} says {padded}")
+                shape[0] = self.mapping.vocab_size
+            infos[name] = TensorInfo(dtype=shards[0].dtype, shape=tuple(shape))
+        return infos
+
+
+def open_source(path_or_id: str | os.PathLike, family: str | None = None) -> WeightSource:
+    """Opens an HF directory or hub id, Megatron weights, or a training checkpoint (its folder or one iteration's).
+
+    Args:
+        path_or_id: what to open.
+        family: what the caller expects; None takes what the files say.
+
+    Raises:
+        ConversionError: not weights of that family, or damaged ones; the message names the culprit.
+    """
+    directory = resolve_directory(path_or_id)
+    if (directory / MANIFEST).exists():
+        recorded = registry.get(read_manifest(directory).family)
+        return MegatronSource(
+            directory, choose_family(read_json(directory / "hf" / "config.json"), directory, family, recorded)
+        )
+    if (directory / TRACKER).exists() or (directory / "state.json").exists():
+        from megatron_vlm.conversion.training_source import TrainingSource, iteration_directory
+
+        iteration = iteration_directory(directory)
+        return TrainingSource(iteration, choose_family(read_json(iteration / "hf" / "config.json"), iteration, family))
+    if not (directory / "config.json").exists():
+        raise ConversionError(
+            f"{directory} is neither an HF model (config.json), nor Megatron weights ({MANIFEST}), nor a training "
+            f"checkpoint ({TRACKER}, or an iteration's state.json)"
+        )
+    hf_config = read_json(directory / "config.json")
+    spec = choose_family(hf_config, directory, family)
+    tensors = HFTensors(directory)
+    try:
+        return HFSource(tensors, directory, hf_config, spec)
+    except BaseException:
+        tensors.close()
+        raise
+
+
+def choose_family(
+    hf_config: dict[str, Any], directory: Path, wanted: str | None, recorded: FamilySpec | None = None
+) -> FamilySpec:
+    """The family of an HF config, checked against the one that the caller wants (or that was recorded).
+
+    A family that reads the ``model_type`` with any text model, as ``idefics2`` does, also accepts what a more special
+    one names.
+
+    Raises:
+        ConversionError: the files belong to another family.
+    """
+    try:
+        found = recorded or registry.family_of(hf_config)
+    except ConfigError as error:
+        raise ConversionError(f"{directory}: {error}") from error
+    if wanted is None or wanted == found.name:
+        return found
+    if hf_config.get("model_type") in registry.get(wanted).model_types:
+        get_logger(__name__).info("%s is of family %s, which %s reads as well", directory, found.name, wanted)
+        return found
+    text = (hf_config.get("text_config") or {}).get("model_type")
+    raise ConversionError(
+        f"{directory} holds a model of family {found.name} (model_type {hf_config.get('model_type')!r}, text model "
+        f"{text!r}), not {wanted}: set --family {found.name}, or choose another directory"
+    )
+
+
+def load_into(
+    source: WeightSource,
+    chunks: Sequence[nn.Module],
+    *,
+    tp: int,
+    tp_rank: int,
+    vocab_multiple: int,
+    names: Iterable[str] | None = None,
+) -> None:
+    """Fills the parameters of this rank's stages, cast to each parameter's dtype; tied copies included.
+
+    Args:
+        source: at any layout of its own.
+        chunks: this rank's stages, wrapped in DDP or not.
+        tp, tp_rank: this rank's place.
+        vocab_multiple: the model's ``make_vocab_size_divisible_by``.
+        names: only these global names; None: all.
+
+    Raises:
+        ConversionError: a parameter that the source lacks, or shapes that differ; all are listed.
+    """
+    from megatron_vlm.models.vlm import global_named_parameters
+
+    layouts = {
+        entry.name: entry.layout for entry in source.spec.mapping(source.config, tp=tp, vocab_multiple=vocab_multiple)
+    }
+    wanted = None if names is None else set(names)
+    jobs: dict[str, list[nn.Parameter]] = {}
+    problems = []
+    for chunk in chunks:
+        for name, parameter in global_named_parameters(chunk):
+            if getattr(parameter, "tied_copy", False) and name == _OUTPUT:
+                name = _EMBEDDING
+            if wanted is not None and name not in wanted:
+                continue
+            if name not in layouts:
+                problems.append(f"{name}: in the model, not in the weights")
+                continue
+            expected = tuple(layouts[name].shard(source.infos[name].meta(), tp, tp_rank).shape)
+            if expected != tuple(parameter.shape):
+                problems.append(f"{name}: the model has {list(parameter.shape)}, the weights give {list(expected)}")
+            jobs.setdefault(name, []).append(parameter)
+    problems += [f"{name}: asked for, not in the model" for name in sorted((wanted or set()) - set(jobs))]
+    if problems:
+        raise ConversionError(f"the weights of {source.hf_dir} do not fit the model:\n  " + "\n  ".join(problems))
+    with torch.no_grad():
+        for name, parameters in jobs.items():
+            shard = source.read_shard(name, layouts[name], tp, tp_rank)
+            for parameter in parameters:
+                parameter.copy_(shard)

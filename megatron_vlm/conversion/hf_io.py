@@ -81,17 +81,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes a JSON object as HF does."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class TensorStore(Protocol):
     """Named tensors that are read one at a time."""
 
-    infos: Mapping[str, TensorInfo]
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Name -> dtype and shape."""
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes the files."""
 
 
 class HFTensors:
@@ -128,6 +133,7 @@ class HFTensors:
         return self._files[self._file_of[name]].read(name)
 
     def close(self) -> None:
+        """Closes the files."""
         for file in self._files.values():
             file.close()
 
@@ -182,9 +188,11 @@ class DerivedTensors:
         self._sources = tuple(sources)
 
     def read(self, name: str) -> Tensor:
+        """Computes one tensor."""
         return self._readers[name]()
 
     def close(self) -> None:
+        """Closes the files."""
         for source in self._sources:
             source.close()
 
@@ -230,7 +238,7 @@ def parse_size(text: str | int) -> int:
 
 
 def plan_shards(infos: Mapping[str, TensorInfo], max_shard_size: str | int) -> dict[str, dict[str, TensorInfo]]:
-    """Deals tensors, in order, to files of at most ``max_shard_size`` under HF's names (a larger tensor gets its own)."""
+    """Deals tensors, in order, to files of at most ``max_shard_size`` under HF's names (a larger one gets its own)."""
     limit = parse_size(max_shard_size)
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
@@ -269,6 +277,7 @@ class HFWriter:
             self._writer.abort()
 
     def write(self, name: str, tensor: Tensor) -> None:
+        """Writes the next tensor."""
         shard = self._shard_of[name]
         if shard != self._current:
             if self._writer:

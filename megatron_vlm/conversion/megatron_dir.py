@@ -1,6 +1,6 @@
 """Megatron weights on disk, and how they are written: one pass over the full tensors, all files open at once.
 
-    OUT/megatron.json                      format, family, model config, tp, pp, vocabulary, size and sha256 of each file
+    OUT/megatron.json                      format, family, configs, tp, pp, vocabulary, size and sha256 of each file
     OUT/mp_rank_TT_PPP/model.safetensors   shards of tensor parallel rank TT on pipeline stage PPP, under global names
     OUT/hf/                                every non-weight file of the source (config, tokenizer, processor ...)
 
@@ -76,6 +76,7 @@ class Manifest(Config):
 
 
 def rank_file(tp_rank: int, stage: int) -> str:
+    """Path of one rank's file inside the directory."""
     return f"mp_rank_{tp_rank:02d}_{stage:03d}/model.safetensors"
 
 
@@ -97,6 +98,7 @@ class Stages:
         self.pp = pp
 
     def of(self, name: str) -> int:
+        """Stage of a full tensor."""
         if match := _LAYER.match(name):
             return int(match[1]) // (self.num_layers // self.pp)
         return self.pp - 1 if name.startswith(_LAST_STAGE) else 0

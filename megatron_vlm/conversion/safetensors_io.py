@@ -121,7 +121,7 @@ class SafetensorsFile:
         """Reads one tensor into fresh memory."""
         info, offset = self.infos[name], self._offsets[name]
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         done = 0
         while done < info.nbytes:
             try:
@@ -198,7 +198,7 @@ class SafetensorsWriter:
             raise ConversionError(
                 f"{name} is {TensorInfo.of(tensor)}, the header of {self.path} says {self._infos[name]}"
             )
-        self._put(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._put(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> dict[str, Any]:
         """Flushes the file to disk and returns ``{"size", "sha256"}``.
@@ -304,6 +304,7 @@ def sync_tree(root: Path) -> None:
 
 
 def sync_path(path: Path) -> None:
+    """Flushes one file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

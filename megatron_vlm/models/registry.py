@@ -19,7 +19,7 @@ class FamilySpec:
         config: ``config(hf_config: dict) -> model config`` (frozen dataclass; resolves HF's defaults).
         build: ``build(config, topology, *, vp_stage, training options) -> VisionLanguageModel``.
         processor: ``processor(hf_dir, data config) -> data.types.Processor``.
-        mapping: ``mapping(config) -> conversion.mapping.Mapping``, both directions.
+        mapping: ``mapping(config, tp=1, vocab_multiple=1, vocab_extra=0) -> conversion.mapping.Mapping``, both directions.
         assemble: ``assemble(llm=DIR, vision=DIR, out=DIR, ...)`` makes one HF directory out of parts; None: not offered.
     """
 
@@ -28,7 +28,7 @@ class FamilySpec:
     config: Callable[[dict[str, Any]], Any]
     build: Callable[..., Any]
     processor: Callable[..., Any]
-    mapping: Callable[[Any], Any]
+    mapping: Callable[..., Any]
     assemble: Callable[..., Any] | None = None
 
 

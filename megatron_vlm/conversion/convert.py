@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from megatron_vlm.conversion.hf_io import HFWriter, copy_hf_files
+from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.conversion.megatron_dir import write_config, write_megatron
-from megatron_vlm.conversion.safetensors_io import PARAMS_DTYPES, TensorInfo, aligned_order, atomic_directory, cast
+from megatron_vlm.conversion.safetensors_io import PARAMS_DTYPES, aligned_order, atomic_directory, cast
 from megatron_vlm.conversion.source import WeightSource, open_source
 from megatron_vlm.errors import ConfigError
 

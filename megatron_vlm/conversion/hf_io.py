@@ -9,21 +9,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from torch import Tensor
 
-from megatron_vlm.conversion.safetensors_io import (
-    SafetensorsFile,
-    SafetensorsWriter,
-    TensorInfo,
-    aligned_order,
-    sync_path,
-)
+from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm.conversion.safetensors_io import SafetensorsFile, SafetensorsWriter, aligned_order, sync_path
 from megatron_vlm.errors import ConfigError, ConversionError
 
+CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHT_PATTERNS = (
@@ -83,20 +79,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes a JSON object as HF does."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-class TensorStore(Protocol):
-    """Named tensors that are read one at a time."""
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Name -> dtype and shape."""
-
-    def read(self, name: str) -> Tensor:
-        """Reads one tensor."""
-
-    def close(self) -> None:
-        """Closes the files."""
 
 
 class HFTensors:
@@ -172,29 +154,6 @@ class HFTensors:
                 "read; save the model once with transformers' save_pretrained, which writes safetensors"
             )
         return f"{self.directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}"
-
-
-class DerivedTensors:
-    """Tensors computed when they are read: renamed, extended or freshly drawn ones. ``readers``: name -> function."""
-
-    def __init__(
-        self,
-        infos: Mapping[str, TensorInfo],
-        readers: Mapping[str, Callable[[], Tensor]],
-        sources: Iterable[TensorStore] = (),
-    ):
-        self.infos = dict(infos)
-        self._readers = dict(readers)
-        self._sources = tuple(sources)
-
-    def read(self, name: str) -> Tensor:
-        """Computes one tensor."""
-        return self._readers[name]()
-
-    def close(self) -> None:
-        """Closes the files."""
-        for source in self._sources:
-            source.close()
 
 
 def list_names(names: Iterable[str], limit: int = 20) -> str:

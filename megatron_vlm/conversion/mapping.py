@@ -7,13 +7,89 @@ without vocabulary padding. A family's mapping is one list of entries; export is
 Names of full tensors are global: ``language_model.decoder.layers.7`` is decoder layer 7 on whatever stage it lives.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import collections.abc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_vlm.errors import ConversionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def meta(self) -> Tensor:
+        """A tensor of this shape and dtype without data: mappings applied to it tell shapes without reading."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    class TensorStore(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def infos(self) -> collections.abc.Mapping[str, TensorInfo]:
+        """Name -> dtype and shape."""
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor."""
+
+    def close(self) -> None:
+        """Closes the files."""
+
+
+class DerivedTensors:
+    """Tensors computed when they are read: renamed, extended or freshly drawn ones.
+
+    Args:
+        infos: name -> what ``read`` will return.
+        readers: name -> function that computes it.
+        sources: stores that the functions read, closed together with this one.
+    """
+
+    def __init__(
+        self,
+        infos: collections.abc.Mapping[str, TensorInfo],
+        readers: collections.abc.Mapping[str, Callable[[], Tensor]],
+        sources: Iterable[TensorStore] = (),
+    ):
+        self.infos = dict(infos)
+        self._readers = dict(readers)
+        self._sources = tuple(sources)
+
+    def read(self, name: str) -> Tensor:
+        """Computes one tensor."""
+        return self._readers[name]()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for source in self._sources:
+            source.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFModel:
+    """An HF model of which tensors are read one at a time.
+
+    Attributes:
+        directory: its non-weight files.
+        config: content of its config.json.
+        tensors: under the names of its files.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: TensorStore
 
 
 @dataclass(frozen=True, kw_only=True)

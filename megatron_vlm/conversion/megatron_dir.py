@@ -18,9 +18,9 @@ import torch
 
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.hf_io import copy_hf_files, read_json, write_json
+from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.conversion.safetensors_io import (
     SafetensorsWriter,
-    TensorInfo,
     Writers,
     aligned_order,
     atomic_directory,

@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.errors import ConversionError
 
 DTYPES = {
@@ -42,22 +43,7 @@ PARAMS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 _HASHING = ThreadPoolExecutor(1, thread_name_prefix="sha256")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """What a header says of a tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def meta(self) -> Tensor:
-        """A tensor of this shape and dtype without data: mappings applied to it tell shapes without reading."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
-
-    def cast(self, dtype: torch.dtype | None) -> "TensorInfo":
+def cast(self, dtype: torch.dtype | None) -> "TensorInfo":
         """The info after ``cast(tensor, dtype)``."""
         return TensorInfo(dtype=dtype, shape=self.shape) if dtype and self.dtype.is_floating_point else self
 

@@ -14,10 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from megatron_vlm.conversion.hf_io import HFTensors, TensorStore, list_names, read_json, resolve_directory
-from megatron_vlm.conversion.mapping import Entry, Layout, Mapping
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, list_names, read_json, resolve_directory
+from megatron_vlm.conversion.mapping import Entry, HFModel, Layout, Mapping, TensorInfo
 from megatron_vlm.conversion.megatron_dir import MANIFEST, Stages, rank_file, read_manifest
-from megatron_vlm.conversion.safetensors_io import SafetensorsFile, TensorInfo
+from megatron_vlm.conversion.safetensors_io import SafetensorsFile
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.log import get_logger
 from megatron_vlm.models import registry
@@ -88,7 +88,7 @@ class WeightSource(abc.ABC):
 
 
 class HFSource(WeightSource):
-    """An HF model: ``tensors`` under HF names, and the directory of its other files.
+    """An HF model, on disk or assembled.
 
     Raises:
         ConversionError: tensors missing, unmapped, stored twice or of a wrong shape; every name is listed.
@@ -96,9 +96,9 @@ class HFSource(WeightSource):
 
     kind = "hf"
 
-    def __init__(self, tensors: TensorStore, hf_dir: Path, hf_config: dict[str, Any], spec: FamilySpec):
-        super().__init__(hf_dir, hf_config, spec)
-        self.tensors = tensors
+    def __init__(self, model: HFModel, spec: FamilySpec):
+        super().__init__(model.directory, model.config, spec)
+        self.tensors = model.tensors
         self._file_name = self._match_names()
         self.infos = {}
         for entry in self.mapping:
@@ -190,7 +190,7 @@ class MegatronSource(WeightSource):
         self.directory = directory
         self.manifest = read_manifest(directory)
         hf_dir = directory / "hf"
-        super().__init__(hf_dir, read_json(hf_dir / "config.json"), spec or registry.get(self.manifest.family))
+        super().__init__(hf_dir, read_json(hf_dir / CONFIG_NAME), spec or registry.get(self.manifest.family))
         self.stored_ties = self.manifest.stored_ties
         self.tp, self.pp = self.manifest.tensor_model_parallel_size, self.manifest.pipeline_model_parallel_size
         self._layouts = {
@@ -283,26 +283,30 @@ def open_source(path_or_id: str | os.PathLike, family: str | None = None) -> Wei
     if (directory / MANIFEST).exists():
         recorded = registry.get(read_manifest(directory).family)
         return MegatronSource(
-            directory, choose_family(read_json(directory / "hf" / "config.json"), directory, family, recorded)
+            directory, choose_family(read_json(directory / "hf" / CONFIG_NAME), directory, family, recorded)
         )
     if (directory / TRACKER).exists() or (directory / "state.json").exists():
         from megatron_vlm.conversion.training_source import TrainingSource, iteration_directory
 
         iteration = iteration_directory(directory)
-        return TrainingSource(iteration, choose_family(read_json(iteration / "hf" / "config.json"), iteration, family))
-    if not (directory / "config.json").exists():
+        return TrainingSource(iteration, choose_family(read_json(iteration / "hf" / CONFIG_NAME), iteration, family))
+    if not (directory / CONFIG_NAME).exists():
         raise ConversionError(
             f"{directory} is neither an HF model (config.json), nor Megatron weights ({MANIFEST}), nor a training "
             f"checkpoint ({TRACKER}, or an iteration's state.json)"
         )
-    hf_config = read_json(directory / "config.json")
-    spec = choose_family(hf_config, directory, family)
-    tensors = HFTensors(directory)
+    spec = choose_family(read_json(directory / CONFIG_NAME), directory, family)
+    model = open_hf(directory)
     try:
-        return HFSource(tensors, directory, hf_config, spec)
+        return HFSource(model, spec)
     except BaseException:
-        tensors.close()
+        model.tensors.close()
         raise
+
+
+def open_hf(directory: Path) -> HFModel:
+    """Opens the config and the weights of an HF directory."""
+    return HFModel(directory=directory, config=read_json(directory / CONFIG_NAME), tensors=HFTensors(directory))
 
 
 def choose_family(

@@ -182,7 +182,12 @@ class Processor(Protocol):
 
 
 def row_from_samples(
-    samples: Sequence[EncodedSample], *, filler_token_id: int = 0, multiple_of: int = 1, fill_to: int = 0, holes: int = 0
+    samples: Sequence[EncodedSample],
+    *,
+    filler_token_id: int = 0,
+    multiple_of: int = 1,
+    fill_to: int = 0,
+    holes: int = 0,
 ) -> PackedRow:
     """Lays whole samples end to end as one row.
 
@@ -203,7 +208,9 @@ def row_from_samples(
     total = sum(lengths)
     target = max(fill_to, -(-total // multiple_of) * multiple_of, multiple_of)
     if fill_to and target != fill_to:
-        raise ValueError(f"samples of {lengths} tokens (a multiple of {multiple_of} is needed) do not fit {fill_to} tokens")
+        raise ValueError(
+            f"samples of {lengths} tokens (a multiple of {multiple_of} is needed) do not fit {fill_to} tokens"
+        )
     filler = target - total
     ids, positions, labels, image_positions = [], [], [], []
     start = 0

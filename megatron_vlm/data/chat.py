@@ -1,0 +1,151 @@
+"""Turns -> token ids with an exact loss mask, shared by the families.
+
+    pieces (text, supervised) --joined--> one string --tokenised whole--> ids, mask by character offsets
+
+The string is tokenised as a whole, as HF does, so the ids are HF's; a token is supervised if it starts in a supervised piece.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vlm.data.types import Turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A stretch of a prompt. ``answer`` says that it is the assistant's own text."""
+
+    text: str
+    answer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A tokenised prompt.
+
+    Attributes:
+        ids: int64 [L].
+        supervised: bool [L].
+        answer_start: index of the first token of the last answer (L if there is none).
+        truncated: the too-long policy shortened it.
+        num_turns: turns that are left.
+    """
+
+    ids: NDArray[np.int64]
+    supervised: NDArray[np.bool_]
+    answer_start: int
+    num_turns: int
+    truncated: bool = False
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens; the first token is never predicted."""
+        return int(self.supervised[1:].sum())
+
+
+class FastTokenizer:
+    """A ``tokenizers.Tokenizer`` held as its JSON text, so that it travels to worker processes."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self._tokenizer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"text": self.text, "_tokenizer": None}
+
+    def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns ids (int64 [L]) and the character that each token starts at (int64 [L]; -1: added, as BOS is)."""
+        encoding = self._load().encode(text)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        starts = np.fromiter((start for start, _ in encoding.offsets), dtype=np.int64, count=len(ids))
+        starts[np.array(encoding.special_tokens_mask, dtype=bool)] = -1
+        return ids, starts
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, special tokens shown."""
+        return self._load().decode(list(ids), skip_special_tokens=False)
+
+    def _load(self) -> Any:
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_str(self.text)
+        return self._tokenizer
+
+
+def plain_tokenizer(backend: Any) -> FastTokenizer:
+    """Takes over a ``tokenizers.Tokenizer`` without its truncation and padding settings."""
+    settings = json.loads(backend.to_str())
+    settings["truncation"] = settings["padding"] = None
+    return FastTokenizer(json.dumps(settings, ensure_ascii=False))
+
+
+def encode_pieces(
+    tokenizer: FastTokenizer, pieces: Sequence[Piece], num_turns: int, *, answer_only: bool, never: Sequence[int]
+) -> Tokens:
+    """Tokenises pieces as one string.
+
+    Args:
+        tokenizer: of the model.
+        pieces: in order.
+        num_turns: turns that they render.
+        answer_only: supervise answers alone; else everything.
+        never: ids that no loss is taken on (BOS, image tokens).
+    """
+    ids, starts = tokenizer.encode("".join(piece.text for piece in pieces))
+    bounds = np.cumsum([0, *(len(piece.text) for piece in pieces)])
+    owner = np.searchsorted(bounds[1:], starts, side="right")
+    answers = np.array(
+        [*(piece.answer for piece in pieces), False]
+    )  # the last one: a token of no width at the very end
+    added = starts < 0
+    in_answer = answers[np.minimum(owner, len(pieces))] & ~added
+    supervised = (in_answer if answer_only else ~added) & ~np.isin(ids, np.array(never, dtype=np.int64))
+    last = max((i for i, piece in enumerate(pieces) if piece.answer), default=len(pieces))
+    answer_start = int(np.argmax((owner == last) & ~added)) if in_answer.any() else len(ids)
+    return Tokens(ids=ids, supervised=supervised, answer_start=answer_start, num_turns=num_turns)
+
+
+def fit(
+    encode: Callable[[Sequence[Turn]], Tokens],
+    turns: Sequence[Turn],
+    limit: int,
+    *,
+    truncate: bool,
+    keep: Sequence[int],
+) -> Tokens | None:
+    """Tokenises a conversation within ``limit`` tokens.
+
+    A longer one loses whole exchanges (a user turn and its answer, with their images) from the end until it fits; if even the
+    first one is too long, the end of its answer is cut, leaving no end token that would teach the model to stop there.
+
+    Args:
+        encode: tokenises a conversation.
+        turns: the whole conversation.
+        limit: most tokens.
+        truncate: shorten; else a longer conversation does not fit.
+        keep: ids that are never cut off (image tokens).
+
+    Returns:
+        The tokens, or None if nothing that fits is left.
+    """
+    tokens = encode(turns)
+    if len(tokens.ids) <= limit:
+        return tokens
+    if not truncate:
+        return None
+    ends = [i + 1 for i, turn in enumerate(turns) if turn.role == "assistant"] or [len(turns)]
+    for end in reversed(ends):
+        if end < len(turns):
+            tokens = encode(turns[:end])
+        if len(tokens.ids) <= limit:
+            return dataclasses.replace(tokens, truncated=True)
+    if limit <= tokens.answer_start or np.isin(tokens.ids[limit:], np.array(keep, dtype=np.int64)).any():
+        return None
+    return dataclasses.replace(tokens, ids=tokens.ids[:limit], supervised=tokens.supervised[:limit], truncated=True)

@@ -1,0 +1,221 @@
+"""Shard folders read as one list of samples: id -> (shard, row) -> RawSample, with nothing in memory but shard counts."""
+
+import hashlib
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vlm.data.shards import (
+    BLOCK,
+    MANIFEST,
+    MANIFEST_VERSION,
+    SAMPLE_DTYPE,
+    parse_header,
+    parse_sample,
+    parse_text,
+)
+from megatron_vlm.data.types import RawSample, Turn
+from megatron_vlm.errors import DataError
+
+MAX_OPEN = 128  # shards whose file and index stay open in each process
+MAX_SPAN = 2**30
+TEXT_BYTES = 8192  # read at first for a sample's text: most fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar shard; ``num_bytes`` and ``sha256`` as the manifest says."""
+
+    path: Path
+    num_samples: int
+    num_images: int
+    num_bytes: int
+    sha256: str
+
+
+class Recent:
+    """Keeps what ``make`` returned for the most recent keys; ``drop`` closes the rest."""
+
+    def __init__(self, make: Callable[[Any], Any], limit: int, drop: Callable[[Any], Any] = lambda _: None):
+        self._make, self._limit, self._drop = make, limit, drop
+        self._items: OrderedDict[Any, Any] = OrderedDict()
+
+    def __call__(self, key: Any) -> Any:
+        if key in self._items:
+            self._items.move_to_end(key)
+        else:
+            self._items[key] = self._make(key)
+            if len(self._items) > self._limit:
+                self._drop(self._items.popitem(last=False)[1])
+        return self._items[key]
+
+    def clear(self) -> None:
+        """Drops everything."""
+        while self._items:
+            self._drop(self._items.popitem()[1])
+
+
+class Dataset:
+    """Samples of one or more shard folders, in order.
+
+    Travels to worker processes; files are opened where they are read.
+
+    Raises:
+        DataError: a folder without manifest, a missing shard, or one whose size differs from the manifest's.
+    """
+
+    def __init__(self, paths: Sequence[str | Path]):
+        if not paths:
+            raise DataError("no data: name at least one folder made by 'megatron-vlm data build'")
+        manifests = [_read_manifest(Path(path)) for path in paths]
+        self.shards = tuple(shard for shards in manifests for shard in shards)
+        self._ends = np.cumsum([shard.num_samples for shard in self.shards], dtype=np.int64)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._files = Recent(lambda i: os.open(self.shards[i].path, os.O_RDONLY), MAX_OPEN, os.close)
+        self._samples = Recent(self._open_samples, MAX_OPEN)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shards": self.shards, "_ends": self._ends}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the content and order of all shards."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:32]
+
+    def locate(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns the shard and the row in it of each id (int64 arrays)."""
+        shards = np.searchsorted(self._ends, ids, side="right")
+        return shards, ids - np.where(shards > 0, self._ends[shards - 1], 0)
+
+    def locate_one(self, sample_id: int) -> tuple[int, int]:
+        """Returns the shard and the row in it of one id."""
+        shards, rows = self.locate(np.array([sample_id], dtype=np.int64))
+        return int(shards[0]), int(rows[0])
+
+    def index(self, shard: int) -> NDArray[Any]:
+        """Returns the sample table of a shard (``SAMPLE_DTYPE``), mapped from disk."""
+        return self._samples(shard)
+
+    def image_sizes(self, shard: int) -> NDArray[np.uint16]:
+        """Returns uint16 [images, 2], width and height of a shard's images."""
+        return _open_array(
+            self.shards[shard].path.with_suffix(".images.npy"), np.dtype("<u2"), self.shards[shard].num_images
+        )
+
+    def read(self, sample_id: int) -> RawSample:
+        """Reads one sample.
+
+        Raises:
+            DataError: unreadable or damaged; names the shard and the offset.
+        """
+        return self.read_row(*self.locate_one(sample_id))
+
+    def read_row(self, shard: int, row: int) -> RawSample:
+        """Reads the sample in a row of a shard; raises as ``read``."""
+        entry = self.index(shard)[row]
+        with self._naming(shard, entry):
+            block = self._pread(shard, int(entry["offset"]), int(entry["span"]))
+            if zlib.crc32(block) != int(entry["crc32"]):
+                raise DataError("damaged: its crc32 differs from the index")
+            return parse_sample(block)
+
+    def read_text(self, shard: int, row: int) -> tuple[str, tuple[Turn, ...]]:
+        """Reads key and turns of a sample without its images (and so without its crc32); raises as ``read``."""
+        entry = self.index(shard)[row]
+        with self._naming(shard, entry):
+            span = int(entry["span"])
+            block = self._pread(shard, int(entry["offset"]), min(span, TEXT_BYTES))
+            name, size = parse_header(block)
+            if size + BLOCK > len(block):
+                block = self._pread(shard, int(entry["offset"]), min(span, size + BLOCK))
+            return parse_text(name, block[BLOCK : BLOCK + size])[:2]
+
+    def _pread(self, shard: int, offset: int, size: int) -> bytes:
+        if size > MAX_SPAN:
+            raise DataError(f"the sample has {size} bytes, the limit is {MAX_SPAN}")
+        try:
+            block = os.pread(self._files(shard), size, offset)
+        except OSError as error:
+            raise DataError(f"cannot read: {error.strerror}") from error
+        if len(block) != size:
+            raise DataError(f"the shard is cut short: {len(block)} of {size} bytes")
+        return block
+
+    @contextmanager
+    def _naming(self, shard: int, entry: Any) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            name, offset = str(self.shards[shard].path), int(entry["offset"])
+            raise DataError(error.message, key=error.key, shard=name, offset=offset) from error
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._files.clear()
+        self._samples.clear()
+
+    def _open_samples(self, shard: int) -> NDArray[Any]:
+        info = self.shards[shard]
+        return _open_array(info.path.with_suffix(".samples.npy"), SAMPLE_DTYPE, info.num_samples)
+
+
+def _open_array(path: Path, dtype: np.dtype, length: int) -> NDArray[Any]:
+    try:
+        # An empty array cannot be mapped, and a text-only shard has one.
+        array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the index: {error}", shard=str(path)) from error
+    if array.dtype != dtype or len(array) != length:
+        raise DataError(
+            f"the index has {len(array)} rows of {array.dtype}, expected {length} of {dtype}", shard=str(path)
+        )
+    return array
+
+
+def _read_manifest(folder: Path) -> list[Shard]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["version"] != MANIFEST_VERSION:
+            raise DataError(f"version {manifest['version']} is not read here, only {MANIFEST_VERSION}", shard=str(path))
+        shards = [
+            Shard(
+                path=folder / str(item["name"]),
+                num_samples=int(item["samples"]),
+                num_images=int(item["images"]),
+                num_bytes=int(item["bytes"]),
+                sha256=str(item["sha256"]),
+            )
+            for item in manifest["shards"]
+        ]
+    except FileNotFoundError as error:
+        message = "no manifest.json: name a folder made by 'megatron-vlm data build'"
+        raise DataError(message, shard=str(folder)) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"not a readable manifest: {error!r}", shard=str(path)) from error
+    for shard in shards:
+        if shard.path.parent != folder:
+            raise DataError(f"shard name {shard.path} leads out of its folder", shard=str(path))
+        size = shard.path.stat().st_size if shard.path.is_file() else None
+        if size != shard.num_bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise DataError(f"the shard {found}, the manifest says {shard.num_bytes} bytes", shard=str(shard.path))
+    return shards

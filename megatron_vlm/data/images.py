@@ -1,0 +1,94 @@
+"""Images: opened by header with limits checked before any pixel is decoded; decoded upright, as 8-bit RGB."""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from megatron_vlm.errors import DataError
+
+EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # an MPO file (phones) opens as JPEG, its first frame
+MAX_BYTES = 64 * 2**20
+MAX_SIDE = 16_384
+MAX_PIXELS = 50_000_000
+MAX_ASPECT = 200
+_UPRIGHT_SWAPS = (5, 6, 7, 8)  # values of the EXIF orientation that turn an image by 90 degrees
+_ORIENTATION = 0x0112
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, OverflowError)
+Image.init()  # plugins are listed once, not in the first worker's first image
+
+
+def open_image(data: bytes, name: str = "image") -> Image.Image:
+    """Opens an encoded image without decoding it.
+
+    Raises:
+        DataError: not a readable PNG, JPEG, WebP, GIF or BMP, animated, 16-bit, or beyond a limit (numbers shown).
+    """
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{name} has {len(data)} bytes, the limit is {MAX_BYTES}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name} is refused: {error}") from error
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{name} is not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
+    width, height = image.size
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise DataError(f"{name} is {width} x {height}, the limits are {MAX_SIDE} a side and {MAX_PIXELS} pixels")
+    if not width or not height or max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataError(f"{name} is {width} x {height}, the longer side may be {MAX_ASPECT} times the shorter one")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise DataError(f"{name} is animated: give single frames")
+    if image.mode.startswith(("I", "F")):
+        raise DataError(f"{name} has pixels of mode {image.mode}: convert it to 8 bits a channel")
+    return image
+
+
+def decode_image(data: bytes, name: str = "image") -> Image.Image:
+    """Decodes an image upright, as RGB.
+
+    Raises:
+        DataError: as ``open_image``, or broken pixel data.
+    """
+    image = open_image(data, name)
+    try:
+        return upright_rgb(image)
+    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} cannot be decoded: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turns an image as its EXIF orientation says and converts it to RGB, as transformers' ``load_image`` does."""
+    image = ImageOps.exif_transpose(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def probe_image(data: bytes, name: str = "image") -> tuple[str, int, int]:
+    """Checks that an image decodes, at the lowest cost, and returns (file extension, width, height) of it upright.
+
+    Raises:
+        DataError: as ``decode_image``.
+    """
+    image = open_image(data, name)
+    width, height = image.size
+    extension = EXTENSIONS[image.format or "PNG"]
+    try:
+        image.draft(None, (1, 1))  # a JPEG's whole stream is still read, but only an eighth of its pixels are made
+        image.load()
+        turned = image.getexif().get(_ORIENTATION) in _UPRIGHT_SWAPS
+    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} cannot be decoded: {error}") from error
+    return (extension, height, width) if turned else (extension, width, height)
+
+
+def normalise_table(rescale: float, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """Returns float32 [C, 256]: what rescaling and normalising makes of each 8-bit value.
+
+    The operations and their dtypes are those of transformers' ``rescale`` (float64, then float32) and ``normalize``
+    (float32), so looking a value up gives their result bit for bit.
+    """
+    rescaled = (np.arange(256, dtype=np.uint8).astype(np.float64) * rescale).astype(np.float32)
+    means, stds = np.array(mean, dtype=np.float32), np.array(std, dtype=np.float32)
+    return (rescaled[None] - means[:, None]) / stds[:, None]

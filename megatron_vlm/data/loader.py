@@ -1,0 +1,267 @@
+"""Rows for training and evaluation: plan -> workers that read and encode -> PackedRow, with a state of a few integers.
+
+    Stream.steps(state) --RowPlan--> worker processes: read, decode, encode, lay end to end --> StepRows
+
+Workers hold no state, so neither their number nor what they have prefetched shows in the rows or in the data state.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.counts import TokenCounts, digest_of, survey
+from megatron_vlm.data.dataset import Dataset
+from megatron_vlm.data.plan import DataState, RowPlan, StepPlan, Stream, row_plan
+from megatron_vlm.data.reader import Quarantine, RowReader, fetch
+from megatron_vlm.data.types import PackedRow, Processor
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.log import get_logger
+
+LOGGER = get_logger(__name__)
+_EXACT_WINDOWS = 256  # planned to count the rows of an epoch; more are estimated from these
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """One optimizer step.
+
+    Attributes:
+        rows: this data parallel rank's microbatches; as many on every rank.
+        state: of the data after this step; keep it once the step is committed.
+        sample_ids: ids of the whole global batch.
+        num_samples: their number, holes included.
+    """
+
+    rows: tuple[PackedRow, ...]
+    state: DataState
+    sample_ids: tuple[int, ...]
+    num_samples: int
+
+
+class RowLoader:
+    """The training rows of one data parallel rank, without end.
+
+    Args:
+        config: see DataConfig.
+        processor: of the model.
+        paths: shard folders, read as one.
+        seed: of the order.
+        global_batch_size: rows a step if packing, else samples.
+        micro_batch_size: samples a row; 1 if packing.
+        dp_rank, dp_size: of this rank.
+        multiple_of, fill_to: length of every row, see ``row_from_samples``.
+        state: continue after it; None: from the start.
+        cache_dir: see ``DataConfig.cache_dir``, which it overrides.
+        output_dir: gets ``excluded.jsonl`` and ``quarantine.jsonl``.
+
+    Raises:
+        ConfigError: sizes that do not divide, or a state of other data (unless ``allow_data_change``).
+        DataError: unreadable data, or samples that are too long under ``on_too_long: raise``.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        processor: Processor,
+        *,
+        paths: Sequence[str | Path],
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        multiple_of: int = 1,
+        fill_to: int = 0,
+        state: DataState | None = None,
+        cache_dir: str | Path | None = None,
+        output_dir: str | Path | None = None,
+    ):
+        check_batch(config, global_batch_size, micro_batch_size, dp_size)
+        self._config, self._batch = config, global_batch_size
+        self._dataset = Dataset(paths)
+        self._counts = TokenCounts(self._dataset, processor, cache_dir=cache_dir or config.cache_dir, start=dp_rank)
+        self._report = survey(self._counts, config, Path(output_dir) if output_dir and dp_rank == 0 else None)
+        self._stream = Stream(self._counts, seed, config)
+        state = self._start(seed, processor, state)
+        self._ready: deque[StepPlan] = deque()
+        steps = self._stream.steps(
+            state,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+        )
+        reader = RowReader(self._dataset, processor, config, seed=seed, multiple_of=multiple_of, fill_to=fill_to)
+        self._fetch = fetch(reader, self._queue(steps), config)
+        self._quarantine = Quarantine(config, output_dir)
+
+    def _start(self, seed: int, processor: Processor, state: DataState | None) -> DataState:
+        digests = {
+            "data": self._dataset.digest,
+            "processor": processor.fingerprint[:32],
+            "excluded": self._report["excluded_digest"],
+            "packing": _packing_digest(self._config),
+        }
+        if state is None:
+            return DataState(seed=seed, digests=digests)
+        changed = [name for name in digests if state.digests.get(name) != digests[name]]
+        changed += ["seed"] if state.seed != seed else []
+        if changed and not self._config.allow_data_change:
+            raise ConfigError(
+                f"the checkpoint was trained on other data: {', '.join(changed)} changed, so its place in the order means "
+                "nothing here. Restore them, set data.allow_data_change=true to go on anyway, or checkpoint.finetune=true to "
+                "start the data anew"
+            )
+        if changed:
+            LOGGER.warning(
+                "resuming although %s changed: samples may repeat or be missed this epoch", ", ".join(changed)
+            )
+        return state.replace(seed=seed, digests=digests)
+
+    def _queue(self, steps: Iterator[StepPlan]) -> Iterator[RowPlan]:
+        for step in steps:
+            self._ready.append(step)
+            yield from step.rows
+
+    def next_step(self) -> StepRows:
+        """Returns the next step.
+
+        Raises:
+            DataError: a bad sample under ``on_bad_sample: raise``, or more holes than the budget.
+        """
+        fetched = [next(self._fetch)]
+        step = self._ready.popleft()
+        fetched += [next(self._fetch) for _ in step.rows[1:]]
+        for item in fetched:
+            self._quarantine.add(item)
+        rows = tuple(item.row for item in fetched if item.row is not None)
+        return StepRows(rows=rows, state=step.state, sample_ids=step.sample_ids, num_samples=len(step.sample_ids))
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that an epoch trains on: all but the excluded."""
+        return self._report["samples"] - sum(self._report["excluded"].values())
+
+    def steps_per_epoch(self, epochs: float = 1.0) -> int:
+        """Returns the steps after which ``epochs`` epochs have been read; the last one may reach into the next epoch.
+
+        With packing, the rows of the first epoch are planned for it (others differ by a row or so a window); beyond 256
+        windows they are estimated from the first 256. The same on every rank.
+        """
+        items = self.samples_per_epoch
+        if self._config.packing:
+            windows = self._stream.num_windows
+            planned = min(windows, _EXACT_WINDOWS)
+            rows = sum(len(self._stream.window(0, window)) for window in range(planned))
+            items = round(rows * windows / planned)
+        return max(1, int(np.ceil(epochs * items / self._batch)))
+
+    def report(self) -> dict[str, Any]:
+        """Returns counts of samples, excluded (by reason), truncated and holes, and token totals."""
+        return {**self._report, "holes": self._quarantine.holes}
+
+    def close(self) -> None:
+        """Ends the workers and closes the files."""
+        self._fetch.close()
+        self._dataset.close()
+
+
+def evaluation_rows(
+    config: DataConfig,
+    processor: Processor,
+    *,
+    paths: Sequence[str | Path],
+    dp_rank: int,
+    dp_size: int,
+    micro_batch_size: int,
+    multiple_of: int = 1,
+    fill_to: int = 0,
+    max_rows: int | None = None,
+    cache_dir: str | Path | None = None,
+    output_dir: str | Path | None = None,
+) -> Iterator[PackedRow]:
+    """Yields this rank's held-out rows: every usable sample once over all ranks, in the order of the shards.
+
+    Every rank gets the same number of rows: filler rows without loss make up the difference.
+
+    Args:
+        max_rows: rows over all ranks; None: all.
+        other arguments: as of RowLoader.
+
+    Raises:
+        as RowLoader.
+    """
+    dataset = Dataset(paths)
+    counts = TokenCounts(dataset, processor, cache_dir=cache_dir or config.cache_dir, start=dp_rank)
+    survey(counts, config, None)
+    stream = Stream(counts, None, config)
+    reader = RowReader(dataset, processor, config, seed=0, multiple_of=multiple_of, fill_to=fill_to)
+    quarantine = Quarantine(config, output_dir)
+    plans = _evaluation_plans(stream, 1 if config.packing else micro_batch_size, dp_rank, dp_size, max_rows)
+    rows = fetch(reader, plans, config)
+    try:
+        for item in rows:
+            quarantine.add(item)
+            assert item.row is not None
+            yield item.row
+    finally:
+        rows.close()
+        dataset.close()
+
+
+def _evaluation_plans(
+    stream: Stream, items_per_row: int, dp_rank: int, dp_size: int, max_rows: int | None
+) -> Iterator[RowPlan]:
+    row: list = []
+    number = 0
+
+    def plans() -> Iterator[RowPlan]:
+        for place in stream.items():
+            epoch = place[0]
+            if epoch:
+                break
+            row.append(place)
+            if len(row) == items_per_row:
+                yield row_plan(row)
+                row.clear()
+        if row:
+            yield row_plan(row)
+
+    for plan in plans():
+        if number == max_rows:
+            break
+        if number % dp_size == dp_rank:
+            yield plan
+        number += 1
+    if number % dp_size and dp_rank >= number % dp_size:
+        yield RowPlan(ids=(), tokens=(), epoch=0, truncated=0)
+
+
+def check_batch(config: DataConfig, global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
+    """Checks batch sizes against packing and the number of data parallel ranks.
+
+    Raises:
+        ConfigError: what does not divide, and what to set.
+    """
+    if min(global_batch_size, micro_batch_size) < 1:
+        raise ConfigError(f"batch sizes must be at least 1, got global {global_batch_size}, micro {micro_batch_size}")
+    if config.packing and micro_batch_size != 1:
+        raise ConfigError(
+            f"micro_batch_size is {micro_batch_size}, with data.packing it must be 1: raise data.seq_length to put more "
+            "samples in a row"
+        )
+    if global_batch_size % (micro_batch_size * dp_size):
+        raise ConfigError(
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {dp_size} data "
+            "parallel ranks"
+        )
+
+
+def _packing_digest(config: DataConfig) -> str:
+    names = ("packing", "packing_window", "slice_size", "window_slices", "seq_length")
+    return digest_of(" ".join(f"{name}={getattr(config, name)}" for name in names))

@@ -1,0 +1,84 @@
+"""The order of samples: (seed, epoch, position) -> sample id, a pure function without any list in memory.
+
+    ids      0 ................................ N-1      neighbours lie side by side in a shard
+    slices   [S ids][S ids] ... [short one]              shuffled as wholes by a keyed permutation; the short one stays last
+    windows  [W slices][W slices] ... [rest]             positions of a window are shuffled over all ids of its slices
+
+So a window reads W runs of S neighbouring samples, in random order, and the shuffle radius is W x S. Both shuffles are Feistel
+networks with cycle walking: a bijection on 0 .. n-1 for every n, key and epoch, evaluated where it is needed.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROUNDS = 8  # 4 leave correlations between positions and ids that a statistical test sees; 8 do not
+
+
+def permute(index: NDArray[np.int64], n: int, key: str) -> NDArray[np.int64]:
+    """Maps each of ``index`` (int64, in 0 .. n-1) through a keyed permutation of 0 .. n-1."""
+    if n <= 1:
+        return np.zeros_like(index)
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    digest = hashlib.blake2b(key.encode(), digest_size=8 * ROUNDS).digest()
+    keys = np.frombuffer(digest, dtype="<u8")
+
+    def cipher(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = x >> shift, x & mask
+        for k in keys:
+            left, right = right, left ^ (_mix(right + k) & mask)
+        return (left << shift) | right
+
+    out = cipher(index.astype(np.uint64))
+    outside = np.flatnonzero(out >= n)
+    while outside.size:  # cycle walking: the domain is a power of 4 below 4 n (16 for tiny n), so few rounds do
+        out[outside] = cipher(out[outside])
+        outside = outside[out[outside] >= n]
+    return out.astype(np.int64)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The order of ``num_samples`` samples.
+
+    Attributes:
+        num_samples: N.
+        seed: of the run.
+        slice_size: S, neighbouring ids that stay together in a window.
+        window_slices: W, slices that are shuffled among each other.
+    """
+
+    num_samples: int
+    seed: int
+    slice_size: int = 128
+    window_slices: int = 64
+
+    def __call__(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the sample ids (int64) at ``positions`` (int64, 0 .. N-1) of an epoch; a bijection per epoch."""
+        radius = self.slice_size * self.window_slices
+        windows = positions // radius
+        ids = np.empty_like(positions)
+        for window in np.unique(windows):
+            here = windows == window
+            start = int(window) * radius
+            size = min(radius, self.num_samples - start)
+            inner = permute(positions[here] - start, size, f"{self.seed}/{epoch}/window/{window}")
+            ranks, offsets = np.divmod(inner, self.slice_size)
+            ids[here] = self._slice(epoch, ranks + window * self.window_slices) * self.slice_size + offsets
+        return ids
+
+    def _slice(self, epoch: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        whole = self.num_samples // self.slice_size
+        return np.where(
+            ranks < whole, permute(np.minimum(ranks, whole - 1), whole, f"{self.seed}/{epoch}/slice"), ranks
+        )

@@ -1,0 +1,196 @@
+"""Planned rows read and encoded, in this process or in workers, and what happens to bad samples.
+
+A worker gets a RowPlan and gives back a row; it holds nothing but open files. Workers are spawned, not forked: a training
+process has threads and device handles that do not survive a fork. They end with their parent, however it ends.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.counts import digest_of
+from megatron_vlm.data.dataset import Dataset
+from megatron_vlm.data.images import decode_image
+from megatron_vlm.data.plan import RowPlan
+from megatron_vlm.data.types import EncodedSample, PackedRow, Processor, row_from_samples
+from megatron_vlm.errors import DataError
+from megatron_vlm.log import get_logger
+
+LOGGER = get_logger(__name__)
+BAD_RATE_OVER = 10_000  # samples that the bad-sample rate is taken over at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """What comes back for one RowPlan: the row and a record of each sample that could not be used, or the error to raise."""
+
+    row: PackedRow | None
+    num_samples: int
+    failures: tuple[dict[str, Any], ...] = ()
+    error: DataError | None = None
+
+
+class RowReader(torch.utils.data.Dataset):
+    """Reads and encodes planned rows, in whichever process.
+
+    Args:
+        dataset: the samples.
+        processor: of the model.
+        seed: of the run, for keyed augmentation.
+        config: ``on_bad_sample``.
+        multiple_of, fill_to: length of every row, see ``row_from_samples``.
+    """
+
+    def __init__(
+        self, dataset: Dataset, processor: Processor, config: DataConfig, *, seed: int, multiple_of: int, fill_to: int
+    ):
+        self._dataset, self._processor, self._seed = dataset, processor, seed
+        self._skip = config.on_bad_sample == "skip"
+        self._multiple_of, self._fill_to = multiple_of, fill_to
+
+    def __getitem__(self, plan: RowPlan) -> Fetched:
+        samples, failures = [], []
+        for sample_id, tokens in zip(plan.ids, plan.tokens):
+            try:
+                samples.append(self._sample(sample_id, tokens, plan.epoch))
+            except DataError as error:
+                if not self._skip:  # returned, not raised: torch would rebuild it from the text of a traceback
+                    return Fetched(row=None, num_samples=len(plan.ids), error=error)
+                where = {"key": error.key, "shard": error.shard, "offset": error.offset}
+                failures.append({"id": sample_id, "epoch": plan.epoch, **where, "reason": error.message})
+        row = row_from_samples(
+            samples,
+            filler_token_id=self._processor.filler_token_id,
+            multiple_of=self._multiple_of,
+            fill_to=self._fill_to,
+            holes=len(failures),
+        )
+        row = replace(row, truncated=plan.truncated)
+        return Fetched(row=row, num_samples=len(plan.ids), failures=tuple(failures))
+
+    def _sample(self, sample_id: int, tokens: int, epoch: int) -> EncodedSample:
+        shard, row = self._dataset.locate_one(sample_id)
+        where = {
+            "shard": str(self._dataset.shards[shard].path),
+            "offset": int(self._dataset.index(shard)[row]["offset"]),
+        }
+        sample = self._dataset.read(sample_id)
+        seed = int(digest_of(f"{self._seed}/{epoch}/{sample_id}")[:15], 16)
+        try:
+            images = [decode_image(data, f"image {n}") for data, n in zip(sample.images, sample.image_names)]
+            encoded = self._processor.encode(sample.key, sample.turns, images, seed=seed)
+            if len(encoded.input_ids) != tokens:
+                raise DataError(
+                    f"{len(encoded.input_ids)} tokens where its count says {tokens}: remove the token counts (.tokens.npy)"
+                )
+        except DataError as error:
+            raise DataError(error.message, key=sample.key, **where) from error
+        except Exception as error:  # a bug, not a bad sample: no policy hides it, but it gets a name
+            raise RuntimeError(f"encoding sample {sample.key} of {where['shard']} failed: {error!r}") from error
+        return encoded
+
+
+def fetch(reader: RowReader, plans: Iterable[RowPlan], config: DataConfig) -> Iterator[Fetched]:
+    """Yields what ``reader`` makes of each plan, in order, from ``config.num_workers`` processes (0: this one).
+
+    Raises:
+        DataError: a bad sample under ``on_bad_sample: raise``.
+    """
+    if config.num_workers == 0:
+        items: Iterator[Fetched] = (reader[plan] for plan in plans)
+    else:
+        loader = DataLoader(
+            reader,
+            sampler=plans,  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=_flatten,
+            num_workers=config.num_workers,
+            prefetch_factor=config.prefetch_rows,
+            multiprocessing_context="spawn",
+            worker_init_fn=_start_worker,
+        )
+        items = (_restore(item, tensors) for item, tensors in loader)
+    for item in items:
+        if item.error is not None:
+            raise item.error
+        yield item
+
+
+def _start_worker(_: int) -> None:
+    """Leaves signals to the parent: a scheduler signals every process, and the parent still needs rows to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+_FIELDS = ("input_ids", "position_ids", "labels", "cu_seqlens", "image_positions")
+
+
+def _flatten(item: Fetched) -> tuple[Fetched, tuple[Tensor, ...]]:
+    """Joins a row's tensors by dtype: each tensor that leaves a worker takes a file descriptor of shared memory."""
+    row = item.row
+    if row is None:
+        return item, ()
+    fields = [getattr(row, name) for name in _FIELDS]
+    lengths = torch.tensor([len(f) for f in fields])
+    shapes = torch.tensor([p.shape for p in row.pixels], dtype=torch.int64).reshape(-1, 3)
+    pixels = torch.cat([p.reshape(-1) for p in row.pixels]) if row.pixels else torch.empty(0)
+    empty = torch.empty(0, dtype=torch.int64)
+    bare = replace(row, **dict.fromkeys(_FIELDS, empty), pixels=())
+    return replace(item, row=bare), (lengths, torch.cat([f.to(torch.int64) for f in fields]), shapes, pixels)
+
+
+def _restore(item: Fetched, tensors: tuple[Tensor, ...]) -> Fetched:
+    if item.row is None:
+        return item
+    lengths, values, shapes, pixels = tensors
+    fields = dict(zip(_FIELDS, values.split(lengths.tolist())))
+    fields["cu_seqlens"] = fields["cu_seqlens"].to(torch.int32)
+    parts = pixels.split(shapes.prod(1).tolist()) if len(shapes) else ()
+    images = tuple(part.view(*shape) for part, shape in zip(parts, shapes.tolist()))
+    return replace(item, row=replace(item.row, **fields, pixels=images))
+
+
+class Quarantine:
+    """Counts holes, writes ``quarantine.jsonl`` and stops a run whose data is worse than the budget."""
+
+    def __init__(self, config: DataConfig, output_dir: str | Path | None):
+        self._config = config
+        self._path = Path(output_dir) / "quarantine.jsonl" if output_dir else None
+        self.holes = self._samples = self._row = 0
+
+    def add(self, item: Fetched) -> None:
+        """Takes note of one row.
+
+        Raises:
+            DataError: more holes than ``bad_sample_rate`` or ``bad_sample_consecutive`` allow.
+        """
+        self._samples += item.num_samples
+        self.holes += len(item.failures)
+        self._row = self._row + len(item.failures) if len(item.failures) == item.num_samples else len(item.failures)
+        for failure in item.failures:
+            LOGGER.warning("a sample is skipped: %s", failure)
+            if self._path is not None:
+                line = json.dumps({"time": round(time.time(), 3), **failure}) + "\n"
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                try:
+                    os.write(descriptor, line.encode())  # one write: ranks append to the same file
+                finally:
+                    os.close(descriptor)
+        allowed = self._config.bad_sample_rate * max(self._samples, BAD_RATE_OVER)
+        if self.holes > allowed or self._row > self._config.bad_sample_consecutive:
+            raise DataError(
+                f"{self.holes} of {self._samples} samples could not be used, {self._row} of them in a row: data.bad_sample_rate "
+                f"{self._config.bad_sample_rate} and data.bad_sample_consecutive {self._config.bad_sample_consecutive} allow "
+                f"fewer. They are listed in {self._path or 'the log'}; 'megatron-vlm data check' names all"
+            )

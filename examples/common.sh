@@ -1,0 +1,99 @@
+# Shared by the training scripts of this folder: settings from the environment, the model where it must be made, torchrun.
+#
+#   MODEL                  an HF directory or hub id, Megatron weights, or a training checkpoint (--finetune is then added)
+#   LLM, VISION            instead of MODEL where a script says so: the parts to assemble a new model from
+#   DATA, VAL_DATA         folders that `megatron-vlm data build` wrote, separated by commas
+#   OUTPUT                 where checkpoints and logs go; on several nodes, a file system that all of them see
+#   GPUS                   ranks on this node (default: its GPUs)
+#   BATCH_SIZE             rows (samples where packing is off) of one update over all ranks
+#   PER_DEVICE_BATCH_SIZE  1: one packed row at a time (default); above 1: packing off, that many samples at a time
+#   TP, PP                 tensor and pipeline parallel size (default: TP the largest of 4, 2, 1 that GPUS allows, PP 1)
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, GPUS_PER_NODE   several nodes: run the script on each
+#   DEVICE                 cpu or cuda (default: what is there)
+#
+# A run whose OUTPUT already holds a checkpoint goes on from it. Arguments are passed on to `megatron-vlm train`.
+
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+[ ! -x "$ROOT/.venv/bin/python" ] || PATH="$ROOT/.venv/bin:$PATH"
+
+die() {
+    echo "${0##*/}: $*" >&2
+    exit 1
+}
+
+# require NAME "what it is" ...: stops at the first variable that is not set.
+require() {
+    while [ $# -gt 0 ]; do
+        eval "[ -n \"\${$1:-}\" ]" || die "$1 is not set: $2"
+        shift 2
+    done
+}
+
+count_gpus() {
+    nvidia-smi -L 2>/dev/null | grep -c . || true
+}
+
+# settings DEFAULT_BATCH_SIZE: fills in defaults, derives the accumulation, prints everything.
+settings() {
+    GPUS_PER_NODE=${GPUS_PER_NODE:-${GPUS:-$(count_gpus)}}
+    [ "$GPUS_PER_NODE" -gt 0 ] || die "GPUS is not set, and no GPU was found: set GPUS to the number of ranks on this node"
+    NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+    if [ -z "${TP:-}" ]; then
+        for TP in 4 2 1; do [ $((GPUS_PER_NODE % TP)) -ne 0 ] || break; done
+    fi
+    PP=${PP:-1} PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-1} BATCH_SIZE=${BATCH_SIZE:-$1}
+    world=$((NNODES * GPUS_PER_NODE))
+    [ $((world % (TP * PP))) -eq 0 ] || die "$NNODES x $GPUS_PER_NODE ranks do not divide into TP $TP x PP $PP"
+    dp=$((world / (TP * PP)))
+    [ $((BATCH_SIZE % (dp * PER_DEVICE_BATCH_SIZE))) -eq 0 ] ||
+        die "BATCH_SIZE $BATCH_SIZE is not a multiple of $dp data parallel ranks x PER_DEVICE_BATCH_SIZE $PER_DEVICE_BATCH_SIZE"
+    for name in MODEL LLM VISION DATA VAL_DATA OUTPUT DEVICE GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP \
+        PER_DEVICE_BATCH_SIZE BATCH_SIZE; do
+        eval "value=\${$name:-}"
+        [ -z "$value" ] || echo "$name=$value"
+    done
+    echo "data parallel ranks: $dp, accumulation: $((BATCH_SIZE / dp / PER_DEVICE_BATCH_SIZE))"
+}
+
+# assemble FAMILY: makes MODEL out of LLM and VISION, once, on the first node; the others wait for it.
+assemble() {
+    MODEL=$OUTPUT/assembled
+    if [ "$NODE_RANK" -eq 0 ] && [ ! -f "$MODEL/megatron.json" ]; then
+        "$ROOT/toolkits/convert" hf2mg --family "$1" --llm "$LLM" --vision "$VISION" --tp "$TP" --pp "$PP" --out "$MODEL"
+    fi
+    waited=0
+    while [ ! -f "$MODEL/megatron.json" ]; do
+        [ $waited -lt 7200 ] || die "node 0 did not write $MODEL in 2 hours: is OUTPUT on a file system that all nodes see?"
+        sleep 2
+        waited=$((waited + 2))
+    done
+}
+
+# train CONFIG ARGS...: runs megatron-vlm on this node's ranks.
+train() {
+    config=$1
+    shift
+    set -- "training.global_batch_size=$BATCH_SIZE" "parallel.tensor_model_parallel_size=$TP" \
+        "parallel.pipeline_model_parallel_size=$PP" "$@"
+    [ "$TP" -eq 1 ] || set -- parallel.sequence_parallel=true "$@"
+    [ "$PER_DEVICE_BATCH_SIZE" -eq 1 ] ||
+        set -- data.packing=false "training.micro_batch_size=$PER_DEVICE_BATCH_SIZE" "$@"
+    [ -z "${DATA:-}" ] || set -- "data.train=[$DATA]" "$@"
+    [ -z "${VAL_DATA:-}" ] || set -- "data.valid=[$VAL_DATA]" "$@"
+    [ -z "${DEVICE:-}" ] || set -- "training.device=$DEVICE" "$@"
+    if [ -f "$OUTPUT/latest_checkpointed_iteration.txt" ]; then
+        echo "going on from the checkpoint in $OUTPUT"
+        set -- "checkpoint.load=$OUTPUT" "$@"
+    else
+        set -- "checkpoint.load=$MODEL" "$@"
+        # A training checkpoint of an earlier stage gives its weights alone: counters, schedule and data start anew.
+        if [ -f "$MODEL/latest_checkpointed_iteration.txt" ] || [ -f "$MODEL/manifest.json" ]; then
+            set -- checkpoint.finetune=true "$@"
+        fi
+    fi
+    # Each network thread of torch beside the ranks costs; sequence parallel overlap wants launches in order on older GPUs.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+        --nproc-per-node "$GPUS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
+        -m megatron_vlm.cli.main train --config "$ROOT/examples/$config" "checkpoint.save=$OUTPUT" "$@"
+}

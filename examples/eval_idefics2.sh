@@ -1,0 +1,11 @@
+#!/bin/sh
+# Loss on held-out data, without training: of an HF directory, Megatron weights or a training checkpoint.
+#   MODEL=DIR VAL_DATA=DIR OUTPUT=DIR sh examples/eval_idefics2.sh [section.key=value ...]
+# examples/common.sh lists all variables.
+set -eu
+. "$(dirname "$0")/common.sh"
+
+require MODEL "what to evaluate" VAL_DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for the logs"
+DATA=
+settings "$((${NNODES:-1} * ${GPUS_PER_NODE:-${GPUS:-1}} * ${PER_DEVICE_BATCH_SIZE:-1}))"
+train finetune_idefics2.yaml --skip-train "$@"

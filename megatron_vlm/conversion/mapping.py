@@ -34,7 +34,17 @@ class TensorInfo:
         """A tensor of this shape and dtype without data: mappings applied to it tell shapes without reading."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
-    class TensorStore(Protocol):
+    def cast(self, dtype: torch.dtype | None) -> "TensorInfo":
+        """The info after floating point tensors are cast to ``dtype`` (None: each keeps its own)."""
+        return TensorInfo(dtype=dtype, shape=self.shape) if dtype and self.dtype.is_floating_point else self
+
+    @staticmethod
+    def of(tensor: Tensor) -> "TensorInfo":
+        """The info of a tensor at hand."""
+        return TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
+
+
+class TensorStore(Protocol):
     """Named tensors that are read one at a time."""
 
     @property

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,15 +40,6 @@ PARAMS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 """What ``--dtype`` takes."""
 
 _HASHING = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-
-
-def cast(self, dtype: torch.dtype | None) -> "TensorInfo":
-        """The info after ``cast(tensor, dtype)``."""
-        return TensorInfo(dtype=dtype, shape=self.shape) if dtype and self.dtype.is_floating_point else self
-
-    @staticmethod
-    def of(tensor: Tensor) -> "TensorInfo":
-        return TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

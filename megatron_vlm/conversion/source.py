@@ -6,6 +6,7 @@ RankFiles (checkpoint) ------+                                 --Entry.from_full
 """
 
 import abc
+import copy
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class WeightSource(abc.ABC):
 
     def __init__(self, hf_dir: Path, hf_config: dict[str, Any], spec: FamilySpec):
         self.hf_dir, self.hf_config, self.spec = hf_dir, hf_config, spec
-        self.config = spec.config(hf_config)
+        self.config = spec.config(copy.deepcopy(hf_config))  # transformers' config classes change what they are given
         self.mapping: Mapping = spec.mapping(self.config)
         self.entries: dict[str, Entry] = self.mapping.by_name()
 

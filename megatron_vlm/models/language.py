@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -131,7 +130,7 @@ def process_groups(solo: bool = False) -> ProcessGroupCollection:
 def mark_replicated(module: torch.nn.Module) -> torch.nn.Module:
     """Clears megatron-core's sharding marks of a module built with a solo group: its weights are whole on every rank."""
     for parameter in module.parameters():
-        tensor_parallel.set_tensor_model_parallel_attributes(parameter, False, -1, 1)
+        parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = False, -1, 1
     return module
 
 

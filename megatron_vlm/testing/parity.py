@@ -1,0 +1,228 @@
+"""Parity by proof: the same samples through HF (one at a time, eager, fp32) and through our model in any layout.
+
+    samples --hf_reference--> loss, logits, gradients by HF name
+    samples --rows--> run_distributed(layout_gradients, ...) --merge_gradients--> the same, by HF name
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_vlm.conversion.mapping import Mapping
+from megatron_vlm.data.types import EncodedSample, PackedRow, VLMBatch
+
+
+def random_samples(
+    model_config: Any, specs: Sequence[tuple[Sequence[tuple[int, int]], int]], seed: int = 0, prompt: int = 0
+) -> list[EncodedSample]:
+    """Makes samples of random tokens and noise images for an Idefics2-shaped config.
+
+    Args:
+        model_config: gives the vocabulary, the image token and the tokens of an image.
+        specs: one ((height, width) of each image, number of text tokens after the images) per sample.
+        seed: of the numbers drawn.
+        prompt: leading text tokens of each sample that carry no label.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    per_image = model_config.perceiver.num_latents
+    samples = []
+    for number, (sizes, num_text) in enumerate(specs):
+        ids, positions = [1], []
+        for _ in sizes:
+            ids += torch.randint(3, 256, (2,), generator=generator).tolist()
+            positions += range(len(ids), len(ids) + per_image)
+            ids += [model_config.image_token_id] * per_image
+        ids += torch.randint(3, 256, (num_text,), generator=generator).tolist()
+        labels = torch.tensor(ids)
+        labels[: prompt + 1] = -100
+        labels[positions] = -100
+        samples.append(
+            EncodedSample(
+                key=f"sample{number}",
+                input_ids=torch.tensor(ids),
+                labels=labels,
+                pixels=tuple(torch.randn(3, h, w, generator=generator) for h, w in sizes),
+                image_positions=torch.tensor(positions, dtype=torch.int64),
+            )
+        )
+    return samples
+
+
+def hf_inputs(sample: EncodedSample, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """HF's arguments for one sample: images padded right and below to the largest, with their mask."""
+    inputs = {"input_ids": sample.input_ids[None]}
+    if sample.pixels:
+        height, width = (max(p.shape[d] for p in sample.pixels) for d in (1, 2))
+        pixels = torch.zeros(1, len(sample.pixels), 3, height, width, dtype=dtype)
+        mask = torch.zeros(1, len(sample.pixels), height, width, dtype=torch.int64)
+        for i, image in enumerate(sample.pixels):
+            pixels[0, i, :, : image.shape[1], : image.shape[2]] = image
+            mask[0, i, : image.shape[1], : image.shape[2]] = 1
+        inputs |= {"pixel_values": pixels, "pixel_attention_mask": mask}
+    return inputs
+
+
+def hf_reference(model: Any, samples: Sequence[EncodedSample], gradients: bool = True) -> tuple[float, Tensor, dict]:
+    """Runs HF one sample at a time.
+
+    Returns:
+        (sum of token losses / supervised tokens, logits [sum of lengths, V], gradients of that loss by name).
+    """
+    model.zero_grad()
+    dtype = next(model.parameters()).dtype
+    logits, total, count = [], torch.zeros((), dtype=dtype), 0
+    with torch.set_grad_enabled(gradients):
+        for sample in samples:
+            output = model(**hf_inputs(sample, dtype)).logits[0]
+            total = total + F.cross_entropy(output[:-1], sample.labels[1:], reduction="sum")
+            count += int((sample.labels[1:] != -100).sum())
+            logits.append(output.detach())
+        loss = total / count
+        if gradients:
+            loss.backward()
+    # What no sample reached (the tower in a text-only batch) has a gradient of zero, not none.
+    grads = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+        if gradients
+    }
+    return float(loss), torch.cat(logits), grads
+
+
+def build_for_test(hf_dir: str, parallel: dict, options: dict) -> tuple[Any, Any, list[Any], Any]:
+    """On a rank: topology, model config, stages with the weights of ``hf_dir`` loaded, and the family."""
+    from megatron_vlm.conversion.source import load_into, open_source
+    from megatron_vlm.models.vlm import ModelOptions, build_model
+    from megatron_vlm.parallel.rng import seed_step
+    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+
+    config = ParallelConfig(**parallel)
+    source = open_source(hf_dir)
+    topology = build_topology(config, num_layers=source.config.text.num_layers, device=torch.device("cpu"))
+    seed_step(topology, seed=0, iteration=0)
+    model_options = ModelOptions(
+        sequence_parallel=config.sequence_parallel,
+        recompute_granularity=config.recompute_granularity,
+        **{"make_vocab_size_divisible_by": 8, **options},
+    )
+    chunks = build_model(source.spec, source.config, topology, model_options)
+    multiple = model_options.make_vocab_size_divisible_by
+    load_into(source, chunks, tp=topology.tp, tp_rank=topology.tp_rank, vocab_multiple=multiple)
+    return topology, source, chunks, config
+
+
+def layout_logits(hf_dir: str, rows: Sequence[PackedRow], parallel: dict, options: dict) -> dict:
+    """On a rank of a layout without pipeline: logits of each row [T, V], loss sum and supervised tokens."""
+    topology, _, (model,), _ = build_for_test(hf_dir, parallel, options)
+    model.eval()
+    with torch.no_grad():
+        batches = [VLMBatch.from_row(row) for row in rows]
+        logits = [model.logits(batch) for batch in batches]
+        loss = sum(float(model(batch)) for batch in batches)
+    return {"logits": logits, "loss": loss / sum(row.num_supervised for row in rows), "tp_rank": topology.tp_rank}
+
+
+def layout_gradients(hf_dir: str, rows: Sequence[PackedRow], parallel: dict, options: dict) -> dict:
+    """On a rank: one global batch of ``rows`` (dealt round robin over data parallel ranks) forward and backward.
+
+    Returns:
+        coordinates of the rank, loss of the global batch (last stage), and fp32 gradients by global name, reduced.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_vlm.models.vlm import global_named_parameters
+
+    topology, _, chunks, config = build_for_test(hf_dir, parallel, options)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        bucket_size=config.ddp_bucket_size or (4000 if config.overlap_grad_reduce else None),
+    )
+    models = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
+    if config.overlap_grad_reduce:
+        chunks[0].config.no_sync_func = [m.no_sync for m in models] if len(models) > 1 else models[0].no_sync
+    mine = rows[topology.dp_rank :: topology.dp]
+    for model in models:
+        model.train()
+        model.zero_grad_buffer()
+    results = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=[iter(mine) for _ in models] if len(models) > 1 else iter(mine),
+        model=models if len(models) > 1 else models[0],
+        num_microbatches=len(mine),
+        seq_length=max(len(row.input_ids) for row in rows),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    if config.use_distributed_optimizer:
+        _gather_gradient_shards(models, topology)
+    grads = {
+        name: parameter.main_grad.detach().clone()
+        for model in models
+        for name, parameter in global_named_parameters(model)
+        if parameter.requires_grad and not getattr(parameter, "tied_copy", False)
+    }
+    loss = torch.tensor([float(r["loss"]) for r in results] + [0.0], dtype=torch.float64).sum()
+    dist.all_reduce(loss, group=topology.dp_group)
+    return {
+        "tp_rank": topology.tp_rank,
+        "pp_rank": topology.pp_rank,
+        "dp_rank": topology.dp_rank,
+        "last": topology.last_stage,
+        "loss": float(loss) / sum(row.num_supervised for row in rows),
+        "grads": grads,
+    }
+
+
+def _forward_step(iterator: Any, model: Any) -> Any:
+    row = next(iterator)
+    output = model(VLMBatch.from_row(row))
+    count = torch.tensor(row.num_supervised, dtype=torch.int)
+    return output, lambda loss: (loss, count, {"loss": loss.detach()})
+
+
+def _gather_gradient_shards(models: Sequence[Any], topology: Any) -> None:
+    """The distributed optimizer leaves each data parallel rank its shard of every bucket: put them together."""
+    for model in models:
+        for buffer in model.buffers:
+            for bucket in buffer.buckets:
+                shards = list(bucket.grad_data.view(topology.dp, -1))
+                dist.all_gather(shards, shards[topology.dp_rank].clone(), group=topology.dp_group)
+
+
+def merge_gradients(results: Sequence[dict], mapping: Mapping, vocab_size: int) -> tuple[float, dict[str, Tensor]]:
+    """Puts the ranks' results together: (loss, gradients by HF name); replicas must agree to 1e-5."""
+    loss = next(r["loss"] for r in results if r["last"])
+    first = [r for r in results if r["dp_rank"] == 0]
+    hf_grads: dict[str, Tensor] = {}
+    for name, entry in mapping.by_name().items():
+        shards = [r["grads"][name] for r in sorted(first, key=lambda r: r["tp_rank"]) if name in r["grads"]]
+        if not shards:
+            continue
+        if entry.layout.dim is None:
+            # The order of sums differs between ranks; more than rounding would be a missing reduction.
+            spread = max(float((shard - shards[0]).norm()) for shard in shards)
+            if spread > 1e-5 * float(shards[0].norm()) + 1e-7:
+                raise AssertionError(f"gradient of {name} differs between tensor parallel ranks by {spread}")
+            shards = shards[:1]
+        full = entry.layout.merge(shards, vocab_size)
+        hf_grads |= dict(zip(entry.hf, entry.from_full(full)))
+    return loss, hf_grads
+
+
+def gradient_errors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """By name: norm of the difference / max(norm, 1e-6 of the global norm). Names must be the same."""
+    if set(ours) != set(theirs):
+        raise AssertionError(f"gradients of other parameters: {sorted(set(ours) ^ set(theirs))}")
+    floor = 1e-6 * float(torch.stack([g.double().norm() for g in theirs.values()]).norm())
+    return {
+        name: float((ours[name].double() - g.double()).norm()) / max(float(g.double().norm()), floor)
+        for name, g in theirs.items()
+    }

@@ -40,3 +40,7 @@ class ConversionError(MegatronVLMError):
 
 class CheckpointError(MegatronVLMError):
     """A training checkpoint that is absent, incomplete or damaged."""
+
+
+class TrainingError(MegatronVLMError):
+    """A run that cannot go on: out of memory, or numbers that are not finite."""

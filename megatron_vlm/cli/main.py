@@ -1,0 +1,75 @@
+"""`megatron-vlm COMMAND ...`: finds the command; a user's error becomes one line and exit code 1, without a hang."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from megatron_vlm.config import nearest
+from megatron_vlm.errors import MegatronVLMError
+
+# command -> (module with run(argv) -> exit code, what it does)
+COMMANDS = {
+    "train": ("megatron_vlm.cli.train", "train, evaluate (--skip-train) or describe (--dry-run) a model"),
+    "data": ("megatron_vlm.cli.data", "build, check and preview training data"),
+    "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf and verify"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; a failing rank of several ends its process at once (``_leave``)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: megatron-vlm COMMAND ...\n")
+        print("\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()))
+        return 0 if argv else 1
+    if argv[0] == "--version":
+        from megatron_vlm import __version__
+
+        print(__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise MegatronVLMError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
+        return importlib.import_module(COMMANDS[argv[0]][0]).run(argv[1:])
+    except MegatronVLMError as error:
+        if not getattr(error, "echo", False):
+            print(f"{_where()}error: {error}", file=sys.stderr, flush=True)
+        return _leave(1)
+    except KeyboardInterrupt:
+        return _leave(130)
+    except Exception:
+        print(f"{_where()}{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return _leave(1)
+
+
+def _where() -> str:
+    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _leave(code: int) -> int:
+    """Returns the exit code; as one rank of several, ends the process without waiting for the others.
+
+    An error may be this rank's alone: its peers are then inside a collective, and an orderly exit would wait for them
+    (in NCCL's destructors, in atexit handlers). They notice the lost connection, or torchrun stops them.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _end_children()
+    os._exit(code)
+
+
+def _end_children() -> None:
+    """Data workers would outlive ``os._exit`` and hold the job's output open."""
+    import multiprocessing
+
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""What each rank of a model replica receives, and how an error on one rank reaches all of them.
+
+source rank (tp 0, stage 0): loader --> rows --did any replica fail?--> every rank raises the same error, or
+    texts   one int64 tensor, broadcast over the replica at the start of a step: every stage needs positions and labels
+    pixels  broadcast over the first stage's tp ranks, row by row inside the forward step: no later stage holds them
+
+Rows on ranks without the pixels carry meta tensors of the right shapes, so the number and sizes of images are known
+everywhere.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.data.types import PackedRow, VLMBatch
+from megatron_vlm.errors import DataError, MegatronVLMError
+from megatron_vlm.parallel.topology import Topology
+
+
+def raise_together(error: BaseException | None, device: torch.device) -> None:
+    """Raises on every rank of the job if any rank brings an error; returns on every rank otherwise. A collective.
+
+    The rank that failed raises its own error; the others raise the same class with the same message, marked as an
+    ``echo`` so that the command line prints it once.
+    """
+    world = dist.get_world_size()
+    failed = torch.tensor([world if error is None else dist.get_rank()], device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MIN)
+    source = int(failed)
+    if source == world:
+        return
+    text = json.dumps([type(error).__name__, str(error)]) if dist.get_rank() == source else ""
+    kind, message = json.loads(_broadcast_bytes(text.encode(), source, None, device))
+    if error is not None:
+        error.echo = dist.get_rank() != source  # type: ignore[attr-defined]
+        raise error
+    classes = {cls.__name__: cls for cls in MegatronVLMError.__subclasses__()}
+    echo = classes.get(kind, MegatronVLMError)(message)
+    echo.echo = True  # type: ignore[attr-defined]
+    raise echo
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """Runs a block of local work; if it fails on any rank, every rank raises (see ``raise_together``). A collective."""
+    error: BaseException | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error, device)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank if ``flag`` is on at least one. A collective."""
+    tensor = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return bool(tensor)
+
+
+def share_rows(
+    topology: Topology, rows: Sequence[PackedRow] | None, extra: Any, error: BaseException | None
+) -> tuple[tuple[PackedRow, ...], Any]:
+    """Gives the rows of a replica's source rank, without pixels, to all its ranks. A collective of the whole job.
+
+    Args:
+        topology: the layout.
+        rows: this replica's rows on its source rank (``topology.model_source``); None elsewhere.
+        extra: JSON data that travels along, from the source rank.
+        error: what stopped the source rank from making the rows.
+
+    Returns:
+        The rows and ``extra``. On the source rank the rows keep their pixels; elsewhere these are meta tensors.
+
+    Raises:
+        MegatronVLMError: on every rank, where any replica's source brings an error.
+    """
+    if error is None and rows is None and topology.rank == topology.model_source:
+        error = DataError("the source rank of a replica has no rows")
+    raise_together(error, topology.device)
+    if topology.tp * topology.pp == 1:
+        assert rows is not None
+        return tuple(rows), extra
+    source, group, device = topology.model_source, topology.model_group, topology.device
+    if topology.rank == source:
+        assert rows is not None
+        header = {"rows": [_describe(row) for row in rows], "extra": extra}
+        numbers = torch.cat([part for row in rows for part in _numbers(row)] or [torch.empty(0, dtype=torch.int64)])
+        _broadcast_bytes(json.dumps(header).encode(), source, group, device)
+        if rows:
+            dist.broadcast(numbers.to(device), source, group=group)
+        return tuple(rows), extra
+    header = json.loads(_broadcast_bytes(b"", source, group, device))
+    flat = torch.empty(sum(sum(row["sizes"]) for row in header["rows"]), dtype=torch.int64, device=device)
+    if header["rows"]:
+        dist.broadcast(flat, source, group=group)
+    pieces = iter(flat.cpu().split([size for row in header["rows"] for size in row["sizes"]]))
+    return tuple(_rebuild(row, [next(pieces) for _ in row["sizes"]]) for row in header["rows"]), header["extra"]
+
+
+def device_batch(topology: Topology, row: PackedRow, *, pixels: bool) -> VLMBatch:
+    """Moves a row to the device for one forward pass; with ``pixels``, a collective of the first stage's tp ranks.
+
+    Args:
+        topology: the layout.
+        row: one of ``share_rows``.
+        pixels: the model chunk holds the vision tower.
+    """
+    if not pixels:
+        return VLMBatch.from_row(row, topology.device, pixels=False)
+    if topology.tp > 1 and row.pixels:
+        row = replace(row, pixels=_share_pixels(topology, row.pixels))
+    return VLMBatch.from_row(row, topology.device)
+
+
+def _share_pixels(topology: Topology, pixels: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    shapes, source = [p.shape for p in pixels], topology.model_source
+    if topology.rank == source:
+        flat = torch.cat([p.reshape(-1) for p in pixels]).to(topology.device, torch.float32)
+    else:
+        flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=torch.float32, device=topology.device)
+    dist.broadcast(flat, source, group=topology.tp_group)
+    return tuple(p.view(shape) for p, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes))
+
+
+def _numbers(row: PackedRow) -> list[torch.Tensor]:
+    return [row.input_ids, row.position_ids, row.labels, row.cu_seqlens.long(), row.image_positions]
+
+
+def _describe(row: PackedRow) -> dict[str, Any]:
+    return {
+        "sizes": [len(part) for part in _numbers(row)],
+        "images": [list(p.shape) for p in row.pixels],
+        "keys": list(row.keys),
+        "num_filler": row.num_filler,
+        "holes": row.holes,
+        "truncated": row.truncated,
+    }
+
+
+def _rebuild(header: dict[str, Any], numbers: list[torch.Tensor]) -> PackedRow:
+    input_ids, position_ids, labels, cu_seqlens, image_positions = numbers
+    return PackedRow(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        labels=labels,
+        cu_seqlens=cu_seqlens.int(),
+        pixels=tuple(torch.empty(shape, device="meta") for shape in header["images"]),
+        image_positions=image_positions,
+        keys=tuple(header["keys"]),
+        num_filler=header["num_filler"],
+        holes=header["holes"],
+        truncated=header["truncated"],
+    )
+
+
+def _broadcast_bytes(data: bytes, source: int, group: Any, device: torch.device) -> bytes:
+    """Sends bytes from rank ``source`` to the ranks of ``group`` (None: all)."""
+    mine = dist.get_rank() == source
+    size = torch.tensor([len(data)], device=device)
+    dist.broadcast(size, source, group=group)
+    payload = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device) if mine else None
+    if payload is None:
+        payload = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(payload, source, group=group)
+    return payload.cpu().numpy().tobytes()

@@ -1,0 +1,174 @@
+"""What a run writes: metrics.jsonl (a line per step), TensorBoard, and the progress lines of train.log. Rank 0 alone.
+
+output_dir/config.yaml  metrics.jsonl  train.log  tensorboard/
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vlm.config import Config
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.log import get_logger
+from megatron_vlm.training.step import StepResult
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig(Config):
+    """Where a run reports.
+
+    Attributes:
+        name: name of the run, for the default output directory.
+        output_dir: where config.yaml, metrics.jsonl, train.log and TensorBoard events go; None: ``checkpoint.save``,
+            else ``./runs/<name>``.
+        log_interval: steps between two progress lines and TensorBoard points; metrics.jsonl has every step.
+        tensorboard: write TensorBoard events.
+        tensorboard_dir: where; None: ``tensorboard`` in the output directory.
+    """
+
+    name: str = "train"
+    output_dir: Path | None = None
+    log_interval: int = 10
+    tensorboard: bool = True
+    tensorboard_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.log_interval < 1:
+            raise ConfigError(f"logging.log_interval must be at least 1, got {self.log_interval}")
+        if self.tensorboard_dir is not None and not self.tensorboard:
+            raise ConfigError("logging.tensorboard_dir has no effect while logging.tensorboard is false")
+
+
+class Metrics:
+    """The files of one run.
+
+    Args:
+        output_dir: directory of the run.
+        config: logging settings.
+        resolved: the whole resolved config, written as config.yaml.
+        start: iteration that the run goes on from; lines past it are removed. At 0 an older metrics.jsonl is kept under
+            another name.
+        total: iterations of the run, for the estimate of the time left.
+    """
+
+    def __init__(self, output_dir: Path, config: LoggingConfig, resolved: dict[str, Any], *, start: int, total: int):
+        self.output_dir, self.config, self.total = output_dir, config, total
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        path = output_dir / "metrics.jsonl"
+        if start:
+            trim(path, start)
+        else:
+            keep_old(path)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self.writer: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            where = config.tensorboard_dir or output_dir / "tensorboard"
+            self.writer = SummaryWriter(str(where), purge_step=start + 1 if start else None)
+        self.seconds_per_step = 0.0
+
+    def step(
+        self, iteration: int, result: StepResult, rates: dict[str, float], *, seconds: float, consumed_samples: int
+    ) -> None:
+        """Records one step; ``seconds`` includes the wait for data."""
+        record = {
+            "iteration": iteration,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": rates["llm"],
+            "lr_vision": rates["vision"],
+            "lr_connector": rates["connector"],
+            "tokens": result.tokens,
+            "supervised_tokens": result.supervised_tokens,
+            "images": result.images,
+            "tokens_per_second": result.tokens / seconds,
+            "step_seconds": seconds,
+            "memory_gib": result.memory_gib,
+            "loss_scale": result.loss_scale,
+            "skipped": int(result.skipped),
+            "holes": result.holes,
+            "truncated": result.truncated,
+            "consumed_samples": consumed_samples,
+        }
+        self._write(record)
+        self.seconds_per_step = seconds if not self.seconds_per_step else 0.9 * self.seconds_per_step + 0.1 * seconds
+        if iteration % self.config.log_interval and iteration not in (1, self.total):
+            return
+        log.info(self._progress(record, result))
+        if self.writer is not None:
+            for key, value in record.items():
+                if key not in ("iteration", "consumed_samples"):
+                    self.writer.add_scalar(f"train/{key}", value, iteration)
+
+    def evaluation(self, iteration: int, loss: float, *, samples: int, supervised_tokens: int) -> None:
+        """Records one evaluation."""
+        self._write({"iteration": iteration, "eval_loss": loss})
+        log.info(
+            f"iteration {iteration}: eval_loss {loss:.6f} over {samples} samples, {supervised_tokens} supervised tokens"
+        )
+        if self.writer is not None:
+            self.writer.add_scalar("eval/loss", loss, iteration)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        plain = {
+            key: value if not isinstance(value, float) or math.isfinite(value) else None
+            for key, value in record.items()
+        }
+        self.file.write(json.dumps(plain) + "\n")
+        self.file.flush()
+
+    def _progress(self, record: dict[str, Any], result: StepResult) -> str:
+        left = time.strftime("%H:%M:%S", time.gmtime(self.seconds_per_step * max(0, self.total - record["iteration"])))
+        days = int(self.seconds_per_step * max(0, self.total - record["iteration"]) // 86400)
+        notes = "".join(
+            f" | {name} {value}" for name, value in (("holes", result.holes), ("truncated", result.truncated)) if value
+        )
+        if result.skipped:
+            notes += f" | SKIPPED, gradients overflowed at loss scale {result.loss_scale:g}"
+        return (
+            f"iteration {record['iteration']}/{self.total} | loss {result.loss:.6f} | lr {record['lr']:.3e} | "
+            f"grad norm {result.grad_norm:.4f} | {record['tokens_per_second']:.0f} tokens/s | "
+            f"{result.images / record['step_seconds']:.1f} images/s | {record['step_seconds']:.3f} s/step | "
+            f"ETA {f'{days}d ' if days else ''}{left} | {result.memory_gib:.2f} GiB{notes}"
+        )
+
+
+def trim(path: Path, iteration: int) -> None:
+    """Removes lines past ``iteration``, and a last line that a killed run left incomplete."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def keep_old(path: Path) -> None:
+    """Moves the metrics of an earlier run in the same directory aside."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    number = 1
+    while (aside := path.with_name(f"metrics.{number}.jsonl")).exists():
+        number += 1
+    path.replace(aside)
+    log.warning(f"{path} is of an earlier run: kept as {aside.name}")

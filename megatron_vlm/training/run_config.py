@@ -1,0 +1,221 @@
+"""RunConfig: everything one training run is told, and the checks that span its sections.
+
+YAML + section.key=value + flags --cli/train.py--> RunConfig --check_world--> --check_model--> Trainer
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from megatron_vlm.config import Config
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.parallel.topology import ParallelConfig
+from megatron_vlm.training.checkpoint import CheckpointConfig
+from megatron_vlm.training.metrics import LoggingConfig
+from megatron_vlm.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """The model: what it is comes from ``checkpoint.load``; this says how it is treated.
+
+    Attributes:
+        family: name in the registry; None: as the checkpoint says. Another one than the checkpoint's is an error.
+        freeze_llm: keep embedding, decoder and head fixed.
+        freeze_vision: keep the vision tower fixed.
+        freeze_connector: keep projection and perceiver fixed.
+        make_vocab_size_divisible_by: pad the vocabulary to a multiple of this times tp.
+    """
+
+    family: str | None = None
+    freeze_llm: bool = False
+    freeze_vision: bool = False
+    freeze_connector: bool = False
+    make_vocab_size_divisible_by: int = 128
+
+    def __post_init__(self) -> None:
+        if self.make_vocab_size_divisible_by < 1:
+            raise ConfigError(
+                f"model.make_vocab_size_divisible_by must be at least 1, got {self.make_vocab_size_divisible_by}"
+            )
+
+    @property
+    def freeze(self) -> tuple[str, ...]:
+        """Names of the frozen parameter groups."""
+        return tuple(group for group in ("llm", "vision", "connector") if getattr(self, f"freeze_{group}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Config):
+    """Length, batch, numbers and evaluation of a run.
+
+    Attributes:
+        train_iters, train_samples, train_epochs: length of the run, one of them. Samples and epochs count what the data
+            order hands out.
+        global_batch_size: rows of one optimizer step over all replicas; samples while ``data.packing`` is off.
+        micro_batch_size: samples laid into one row while ``data.packing`` is off.
+        seed: of the data order and of every generator.
+        precision: dtype of weights and activations; bf16 and fp16 keep fp32 main parameters.
+        device: where to run; None: cuda if there is a GPU.
+        eval_interval: iterations between evaluations on ``data.valid``; None: at the end only.
+        eval_iters: global batches of one evaluation; None: all held-out samples.
+        skip_train: only evaluate on ``data.valid``.
+        dry_run: print the resolved config, topology, parameters and memory of each stage, and stop.
+        dry_run_world_size: number of ranks to assume then; None: WORLD_SIZE, else tp x pp.
+    """
+
+    train_iters: int | None = None
+    train_samples: int | None = None
+    train_epochs: float | None = None
+    global_batch_size: int = 1
+    micro_batch_size: int = 1
+    seed: int = 1234
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["cpu", "cuda"] | None = None
+    eval_interval: int | None = None
+    eval_iters: int | None = None
+    skip_train: bool = False
+    dry_run: bool = False
+    dry_run_world_size: int | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {name: getattr(self, name) for name in ("train_iters", "train_samples", "train_epochs")}
+        given = {name: value for name, value in lengths.items() if value is not None}
+        if len(given) > 1:
+            raise ConfigError(f"set one of training.{', training.'.join(lengths)}, got {given}")
+        if not given and not self.skip_train and not self.dry_run:
+            raise ConfigError("the run has no length: set training.train_iters, train_samples or train_epochs")
+        positive = (
+            "global_batch_size",
+            "micro_batch_size",
+            "eval_interval",
+            "eval_iters",
+            "dry_run_world_size",
+            *lengths,
+        )
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"training.{name} must be above 0, got {value}")
+        if self.seed < 0:
+            raise ConfigError(f"training.seed must not be negative, got {self.seed}")
+
+    @property
+    def torch_device(self) -> str:
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """All sections of a run."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        training, data = self.training, self.data
+        if self.checkpoint.load is None:
+            raise ConfigError(
+                "checkpoint.load is not set: name a Hugging Face, Megatron or training checkpoint (--load)"
+            )
+        if data.packing and training.micro_batch_size != 1:
+            raise ConfigError(
+                f"data.packing is on, so training.micro_batch_size must be 1, got {training.micro_batch_size}: a row "
+                "is filled up to data.seq_length; raise that to put more into one"
+            )
+        if training.precision == "fp16" and training.torch_device == "cpu":
+            raise ConfigError("training.precision fp16 does not run on the CPU: use bf16 or fp32 there, fp16 on a GPU")
+        if training.device == "cuda" and not torch.cuda.is_available() and not training.dry_run:
+            raise ConfigError("training.device is cuda, but torch sees no GPU: set training.device=cpu or leave it out")
+        if training.precision == "fp32" and not self.parallel.accumulate_allreduce_grads_in_fp32:
+            raise ConfigError(
+                "parallel.accumulate_allreduce_grads_in_fp32 false has no effect with training.precision fp32: leave it "
+                "out"
+            )
+        if training.precision != "fp16" and self.optimizer.loss_scale is not None:
+            raise ConfigError(
+                f"optimizer.loss_scale has no effect with training.precision {training.precision}: leave it out"
+            )
+        if training.dry_run:
+            return
+        if not training.skip_train and not data.train:
+            raise ConfigError(
+                "data.train is empty: name the folders that `megatron-vlm data build` wrote (--data-path)"
+            )
+        if not data.valid and (training.skip_train or training.eval_interval or training.eval_iters):
+            raise ConfigError(
+                "data.valid is empty, but training.skip_train, eval_interval or eval_iters is set: name held-out "
+                "folders (--valid-data-path) or leave these out"
+            )
+
+    @property
+    def row_fill(self) -> int:
+        """Tokens that every row is filled to: 0, or with virtual stages the longest a row can be."""
+        if self.parallel.num_layers_per_virtual_pipeline_stage is None:
+            return 0
+        return self.data.seq_length * self.training.micro_batch_size
+
+    @property
+    def row_multiple(self) -> int:
+        """Every row is filled to a multiple of this."""
+        return self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+
+    @property
+    def num_microbatches_per_batch(self) -> int:
+        """Rows of a global batch over all replicas."""
+        return self.training.global_batch_size // self.training.micro_batch_size
+
+    def check_world(self, world_size: int) -> int:
+        """Checks the sizes against the number of ranks and returns the data parallel size.
+
+        Raises:
+            ConfigError: they do not fit; raised alike on every rank, before any collective.
+        """
+        tp, pp = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
+        training = self.training
+        if world_size % (tp * pp):
+            raise ConfigError(
+                f"world size {world_size} is not a multiple of tensor x pipeline parallel size {tp} x {pp} = {tp * pp}: "
+                f"start {tp * pp} ranks (or a multiple), or change parallel.tensor_model_parallel_size / "
+                "pipeline_model_parallel_size"
+            )
+        dp = world_size // (tp * pp)
+        unit = training.micro_batch_size * dp
+        if training.global_batch_size % unit:
+            raise ConfigError(
+                f"training.global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
+                f"{training.micro_batch_size} x data parallel size {dp} = {unit}: set it to "
+                f"{-(-training.global_batch_size // unit) * unit}"
+            )
+        microbatches = training.global_batch_size // unit
+        if self.parallel.num_layers_per_virtual_pipeline_stage is not None and microbatches % pp:
+            raise ConfigError(
+                f"virtual pipeline stages need a multiple of {pp} microbatches per rank, got {microbatches} "
+                f"(global_batch_size {training.global_batch_size} / {unit}): set training.global_batch_size to a multiple of {unit * pp}"
+            )
+        if self.row_fill % self.row_multiple:
+            raise ConfigError(
+                f"rows of {self.row_fill} tokens do not divide over {tp} ranks under sequence parallelism: set "
+                f"data.seq_length to a multiple of {tp}"
+            )
+        return dp
+
+    def check_model(self, model_config: Any) -> None:
+        """Checks the data against the model.
+
+        Raises:
+            ConfigError: samples could be longer than the model's positions.
+        """
+        positions = model_config.text.max_position_embeddings
+        if self.data.seq_length > positions:
+            raise ConfigError(
+                f"data.seq_length {self.data.seq_length} is above the model's max_position_embeddings {positions}: set it "
+                f"to at most {positions}"
+            )

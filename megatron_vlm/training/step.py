@@ -1,0 +1,207 @@
+"""One optimizer step over this rank's microbatches.
+
+    rows --device_batch--> forward_step --(megatron-core schedule, loss SUM, token COUNT)--> gradients
+         --finalize_model_grads: dp sum, / tokens of the global batch--> optimizer.step: norm, clipping, AdamW
+
+Loss and gradients are sums over the global batch divided by its supervised tokens, so they do not depend on the layout
+or on how samples were packed into rows.
+"""
+
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vlm.data.types import IGNORE_INDEX, PackedRow
+from megatron_vlm.errors import TrainingError
+from megatron_vlm.parallel.batch import device_batch
+from megatron_vlm.parallel.topology import Topology
+
+_COUNTS = ("tokens", "supervised_tokens", "images", "samples", "holes", "truncated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did, equal on every rank.
+
+    Attributes:
+        loss: mean token loss of the global batch before the update; 0 where nothing is supervised.
+        grad_norm: norm of all gradients before clipping; 0 on a skipped step.
+        skipped: gradients overflowed in fp16 and no weight was changed.
+        loss_scale: of this step; 1 without fp16.
+        tokens: real tokens; filler does not count.
+        supervised_tokens, images, samples, holes, truncated: sums over the global batch.
+        memory_gib: largest over the ranks: peak allocated on a GPU, peak resident on the CPU.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    loss_scale: float
+    tokens: int
+    supervised_tokens: int
+    images: int
+    samples: int
+    holes: int
+    truncated: int
+    memory_gib: float
+
+
+class Cursor:
+    """Hands out the rows of a step to one model chunk and remembers the one in work, for errors."""
+
+    def __init__(self, rows: Sequence[PackedRow]):
+        self.rows, self.position = rows, 0
+
+    def __iter__(self) -> Iterator[PackedRow]:
+        return self
+
+    def __next__(self) -> PackedRow:
+        row = self.rows[self.position]
+        self.position += 1
+        return row
+
+    @property
+    def current(self) -> PackedRow:
+        return self.rows[max(0, self.position - 1)]
+
+
+def train_step(chunks: Sequence[Any], optimizer: Any, rows: Sequence[PackedRow], topology: Topology) -> StepResult:
+    """Runs forward, backward and the update for one global batch.
+
+    Args:
+        chunks: this rank's stages, from ``wrap_model``.
+        optimizer: of ``build_optimizer``, learning rates set.
+        rows: this replica's microbatches, the same number on every data parallel rank, as ``share_rows`` gives them.
+        topology: the layout.
+
+    Raises:
+        TrainingError: out of memory (on the rank it happened on), or a loss or norm that is not finite (on every rank).
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss_scale = float(optimizer.get_loss_scale())
+    losses = run_schedule(chunks, rows, topology, forward_only=False)
+    updated, grad_norm, _ = optimizer.step()
+    totals = reduce_over_job(losses, rows, topology)
+    supervised, loss_sum = int(totals["supervised_tokens"]), totals["loss_sum"]
+    loss = loss_sum / supervised if supervised else 0.0
+    norm = float(grad_norm or 0.0)
+    if updated and not torch.isfinite(torch.tensor([loss, norm])).all():
+        keys = [key for row in rows for key in row.keys]
+        raise TrainingError(
+            f"loss {loss} or gradient norm {norm} is not finite; this rank's samples: {', '.join(keys[:20])}"
+            f"{' ...' if len(keys) > 20 else ''}. No checkpoint of this state is written. Lower optimizer.lr, raise "
+            "the warm-up, or look at these samples"
+        )
+    return StepResult(
+        loss=loss,
+        grad_norm=norm,
+        skipped=not updated,
+        loss_scale=loss_scale,
+        memory_gib=_largest(peak_memory_gib(topology.device), topology.device),
+        **{name: int(totals[name]) for name in _COUNTS},
+    )
+
+
+def run_schedule(
+    chunks: Sequence[Any], rows: Sequence[PackedRow], topology: Topology, *, forward_only: bool
+) -> list[dict[str, Tensor]]:
+    """Runs megatron-core's schedule over the rows; the last stage returns the loss sum of each, others an empty list.
+
+    Raises:
+        TrainingError: out of memory, with the row that was in work and what to lower.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    cursors = [Cursor(rows) for _ in chunks]
+    no_grad: AbstractContextManager = torch.no_grad() if forward_only else nullcontext()
+    try:
+        with no_grad:
+            return get_forward_backward_func()(
+                forward_step_func=partial(forward_step, topology),
+                data_iterator=cursors if len(cursors) > 1 else cursors[0],
+                model=list(chunks) if len(chunks) > 1 else chunks[0],
+                num_microbatches=len(rows),
+                seq_length=len(rows[0].input_ids),  # read with virtual stages only, where all rows are of this length
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        current = max(cursors, key=lambda cursor: cursor.position).current
+        raise TrainingError(out_of_memory_message(topology, current, error)) from error
+
+
+def forward_step(topology: Topology, rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Callable]:
+    """One microbatch of one model chunk, as megatron-core's schedules call it."""
+    row = next(rows)
+    stage = model
+    while hasattr(stage, "module"):
+        stage = stage.module
+    return model(device_batch(topology, row, pixels=stage.pre_process)), partial(_loss, row)
+
+
+def _loss(row: PackedRow, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The one place of the loss formula: the sum of token losses goes backward, and with ``calculate_per_token_loss``
+    megatron-core divides the summed gradients by the number of supervised tokens of the global batch."""
+    count = torch.tensor(row.num_supervised, dtype=torch.int, device=loss_sum.device)
+    return loss_sum, count, {"loss_sum": loss_sum.detach()}
+
+
+def reduce_over_job(losses: list[dict[str, Tensor]], rows: Sequence[PackedRow], topology: Topology) -> dict[str, float]:
+    """Sums loss and counts over the global batch; every rank gets the result. A collective of the whole job.
+
+    Each row is counted once: by tensor parallel rank 0 of the last stage, which knows its loss.
+    """
+    values = torch.zeros(1 + len(_COUNTS), dtype=torch.float64, device=topology.device)
+    if topology.last_stage and topology.tp_rank == 0:
+        values[0] = torch.stack([loss["loss_sum"].double() for loss in losses]).sum()
+        for row in rows:
+            counts = (row.num_tokens, int((row.labels != IGNORE_INDEX).sum()), len(row.pixels), len(row.keys))
+            values[1:] += torch.tensor([*counts, row.holes, row.truncated], dtype=torch.float64, device=topology.device)
+    dist.all_reduce(values)
+    return dict(zip(("loss_sum", *_COUNTS), values.tolist()))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: allocated on its GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the allocator's errors of either device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory_message(topology: Topology, row: PackedRow, error: BaseException) -> str:
+    """Says where memory ran out, over what, and which settings to lower in which order."""
+    shapes = [tuple(p.shape[-2:]) for p in row.pixels]
+    largest = max(shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0))
+    keys = ", ".join(row.keys[:20]) + (" ..." if len(row.keys) > 20 else "")
+    return (
+        f"out of memory on rank {topology.rank} (tp {topology.tp_rank}, stage {topology.pp_rank}, dp "
+        f"{topology.dp_rank}): row of {row.num_tokens} tokens ({len(row.input_ids)} with filler) and "
+        f"{len(row.pixels)} images, the largest "
+        f"{largest[0]} x {largest[1]} pixels; samples: {keys or 'none'}; peak memory "
+        f"{peak_memory_gib(topology.device):.2f} GiB. Lower, in this order: training.micro_batch_size (packing off) or "
+        "data.seq_length; data.max_image_num and data.image_size; then set parallel.recompute_granularity=full, "
+        "parallel.use_distributed_optimizer=true with more data parallel ranks, parallel.sequence_parallel=true, or "
+        f"raise parallel.tensor_model_parallel_size. The allocator said: {str(error).splitlines()[0]}"
+    )
+
+
+def _largest(value: float, device: torch.device) -> float:
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)

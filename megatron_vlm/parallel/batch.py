@@ -40,7 +40,8 @@ def raise_together(error: BaseException | None, device: torch.device) -> None:
         error.echo = dist.get_rank() != source  # type: ignore[attr-defined]
         raise error
     classes = {cls.__name__: cls for cls in MegatronVLMError.__subclasses__()}
-    echo = classes.get(kind, MegatronVLMError)(message)
+    known = kind in classes
+    echo = classes[kind](message) if known else MegatronVLMError(f"rank {source} failed: {kind}: {message}")
     echo.echo = True  # type: ignore[attr-defined]
     raise echo
 

@@ -136,8 +136,8 @@ class RunConfig(Config):
             raise ConfigError("training.device is cuda, but torch sees no GPU: set training.device=cpu or leave it out")
         if training.precision == "fp32" and not self.parallel.accumulate_allreduce_grads_in_fp32:
             raise ConfigError(
-                "parallel.accumulate_allreduce_grads_in_fp32 false has no effect with training.precision fp32: leave it "
-                "out"
+                "parallel.accumulate_allreduce_grads_in_fp32 false has no effect with training.precision fp32: leave "
+                "it out"
             )
         if training.precision != "fp16" and self.optimizer.loss_scale is not None:
             raise ConfigError(
@@ -182,8 +182,8 @@ class RunConfig(Config):
         training = self.training
         if world_size % (tp * pp):
             raise ConfigError(
-                f"world size {world_size} is not a multiple of tensor x pipeline parallel size {tp} x {pp} = {tp * pp}: "
-                f"start {tp * pp} ranks (or a multiple), or change parallel.tensor_model_parallel_size / "
+                f"world size {world_size} is not a multiple of tensor x pipeline parallel size {tp} x {pp} = {tp * pp}"
+                f": start {tp * pp} ranks (or a multiple), or change parallel.tensor_model_parallel_size / "
                 "pipeline_model_parallel_size"
             )
         dp = world_size // (tp * pp)
@@ -198,7 +198,8 @@ class RunConfig(Config):
         if self.parallel.num_layers_per_virtual_pipeline_stage is not None and microbatches % pp:
             raise ConfigError(
                 f"virtual pipeline stages need a multiple of {pp} microbatches per rank, got {microbatches} "
-                f"(global_batch_size {training.global_batch_size} / {unit}): set training.global_batch_size to a multiple of {unit * pp}"
+                f"(global_batch_size {training.global_batch_size} / {unit}): "
+                f"set training.global_batch_size to a multiple of {unit * pp}"
             )
         if self.row_fill % self.row_multiple:
             raise ConfigError(
@@ -216,6 +217,6 @@ class RunConfig(Config):
         positions = model_config.text.max_position_embeddings
         if self.data.seq_length > positions:
             raise ConfigError(
-                f"data.seq_length {self.data.seq_length} is above the model's max_position_embeddings {positions}: set it "
-                f"to at most {positions}"
+                f"data.seq_length {self.data.seq_length} is above the model's max_position_embeddings {positions}: set "
+                f"it to at most {positions}"
             )

@@ -1,0 +1,97 @@
+"""The flag table: aliases of config keys, flags without effect, refused and unknown ones."""
+
+import pytest
+
+from megatron_vlm.cli.flags import IGNORED, LISTS, REFUSED, SWITCHES, VALUES, flags_help, parse_flags
+from megatron_vlm.errors import ConfigError
+
+# design.md, "Public interface"
+AGREED = """
+    tensor-model-parallel-size pipeline-model-parallel-size num-layers-per-virtual-pipeline-stage sequence-parallel
+    use-distributed-optimizer micro-batch-size global-batch-size seq-length train-iters lr min-lr lr-decay-style
+    lr-warmup-iters weight-decay clip-grad seed bf16 load save save-interval eval-interval eval-iters log-interval
+    data-path valid-data-path tensorboard-dir num-workers no-load-optim skip-train recompute-granularity
+    accumulate-allreduce-grads-in-fp32 freeze-llm freeze-clip-vision-tower freeze-perceiver image-size shortest-edge
+    max-image-num answer-loss-only
+""".split()
+
+
+@pytest.mark.parametrize("flag", AGREED)
+def test_agreed_flags_set_something(flag):
+    value = [] if flag in SWITCHES else ["1"]
+    assert len(parse_flags([f"--{flag}", *value]).settings) == 1
+
+
+def test_every_key_of_the_table_exists():
+    from megatron_vlm.training.run_config import RunConfig
+
+    fields = RunConfig.__dataclass_fields__
+    keys = {*VALUES.values(), *LISTS.values(), *(key for key, _ in SWITCHES.values())}
+    for key in keys:
+        section, name = key.split(".")
+        assert name in fields[section].type.__dataclass_fields__, key
+
+
+def test_a_flag_stands_in_one_table_only():
+    flags = [*VALUES, *LISTS, *SWITCHES, *IGNORED, *REFUSED]
+    assert len(flags) == len(set(flags))
+
+
+def test_spellings_and_order():
+    parsed = parse_flags(
+        ["--config", "a.yaml", "--micro_batch_size=2", "optimizer.lr=3e-4", "--data-path", "x", "y", "--lr", "1e-4"]
+    )
+    assert parsed.config == "a.yaml"
+    assert parsed.settings == [
+        ("training.micro_batch_size", "2"),
+        ("optimizer.lr", "3e-4"),
+        ("data.train", ["x", "y"]),
+        ("optimizer.lr", "1e-4"),
+    ]
+
+
+def test_overrides_are_yaml():
+    assert parse_flags(["data.train=[a, b]", "data.packing=true", "training.eval_interval=null"]).settings == [
+        ("data.train", ["a", "b"]),
+        ("data.packing", True),
+        ("training.eval_interval", None),
+    ]
+
+
+def test_recipe_flags_without_effect_say_why():
+    parsed = parse_flags(
+        "--use-mcore-models --distributed-backend nccl --transformer-impl local --num-layers 32 --attention-dropout 0.0 "
+        "--tokenizer-type HF --log-throughput --lr 1e-5".split()
+    )
+    assert parsed.settings == [("optimizer.lr", "1e-5")]
+    assert [note.split()[0] for note in parsed.notes] == [
+        "--use-mcore-models", "--distributed-backend", "--num-layers", "--tokenizer-type", "--log-throughput",
+    ]  # fmt: skip
+    assert all(": " in note for note in parsed.notes)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--transformer-impl", "transformer_engine"], "Transformer Engine"),
+        (["--use-torch-fsdp2"], "FSDP"),
+        (["--cpu-offload"], "offload"),
+        (["--attention-dropout", "0.1"], "dropout"),
+        (["--recompute-method", "block"], "uniform"),
+        (["--learning-rate", "1"], "unknown flag --learning-rate"),
+        (["--micro-batch-sizes", "1"], "did you mean 'micro-batch-size'"),
+        (["--lr"], "--lr needs one value, got none"),
+        (["--lr", "1", "2"], "--lr needs one value"),
+        (["--bf16", "yes"], "--bf16 takes no value"),
+        (["--data-path"], "--data-path needs at least one value"),
+        (["lr"], "cannot read argument 'lr'"),
+    ],
+)
+def test_errors_name_the_culprit(argv, named):
+    with pytest.raises(ConfigError, match=named):
+        parse_flags(argv)
+
+
+def test_help_lists_every_flag_that_sets_something():
+    text = flags_help()
+    assert all(f"--{flag}" in text for flag in (*VALUES, *LISTS, *SWITCHES))

@@ -20,7 +20,10 @@ class FamilySpec:
         build: ``build(config, topology, *, vp_stage, training options) -> VisionLanguageModel``.
         processor: ``processor(hf_dir, data config) -> data.types.Processor``.
         mapping: ``mapping(config, tp=1, vocab_multiple=1, vocab_extra=0) -> conversion.mapping.Mapping``, both directions.
-        assemble: ``assemble(llm=DIR, vision=DIR, out=DIR, ...)`` makes one HF directory out of parts; None: not offered.
+        assemble: ``assemble(llm, vision, files, options) -> HFModel`` makes one model out of two (HFModel) and writes its
+            non-weight files to the folder ``files``; ``options`` is plain data. None: not offered.
+        add_end_of_utterance: ``(model, files, options) -> HFModel`` adds the token that ends a turn to a vocabulary without
+            it; ``files`` holds a copy of the model's non-weight files. None: not offered.
     """
 
     name: str
@@ -30,6 +33,7 @@ class FamilySpec:
     processor: Callable[..., Any]
     mapping: Callable[..., Any]
     assemble: Callable[..., Any] | None = None
+    add_end_of_utterance: Callable[..., Any] | None = None
 
 
 # One line per family: name -> "module:attribute", imported when asked for.

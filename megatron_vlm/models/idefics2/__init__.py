@@ -29,10 +29,16 @@ def _mapping(*args: Any, **kwargs: Any) -> Any:
     return idefics2_mapping(*args, **kwargs)
 
 
-def _assemble(*args: Any, **kwargs: Any) -> Any:
-    from megatron_vlm.models.idefics2.assemble import assemble
+def _assemble(llm: Any, vision: Any, files: Any, options: dict[str, Any]) -> Any:
+    from megatron_vlm.models.idefics2.assemble import AssembleOptions, assemble
 
-    return assemble(*args, **kwargs)
+    return assemble(llm, vision, files, AssembleOptions.from_dict(options))
+
+
+def _add_end_of_utterance(model: Any, files: Any, options: dict[str, Any]) -> Any:
+    from megatron_vlm.models.idefics2.assemble import AssembleOptions, add_end_of_utterance
+
+    return add_end_of_utterance(model, files, AssembleOptions.from_dict(options))
 
 
 SPEC = FamilySpec(
@@ -42,6 +48,7 @@ SPEC = FamilySpec(
     build=_build,
     processor=_processor,
     mapping=_mapping,
+    add_end_of_utterance=_add_end_of_utterance,
 )
 
 LLAMA3_SPEC = FamilySpec(
@@ -51,5 +58,6 @@ LLAMA3_SPEC = FamilySpec(
     build=_build,
     processor=_processor,
     mapping=_mapping,
+    add_end_of_utterance=_add_end_of_utterance,
     assemble=_assemble,
 )

@@ -3,8 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from megatron_vlm.errors import MegatronVLMError
+from megatron_vlm.config import apply_overrides
+from megatron_vlm.errors import ConfigError, MegatronVLMError
 from megatron_vlm.log import setup_logging
 
 
@@ -55,6 +57,26 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     vocabulary.add_argument(
         "--extra-vocab-size", type=int, default=0, metavar="N", help="rows added before that padding"
     )
+    vocabulary.add_argument(
+        "--end-of-utterance",
+        action="store_true",
+        help="add <end_of_utterance> to a vocabulary without it (the base variant): tokenizer, config, one new row",
+    )
+    new = parser.add_argument_group("parts that are made new (--llm and --vision)")
+    new.add_argument("--seed", type=int, metavar="N", help="of everything drawn (default: 0)")
+    new.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side of the position table in pixels, interpolated (default: the tower's)",
+    )
+    new.add_argument(
+        "--new-rows", choices=("mean", "normal"), help="rows of added tokens (default: mean of the others)"
+    )
+    new.add_argument("--latents", choices=("ones", "normal"), help="the perceiver's latents (default: ones, as in HF)")
+    new.add_argument(
+        "--perceiver", nargs="+", metavar="KEY=VALUE", help="of HF's perceiver_config, such as resampler_n_latents=64"
+    )
     parser.set_defaults(run=_run_hf2mg)
 
 
@@ -65,6 +87,10 @@ def _run_hf2mg(args: argparse.Namespace) -> int:
         args.hf,
         args.out,
         family=args.family,
+        llm=args.llm,
+        vision=args.vision,
+        end_of_utterance=args.end_of_utterance,
+        assemble=_assemble_options(args),
         tp=args.tp,
         pp=args.pp,
         dtype=args.dtype,
@@ -72,6 +98,21 @@ def _run_hf2mg(args: argparse.Namespace) -> int:
         vocab_extra=args.extra_vocab_size,
     )
     return 0
+
+
+def _assemble_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The new parts' options; refused where nothing new is made."""
+    options: dict[str, Any] = {key: getattr(args, key) for key in ("seed", "image_size", "new_rows", "latents")}
+    options = {key: value for key, value in options.items() if value is not None}
+    if args.perceiver:
+        options["perceiver"] = apply_overrides({}, args.perceiver)
+    usable = set(options) if args.llm else {"seed", "new_rows"} if args.end_of_utterance else set()
+    if set(options) - usable:
+        flags = ", ".join("--" + key.replace("_", "-") for key in sorted(set(options) - usable))
+        raise ConfigError(
+            f"{flags} apply to parts that are made new, with --llm and --vision, or (rows) --end-of-utterance"
+        )
+    return options
 
 
 def _run_mg2hf(args: argparse.Namespace) -> int:

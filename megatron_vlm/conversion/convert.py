@@ -4,18 +4,22 @@ hf2mg: open_source (or a family's assemble) --> write_megatron
 mg2hf: open_source --> export_hf
 """
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_vlm.conversion.hf_io import HFWriter, copy_hf_files
+from megatron_vlm.conversion.hf_io import HFWriter, copy_hf_files, resolve_directory
 from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.conversion.megatron_dir import write_config, write_megatron
 from megatron_vlm.conversion.safetensors_io import PARAMS_DTYPES, aligned_order, atomic_directory, cast
-from megatron_vlm.conversion.source import WeightSource, open_source
+from megatron_vlm.conversion.source import HFSource, WeightSource, open_hf, open_source
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models import registry
 
 
 def params_dtype(name: str | None) -> torch.dtype | None:
@@ -27,19 +31,74 @@ def params_dtype(name: str | None) -> torch.dtype | None:
     return PARAMS_DTYPES[name]
 
 
+@contextlib.contextmanager
+def open_model(
+    hf: str | os.PathLike | None,
+    *,
+    family: str | None = None,
+    llm: str | os.PathLike | None = None,
+    vision: str | os.PathLike | None = None,
+    end_of_utterance: bool = False,
+    assemble: dict[str, Any] | None = None,
+) -> Iterator[WeightSource]:
+    """Opens a whole model, or one assembled from ``llm`` and ``vision``; directories or hub ids.
+
+    Args:
+        hf: an HF model, or weights of another layout.
+        family: needed for assembling; else told by the config.
+        llm, vision: parts, instead of ``hf``.
+        end_of_utterance: add ``<end_of_utterance>`` where the vocabulary lacks it.
+        assemble: the family's options for new parts (seed, image_size ...).
+
+    Raises:
+        ConfigError: a combination that says nothing, or an option that the family does not offer.
+        ConversionError: parts that do not fit.
+    """
+    parts = llm is not None or vision is not None
+    if (hf is not None) == parts or (parts and (llm is None or vision is None)):
+        raise ConfigError("give either --hf DIR, or both --llm DIR and --vision DIR to assemble a model from")
+    with tempfile.TemporaryDirectory(prefix="megatron_vlm_") as files, contextlib.ExitStack() as stack:
+        if llm is not None and vision is not None:
+            offered = [name for name in registry.FAMILIES if registry.get(name).assemble]
+            spec = registry.get(family) if family else None
+            if spec is None or spec.assemble is None:
+                raise ConfigError(f"--llm and --vision need --family {' or '.join(offered)}, got {family}")
+            llm_model = open_hf(resolve_directory(llm))
+            stack.callback(llm_model.tensors.close)
+            vision_model = open_hf(resolve_directory(vision))
+            stack.callback(vision_model.tensors.close)
+            yield HFSource(spec.assemble(llm_model, vision_model, Path(files), assemble or {}), spec)
+            return
+        assert hf is not None
+        source = stack.enter_context(open_source(hf, family))
+        if end_of_utterance:
+            if not isinstance(source, HFSource) or source.spec.add_end_of_utterance is None:
+                raise ConfigError(f"--end-of-utterance needs an HF model of a family with that token; {hf} is another")
+            copy_hf_files(source.hf_dir, files)
+            extended = source.spec.add_end_of_utterance(source.model, Path(files), assemble or {})
+            source = HFSource(extended, source.spec)
+        yield source
+
+
 def hf2mg(
-    hf: str | os.PathLike,
+    hf: str | os.PathLike | None,
     out: str | os.PathLike,
     *,
     family: str | None = None,
+    llm: str | os.PathLike | None = None,
+    vision: str | os.PathLike | None = None,
+    end_of_utterance: bool = False,
+    assemble: dict[str, Any] | None = None,
     tp: int = 1,
     pp: int = 1,
     dtype: str | None = None,
     vocab_multiple: int = 128,
     vocab_extra: int = 0,
 ) -> None:
-    """Converts an HF directory or hub id (or weights of another layout) to Megatron weights. See ``write_megatron``."""
-    with open_source(hf, family) as source:
+    """Converts a model (see ``open_model``) to Megatron weights (see ``write_megatron``)."""
+    with open_model(
+        hf, family=family, llm=llm, vision=vision, end_of_utterance=end_of_utterance, assemble=assemble
+    ) as source:
         write_megatron(
             source,
             Path(out),
@@ -93,15 +152,21 @@ def export_hf(
         HFWriter(directory, infos, max_shard_size) as writer,
     ):
         for name in order:
-            entry = source.entries[name]
-            for hf_name, part in zip(entry.hf, entry.from_full(cast(source.read(name), dtype)), strict=True):
-                writer.write(hf_name, part)
-                if hf_name in copies:
-                    writer.write(copies[hf_name], part)
+            _write_parts(source, name, dtype, writer, copies)
         writer.close()
         source.check_digests()
         copy_hf_files(source.hf_dir, directory)
         write_config(directory, source.hf_config, dtype or _changed_dtype(source, infos))
+
+
+def _write_parts(
+    source: WeightSource, name: str, dtype: torch.dtype | None, writer: HFWriter, copies: dict[str, str]
+) -> None:
+    entry = source.entries[name]
+    for hf_name, part in zip(entry.hf, entry.from_full(cast(source.read(name), dtype)), strict=True):
+        writer.write(hf_name, part)
+        if hf_name in copies:
+            writer.write(copies[hf_name], part)
 
 
 def _changed_dtype(source: WeightSource, infos: dict[str, TensorInfo]) -> torch.dtype | None:

@@ -9,7 +9,7 @@ Stages: decoder layer i of L lies on stage i // (L / pp); final norm and output 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import torch
 
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.hf_io import copy_hf_files, read_json, write_json
-from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm.conversion.mapping import Layout, TensorInfo
 from megatron_vlm.conversion.safetensors_io import (
     SafetensorsWriter,
     Writers,
@@ -150,9 +150,9 @@ def write_megatron(
             (directory / file).parent.mkdir()
             writers.open[file] = SafetensorsWriter(directory / file, plan, {"format": "pt"})
         for name in order:
-            full = cast(source.read(name), dtype)
-            for t in range(tp):
-                writers.open[rank_file(t, stages.of(name))].write(name, layouts[name].shard(full, tp, t))
+            _write_shards(
+                source, name, layouts[name], dtype, [writers.open[rank_file(t, stages.of(name))] for t in range(tp)]
+            )
         files = writers.close()
         source.check_digests()
         copy_hf_files(source.hf_dir, directory / "hf")
@@ -175,6 +175,14 @@ def write_megatron(
             files={name: FileEntry(**entry) for name, entry in files.items()},
         )
         write_json(directory / MANIFEST, manifest.to_dict())
+
+
+def _write_shards(
+    source: "WeightSource", name: str, layout: Layout, dtype: torch.dtype | None, writers: Sequence[SafetensorsWriter]
+) -> None:
+    full = cast(source.read(name), dtype)
+    for rank, writer in enumerate(writers):
+        writer.write(name, layout.shard(full, len(writers), rank))
 
 
 def write_config(hf_dir: Path, hf_config: dict[str, Any], dtype: torch.dtype | None) -> None:

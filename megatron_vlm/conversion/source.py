@@ -99,7 +99,7 @@ class HFSource(WeightSource):
 
     def __init__(self, model: HFModel, spec: FamilySpec):
         super().__init__(model.directory, model.config, spec)
-        self.tensors = model.tensors
+        self.model, self.tensors = model, model.tensors
         self._file_name = self._match_names()
         self.infos = {}
         for entry in self.mapping:

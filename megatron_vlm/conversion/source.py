@@ -287,10 +287,11 @@ def open_source(path_or_id: str | os.PathLike, family: str | None = None) -> Wei
             directory, choose_family(read_json(directory / "hf" / CONFIG_NAME), directory, family, recorded)
         )
     if (directory / TRACKER).exists() or (directory / "state.json").exists():
-        from megatron_vlm.conversion.training_source import TrainingSource, iteration_directory
+        from megatron_vlm.conversion.training_source import TrainingSource, tracked_folder
 
-        iteration = iteration_directory(directory)
-        return TrainingSource(iteration, choose_family(read_json(iteration / "hf" / CONFIG_NAME), iteration, family))
+        if (directory / "state.json").exists():
+            return TrainingSource(directory, family)
+        return open_source(tracked_folder(directory), family)
     if not (directory / CONFIG_NAME).exists():
         raise ConversionError(
             f"{directory} is neither an HF model (config.json), nor Megatron weights ({MANIFEST}), nor a training "

@@ -1,0 +1,99 @@
+"""Training checkpoints as weight sources: the folder of a run, or one of its iterations.
+
+DIR/latest_checkpointed_iteration.txt: "100" --> DIR/iter_0000100/{manifest.json, state.json, rankR.safetensors, hf/}
+                                       "release" --> DIR/release/, a checkpoint or Megatron weights
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names, read_json
+from megatron_vlm.conversion.mapping import Layout
+from megatron_vlm.conversion.rank_files import RankFiles
+from megatron_vlm.conversion.safetensors_io import file_digest
+from megatron_vlm.conversion.source import TRACKER, WeightSource, check_entry, choose_family
+from megatron_vlm.errors import CheckpointError, ConversionError
+from megatron_vlm.log import get_logger
+
+MANIFEST = "manifest.json"
+RELEASE = "release"
+
+
+def tracked_folder(root: Path) -> Path:
+    """The folder that a run's tracker names.
+
+    Raises:
+        CheckpointError: the tracker holds something else, or its folder is absent.
+    """
+    text = (root / TRACKER).read_text(encoding="utf-8").strip()
+    if text != RELEASE and not text.isdecimal():
+        raise CheckpointError(f"{root / TRACKER} holds {text[:40]!r}, neither an iteration nor {RELEASE!r}")
+    folder = root / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
+        raise CheckpointError(f"{root / TRACKER} names {folder.name}, which is absent; iterations there: {there}")
+    return folder
+
+
+class TrainingSource(WeightSource):
+    """The weights of one iteration, whatever layout it was trained in. File sizes are checked when it is opened.
+
+    Raises:
+        CheckpointError: files absent or damaged.
+        ConversionError: the tensors are not those of the family.
+    """
+
+    kind = "training"
+
+    def __init__(self, directory: Path, family: str | None = None):
+        self.directory = directory
+        if not (directory / MANIFEST).exists():
+            raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}")
+        self._files: dict[str, dict] = read_json(directory / MANIFEST)["files"]
+        for name, entry in self._files.items():
+            path = directory / name
+            if not path.is_file() or path.stat().st_size != entry["size"]:
+                size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
+                raise CheckpointError(f"{path}: {size}, {MANIFEST} says {entry['size']:,} bytes")
+        hf_config = read_json(directory / "hf" / CONFIG_NAME)
+        super().__init__(directory / "hf", hf_config, choose_family(hf_config, directory, family))
+        self._tensors = RankFiles(directory)
+        try:
+            self.infos = {}
+            self._check_names()
+            for name, entry in self.entries.items():
+                info = self._tensors.info(name)
+                parts = [info.of(part) for part in entry.from_full(info.meta())]
+                if check_entry(entry, parts, self.mapping.vocab_size) != info:
+                    raise ConversionError(
+                        f"{directory}: {name} has shape {list(info.shape)}, which does not fit config.json"
+                    )
+                self.infos[name] = info
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors.read(name)
+
+    def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
+        return self._tensors.read_shard(name, layout, tp, tp_rank)
+
+    def check_digests(self) -> None:
+        get_logger(__name__).info("checking the digests of %d files in %s", len(self._files), self.directory)
+        for name, entry in self._files.items():
+            if file_digest(self.directory / name)["sha256"] != entry["sha256"]:
+                raise CheckpointError(f"{self.directory / name} is damaged: its sha256 is not the one in {MANIFEST}")
+
+    def close(self) -> None:
+        self._tensors.close()
+
+    def _check_names(self) -> None:
+        stored = set(self._tensors.names())
+        missing, extra = sorted(set(self.entries) - stored), sorted(stored - set(self.entries))
+        if missing or extra:
+            raise ConversionError(
+                f"{self.directory} does not hold the weights of family {self.spec.name}: "
+                f"missing {list_names(missing) or 'nothing'}; unexpected {list_names(extra) or 'nothing'}"
+            )

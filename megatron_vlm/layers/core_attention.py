@@ -39,7 +39,7 @@ class RowParams(PackedSeqParams):
 
 
 class CoreAttention(MegatronModule):
-    """Core attention for megatron-core's SelfAttention: q [T, heads / tp, D], k and v [T, groups / tp, D] -> [T, heads / tp * D]."""
+    """For megatron-core's SelfAttention: q [T, heads / tp, D], k and v [T, groups / tp, D] -> [T, heads / tp * D]."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *args: Any, **kwargs: Any

@@ -28,7 +28,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.core_attention import CoreAttention, RowParams
 from megatron_vlm.layers.cross_entropy import linear_cross_entropy_sum
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
@@ -127,27 +126,19 @@ def process_groups(solo: bool = False) -> ProcessGroupCollection:
     return groups
 
 
-def mark_replicated(module: torch.nn.Module) -> torch.nn.Module:
-    """Clears megatron-core's sharding marks of a module built with a solo group: its weights are whole on every rank."""
-    for parameter in module.parameters():
-        parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = False, -1, 1
-    return module
-
-
 class Decoder(GPTModel):
     """megatron-core's GPTModel for packed rows: fused embeddings in; hidden states, loss sum or logits out."""
 
     def __init__(
         self, text: DecoderConfig, topology: Topology, options: Any, vp_stage: int | None, pre: bool, post: bool
     ):
-        check_decoder_parallel(text, topology)
         config = decoder_transformer_config(text, topology, options)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=topology.pp_rank)
         spec = TransformerBlockSubmodules(layer_specs=[layer_spec(RMSNorm, causal=True)] * layers, layer_norm=RMSNorm)
         super().__init__(
             config=config,
             transformer_layer_spec=spec,
-            vocab_size=padded_vocab_size(text.vocab_size, options.make_vocab_size_divisible_by, topology.tp),
+            vocab_size=options.vocab_layout.padded(text.vocab_size, topology.tp),
             max_sequence_length=text.max_position_embeddings,
             pre_process=pre,
             post_process=post,
@@ -232,27 +223,6 @@ def decoder_transformer_config(text: DecoderConfig, topology: Topology, options:
         add_bias_linear=False,
         window_size=window,
     )
-
-
-def check_decoder_parallel(text: DecoderConfig, topology: Topology) -> None:
-    """Raises ConfigError, with the legal sizes, where the decoder does not divide over tensor parallel ranks."""
-
-    def fits(tp: int) -> bool:
-        heads, groups = text.num_attention_heads, text.num_query_groups
-        return heads % tp == 0 and text.ffn_hidden_size % tp == 0 and (groups % tp == 0 or tp % groups == 0)
-
-    if not fits(topology.tp):
-        legal = [tp for tp in range(1, text.num_attention_heads + 1) if fits(tp)]
-        raise ConfigError(
-            f"tensor_model_parallel_size {topology.tp} does not divide the decoder ({text.num_attention_heads} heads, "
-            f"{text.num_query_groups} key/value heads, ffn {text.ffn_hidden_size}): use one of {legal}"
-        )
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
-    """Vocabulary padded to a multiple of ``divisible_by`` x tp, as Megatron does."""
-    unit = divisible_by * tp
-    return -(-vocab_size // unit) * unit
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.config import Config, nearest
+from megatron_vlm.conversion.mapping import Layout, Mapping
 from megatron_vlm.data.types import VLMBatch
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.fusion import fuse, touch
 from megatron_vlm.layers.core_attention import RowParams
+from megatron_vlm.models.fusion import fuse, touch
 from megatron_vlm.models.language import Decoder
 from megatron_vlm.models.registry import FamilySpec
 from megatron_vlm.parallel.topology import Topology
@@ -42,6 +43,7 @@ class ModelOptions(Config):
         sequence_parallel: the decoder's activations are split along the sequence between tensor parallel regions.
         recompute_granularity: "full" recomputes each layer of tower and decoder, and the connector, in the backward pass.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
+        extra_vocab_size: rows added to the vocabulary before that padding; like the padding they take no part.
         freeze: parameter groups that do not train: llm, vision, connector.
     """
 
@@ -49,6 +51,7 @@ class ModelOptions(Config):
     sequence_parallel: bool = False
     recompute_granularity: Literal["full"] | None = None
     make_vocab_size_divisible_by: int = 128
+    extra_vocab_size: int = 0
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,6 +62,11 @@ class ModelOptions(Config):
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.params_dtype]
+
+    @property
+    def vocab_layout(self) -> Layout:
+        """How embedding and head lie over tensor parallel ranks."""
+        return Layout(dim=0, vocab_multiple=self.make_vocab_size_divisible_by, vocab_extra=self.extra_vocab_size)
 
 
 class VisionLanguageModel(MegatronModule):
@@ -144,12 +152,29 @@ def build_model(spec: FamilySpec, config: Any, topology: Topology, options: Mode
     Raises:
         ConfigError: the model does not divide over the topology, with the legal sizes.
     """
+    vocab = options.vocab_layout
+    mapping = spec.mapping(config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
     chunks = []
     for stage in range(topology.vp):
         chunk = spec.build(config, topology, options, vp_stage=stage if topology.vp > 1 else None)
+        mark_sharding(chunk, mapping, vocab)
         freeze(chunk, options.freeze)
         chunks.append(chunk)
     return chunks
+
+
+def mark_sharding(chunk: nn.Module, mapping: Mapping, vocab: Layout) -> None:
+    """Sets the marks by which megatron-core tells sharded from replicated parameters, from the family's weight map.
+
+    megatron-core sets them only where it initialises weights itself, and ours are loaded. Without them the gradient norm would
+    count one rank's shard alone; a tower that runs whole on every rank must not carry them.
+    """
+    entries = mapping.by_name()
+    for name, parameter in global_named_parameters(chunk):
+        layout = entries[name].layout if name in entries else vocab  # only the copy of a tied weight has no entry
+        parameter.tensor_model_parallel = layout.dim is not None  # type: ignore[attr-defined]
+        parameter.partition_dim = -1 if layout.dim is None else layout.dim  # type: ignore[attr-defined]
+        parameter.partition_stride = layout.stride  # type: ignore[attr-defined]
 
 
 def stage_ends(topology: Topology, vp_stage: int | None) -> tuple[bool, bool]:

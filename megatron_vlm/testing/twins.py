@@ -113,7 +113,7 @@ def randomise(model: nn.Module, seed: int = 0, std: float = 0.15) -> nn.Module:
     """Draws every parameter anew: N(0, std), norm weights and latents around 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
-        mean = 1.0 if "norm" in name and name.endswith("weight") or name.endswith("latents") else 0.0
+        mean = 1.0 if ("norm" in name and name.endswith("weight")) or name.endswith("latents") else 0.0
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
         parameter.data.copy_(mean + std * noise)
     return model

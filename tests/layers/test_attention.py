@@ -1,5 +1,6 @@
 """Attention over packed rows against explicit softmax of each segment."""
 
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,7 @@ def explicit(q, k, v, cu_q, cu_k, causal, window):
     """Softmax written out, segment by segment and head by head, in fp64."""
     output = torch.empty_like(q, dtype=torch.float64)
     repeat = q.shape[1] // k.shape[1]
-    for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k)):
         for head in range(q.shape[1]):
             scores = q[q0:q1, head].double() @ k[k0:k1, head // repeat].double().T / math.sqrt(q.shape[2])
             for i in range(q1 - q0):
@@ -47,7 +48,7 @@ CASES = [
 def run(case, heads, groups, device="cpu", dtype=torch.float32):
     cu_q, cu_k, causal, window = case
     q, k, v = draw(cu_q, cu_k, heads, groups, 16, device, dtype)
-    longest = [max(b - a for a, b in zip(c, c[1:])) for c in (cu_q, cu_k)]
+    longest = [max(b - a for a, b in itertools.pairwise(c)) for c in (cu_q, cu_k)]
     tensors = [torch.tensor(c, dtype=torch.int32, device=device) for c in (cu_q, cu_k)]
     out = attention(q, k, v, *tensors, *longest, causal, window)
     exact_inputs = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]

@@ -21,7 +21,6 @@ from megatron_vlm.models.language import (
     Decoder,
     gelu_tanh,
     layer_spec,
-    mark_replicated,
     process_groups,
     transformer_config,
 )
@@ -45,11 +44,7 @@ class Idefics2Connector(nn.Module):
 def build_idefics2(
     config: Idefics2ModelConfig, topology: Topology, options: Any, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
-    """Builds one stage; only the first owns tower and connector.
-
-    Raises:
-        ConfigError: the decoder does not divide over the topology.
-    """
+    """Builds one stage; only the first owns tower and connector."""
     pre, post = stage_ends(topology, vp_stage)
     decoder = Decoder(config.text, topology, options, vp_stage, pre, post)
     return VisionLanguageModel(
@@ -82,8 +77,6 @@ def build_siglip(config: Idefics2ModelConfig, topology: Topology, options: Any) 
         layer_specs=[layer_spec(LayerNorm, causal=False)] * vision.num_layers, layer_norm=LayerNorm
     )
     encoder = TransformerBlock(mcore, spec, pg_collection=process_groups(solo))
-    if solo:
-        mark_replicated(encoder)
     return SiglipVisionModel(
         encoder,
         hidden_size=vision.hidden_size,
@@ -120,8 +113,6 @@ def build_connector(config: Idefics2ModelConfig, topology: Topology, options: An
     layers = []
     for _ in range(perceiver.depth):
         attention = PerceiverAttention(mcore, SoloGroup() if solo else topology.tp_group)
-        if solo:
-            mark_replicated(attention)
         layers.append(PerceiverLayer(mcore, attention, topology.tp_group))
     return Idefics2Connector(
         ParallelMLP(mcore, config.vision.hidden_size, text.ffn_hidden_size, topology.tp_group),

@@ -5,8 +5,9 @@
 
 Text is used as it is written: LLaVA's line break after ``<image>`` stays, so ask the exported model in the same way.
 
-The prompt is ``User: TEXT<end_of_utterance>\\nAssistant: TEXT<end_of_utterance>\\n`` after BOS, without the space where a turn begins
-with an image. A model whose vocabulary has no ``<end_of_utterance>`` (the base variant) uses its EOS token in that place.
+The prompt is ``User: TEXT<end_of_utterance>\\nAssistant: TEXT<end_of_utterance>\\n`` after BOS, without the space where
+a turn begins with an image. A model whose vocabulary has no ``<end_of_utterance>`` (the base variant) uses its EOS
+token in that place: transformers' processor would add the token with an id beyond the model's embedding.
 """
 
 import hashlib
@@ -90,8 +91,8 @@ class Idefics2Processor:
         )
         if splitting:
             raise ConfigError(
-                f"{hf_dir} asks for do_image_splitting, which is not built yet: set data.image_splitting=false to train on "
-                "whole images, and do_image_splitting to false in the processor files that the trained model is used with"
+                f"{hf_dir} asks for do_image_splitting, which is not built yet: set data.image_splitting=false to "
+                "train on whole images, and do_image_splitting to false in the processor files the trained model is used with"
             )
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if not images.get(name, True):
@@ -153,12 +154,12 @@ class Idefics2Processor:
         return EncodedSample(key=key, input_ids=ids, labels=labels, pixels=pixels, image_positions=positions)
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """Resizes and normalises an RGB image: float32 [3, H, W], bit for bit transformers' ``Idefics2ImageProcessorPil``."""
+        """Resizes and normalises an RGB image: float32 [3, H, W], bit for bit as ``Idefics2ImageProcessorPil``."""
         values = np.asarray(image.resize(self.resized(*image.size), resample=self.resample))
         return torch.from_numpy(np.stack([row[values[:, :, channel]] for channel, row in enumerate(self._table)]))
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Returns width and height after resizing (transformers' ``get_resize_output_image_size``, rounding included)."""
+        """Returns width and height after resizing, rounded as transformers' ``get_resize_output_image_size`` does."""
         aspect_ratio = width / height
         if width >= height and width > self.longest_edge:
             width, height = self.longest_edge, int(self.longest_edge / aspect_ratio)
@@ -206,7 +207,7 @@ class Idefics2Processor:
         return encode_pieces(self.tokenizer, pieces, len(turns), answer_only=self.answer_loss_only, never=never)
 
     def _expand(self, text: str) -> str:
-        """Replaces placeholders: adjacent images share a fake token, glued words get the space transformers gives them."""
+        """Replaces placeholders: adjacent images share a fake token, a word right after one gets transformers' space."""
         text = text.replace(IMAGE, f"{FAKE}{IMAGE * self.image_seq_len}{FAKE}").replace(FAKE + FAKE, FAKE)
         return _GLUED.sub(f"{FAKE} ", text)
 

@@ -58,7 +58,13 @@ def test_patches_equal_a_convolution():
 
 def test_an_image_smaller_than_a_patch_is_an_error():
     tower = SiglipVisionModel(
-        nn.Identity(), hidden_size=4, patch_size=8, num_channels=3, side=4, dtype=torch.float32, device=torch.device("cpu")
+        nn.Identity(),
+        hidden_size=4,
+        patch_size=8,
+        num_channels=3,
+        side=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
     with pytest.raises(DataError, match="30x7 pixels"):
         tower([torch.zeros(3, 7, 30)])

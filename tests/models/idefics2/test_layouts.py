@@ -1,7 +1,6 @@
-"""Every layout gives the gradients of one process: tensor, pipeline, sequence and data parallel, with what goes with them."""
+"""Every layout gives the gradients of one process: tensor, pipeline, sequence, data parallel and what goes with it."""
 
 import pytest
-import torch
 
 from megatron_vlm.data.types import row_from_samples
 from megatron_vlm.models import registry
@@ -39,7 +38,11 @@ def layout(tp=1, pp=1, dp=1, *, sp=False, vp=None, do=False, overlap=False, reco
         recompute_granularity="full" if recompute else None,
     )
     flags = dict(sp=sp, vp=vp, do=do, overlap=overlap, recompute=recompute)
-    name = f"{twin}-tp{tp}pp{pp}dp{dp}" + "".join(f"-{k}" for k, v in flags.items() if v) + "".join(f"-no_{g}" for g in freeze)
+    name = (
+        f"{twin}-tp{tp}pp{pp}dp{dp}"
+        + "".join(f"-{k}" for k, v in flags.items() if v)
+        + "".join(f"-no_{g}" for g in freeze)
+    )
     return pytest.param((tp, pp, dp), parallel, tuple(freeze), twin, id=name)
 
 
@@ -61,7 +64,17 @@ PAIRWISE = [
 WHOLE = [
     layout(tp, pp, dp, sp=sp, vp=vp, do=do, overlap=overlap, recompute=recompute, freeze=freeze, twin=twin)
     for twin in TWINS
-    for tp, pp, dp in [(1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
+    for tp, pp, dp in [
+        (1, 1, 2),
+        (1, 1, 4),
+        (1, 2, 1),
+        (1, 2, 2),
+        (1, 4, 1),
+        (2, 1, 1),
+        (2, 1, 2),
+        (2, 2, 1),
+        (4, 1, 1),
+    ]
     for sp in ([False, True] if tp > 1 else [False])
     for vp in ([None, 1] if pp == 2 else [None])
     for do, overlap in ([(False, False), (True, True)] if dp > 1 else [(False, False)])
@@ -96,7 +109,9 @@ def check(reference, sizes, parallel, freeze, twin):
     directory, config, loss, grads = reference(twin, freeze)
     fill = 48 if parallel["num_layers_per_virtual_pipeline_stage"] else 0
     rows = [
-        row_from_samples(random_samples(config, s, seed=i), multiple_of=tp if parallel["sequence_parallel"] else 1, fill_to=fill)
+        row_from_samples(
+            random_samples(config, s, seed=i), multiple_of=tp if parallel["sequence_parallel"] else 1, fill_to=fill
+        )
         for i, s in enumerate(TEXT_ONLY_FIRST)
     ]
     results = run_distributed(layout_gradients, directory, rows, parallel, {"freeze": freeze}, tp=tp, pp=pp, dp=dp)
@@ -105,7 +120,8 @@ def check(reference, sizes, parallel, freeze, twin):
     assert abs(our_loss - loss) <= LOSS * loss
     errors = gradient_errors(our_grads, grads)
     worst = max(
-        ((e, n) for n, e in errors.items() if not (ZERO_GRADIENTS[0] in n and n.endswith(ZERO_GRADIENTS[1]))), default=(0.0, "")
+        ((e, n) for n, e in errors.items() if not (ZERO_GRADIENTS[0] in n and n.endswith(ZERO_GRADIENTS[1]))),
+        default=(0.0, ""),
     )
     print(f"loss {abs(our_loss - loss) / loss:.1e} worst gradient {worst[0]:.1e} {worst[1]}")
     assert worst[0] <= GRADIENT

@@ -2,7 +2,8 @@
 
     pieces (text, supervised) --joined--> one string --tokenised whole--> ids, mask by character offsets
 
-The string is tokenised as a whole, as HF does, so the ids are HF's; a token is supervised if it starts in a supervised piece.
+The string is tokenised as a whole, as HF does, so the ids are HF's; a token is supervised if it starts in a supervised
+piece.
 """
 
 import dataclasses
@@ -122,8 +123,8 @@ def fit(
 ) -> Tokens | None:
     """Tokenises a conversation within ``limit`` tokens.
 
-    A longer one loses whole exchanges (a user turn and its answer, with their images) from the end until it fits; if even the
-    first one is too long, the end of its answer is cut, leaving no end token that would teach the model to stop there.
+    A longer one loses whole exchanges (a user turn and its answer, with their images) from the end until it fits. If even
+    the first is too long, the end of its answer is cut, without an end token that would teach the model to stop there.
 
     Args:
         encode: tokenises a conversation.

@@ -17,10 +17,10 @@ class DataConfig(Config):
         seq_length: most tokens of a sample, and of a packed row.
         packing: lay as many whole samples into a row of ``seq_length`` tokens as fit (``micro_batch_size`` must be 1);
             off, a row holds ``micro_batch_size`` samples end to end.
-        on_too_long: a sample of more than ``seq_length`` tokens: ``truncate`` removes whole turns from the end, then the
-            end of the last answer, never image tokens; ``drop`` excludes it; ``raise`` stops before training.
-        on_bad_sample: a sample that cannot be read or encoded: ``raise`` stops; ``skip`` leaves a hole without loss and a
-            line in ``quarantine.jsonl``.
+        on_too_long: a sample of more than ``seq_length`` tokens: ``truncate`` removes whole turns from the end, then
+            the end of the last answer, never image tokens; ``drop`` excludes it; ``raise`` stops before training.
+        on_bad_sample: a sample that cannot be read or encoded: ``raise`` stops; ``skip`` leaves a hole without loss
+            and a line in ``quarantine.jsonl``.
         answer_loss_only: take the loss on the assistant's text alone; off, on all text.
         max_image_num: samples with more images are excluded; None: no limit.
         image_size: longest edge of an image in pixels; None: as the model's processor files say.

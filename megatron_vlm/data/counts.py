@@ -1,9 +1,9 @@
 """Token counts of every sample for one processor: what planning reads instead of the samples.
 
-    text and image sizes of each sample --processor.count--> SHARD.FINGERPRINT.tokens.npy beside the shard (or in a cache folder)
+    text and image sizes of each sample --count--> SHARD.FINGERPRINT.tokens.npy, beside the shard or in a cache
 
-They are made once per processor fingerprint. Several processes may do it at the same time: each starts with another shard,
-skips what exists by then, and puts its file in place with a rename.
+They are made once per processor fingerprint. Several processes may do it at the same time: each starts with another
+shard, skips what exists by then, and puts its file in place with a rename.
 """
 
 import hashlib
@@ -140,8 +140,8 @@ def survey(counts: TokenCounts, config: DataConfig, output_dir: Path | None) -> 
         output_dir: gets ``excluded.jsonl``, a line per excluded sample; None: not written.
 
     Returns:
-        ``samples``, ``excluded`` {reason: number}, ``excluded_digest``, ``truncated``, ``tokens`` and ``supervised_tokens`` an
-        epoch, ``seq_length``.
+        ``samples``, ``excluded`` {reason: number}, ``excluded_digest``, ``truncated``, and ``tokens`` and
+        ``supervised_tokens`` of the samples that are used.
 
     Raises:
         DataError: samples that ``raise`` policies refuse (the first ones named), or nothing usable.

@@ -1,4 +1,4 @@
-"""Shard folders read as one list of samples: id -> (shard, row) -> RawSample, with nothing in memory but shard counts."""
+"""Shard folders read as one list of samples: id -> (shard, row) -> RawSample; only shard counts stay in memory."""
 
 import hashlib
 import json

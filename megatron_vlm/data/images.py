@@ -60,9 +60,18 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Turns an image as its EXIF orientation says and converts it to RGB, as transformers' ``load_image`` does."""
+    """Turns an image as its EXIF orientation says and converts it to RGB, as transformers' processors do.
+
+    Their ``load_image`` drops an alpha channel without blending; a transparent colour (of a palette, say) outlives it and
+    is then blended with white by ``convert_to_rgb``.
+    """
     image = ImageOps.exif_transpose(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return image
 
 
 def probe_image(data: bytes, name: str = "image") -> tuple[str, int, int]:

@@ -113,9 +113,9 @@ class RowLoader:
         changed += ["seed"] if state.seed != seed else []
         if changed and not self._config.allow_data_change:
             raise ConfigError(
-                f"the checkpoint was trained on other data: {', '.join(changed)} changed, so its place in the order means "
-                "nothing here. Restore them, set data.allow_data_change=true to go on anyway, or checkpoint.finetune=true to "
-                "start the data anew"
+                f"the checkpoint was trained on other data: {', '.join(changed)} changed, so its place in the order "
+                "means nothing here. Restore them, set data.allow_data_change=true to go on anyway, or "
+                "checkpoint.finetune=true to start the data anew"
             )
         if changed:
             LOGGER.warning(
@@ -252,13 +252,13 @@ def check_batch(config: DataConfig, global_batch_size: int, micro_batch_size: in
         raise ConfigError(f"batch sizes must be at least 1, got global {global_batch_size}, micro {micro_batch_size}")
     if config.packing and micro_batch_size != 1:
         raise ConfigError(
-            f"micro_batch_size is {micro_batch_size}, with data.packing it must be 1: raise data.seq_length to put more "
-            "samples in a row"
+            f"micro_batch_size is {micro_batch_size}, with data.packing it must be 1: raise data.seq_length to put "
+            "more samples in a row"
         )
     if global_batch_size % (micro_batch_size * dp_size):
         raise ConfigError(
-            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {dp_size} data "
-            "parallel ranks"
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
+            f"{dp_size} data parallel ranks"
         )
 
 

@@ -1,11 +1,11 @@
 """The order of samples: (seed, epoch, position) -> sample id, a pure function without any list in memory.
 
     ids      0 ................................ N-1      neighbours lie side by side in a shard
-    slices   [S ids][S ids] ... [short one]              shuffled as wholes by a keyed permutation; the short one stays last
+    slices   [S ids][S ids] ... [short one]              shuffled as wholes by a keyed permutation, the short one last
     windows  [W slices][W slices] ... [rest]             positions of a window are shuffled over all ids of its slices
 
-So a window reads W runs of S neighbouring samples, in random order, and the shuffle radius is W x S. Both shuffles are Feistel
-networks with cycle walking: a bijection on 0 .. n-1 for every n, key and epoch, evaluated where it is needed.
+So a window reads W runs of S neighbouring samples, in random order, and the shuffle radius is W x S. Both shuffles are
+Feistel networks with cycle walking: a bijection on 0 .. n-1 for every n, key and epoch, evaluated where it is needed.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Packing plans: which samples share a row, and which data parallel rank gets which row. Pure functions of lengths.
 
-    lengths of one window --best fit, longest first--> rows of at most seq_length tokens --by cost--> data parallel ranks
+    lengths of one window --best fit, longest first--> rows of at most seq_length tokens --by cost--> ranks
 
-A plan ends with its window: nothing is carried over, so a position in the data is (epoch, window, row) and nothing else.
+A plan ends with its window: nothing is carried over, so a place in the data is (epoch, window, row) and nothing else.
 """
 
 import heapq

@@ -52,7 +52,7 @@ class RowPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """One optimizer step: the rows of this data parallel rank, the ids of the whole global batch, the state after it."""
+    """One optimizer step: this data parallel rank's rows, the ids of the whole global batch, the state after it."""
 
     rows: tuple[RowPlan, ...]
     sample_ids: tuple[int, ...]

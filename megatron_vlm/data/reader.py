@@ -1,14 +1,14 @@
 """Planned rows read and encoded, in this process or in workers, and what happens to bad samples.
 
-A worker gets a RowPlan and gives back a row; it holds nothing but open files. Workers are spawned, not forked: a training
-process has threads and device handles that do not survive a fork. They end with their parent, however it ends.
+A worker gets a RowPlan and gives back a row; it holds nothing but open files. Workers are spawned, not forked: a
+training process has threads and device handles that do not survive a fork. They end with their parent, however it ends.
 """
 
 import json
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ BAD_RATE_OVER = 10_000  # samples that the bad-sample rate is taken over at leas
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """What comes back for one RowPlan: the row and a record of each sample that could not be used, or the error to raise."""
+    """What comes back for one RowPlan: the row, which samples are sound and a record of each that is not, or an error."""
 
-    row: PackedRow | None
-    num_samples: int
+    row: PackedRow | None = None
+    sound: tuple[bool, ...] = ()
     failures: tuple[dict[str, Any], ...] = ()
     error: DataError | None = None
 
@@ -59,14 +59,16 @@ class RowReader(torch.utils.data.Dataset):
         self._multiple_of, self._fill_to = multiple_of, fill_to
 
     def __getitem__(self, plan: RowPlan) -> Fetched:
-        samples, failures = [], []
+        samples, failures, sound = [], [], []
         for sample_id, tokens in zip(plan.ids, plan.tokens):
             try:
                 samples.append(self._sample(sample_id, tokens, plan.epoch))
+                sound.append(True)
             except DataError as error:
                 if not self._skip:  # returned, not raised: torch would rebuild it from the text of a traceback
-                    return Fetched(row=None, num_samples=len(plan.ids), error=error)
+                    return Fetched(error=error)
                 where = {"key": error.key, "shard": error.shard, "offset": error.offset}
+                sound.append(False)
                 failures.append({"id": sample_id, "epoch": plan.epoch, **where, "reason": error.message})
         row = row_from_samples(
             samples,
@@ -76,14 +78,11 @@ class RowReader(torch.utils.data.Dataset):
             holes=len(failures),
         )
         row = replace(row, truncated=plan.truncated)
-        return Fetched(row=row, num_samples=len(plan.ids), failures=tuple(failures))
+        return Fetched(row=row, sound=tuple(sound), failures=tuple(failures))
 
     def _sample(self, sample_id: int, tokens: int, epoch: int) -> EncodedSample:
         shard, row = self._dataset.locate_one(sample_id)
-        where = {
-            "shard": str(self._dataset.shards[shard].path),
-            "offset": int(self._dataset.index(shard)[row]["offset"]),
-        }
+        path, offset = str(self._dataset.shards[shard].path), int(self._dataset.index(shard)[row]["offset"])
         sample = self._dataset.read(sample_id)
         seed = int(digest_of(f"{self._seed}/{epoch}/{sample_id}")[:15], 16)
         try:
@@ -91,16 +90,16 @@ class RowReader(torch.utils.data.Dataset):
             encoded = self._processor.encode(sample.key, sample.turns, images, seed=seed)
             if len(encoded.input_ids) != tokens:
                 raise DataError(
-                    f"{len(encoded.input_ids)} tokens where its count says {tokens}: remove the token counts (.tokens.npy)"
+                    f"{len(encoded.input_ids)} tokens, its count says {tokens}: remove the token counts (.tokens.npy)"
                 )
         except DataError as error:
-            raise DataError(error.message, key=sample.key, **where) from error
+            raise DataError(error.message, key=sample.key, shard=path, offset=offset) from error
         except Exception as error:  # a bug, not a bad sample: no policy hides it, but it gets a name
-            raise RuntimeError(f"encoding sample {sample.key} of {where['shard']} failed: {error!r}") from error
+            raise RuntimeError(f"encoding sample {sample.key} of {path} failed: {error!r}") from error
         return encoded
 
 
-def fetch(reader: RowReader, plans: Iterable[RowPlan], config: DataConfig) -> Iterator[Fetched]:
+def fetch(reader: RowReader, plans: Iterable[RowPlan], config: DataConfig) -> Generator[Fetched, None, None]:
     """Yields what ``reader`` makes of each plan, in order, from ``config.num_workers`` processes (0: this one).
 
     Raises:
@@ -113,7 +112,7 @@ def fetch(reader: RowReader, plans: Iterable[RowPlan], config: DataConfig) -> It
             reader,
             sampler=plans,  # type: ignore[arg-type]
             batch_size=None,
-            collate_fn=_flatten,
+            collate_fn=_flatten,  # type: ignore[arg-type]
             num_workers=config.num_workers,
             prefetch_factor=config.prefetch_rows,
             multiprocessing_context="spawn",
@@ -127,7 +126,7 @@ def fetch(reader: RowReader, plans: Iterable[RowPlan], config: DataConfig) -> It
 
 
 def _start_worker(_: int) -> None:
-    """Leaves signals to the parent: a scheduler signals every process, and the parent still needs rows to finish its step."""
+    """Leaves signals to the parent: a scheduler signals every process, and the parent needs rows to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -153,11 +152,11 @@ def _restore(item: Fetched, tensors: tuple[Tensor, ...]) -> Fetched:
     if item.row is None:
         return item
     lengths, values, shapes, pixels = tensors
-    fields = dict(zip(_FIELDS, values.split(lengths.tolist())))
+    fields: dict[str, Any] = dict(zip(_FIELDS, values.split(lengths.tolist())))
     fields["cu_seqlens"] = fields["cu_seqlens"].to(torch.int32)
     parts = pixels.split(shapes.prod(1).tolist()) if len(shapes) else ()
     images = tuple(part.view(*shape) for part, shape in zip(parts, shapes.tolist()))
-    return replace(item, row=replace(item.row, **fields, pixels=images))
+    return replace(item, row=replace(item.row, pixels=images, **fields))
 
 
 class Quarantine:
@@ -166,7 +165,7 @@ class Quarantine:
     def __init__(self, config: DataConfig, output_dir: str | Path | None):
         self._config = config
         self._path = Path(output_dir) / "quarantine.jsonl" if output_dir else None
-        self.holes = self._samples = self._row = 0
+        self.holes = self._samples = self._row = self._worst = 0
 
     def add(self, item: Fetched) -> None:
         """Takes note of one row.
@@ -174,9 +173,11 @@ class Quarantine:
         Raises:
             DataError: more holes than ``bad_sample_rate`` or ``bad_sample_consecutive`` allow.
         """
-        self._samples += item.num_samples
+        self._samples += len(item.sound)
         self.holes += len(item.failures)
-        self._row = self._row + len(item.failures) if len(item.failures) == item.num_samples else len(item.failures)
+        for sound in item.sound:
+            self._row = 0 if sound else self._row + 1
+            self._worst = max(self._worst, self._row)
         for failure in item.failures:
             LOGGER.warning("a sample is skipped: %s", failure)
             if self._path is not None:
@@ -188,9 +189,10 @@ class Quarantine:
                 finally:
                     os.close(descriptor)
         allowed = self._config.bad_sample_rate * max(self._samples, BAD_RATE_OVER)
-        if self.holes > allowed or self._row > self._config.bad_sample_consecutive:
+        if self.holes > allowed or self._worst > self._config.bad_sample_consecutive:
             raise DataError(
-                f"{self.holes} of {self._samples} samples could not be used, {self._row} of them in a row: data.bad_sample_rate "
-                f"{self._config.bad_sample_rate} and data.bad_sample_consecutive {self._config.bad_sample_consecutive} allow "
-                f"fewer. They are listed in {self._path or 'the log'}; 'megatron-vlm data check' names all"
+                f"{self.holes} of {self._samples} samples could not be used, {self._worst} of them in a row: "
+                f"data.bad_sample_rate {self._config.bad_sample_rate} and data.bad_sample_consecutive "
+                f"{self._config.bad_sample_consecutive} allow fewer. They are listed in {self._path or 'the log'}; "
+                "'megatron-vlm data check' names all of them"
             )

@@ -1,4 +1,4 @@
-"""LLaVA's format: ``{"id", "image": str | [str], "conversations": [{"from": "human" | "gpt", "value"}]}``, json or jsonl.
+"""LLaVA's format: ``{"id", "image": str | [str], "conversations": [{"from": "human" | "gpt", "value": str}]}``.
 
 ``<image>`` in a value marks where an image goes; there must be as many as images. ``image`` may be absent (text only).
 """

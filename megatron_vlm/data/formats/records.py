@@ -17,7 +17,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One record of a source file: ``images`` are paths as written; ``label`` is its ``id``, which need not be unique."""
+    """One record of a source file: ``images`` are paths as written; ``label`` is its ``id``, unique or not."""
 
     number: int
     label: str

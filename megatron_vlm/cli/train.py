@@ -1,5 +1,6 @@
 """`megatron-vlm train`: YAML, overrides and flags -> RunConfig -> Trainer."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ def run(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(USAGE + flags_help())
         return 0
+    warnings.filterwarnings("ignore", module="megatron.core")  # it lists what is not installed, at every start
     config, notes = resolve(argv)
     setup_logging()
     for note in notes:

@@ -7,14 +7,17 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_vlm.config import Config
+from megatron_vlm.data.types import IGNORE_INDEX, PackedRow
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
+from megatron_vlm.training.evaluate import EvalResult
 from megatron_vlm.training.step import StepResult
 
 log = get_logger(__name__)
@@ -56,24 +59,36 @@ class Metrics:
         start: iteration that the run goes on from; lines past it are removed. At 0 an older metrics.jsonl is kept under
             another name.
         total: iterations of the run, for the estimate of the time left.
+        evaluation_only: lines are only added, and the config is written as config.eval.yaml.
     """
 
-    def __init__(self, output_dir: Path, config: LoggingConfig, resolved: dict[str, Any], *, start: int, total: int):
+    def __init__(
+        self,
+        output_dir: Path,
+        config: LoggingConfig,
+        resolved: dict[str, Any],
+        *,
+        start: int,
+        total: int,
+        evaluation_only: bool = False,
+    ):
         self.output_dir, self.config, self.total = output_dir, config, total
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        name = "config.eval.yaml" if evaluation_only else "config.yaml"
+        (output_dir / name).write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
         path = output_dir / "metrics.jsonl"
-        if start:
-            trim(path, start)
-        else:
-            keep_old(path)
+        if not evaluation_only:
+            if start:
+                trim(path, start)
+            else:
+                keep_old(path)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
         self.writer: Any = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             where = config.tensorboard_dir or output_dir / "tensorboard"
-            self.writer = SummaryWriter(str(where), purge_step=start + 1 if start else None)
+            self.writer = SummaryWriter(str(where), purge_step=start + 1 if start and not evaluation_only else None)
         self.seconds_per_step = 0.0
 
     def step(
@@ -109,14 +124,15 @@ class Metrics:
                 if key not in ("iteration", "consumed_samples"):
                     self.writer.add_scalar(f"train/{key}", value, iteration)
 
-    def evaluation(self, iteration: int, loss: float, *, samples: int, supervised_tokens: int) -> None:
+    def evaluation(self, iteration: int, result: EvalResult) -> None:
         """Records one evaluation."""
-        self._write({"iteration": iteration, "eval_loss": loss})
+        self._write({"iteration": iteration, "eval_loss": result.loss})
         log.info(
-            f"iteration {iteration}: eval_loss {loss:.6f} over {samples} samples, {supervised_tokens} supervised tokens"
+            f"iteration {iteration}: eval_loss {result.loss:.6f} over {result.samples} samples, "
+            f"{result.supervised_tokens} supervised tokens"
         )
         if self.writer is not None:
-            self.writer.add_scalar("eval/loss", loss, iteration)
+            self.writer.add_scalar("eval/loss", result.loss, iteration)
 
     def close(self) -> None:
         self.file.close()
@@ -172,3 +188,20 @@ def keep_old(path: Path) -> None:
         number += 1
     path.replace(aside)
     log.warning(f"{path} is of an earlier run: kept as {aside.name}")
+
+
+def show_sample(row: PackedRow, processor: Any) -> str:
+    """The first sample of a row as text: supervised parts in ``[[ ]]``, runs of image tokens as ``<image> x n``."""
+    end = int(row.cu_seqlens[1])
+    ids = row.input_ids[:end].tolist()
+    supervised = [False] + (row.labels[: end - 1] != IGNORE_INDEX).tolist()  # labels[t] is the token at t + 1
+    parts: list[str] = []
+    for (learned, image), run in groupby(
+        zip(ids, supervised), lambda item: (item[1], item[0] == processor.image_token_id)
+    ):
+        tokens = [token for token, _ in run]
+        text = processor.tokenizer.decode(tokens[:1] if image else tokens)
+        text += f" x {len(tokens)} " if image else ""
+        parts.append(f"[[{text}]]" if learned else text)
+    key = row.keys[0] if row.keys else "no sample"
+    return f"{key} ({end} tokens, {sum(supervised)} supervised): {''.join(parts)}"

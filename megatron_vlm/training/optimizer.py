@@ -184,7 +184,7 @@ def connect(chunks: Sequence[Any], optimizer: Any) -> None:
 @contextmanager
 def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
     """Inside, parameters are whole; with ``overlap_param_gather`` they otherwise arrive in the next forward pass."""
-    waiting = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    waiting = [chunk for chunk in chunks if hasattr(chunk, "ddp_config") and chunk.ddp_config.overlap_param_gather]
     for chunk in waiting:
         chunk.disable_forward_pre_hook()
     try:

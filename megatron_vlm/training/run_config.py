@@ -4,6 +4,7 @@ YAML + section.key=value + flags --cli/train.py--> RunConfig --check_world--> --
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -154,6 +155,21 @@ class RunConfig(Config):
                 "data.valid is empty, but training.skip_train, eval_interval or eval_iters is set: name held-out "
                 "folders (--valid-data-path) or leave these out"
             )
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run reports."""
+        return Path(self.logging.output_dir or self.checkpoint.save or Path("runs") / self.logging.name)
+
+    def model_options(self) -> dict[str, Any]:
+        """Arguments of ``models.vlm.ModelOptions``."""
+        return {
+            "params_dtype": self.training.precision,
+            "sequence_parallel": self.parallel.sequence_parallel,
+            "recompute_granularity": self.parallel.recompute_granularity,
+            "make_vocab_size_divisible_by": self.model.make_vocab_size_divisible_by,
+            "freeze": self.model.freeze,
+        }
 
     @property
     def row_fill(self) -> int:

@@ -13,10 +13,10 @@ AGREED = """
     data-path valid-data-path tensorboard-dir num-workers no-load-optim skip-train recompute-granularity
     accumulate-allreduce-grads-in-fp32 freeze-llm freeze-clip-vision-tower freeze-perceiver image-size shortest-edge
     max-image-num answer-loss-only
-""".split()
+"""
 
 
-@pytest.mark.parametrize("flag", AGREED)
+@pytest.mark.parametrize("flag", AGREED.split())
 def test_agreed_flags_set_something(flag):
     value = [] if flag in SWITCHES else ["1"]
     assert len(parse_flags([f"--{flag}", *value]).settings) == 1
@@ -59,10 +59,11 @@ def test_overrides_are_yaml():
 
 
 def test_recipe_flags_without_effect_say_why():
-    parsed = parse_flags(
+    line = (
         "--use-mcore-models --distributed-backend nccl --transformer-impl local --num-layers 32 --attention-dropout 0.0 "
-        "--tokenizer-type HF --log-throughput --lr 1e-5".split()
+        "--tokenizer-type HF --log-throughput --lr 1e-5"
     )
+    parsed = parse_flags(line.split())
     assert parsed.settings == [("optimizer.lr", "1e-5")]
     assert [note.split()[0] for note in parsed.notes] == [
         "--use-mcore-models", "--distributed-backend", "--num-layers", "--tokenizer-type", "--log-throughput",

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from megatron_vlm.training.evaluate import EvalResult
 from megatron_vlm.training.metrics import LoggingConfig, Metrics
 from megatron_vlm.training.step import StepResult
 
@@ -31,7 +32,7 @@ def run(path, steps, start=0, **logging) -> None:
     metrics = Metrics(path, LoggingConfig(**logging), {"training": {"seed": 1}}, start=start, total=20)
     for step in steps:
         metrics.step(step, result(), RATES, seconds=0.5, consumed_samples=3 * step)
-    metrics.evaluation(steps[-1], 2.25, samples=7, supervised_tokens=70)
+    metrics.evaluation(steps[-1], EvalResult(loss=2.25, samples=7, supervised_tokens=70))
     metrics.close()
 
 

@@ -1,0 +1,365 @@
+"""Trainer: the one loop.
+
+    RunConfig --setup--> model, optimizer, loader, state --train()--> { rows -> train_step -> metrics -> evaluate -> save }
+
+Every rank runs the same code; the source rank of each replica reads the data, rank 0 writes the reports.
+"""
+
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.conversion.source import load_into, open_source
+from megatron_vlm.data.loader import DataState, RowLoader, StepRows, evaluation_rows
+from megatron_vlm.data.types import PackedRow
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.log import get_logger, setup_logging
+from megatron_vlm.models.vlm import ModelOptions, build_model
+from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.batch import any_rank, share_rows, together
+from megatron_vlm.parallel.rng import seed_step
+from megatron_vlm.parallel.topology import build_topology, init_process_group
+from megatron_vlm.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vlm.training.evaluate import EvalResult, evaluate
+from megatron_vlm.training.metrics import Metrics, show_sample
+from megatron_vlm.training.optimizer import (
+    Schedule,
+    build_optimizer,
+    gathered_parameters,
+    set_learning_rates,
+    wrap_model,
+)
+from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.training.step import StepResult, train_step
+from megatron_vlm.training.stop import STOPPED, StopSignal
+
+log = get_logger(__name__)
+
+
+class Trainer:
+    """One training run.
+
+    Attributes:
+        iteration: updates done, skipped ones included.
+        num_skipped: updates skipped because fp16 gradients overflowed; they do not advance the schedule.
+        data_state: where the data stands after ``iteration``; None before the first.
+
+    Raises:
+        MegatronVLMError: on every rank, where the run cannot start on any of them.
+    """
+
+    def __init__(self, config: RunConfig):
+        config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+        self.config, self.device = config, start_device(config)
+        init_process_group(self.device, config.parallel.distributed_timeout_minutes)
+        setup_logging(dist.get_rank(), config.output_dir / "train.log")
+        self.stop = StopSignal()
+        self.iteration = self.num_skipped = 0
+        self.last_evaluated = -1
+        self.seed = config.training.seed
+        self.data_state: DataState | None = None
+        self.loader: RowLoader | None = None
+        self.metrics: Metrics | None = None
+        self._open()
+        self._build()
+        self._restore()
+        self._start_data()
+        self._start_reports()
+
+    def train(self) -> int:
+        """Runs to the end; returns the exit code: 0, or 143 after a signal, everything saved."""
+        if self.config.training.skip_train:
+            self.evaluate()
+            return 0
+        stopping = False
+        while not stopping and not self._finished():
+            started = time.monotonic()
+            rows = self._next_rows()
+            seed_step(self.topology, self.seed, self.iteration)
+            rates = self.schedule.at(self.iteration - self.num_skipped)
+            set_learning_rates(self.optimizer, rates, self.config.optimizer.weight_decay)
+            result = train_step(self.chunks, self.optimizer, rows, self.topology)
+            self._commit(result)
+            self._report(result, rates, time.monotonic() - started)
+            if self._evaluation_due():
+                self.evaluate()
+            stopping = any_rank(self.stop.requested, self.device)
+            if stopping or self._save_due():
+                self.save()
+        done = f"{self.iteration} iterations, {self.consumed_samples} samples, {self.num_skipped} updates skipped"
+        if stopping:
+            log.warning("stopped by a signal after %s; exit code %d", done, STOPPED)
+            return STOPPED
+        log.info("done: %s", done)
+        return 0
+
+    def evaluate(self) -> EvalResult:
+        """Loss over ``data.valid``, recorded in the metrics."""
+        config, topology, data = self.config, self.topology, self.config.data
+        limit = config.training.eval_iters
+        rows = None
+        if topology.rank == topology.model_source:
+            rows = evaluation_rows(
+                data,
+                self.processor,
+                paths=data.valid,
+                dp_rank=topology.dp_rank,
+                dp_size=topology.dp,
+                micro_batch_size=config.training.micro_batch_size,
+                multiple_of=config.row_multiple,
+                fill_to=config.row_fill,
+                max_rows=limit * config.num_microbatches_per_batch if limit else None,
+                output_dir=config.output_dir,
+            )
+        with gathered_parameters(self.chunks):
+            result = evaluate(self.chunks, rows, topology, fill_to=config.row_fill)
+        self.last_evaluated = self.iteration
+        if self.metrics is not None:
+            self.metrics.evaluation(self.iteration, result)
+        return result
+
+    def save(self) -> None:
+        """Writes a checkpoint, where ``checkpoint.save`` says so."""
+        checkpoint = self.config.checkpoint
+        if checkpoint.save is None:
+            log.warning("checkpoint.save is not set: nothing is saved")
+            return
+        assert self.data_state is not None
+        save_checkpoint(
+            checkpoint,
+            iteration=self.iteration,
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            topology=self.topology,
+            spec=self.source.spec,
+            model_config=self.source.config,
+            vocab_multiple=self.config.model.make_vocab_size_divisible_by,
+            state={
+                "iteration": self.iteration,
+                "num_skipped": self.num_skipped,
+                "consumed_samples": self.consumed_samples,
+                "last_evaluated": self.last_evaluated,
+                "seed": self.seed,
+                "data": self.data_state.to_dict(),
+                "config": self.config.to_dict(),
+            },
+            hf_dir=self.source.hf_dir,
+            loaded_from=self.found.folder if self.found else None,
+        )
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of all steps so far, holes included."""
+        return self.data_state.consumed_samples if self.data_state is not None else 0
+
+    def close(self) -> None:
+        """Ends data workers and closes files; safe after a failure."""
+        if self.loader is not None:
+            self.loader.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        self.source.close()
+        self.stop.close()
+
+    # ---- setup, in this order ----
+
+    def _open(self) -> None:
+        """Opens what ``checkpoint.load`` names: its family, config and files decide all that follows."""
+        config = self.config
+        self.found = find_checkpoint(config.checkpoint, self.device)
+        name = self.found.folder if self.found else str(config.checkpoint.load)
+        with together(self.device):  # rank 0 first: a model from the hub is fetched once
+            if dist.get_rank() == 0:
+                self.source = open_source(name, config.model.family)
+        with together(self.device):
+            if dist.get_rank() != 0:
+                self.source = open_source(name, config.model.family)
+        config.check_model(self.source.config)
+        with together(self.device):
+            self.processor = self.source.spec.processor(self.source.hf_dir, config.data)
+
+    def _build(self) -> None:
+        """Builds topology and stages (weights loaded unless a checkpoint has them), gradient buffers and optimizer."""
+        config, source = self.config, self.source
+        layers = source.config.text.num_layers
+        self.topology = build_topology(config.parallel, num_layers=layers, device=self.device)
+        options = ModelOptions(**config.model_options())
+        with together(self.device):
+            stages = build_model(source.spec, source.config, self.topology, options)
+            self.chunks: list[Any] = [stage.to(self.device) for stage in stages]
+            if self.found is None:
+                multiple = options.make_vocab_size_divisible_by
+                tp, tp_rank = self.topology.tp, self.topology.tp_rank
+                load_into(source, self.chunks, tp=tp, tp_rank=tp_rank, vocab_multiple=multiple)
+        self.optimizer = None
+        if not config.training.skip_train:
+            self.chunks = wrap_model(self.chunks, config.parallel)
+            self.optimizer = build_optimizer(config.optimizer, self.chunks, params_dtype=options.torch_dtype)
+
+    def _restore(self) -> None:
+        """Continues a checkpoint, or says that only weights are taken from it."""
+        if self.found is None:
+            return
+        load_checkpoint(
+            self.config.checkpoint,
+            self.found,
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            topology=self.topology,
+            spec=self.source.spec,
+            model_config=self.source.config,
+            vocab_multiple=self.config.model.make_vocab_size_divisible_by,
+        )
+        state = self.found.state
+        if self.found.weights_only:
+            log.info("only the weights are taken; started anew: optimizer, schedule, iteration, data order and seed")
+            return
+        self.iteration, self.num_skipped = state["iteration"], state["num_skipped"]
+        self.last_evaluated = state["last_evaluated"]
+        self.data_state = DataState.from_dict(state["data"])
+        if not self.config.checkpoint.no_load_rng:
+            self.seed = state["seed"]
+        if self.config.training.seed != self.data_state.seed:
+            log.warning(
+                "training.seed is %d, but the checkpoint's data order has seed %d and goes on: --finetune starts a new one",
+                self.config.training.seed,
+                self.data_state.seed,
+            )
+
+    def _start_data(self) -> None:
+        """Starts the loader on source ranks and settles the length of the run on all."""
+        config, topology, training = self.config, self.topology, self.config.training
+        if training.skip_train:
+            self.num_iterations = self.iteration
+            return
+        facts, error = None, None
+        if topology.rank == topology.model_source:
+            try:
+                self.loader = RowLoader(
+                    config.data,
+                    self.processor,
+                    paths=config.data.train,
+                    seed=self.data_state.seed if self.data_state else training.seed,
+                    global_batch_size=training.global_batch_size,
+                    micro_batch_size=training.micro_batch_size,
+                    dp_rank=topology.dp_rank,
+                    dp_size=topology.dp,
+                    multiple_of=config.row_multiple,
+                    fill_to=config.row_fill,
+                    state=self.data_state,
+                    output_dir=config.output_dir,
+                )
+                log.info("data: %s", self.loader.report())
+                facts = [self.loader.samples_per_epoch, self._count_iterations(self.loader)]
+            except Exception as caught:
+                error = caught
+        _, facts = share_rows(topology, () if facts else None, facts, error)
+        self.samples_per_epoch, self.num_iterations = facts
+        self.schedule = Schedule.of(config.optimizer, self.num_iterations)
+
+    def _count_iterations(self, loader: RowLoader) -> int:
+        training = self.config.training
+        if training.train_iters is not None:
+            return training.train_iters
+        epochs = training.train_epochs
+        if training.train_samples is not None:
+            epochs = training.train_samples / loader.samples_per_epoch
+        assert epochs is not None
+        return loader.steps_per_epoch(epochs)
+
+    def _start_reports(self) -> None:
+        config, topology = self.config, self.topology
+        trainable = torch.tensor(
+            [sum(p.numel() for c in self.chunks for p in c.parameters() if p.requires_grad)], device=self.device
+        )
+        dist.all_reduce(trainable)
+        log.info(
+            "%s on %d x %s, %s, %s; %s trainable parameters over all ranks; %d iterations from %d",
+            self.source.spec.name,
+            topology.world_size,
+            self.device.type,
+            topology.name(),
+            config.training.precision,
+            f"{int(trainable):,}",
+            self.num_iterations,
+            self.iteration,
+        )
+        if not int(trainable) and not config.training.skip_train:
+            log.warning("every parameter is frozen: nothing will change")
+        if topology.rank == 0:
+            self.metrics = Metrics(
+                config.output_dir,
+                config.logging,
+                config.to_dict(),
+                start=self.iteration,
+                total=self.num_iterations,
+                evaluation_only=config.training.skip_train,
+            )
+
+    # ---- one iteration ----
+
+    def _next_rows(self) -> tuple[PackedRow, ...]:
+        """The rows of the next step on every rank of the replica; the data state is kept once the step is committed."""
+        step: StepRows | None = None
+        error: Exception | None = None
+        if self.loader is not None:
+            try:
+                step = self.loader.next_step()
+            except Exception as caught:
+                error = caught
+        extra = step.state.to_dict() if step else None
+        rows, extra = share_rows(self.topology, step.rows if step else None, extra, error)
+        self.next_state = DataState.from_dict(extra)
+        if step is not None and self.data_state is None and self.topology.rank == 0:
+            log.info("first sample, its supervised text in [[ ]]:\n%s", show_sample(rows[0], self.processor))
+        return rows
+
+    def _commit(self, result: StepResult) -> None:
+        previous = self.consumed_samples
+        self.iteration += 1
+        self.num_skipped += result.skipped
+        self.data_state = self.next_state
+        every = self.samples_per_epoch * (self.config.checkpoint.save_epochs or 1.0)
+        self.epoch_ended = previous // every < self.consumed_samples // every
+
+    def _report(self, result: StepResult, rates: dict[str, float], seconds: float) -> None:
+        if self.metrics is not None:
+            self.metrics.step(self.iteration, result, rates, seconds=seconds, consumed_samples=self.consumed_samples)
+
+    def _finished(self) -> bool:
+        training = self.config.training
+        if training.train_iters is not None:
+            return self.iteration >= training.train_iters
+        wanted = training.train_samples or (training.train_epochs or 0) * self.samples_per_epoch
+        return self.consumed_samples >= wanted
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.training.eval_interval
+        return bool(self.config.data.valid) and (self._finished() or bool(every and self.iteration % every == 0))
+
+    def _save_due(self) -> bool:
+        checkpoint = self.config.checkpoint
+        if checkpoint.save is None:
+            return False
+        if checkpoint.save_interval is not None and self.iteration % checkpoint.save_interval == 0:
+            return True
+        return self._finished() or (checkpoint.save_epochs is not None and self.epoch_ended)
+
+
+def start_device(config: RunConfig) -> torch.device:
+    """Picks this rank's device; on the CPU, installs megatron-core's seams.
+
+    Raises:
+        ConfigError: more ranks on this node than GPUs.
+    """
+    if config.training.torch_device == "cpu":
+        cpu.install()
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ConfigError(f"local rank {local} has no GPU: this node has {count}, start at most that many ranks on it")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)

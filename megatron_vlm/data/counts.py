@@ -87,7 +87,7 @@ class TokenCounts:
                 try:
                     _check(np.load(path, mmap_mode="r", allow_pickle=False), self.dataset.shards[shard].num_samples)
                     return path
-                except (OSError, ValueError) as error:
+                except (OSError, ValueError, EOFError) as error:
                     LOGGER.warning("token counts %s are counted again: %s", path, error)
         return None
 

@@ -181,7 +181,7 @@ def _open_array(path: Path, dtype: np.dtype, length: int) -> NDArray[Any]:
     try:
         # An empty array cannot be mapped, and a text-only shard has one.
         array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"cannot read the index: {error}", shard=str(path)) from error
     if array.dtype != dtype or len(array) != length:
         raise DataError(

@@ -17,25 +17,29 @@ from numpy.typing import NDArray
 ROUNDS = 8  # 4 leave correlations between positions and ids that a statistical test sees; 8 do not
 
 
-def permute(index: NDArray[np.int64], n: int, key: str) -> NDArray[np.int64]:
-    """Maps each of ``index`` (int64, in 0 .. n-1) through a keyed permutation of 0 .. n-1."""
+def permute(index: NDArray[np.int64], n: int, key: str, tweak: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """Maps each of ``index`` (int64, in 0 .. n-1) through a keyed permutation of 0 .. n-1.
+
+    ``tweak`` (int64, one for each of ``index``) picks a permutation of its own for each value.
+    """
     if n <= 1:
         return np.zeros_like(index)
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     digest = hashlib.blake2b(key.encode(), digest_size=8 * ROUNDS).digest()
     keys = np.frombuffer(digest, dtype="<u8")
+    salt = np.zeros(len(index), dtype=np.uint64) if tweak is None else _mix(tweak.astype(np.uint64) + keys[0])
 
-    def cipher(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def cipher(x: NDArray[np.uint64], salt: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = x >> shift, x & mask
         for k in keys:
-            left, right = right, left ^ (_mix(right + k) & mask)
+            left, right = right, left ^ (_mix((right + k) ^ salt) & mask)
         return (left << shift) | right
 
-    out = cipher(index.astype(np.uint64))
+    out = cipher(index.astype(np.uint64), salt)
     outside = np.flatnonzero(out >= n)
-    while outside.size:  # cycle walking: the domain is a power of 4 below 4 n (16 for tiny n), so few rounds do
-        out[outside] = cipher(out[outside])
+    while outside.size:  # cycle walking: the cipher's domain is below 4 n, so few rounds do
+        out[outside] = cipher(out[outside], salt[outside])
         outside = outside[out[outside] >= n]
     return out.astype(np.int64)
 
@@ -66,16 +70,14 @@ class Order:
     def __call__(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the sample ids (int64) at ``positions`` (int64, 0 .. N-1) of an epoch; a bijection per epoch."""
         radius = self.slice_size * self.window_slices
-        windows = positions // radius
-        ids = np.empty_like(positions)
-        for window in np.unique(windows):
-            here = windows == window
-            start = int(window) * radius
-            size = min(radius, self.num_samples - start)
-            inner = permute(positions[here] - start, size, f"{self.seed}/{epoch}/window/{window}")
-            ranks, offsets = np.divmod(inner, self.slice_size)
-            ids[here] = self._slice(epoch, ranks + window * self.window_slices) * self.slice_size + offsets
-        return ids
+        windows, inner = np.divmod(positions, radius)
+        last, rest = divmod(self.num_samples, radius)
+        whole = windows < last
+        key = f"{self.seed}/{epoch}/window"
+        inner[whole] = permute(inner[whole], radius, key, windows[whole])
+        inner[~whole] = permute(inner[~whole], rest, key, windows[~whole])
+        ranks, offsets = np.divmod(inner, self.slice_size)
+        return self._slice(epoch, ranks + windows * self.window_slices) * self.slice_size + offsets
 
     def _slice(self, epoch: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
         whole = self.num_samples // self.slice_size

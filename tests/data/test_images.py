@@ -1,0 +1,80 @@
+"""Images are refused by their header before pixels are decoded, and broken pixels are named."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from megatron_vlm.data.images import decode_image, normalise_table, open_image, probe_image
+from megatron_vlm.errors import DataError
+
+CHINA = Image.fromarray(load_sample_image("china.jpg"))
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width, height):
+    """A PNG of a few bytes that claims any size."""
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr)) + b"\0\0\0\x0aIDAT" + bytes(14)
+
+
+@pytest.mark.parametrize(
+    "kind, extension", [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp")]
+)
+def test_formats(kind, extension):
+    data = encoded(CHINA.resize((30, 20)), kind)
+    assert probe_image(data) == (extension, 30, 20)
+    assert decode_image(data).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "not a readable"),
+        (b"not an image", "not a readable"),
+        (b"%PDF-1.4", "not a readable"),
+        (encoded(CHINA.resize((30, 20)), "TIFF"), "not a readable"),
+        (png_header(100_000, 2), "limits are"),
+        (png_header(10_000, 10_000), "limits are"),
+        (png_header(65_000, 65_000), "refused"),
+        (png_header(2000, 5), "200 times"),
+        (encoded(CHINA, "JPEG")[:4000], "decoded"),
+        (encoded(CHINA, "PNG")[:4000], "decoded"),
+        (encoded(CHINA.convert("I;16"), "PNG"), "8 bits"),
+        (encoded(CHINA.resize((9, 9)), "GIF", save_all=True, append_images=[Image.new("RGB", (9, 9))]), "animated"),
+    ],
+)
+@pytest.mark.parametrize("read", [decode_image, probe_image])
+def test_refused_by_name(data, message, read):
+    with pytest.raises(DataError, match=message) as caught:
+        read(data, "image cat.png")
+    assert "image cat.png" in str(caught.value)
+
+
+def test_header_limits_come_before_decoding():
+    with pytest.raises(DataError):
+        open_image(png_header(16_000, 16_000))  # 768 MB of pixels that are not there
+
+
+def test_exif_turns_the_size():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(CHINA.resize((60, 20)), "JPEG", exif=exif)
+    assert probe_image(data) == ("jpg", 20, 60)
+    assert decode_image(data).size == (20, 60)
+
+
+def test_normalise_table_is_the_plain_formula():
+    table = normalise_table(1 / 255, (0.5, 0.4, 0.3), (0.5, 0.2, 0.1))
+    expected = (np.arange(256) / 255 - np.array([[0.5], [0.4], [0.3]])) / np.array([[0.5], [0.2], [0.1]])
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(table, expected, atol=1e-6)

@@ -1,0 +1,269 @@
+"""Folders of training checkpoints on disk: which are whole, which one to load, and how a new one appears at once.
+
+    DIR/iter_0000100.tmp-1f3a/  --commit--> DIR/iter_0000100/{manifest.json, state.json, rankR.safetensors, hf/}
+    DIR/latest_checkpointed_iteration.txt: "100", written last
+
+A kill at any moment leaves the previous checkpoint or the new one: files are flushed before the manifest that lists
+them, the manifest before the folder gets its name, and the name before the tracker says so. No megatron, no process
+group.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.conversion.safetensors_io import sync_path, sync_tree
+from megatron_vlm.errors import CheckpointError
+from megatron_vlm.log import get_logger
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+RELEASE = "release"
+"""Name of a folder, and content of the tracker, for weights that start at iteration 0."""
+FORMAT = "megatron_vlm.checkpoint.1"
+_NAME = re.compile(r"iter_(\d{7,})")
+_LEFTOVER = re.compile(r"iter_\d{7,}\.(tmp|old)-[0-9a-f]+")
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Folders that could be loaded, the wanted one first. ``explicit``: the user named it, so there is no other."""
+
+    folders: tuple[Path, ...]
+    explicit: bool
+
+
+def folder_name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def iteration_of(folder: Path) -> int:
+    """Iteration in a folder's name; 0 for any other name (``release``)."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else 0
+
+
+def iterations(root: Path) -> list[int]:
+    """Iterations that have a folder in ``root``, in order."""
+    return sorted(int(m[1]) for entry in root.iterdir() if (m := _NAME.fullmatch(entry.name)) and entry.is_dir())
+
+
+def candidates(path: Path, ckpt_step: int | None = None) -> Candidates | None:
+    """Lists what ``--load path`` and ``--ckpt-step`` mean; None where ``path`` holds no training checkpoint.
+
+    Without ``ckpt_step`` these are the folder that the tracker names and then older ones, newest first. A folder newer
+    than the tracker says is not considered: someone set the tracker back.
+
+    Raises:
+        CheckpointError: the named iteration is absent, or the tracker cannot be read.
+    """
+    if not path.is_dir():
+        return None
+    if ((path / MANIFEST).exists() and (path / STATE).exists()) or _NAME.fullmatch(path.name):
+        if ckpt_step not in (None, iteration_of(path)):
+            raise CheckpointError(f"--load {path} is one iteration, --ckpt-step {ckpt_step} another: drop one of them")
+        return Candidates(folders=(path,), explicit=True)
+    present = iterations(path)
+    if ckpt_step is not None:
+        if ckpt_step not in present:
+            known = ", ".join(map(str, present)) or "none"
+            raise CheckpointError(f"{path} has no {folder_name(ckpt_step)} (--ckpt-step); iterations there: {known}")
+        return Candidates(folders=(path / folder_name(ckpt_step),), explicit=True)
+    latest = read_tracker(path)
+    if latest == RELEASE:
+        release = path / RELEASE
+        return Candidates(folders=(release,), explicit=True) if (release / MANIFEST).exists() else None
+    if latest is None and present:
+        log.warning("%s has no %s: taking the newest iteration there", path, TRACKER)
+    older = [i for i in reversed(present) if latest is None or i <= int(latest)]
+    if latest is not None and int(latest) not in older:
+        older.insert(0, int(latest))  # reported as absent, then the next one is tried
+    return Candidates(folders=tuple(path / folder_name(i) for i in older), explicit=False) if older else None
+
+
+def read_tracker(root: Path) -> str | None:
+    """The tracker's content: an iteration or ``release``; None without a tracker."""
+    try:
+        text = (root / TRACKER).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {root / TRACKER}: {error}") from error
+    if text != RELEASE and not text.isdecimal():
+        raise CheckpointError(
+            f"{root / TRACKER} holds {text[:40]!r}, neither an iteration nor {RELEASE!r}: correct it, or name the "
+            "iteration with --ckpt-step"
+        )
+    return text
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Reads one of the folder's JSON files.
+
+    Raises:
+        CheckpointError: absent, or not a JSON object.
+    """
+    try:
+        data = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {name}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{folder / name} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes a JSON object and flushes it to disk. Numbers that are not finite are refused."""
+    with open(path, "x", encoding="utf-8") as file:
+        json.dump(data, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def verify(folder: Path, *, share: int = 0, shares: int = 1, hashes: bool = True) -> None:
+    """Compares a folder with its manifest: every size, and the sha256 of each ``shares``-th file from ``share`` on.
+
+    Raises:
+        CheckpointError: a file is absent, of another size or of other content; the message names it.
+    """
+    manifest = read_json(folder, MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest.get('format')!r}, this version reads {FORMAT!r}")
+    try:
+        files = sorted((name, (record["size"], record["sha256"])) for name, record in manifest["files"].items())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: its list of files cannot be read") from error
+    for name, (size, _) in files:
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} is missing: {error.strerror}") from error
+        if found != size:
+            raise CheckpointError(f"{folder / name} has {found} bytes, the manifest says {size}")
+    if not hashes:
+        return
+    # By size, so that shares are about equal.
+    for name, (_, sha256) in sorted(files, key=lambda item: -item[1][0])[share::shares]:
+        if file_record(folder / name)["sha256"] != sha256:
+            raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the one in the manifest")
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """``{"size", "sha256"}`` of a file, as in the manifest."""
+    try:
+        with open(path, "rb") as file:
+            return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def begin(root: Path, iteration: int, num_bytes: int) -> Path:
+    """Makes the temporary folder of a new checkpoint.
+
+    Args:
+        root: ``--save``; made where it does not exist.
+        iteration: of the new checkpoint.
+        num_bytes: what will be written.
+
+    Raises:
+        CheckpointError: the disk is too small.
+        OSError: the folder cannot be made.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{root} has {free / 1e9:.2f} GB free, a checkpoint needs {num_bytes / 1e9:.2f} GB: free some space, lower "
+            "checkpoint.keep_last, or set checkpoint.no_save_optim"
+        )
+    folder = root / f"{folder_name(iteration)}.tmp-{uuid.uuid4().hex[:12]}"
+    folder.mkdir()
+    return folder
+
+
+def commit(temporary: Path, records: Mapping[str, dict[str, Any]], facts: Mapping[str, Any]) -> Path:
+    """Turns a written temporary folder into ``iter_NNNNNNN`` and names it in the tracker.
+
+    Args:
+        temporary: from ``begin``, with all files in it.
+        records: size and sha256 of files that are flushed already; the others are read for it.
+        facts: what else the manifest says.
+
+    Raises:
+        CheckpointError: a file that was written elsewhere is not visible here.
+        OSError: the disk refuses; the previous checkpoint is untouched.
+    """
+    for name, record in records.items():
+        path = temporary / name
+        if not path.exists() or path.stat().st_size != record["size"]:
+            raise CheckpointError(
+                f"{path} was written by another rank and is not visible here: checkpoint.save must lie on a file "
+                "system that all nodes share"
+            )
+    files = {str(p.relative_to(temporary)): p for p in sorted(temporary.rglob("*")) if p.is_file()}
+    listed = {name: records.get(name) or file_record(path) for name, path in files.items()}
+    write_json(temporary / MANIFEST, {"format": FORMAT, **facts, "files": listed})
+    sync_tree(temporary)
+    final = temporary.with_name(temporary.name.partition(".")[0])
+    if final.exists():  # a run that went back to an older checkpoint passes this iteration again
+        log.warning("replacing %s, which an earlier run wrote", final)
+        os.rename(final, temporary.with_name(temporary.name.replace(".tmp-", ".old-")))
+    os.rename(temporary, final)
+    sync_path(final.parent)
+    _write_tracker(final.parent, iteration_of(final))
+    return final
+
+
+def discard(temporary: Path) -> None:
+    """Removes what a failed save left."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def purge(root: Path, newest: int, keep_last: int | None, protect: Iterable[Path] = ()) -> None:
+    """Removes all but the last ``keep_last`` checkpoints up to ``newest``, and what killed saves left.
+
+    Folders of later iterations, which an abandoned run wrote, are not counted and stay.
+
+    Args:
+        root: ``--save``.
+        newest: iteration just saved.
+        keep_last: None keeps all.
+        protect: folders that stay in any case (the one that this run was loaded from).
+    """
+    kept = {path.resolve() for path in protect}
+    doomed = [entry for entry in root.iterdir() if _LEFTOVER.fullmatch(entry.name)]
+    if keep_last is not None:
+        older = [i for i in iterations(root) if i <= newest]
+        doomed += [root / folder_name(i) for i in older[:-keep_last]]
+    for folder in doomed:
+        if folder.resolve() in kept:
+            continue
+        # Renamed first: a folder under its own name is whole, even if the run is killed in here.
+        gone = folder.with_name(f"{folder.name.partition('.')[0]}.old-{uuid.uuid4().hex[:12]}")
+        with contextlib.suppress(OSError):
+            os.rename(folder, gone)
+            shutil.rmtree(gone)
+
+
+def _write_tracker(root: Path, iteration: int) -> None:
+    temporary = root / f"{TRACKER}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(f"{iteration}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, root / TRACKER)
+    sync_path(root)

@@ -1,7 +1,7 @@
 """Parity by proof: the same samples through HF (one at a time, eager, fp32) and through our model in any layout.
 
-    samples --hf_reference--> loss, logits, gradients by HF name
-    samples --rows--> run_distributed(layout_gradients, ...) --merge_gradients--> the same, by HF name
+samples --hf_reference--> loss, logits, gradients by HF name
+samples --rows--> run_distributed(layout_run, ...) --merge_gradients--> the same, by HF name
 """
 
 from collections.abc import Sequence
@@ -126,66 +126,50 @@ def layout_logits(hf_dir: str, rows: Sequence[PackedRow], parallel: dict, option
     return {"logits": logits, "loss": loss / sum(row.num_supervised for row in rows), "tp_rank": topology.tp_rank}
 
 
-def layout_gradients(hf_dir: str, rows: Sequence[PackedRow], parallel: dict, options: dict) -> dict:
-    """On a rank: one global batch of ``rows`` (dealt round robin over data parallel ranks) forward and backward.
+def layout_run(
+    hf_dir: str, rows: Sequence[PackedRow], parallel: dict, options: dict, steps: int = 0, lr: float = 1e-3
+) -> dict:
+    """On a rank: gradients of one global batch of ``rows`` (dealt round robin over data parallel ranks), then training on it.
 
     Returns:
-        coordinates of the rank, loss of the global batch (last stage), and fp32 gradients by global name, reduced.
+        coordinates of the rank; loss and fp32 gradients by global name before any update, reduced; loss and gradient norm of
+        each of ``steps`` AdamW updates; and the dtype of the gradient buffers.
     """
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     from megatron_vlm.models.vlm import global_named_parameters
+    from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.step import reduce_over_job, run_schedule, train_step
 
     topology, _, chunks, config = build_for_test(hf_dir, parallel, options)
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.use_distributed_optimizer,
-        overlap_grad_reduce=config.overlap_grad_reduce,
-        bucket_size=config.ddp_bucket_size or (4000 if config.overlap_grad_reduce else None),
-    )
-    models = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
-    chunks[0].config.finalize_model_grads_func = finalize_model_grads
-    if config.overlap_grad_reduce:
-        chunks[0].config.no_sync_func = [m.no_sync for m in models] if len(models) > 1 else models[0].no_sync
+    models = wrap_model(chunks, config)
+    optimizer_config = OptimizerConfig(lr=lr)
+    dtype = chunks[0].config.params_dtype
+    optimizer = build_optimizer(optimizer_config, models, params_dtype=dtype)
     mine = rows[topology.dp_rank :: topology.dp]
     for model in models:
         model.train()
         model.zero_grad_buffer()
-    results = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=[iter(mine) for _ in models] if len(models) > 1 else iter(mine),
-        model=models if len(models) > 1 else models[0],
-        num_microbatches=len(mine),
-        seq_length=max(len(row.input_ids) for row in rows),
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    totals = reduce_over_job(run_schedule(models, mine, topology, forward_only=False), mine, topology)
     if config.use_distributed_optimizer:
         _gather_gradient_shards(models, topology)
     grads = {
-        name: parameter.main_grad.detach().clone()
+        name: parameter.main_grad.detach().float().clone()
         for model in models
         for name, parameter in global_named_parameters(model)
         if parameter.requires_grad and not getattr(parameter, "tied_copy", False)
     }
-    loss = torch.tensor([float(r["loss"]) for r in results] + [0.0], dtype=torch.float64).sum()
-    dist.all_reduce(loss, group=topology.dp_group)
+    history = []
+    for _ in range(steps):
+        set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), lr), optimizer_config.weight_decay)
+        result = train_step(models, optimizer, mine, topology)
+        history.append((result.loss, result.grad_norm))
     return {
         "tp_rank": topology.tp_rank,
-        "pp_rank": topology.pp_rank,
         "dp_rank": topology.dp_rank,
-        "last": topology.last_stage,
-        "loss": float(loss) / sum(row.num_supervised for row in rows),
+        "loss": totals["loss_sum"] / totals["supervised_tokens"],
         "grads": grads,
+        "history": history,
+        "buffer_dtypes": {buffer.grad_data.dtype for model in models for buffer in model.buffers},
     }
-
-
-def _forward_step(iterator: Any, model: Any) -> Any:
-    row = next(iterator)
-    output = model(VLMBatch.from_row(row))
-    count = torch.tensor(row.num_supervised, dtype=torch.int)
-    return output, lambda loss: (loss, count, {"loss": loss.detach()})
 
 
 def _gather_gradient_shards(models: Sequence[Any], topology: Any) -> None:
@@ -199,7 +183,7 @@ def _gather_gradient_shards(models: Sequence[Any], topology: Any) -> None:
 
 def merge_gradients(results: Sequence[dict], mapping: Mapping, vocab_size: int) -> tuple[float, dict[str, Tensor]]:
     """Puts the ranks' results together: (loss, gradients by HF name); replicas must agree to 1e-5."""
-    loss = next(r["loss"] for r in results if r["last"])
+    loss = results[0]["loss"]
     first = [r for r in results if r["dp_rank"] == 0]
     hf_grads: dict[str, Tensor] = {}
     for name, entry in mapping.by_name().items():

@@ -14,8 +14,8 @@ from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import (
     gradient_errors,
     hf_reference,
-    layout_gradients,
     layout_logits,
+    layout_run,
     merge_gradients,
     random_samples,
 )
@@ -76,7 +76,7 @@ def test_forward_and_gradients_equal_hf(twins, name):
     assert difference <= LOGITS_OVER_NOISE * noise
     assert abs(ours["loss"] - loss) <= LOSS * loss
 
-    results = run_distributed(layout_gradients, directory, [row], {}, {})
+    results = run_distributed(layout_run, directory, [row], {}, {})
     mapping = registry.get("idefics2").mapping(config, tp=1, vocab_multiple=8)
     our_loss, our_grads = merge_gradients(results, mapping, config.text.vocab_size)
     assert abs(our_loss - loss) <= LOSS * loss

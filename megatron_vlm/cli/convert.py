@@ -24,6 +24,27 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: 5GB)"
     )
     parser.set_defaults(run=_run_mg2hf)
+    _add_verify(commands)
+
+
+def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "verify", help="is --load the model of --hf, and does it compute the same? exit code 0 or 1"
+    )
+    parser.add_argument("--hf", required=True, metavar="DIR", help="the Hugging Face model")
+    parser.add_argument(
+        "--load",
+        required=True,
+        metavar="DIR",
+        help="Megatron weights of any tp and pp, a training checkpoint or an export",
+    )
+    parser.add_argument("--family", help="checked against both (default: told by the files)")
+    parser.add_argument(
+        "--level",
+        choices=("weights", "forward", "full"),
+        help="how much to compare (default: the highest that fits in memory)",
+    )
+    parser.set_defaults(run=_run_verify)
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -122,16 +143,27 @@ def _run_mg2hf(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
+def _run_verify(args: argparse.Namespace) -> int:
+    from megatron_vlm.conversion.verify import verify
+
+    return 0 if verify(args.hf, args.load, level=args.level, family=args.family).passed else 1
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit code; users' errors are raised."""
     parser = argparse.ArgumentParser(
         prog="convert", description="Converts weights between Hugging Face and Megatron layouts."
     )
     add_parser(parser.add_subparsers(dest="command", required=True, metavar="hf2mg | mg2hf | verify"))
     args = parser.parse_args(argv)
     setup_logging(rank=0)
+    return args.run(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``run`` with users' errors printed as one line and answered with exit code 1."""
     try:
-        return args.run(args)
+        return run(sys.argv[1:] if argv is None else argv)
     except MegatronVLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,229 @@
+"""``convert verify``: is what lies in ``--load`` the model of ``--hf``, and does it compute the same?
+
+    weights   every tensor, through the inverse mapping, bit for bit, streamed; and config.json
+    forward   activations module by module, and logits, against HF eager, on a small batch made from the config
+    full      the same, and loss and gradients of every parameter
+
+Tolerances are calibrated: ours may lie at most a few times as far from HF in fp64 as HF in fp32 does.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.config import nearest
+from megatron_vlm.conversion.hf_io import list_names, resolve_directory
+from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm.conversion.safetensors_io import cast
+from megatron_vlm.conversion.source import HFSource, WeightSource, open_source
+from megatron_vlm.errors import ConfigError, ConversionError
+
+LEVELS = ("weights", "forward", "full")
+BYTES_PER_PARAMETER = {"forward": 9, "full": 18}
+"""fp64 weights of HF, with gradients for ``full``, and some room. One model is in memory at a time."""
+_IMPORTS_BYTES = 10**9
+_IGNORED_KEYS = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+
+
+@dataclass
+class Row:
+    """One line of a table."""
+
+    module: str
+    cells: tuple[str, ...]
+    passed: bool
+
+
+@dataclass
+class Report:
+    """Outcome of ``verify``: whether all passed, the level that ran, and the printed lines."""
+
+    level: str
+    passed: bool = True
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, line: str) -> None:
+        """Prints and keeps a line."""
+        print(line, flush=True)
+        self.lines.append(line)
+
+    def table(self, title: str, header: tuple[str, ...], rows: Iterable[Row]) -> None:
+        """Prints a table; a row that did not pass makes the whole fail."""
+        rows = list(rows)
+        width = max([len(row.module) for row in rows] + [len(title)])
+        columns = [max([len(row.cells[i]) for row in rows] + [len(name)]) for i, name in enumerate(header)]
+        self.say("")
+        self.say(f"{title:<{width}}  " + "  ".join(f"{name:>{w}}" for name, w in zip(header, columns)))
+        for row in rows:
+            cells = "  ".join(f"{cell:>{w}}" for cell, w in zip(row.cells, columns))
+            self.say(f"{row.module:<{width}}  {cells}  {'ok' if row.passed else 'DIFFERS'}")
+        self.passed &= all(row.passed for row in rows)
+
+
+def verify(
+    hf: str | os.PathLike, load: str | os.PathLike, *, level: str | None = None, family: str | None = None
+) -> Report:
+    """Compares ``load`` (Megatron weights, a training checkpoint or an HF export) with the HF model ``hf``.
+
+    Args:
+        hf, load: directories or hub ids.
+        level: ``weights``, ``forward`` or ``full``; None: the highest that fits in memory.
+        family: checked against both; None: what the files say.
+
+    Returns:
+        The report, printed on the way.
+
+    Raises:
+        ConfigError: no such level, or the family does not offer it.
+        ConversionError: something cannot be read.
+    """
+    if level is not None and level not in LEVELS:
+        raise ConfigError(f"unknown level {level!r}{nearest(level, LEVELS)}")
+    directory = resolve_directory(hf)
+    with open_source(directory, family) as expected, open_source(load, family) as source:
+        if not isinstance(expected, HFSource):
+            raise ConversionError(
+                f"--hf {directory} holds {expected.kind} weights, not an HF model: swap --hf and --load?"
+            )
+        chosen, why = _choose_level(level, source)
+        report = Report(level=chosen)
+        report.say(f"{load} ({source.kind}, family {source.spec.name}) against {directory}")
+        report.say(f"level {chosen}: {why}")
+        _compare_configs(expected, source, report)
+        report.table(
+            "weights", ("tensors", "GB", "dtype", "largest difference"), _compare_weights(expected, source, report)
+        )
+        try:
+            source.check_digests()
+        except ConversionError as error:
+            report.passed = False
+            report.say(str(error))
+        if chosen != "weights" and report.passed:
+            from megatron_vlm.conversion.verify_forward import compare_runs
+
+            compare_runs(directory, source, report, gradients=chosen == "full")
+        elif chosen != "weights":
+            report.say(f"the {chosen} comparison is left out: the weights differ already")
+    report.say("")
+    report.say(f"verify {chosen}: " + ("passed" if report.passed else "FAILED"))
+    return report
+
+
+def _choose_level(level: str | None, source: WeightSource) -> tuple[str, str]:
+    parameters = sum(torch.Size(info.shape).numel() for info in source.infos.values())
+    available = available_memory()
+    if source.spec.reference is None:
+        if level not in (None, "weights"):
+            raise ConfigError(f"family {source.spec.name} has no HF model to run beside: use --level weights")
+        return "weights", "the family has no HF model to run beside"
+    if level is not None:
+        return level, "as asked for"
+    need = {name: BYTES_PER_PARAMETER[name] * parameters + _IMPORTS_BYTES for name in ("full", "forward")}
+    for name, size in need.items():
+        if size < available:
+            return name, f"the highest that fits: it needs about {size / 1e9:.2f} GB of {available / 1e9:.1f} GB free"
+    return "weights", f"forward would need about {need['forward'] / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take, by the kernel's count and the control group's limit."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return min(free, int(limit) - used) if limit != "max" else free
+    except (OSError, ValueError):
+        return free
+
+
+def _compare_configs(expected: HFSource, source: WeightSource, report: Report) -> None:
+    changes = list(_differences(expected.hf_config, source.hf_config))
+    if changes:
+        report.passed = False
+        report.say(f"config.json differs: {list_names(changes)}")
+
+
+def _differences(left: Any, right: Any, path: str = "") -> Iterable[str]:
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in sorted(set(left) | set(right)):
+            if key not in _IGNORED_KEYS:
+                yield from _differences(left.get(key), right.get(key), f"{path}.{key}" if path else key)
+    elif left != right:
+        yield f"{path} {left!r} -> {right!r}"
+
+
+@dataclass
+class _Tally:
+    """Sums over the tensors of one module."""
+
+    tensors: int = 0
+    size: int = 0
+    dtypes: set[str] = field(default_factory=set)
+    largest: float = 0.0
+    different: list[str] = field(default_factory=list)
+
+
+def _compare_weights(expected: HFSource, source: WeightSource, report: Report) -> list[Row]:
+    """One row per module, after every tensor went back through the inverse mapping."""
+    tallies: dict[str, _Tally] = {}
+    missing = sorted(set(expected.infos) - set(source.infos))
+    extra = sorted(set(source.infos) - set(expected.infos))
+    for what, names in (("missing", missing), ("extra", extra)):
+        if names:
+            report.passed = False
+            report.say(f"{len(names)} tensors {what}: {list_names(names)}")
+    for name in source.infos:  # the order of the files, so that digests cost no second pass
+        if name in expected.infos:
+            tally = tallies.setdefault(module_of(name), _Tally())
+            _compare_tensor(expected, source, name, tally)
+    rows = []
+    for module, tally in tallies.items():
+        cells = (str(tally.tensors), f"{tally.size / 1e9:.3f}", ", ".join(sorted(tally.dtypes)), f"{tally.largest:.3g}")
+        rows.append(Row(module, cells, not tally.different))
+        for text in tally.different[:5]:
+            report.say(f"differs: {text}")
+    return rows
+
+
+def _compare_tensor(expected: HFSource, source: WeightSource, name: str, tally: _Tally) -> None:
+    entry = source.entries[name]
+    for hf_name, ours in zip(entry.hf, entry.from_full(source.read(name)), strict=True):
+        theirs = expected.read_hf(hf_name)
+        label = _short(ours.dtype)
+        if theirs.dtype != ours.dtype:  # converted with --dtype: the cast itself must be exact
+            label = f"{_short(theirs.dtype)} -> {label}"
+            theirs = cast(theirs, ours.dtype)
+        tally.tensors += 1
+        tally.size += TensorInfo.of(ours).nbytes
+        tally.dtypes.add(label)
+        if ours.shape != theirs.shape:
+            tally.different.append(f"{hf_name} has shape {list(ours.shape)}, HF has {list(theirs.shape)}")
+        elif not _same_bits(ours, theirs):
+            difference = float((ours.double() - theirs.double()).abs().max())
+            tally.largest = max(tally.largest, difference)
+            count = int((ours != theirs).sum())
+            tally.different.append(f"{hf_name}: {count:,} of {ours.numel():,} values, by up to {difference:.3g}")
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (left, right))
+    return torch.equal(a, b)
+
+
+def module_of(name: str) -> str:
+    """The layer, or the part outside layers, that a tensor belongs to."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    return ".".join(parts[:-1]) if len(parts) > 2 else name
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

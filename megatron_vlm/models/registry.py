@@ -24,6 +24,7 @@ class FamilySpec:
             non-weight files to the folder ``files``; ``options`` is plain data. None: not offered.
         add_end_of_utterance: ``(model, files, options) -> HFModel`` adds the token that ends a turn to a vocabulary without
             it; ``files`` holds a copy of the model's non-weight files. None: not offered.
+        reference: ``reference(config)`` runs HF's model beside ours for ``convert verify``; None: HF has no such model.
     """
 
     name: str
@@ -34,6 +35,7 @@ class FamilySpec:
     mapping: Callable[..., Any]
     assemble: Callable[..., Any] | None = None
     add_end_of_utterance: Callable[..., Any] | None = None
+    reference: Callable[[Any], Any] | None = None
 
 
 # One line per family: name -> "module:attribute", imported when asked for.

@@ -41,6 +41,12 @@ def _add_end_of_utterance(model: Any, files: Any, options: dict[str, Any]) -> An
     return add_end_of_utterance(model, files, AssembleOptions.from_dict(options))
 
 
+def _reference(config: Any) -> Any:
+    from megatron_vlm.models.idefics2.reference import Idefics2Reference
+
+    return Idefics2Reference(config)
+
+
 SPEC = FamilySpec(
     name="idefics2",
     model_types=("idefics2",),
@@ -49,6 +55,7 @@ SPEC = FamilySpec(
     processor=_processor,
     mapping=_mapping,
     add_end_of_utterance=_add_end_of_utterance,
+    reference=_reference,
 )
 
 LLAMA3_SPEC = FamilySpec(
@@ -59,5 +66,6 @@ LLAMA3_SPEC = FamilySpec(
     processor=_processor,
     mapping=_mapping,
     add_end_of_utterance=_add_end_of_utterance,
+    reference=_reference,
     assemble=_assemble,
 )

@@ -15,6 +15,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = (
     "zeros", "ones", "empty", "tensor", "full", "arange", "rand", "randn", "zeros_like", "ones_like", "empty_like", "rand_like",
@@ -66,6 +67,9 @@ def _patch_generators() -> None:
 
 
 def _patch_tensors() -> None:
+    # `with torch.device("meta")`, which from_pretrained loads under, finds the factories in a set made at its first use: it
+    # must hold the real ones, or rotary tables of transformers models come back uninitialised.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor

@@ -25,6 +25,7 @@ LEVELS = {
     "peft": 4,
     "training": 5,
     "cli": 6,
+    "__main__": 6,
     "testing": 7,
 }
 # Neighbours on one level that must stay apart all the same.

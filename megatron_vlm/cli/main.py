@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise MegatronVLMError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
-        return importlib.import_module(COMMANDS[argv[0]][0]).run(argv[1:])
+        code = importlib.import_module(COMMANDS[argv[0]][0]).run(argv[1:])
+        _close_group()
+        return code
     except MegatronVLMError as error:
         if not getattr(error, "echo", False):
             print(f"{_where()}error: {error}", file=sys.stderr, flush=True)
@@ -42,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         print(f"{_where()}{traceback.format_exc()}", file=sys.stderr, flush=True)
         return _leave(1)
+
+
+def _close_group() -> None:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _where() -> str:

@@ -147,7 +147,7 @@ def _activations(config: RunConfig, text: Any, topology: Topology, width: int) -
 
 
 def _table(stages: list[StageReport]) -> list[str]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("stage", "ranks", "llm", "vision", "connector", "trainable", "weights", "grads", "AdamW", "activ.", "total")
     ]
     for number, stage in enumerate(stages):

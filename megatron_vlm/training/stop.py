@@ -22,7 +22,7 @@ class StopSignal:
     def close(self) -> None:
         """Puts the former handlers back."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a forked data worker: it has nothing to save

@@ -7,6 +7,7 @@ Every rank runs the same code; the source rank of each replica reads the data, r
 
 import os
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -56,18 +57,24 @@ class Trainer:
         self.config, self.device = config, start_device(config)
         init_process_group(self.device, config.parallel.distributed_timeout_minutes)
         setup_logging(dist.get_rank(), config.output_dir / "train.log")
+        self.closing = ExitStack()
         self.stop = StopSignal()
+        self.closing.callback(self.stop.close)
         self.iteration = self.num_skipped = 0
         self.last_evaluated = -1
         self.seed = config.training.seed
         self.data_state: DataState | None = None
         self.loader: RowLoader | None = None
         self.metrics: Metrics | None = None
-        self._open()
-        self._build()
-        self._restore()
-        self._start_data()
-        self._start_reports()
+        try:
+            self._open()
+            self._build()
+            self._restore()
+            self._start_data()
+            self._start_reports()
+        except BaseException:
+            self.close()
+            raise
 
     def train(self) -> int:
         """Runs to the end; returns the exit code: 0, or 143 after a signal, everything saved."""
@@ -157,12 +164,7 @@ class Trainer:
 
     def close(self) -> None:
         """Ends data workers and closes files; safe after a failure."""
-        if self.loader is not None:
-            self.loader.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        self.source.close()
-        self.stop.close()
+        self.closing.close()
 
     # ---- setup, in this order ----
 
@@ -177,6 +179,7 @@ class Trainer:
         with together(self.device):
             if dist.get_rank() != 0:
                 self.source = open_source(name, config.model.family)
+        self.closing.callback(self.source.close)
         config.check_model(self.source.config)
         with together(self.device):
             self.processor = self.source.spec.processor(self.source.hf_dir, config.data)
@@ -252,6 +255,7 @@ class Trainer:
                     state=self.data_state,
                     output_dir=config.output_dir,
                 )
+                self.closing.callback(self.loader.close)
                 log.info("data: %s", self.loader.report())
                 facts = [self.loader.samples_per_epoch, self._count_iterations(self.loader)]
             except Exception as caught:
@@ -298,6 +302,7 @@ class Trainer:
                 total=self.num_iterations,
                 evaluation_only=config.training.skip_train,
             )
+            self.closing.callback(self.metrics.close)
 
     # ---- one iteration ----
 

@@ -1,0 +1,167 @@
+"""Whole runs: length, resume, signals, stage switches, evaluation, and errors that reach every rank."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from trainer_ranks import metrics_of, samples_of, train, train_with_signal
+
+from megatron_vlm.testing.distributed import run_distributed
+
+TP2 = "--tensor-model-parallel-size 2"
+PP2 = "--pipeline-model-parallel-size 2"
+VALID = "--valid-data-path"
+
+
+def run(argv: list[str], world: int = 1) -> None:
+    """Runs to the end on ``world`` ranks."""
+    assert run_distributed(train, argv, dp=world) == [(0, "")] * world
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything that the ranks of a checkpoint wrote."""
+    return {
+        f"{path.name}/{name}": tensor
+        for path in sorted(folder.glob("rank*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and a
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_a_run_writes_what_it_says(command, tmp_path, valid_data):
+    run(command("a", "--train-iters 3 --eval-interval 2", f"{VALID} {valid_data} --save {tmp_path / 'a'}"))
+    assert [line["iteration"] for line in metrics_of(tmp_path / "a")] == [1, 2, 3]
+    assert [line["consumed_samples"] for line in metrics_of(tmp_path / "a")] == [4, 8, 12]
+    assert [line["iteration"] for line in metrics_of(tmp_path / "a", evaluations=True)] == [2, 3]
+    resolved = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert resolved["optimizer"]["lr"] == 1e-3
+    log = (tmp_path / "a" / "train.log").read_text()
+    assert "<image> x 5" in log and "[[" in log and "<end_of_utterance>" in log
+    assert "iteration 3/3 | loss" in log
+    assert (tmp_path / "a" / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
+
+
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [
+        (f"{TP2} --sequence-parallel", 2),
+        (PP2, 2),
+        (f"{PP2} --num-layers-per-virtual-pipeline-stage 1", 2),
+        ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", 2),
+    ],
+)
+def test_layouts_train_and_evaluate_alike(command, tmp_path, valid_data, layout, world):
+    """Held-out rows are uneven: 7 samples in rows of 2 on up to 2 replicas, and a group that stages must fill up."""
+    more = ["--train-iters 3 --lr-warmup-iters 1 --lr-warmup-init 5e-4", f"{VALID} {valid_data}"]
+    run(command("one", *more, "--global-batch-size 8"))
+    run(command("many", *more, "--global-batch-size 8", layout), world)
+    for evaluations in (False, True):
+        pairs = zip(metrics_of(tmp_path / "one", evaluations), metrics_of(tmp_path / "many", evaluations), strict=True)
+        for one, many in pairs:
+            tolerance = {"loss": 1e-5, "eval_loss": 1e-5, "grad_norm": 1e-3}
+            for key, value in one.items():
+                assert many[key] == pytest.approx(value, rel=tolerance.get(key, 1e-9)), key
+
+
+@pytest.mark.parametrize(("layout", "world"), [("", 1), ("--use-distributed-optimizer", 2), (PP2, 2)])
+def test_sigterm_on_one_rank_saves_on_all_and_the_run_goes_on_exactly(command, tmp_path, layout, world):
+    more = ["--train-iters 12 --save-interval 100", layout]
+    run(command("whole", *more, f"--save {tmp_path / 'whole'}"), world)
+    argv = command("cut", *more, f"--save {tmp_path / 'cut'}")
+    metrics = str(tmp_path / "cut" / "metrics.jsonl")
+    codes = run_distributed(train_with_signal, argv, world - 1, metrics, 3, dp=world)
+    assert codes == [(143, "")] * world
+    stopped = metrics_of(tmp_path / "cut")[-1]["iteration"]
+    assert 3 <= stopped < 12
+    assert (tmp_path / "cut" / f"iter_{stopped:07d}" / "manifest.json").exists()
+    with open(metrics, "a") as file:  # as a run that went on after its last checkpoint would leave it
+        file.write(json.dumps({"iteration": stopped + 1, "loss": 0.0}) + "\n")
+    run(command("cut", *more, f"--save {tmp_path / 'cut'}", load=tmp_path / "cut"), world)
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+    assert_same_weights(tmp_path / "cut" / "iter_0000012", tmp_path / "whole" / "iter_0000012")
+
+
+def test_stage_switch_starts_schedule_samples_and_clipping_anew(command, tmp_path):
+    save = f"--save {tmp_path / 'first'}"
+    schedule = "--lr-warmup-iters 2 --lr-warmup-init 1e-4 --clip-grad 0.01"
+    run(command("first", "--train-iters 4 --freeze-llm --freeze-clip-vision-tower", schedule, save))
+    run(command("second", "--train-iters 5 --finetune", schedule, load=tmp_path / "first"))
+    first, second = metrics_of(tmp_path / "first"), metrics_of(tmp_path / "second")
+    assert [line["consumed_samples"] for line in second] == [4, 8, 12, 16, 20]
+    assert [line["tokens"] for line in second[:4]] == [line["tokens"] for line in first]
+    assert second[0]["lr"] == pytest.approx(1e-4) and second[2]["lr"] == pytest.approx(1e-3)
+    assert second[0]["loss"] != first[0]["loss"]  # the weights of the first stage
+    assert all(line["grad_norm"] > 0.01 for line in first + second)  # before clipping
+    log = (tmp_path / "second" / "train.log").read_text()
+    assert "started anew: optimizer, schedule, iteration, data order and seed" in log
+
+
+def test_unfreezing_in_mid_run_goes_on_and_says_what_was_reset(command, tmp_path):
+    save = f"--save {tmp_path / 'a'}"
+    run(command("a", "--train-iters 2 --lr-decay-iters 8 --freeze-llm", save))
+    run(command("b", "--train-iters 4 --lr-decay-iters 8", load=tmp_path / "a"))
+    assert [line["iteration"] for line in metrics_of(tmp_path / "b")] == [3, 4]
+    assert [line["consumed_samples"] for line in metrics_of(tmp_path / "b")] == [12, 16]
+    log = (tmp_path / "b" / "train.log").read_text()
+    assert "optimizer state reset (zero moments, Adam step 0): llm" in log
+
+
+@pytest.mark.parametrize("freeze", ["--freeze-llm", "--freeze-llm --freeze-clip-vision-tower --freeze-perceiver"])
+def test_stages_without_trainable_parameters(command, tmp_path, freeze):
+    run(command("one", "--train-iters 2", freeze))
+    run(command("two", "--train-iters 2", freeze, PP2, f"--save {tmp_path / 'two'}"), 2)
+    run(command("two", "--train-iters 3", freeze, PP2, load=tmp_path / "two"), 2)
+    for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_length_in_samples_and_epochs_and_saving_each_epoch(command, tmp_path):
+    run(command("samples", "--train-samples 9"))
+    assert [line["consumed_samples"] for line in metrics_of(tmp_path / "samples")] == [4, 8, 12]
+    run(command("epochs", f"--train-epochs 2 --global-batch-size 20 --save-epochs 1 --save {tmp_path / 'epochs'}"))
+    lines = metrics_of(tmp_path / "epochs")
+    assert [line["consumed_samples"] for line in lines] == [20, 40, 60, 80]
+    assert sorted(path.name for path in (tmp_path / "epochs").glob("iter_*")) == ["iter_0000002", "iter_0000004"]
+
+
+def test_skip_train_equals_hf_on_the_same_samples(command, tmp_path, twin, valid_data):
+    run(command("eval", f"--skip-train {VALID} {valid_data}"), 2)
+    run(command("half", f"--skip-train {VALID} {valid_data} --eval-iters 1"))
+    (line,) = metrics_of(tmp_path / "eval", evaluations=True)
+    assert line["iteration"] == 0
+    assert line["eval_loss"] == pytest.approx(hf_loss(twin, valid_data), rel=2e-6)
+    assert metrics_of(tmp_path / "half", evaluations=True)[0]["eval_loss"] != pytest.approx(line["eval_loss"], rel=1e-4)
+
+
+def test_skip_train_leaves_the_metrics_of_a_run_alone(command, tmp_path, valid_data):
+    run(command("a", f"--train-iters 2 --save {tmp_path / 'a'}"))
+    before = (tmp_path / "a" / "metrics.jsonl").read_text()
+    run(command("a", f"--skip-train {VALID} {valid_data}", load=tmp_path / "a"))
+    after = (tmp_path / "a" / "metrics.jsonl").read_text()
+    assert after.startswith(before) and json.loads(after.splitlines()[-1])["iteration"] == 2
+
+
+def hf_loss(twin: Path, data: Path) -> float:
+    """Mean token loss of HF over shards, one sample at a time."""
+    from transformers import Idefics2ForConditionalGeneration
+
+    from megatron_vlm.data.config import DataConfig
+    from megatron_vlm.data.loader import evaluation_rows
+    from megatron_vlm.models.idefics2.processor import Idefics2Processor
+    from megatron_vlm.testing.parity import hf_reference
+
+    config = DataConfig(valid=(str(data),), seq_length=96, shortest_edge=24, num_workers=0)
+    processor = Idefics2Processor.from_pretrained(twin, config)
+    rows = evaluation_rows(config, processor, paths=config.valid, dp_rank=0, dp_size=1, micro_batch_size=1)
+    samples = [sample for row in rows for sample in samples_of(row, processor.image_seq_len)]
+    model = Idefics2ForConditionalGeneration.from_pretrained(twin, attn_implementation="eager").eval()
+    return hf_reference(model, samples, gradients=False)[0]

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,8 +37,6 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PARAMS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What ``--dtype`` takes."""
-
-_HASHING = ThreadPoolExecutor(1, thread_name_prefix="sha256")
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -196,15 +193,13 @@ class SafetensorsWriter:
         self._file.close()
 
     def _put(self, view: memoryview) -> None:
-        hashing = _HASHING.submit(self._hash.update, view)  # both calls release the interpreter lock
+        self._hash.update(view)
         try:
             done = 0
             while done < len(view):
                 done += self._file.write(view[done:])
         except OSError as error:
             raise ConversionError(f"writing {self.path} failed after {self.size:,} bytes: {error.strerror}") from error
-        finally:
-            hashing.result()
         self.size += len(view)
 
 

@@ -159,7 +159,8 @@ def _activation_rows(exact: Run, noise: Run, ours: Run) -> Iterator[Row]:
 
 
 def _gradient_rows(exact: Run, noise: Run, ours: Run) -> Iterator[Row]:
-    yield _row("loss", *(abs(run.loss - exact.loss) / abs(exact.loss) for run in (noise, ours)), ACTIVATION_FLOOR)
+    theirs, mine = (abs(run.loss - exact.loss) / abs(exact.loss) for run in (noise, ours))
+    yield _row("loss", theirs, mine, ACTIVATION_FLOOR)
     if ours.gradients.keys() != exact.gradients.keys():
         names = sorted(ours.gradients.keys() ^ exact.gradients.keys())
         yield Row("gradients of other parameters: " + ", ".join(names[:5]), ("", "", ""), False)

@@ -105,7 +105,8 @@ class Idefics2Reference:
             ids = torch.randint(0, text.vocab_size - 1, (count,), generator=generator)
             return (ids + (ids >= image_id)).tolist()  # any token but the image's
 
-        ids, positions = draw(1), []
+        ids = draw(1)
+        positions: list[int] = []
         for _ in pixels:
             ids += draw(1)
             positions += range(len(ids), len(ids) + latents)

@@ -6,6 +6,7 @@ They are made once per processor fingerprint. Several processes may do it at the
 shard, skips what exists by then, and puts its file in place with a rename.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -104,7 +105,8 @@ class TokenCounts:
                 return path
             except OSError as error:
                 errors.append(f"{path}: {error.strerror}")
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
         raise ConfigError(
             f"cannot write token counts ({'; '.join(errors)}): set data.cache_dir to a folder that can be written"
         )

@@ -17,7 +17,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.counts import TokenCounts, digest_of, survey
 from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.plan import DataState, RowPlan, StepPlan, Stream, row_plan
-from megatron_vlm.data.reader import Quarantine, RowReader, fetch
+from megatron_vlm.data.reader import Quarantine, RowReader, Rows
 from megatron_vlm.data.types import PackedRow, Processor
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
@@ -82,6 +82,7 @@ class RowLoader:
         output_dir: str | Path | None = None,
     ):
         check_batch(config, global_batch_size, micro_batch_size, dp_size)
+        check_rows(config, micro_batch_size, multiple_of, fill_to)
         self._config, self._batch = config, global_batch_size
         self._dataset = Dataset(paths)
         self._counts = TokenCounts(self._dataset, processor, cache_dir=cache_dir or config.cache_dir, start=dp_rank)
@@ -97,7 +98,7 @@ class RowLoader:
             dp_size=dp_size,
         )
         reader = RowReader(self._dataset, processor, config, seed=seed, multiple_of=multiple_of, fill_to=fill_to)
-        self._fetch = fetch(reader, self._queue(steps), config)
+        self._rows = Rows(reader, self._queue(steps), config)
         self._quarantine = Quarantine(config, output_dir)
 
     def _start(self, seed: int, processor: Processor, state: DataState | None) -> DataState:
@@ -134,9 +135,9 @@ class RowLoader:
         Raises:
             DataError: a bad sample under ``on_bad_sample: raise``, or more holes than the budget.
         """
-        fetched = [next(self._fetch)]
+        fetched = [next(self._rows)]
         step = self._ready.popleft()
-        fetched += [next(self._fetch) for _ in step.rows[1:]]
+        fetched += [next(self._rows) for _ in step.rows[1:]]
         for item in fetched:
             self._quarantine.add(item)
         rows = tuple(item.row for item in fetched if item.row is not None)
@@ -167,7 +168,7 @@ class RowLoader:
 
     def close(self) -> None:
         """Ends the workers and closes the files."""
-        self._fetch.close()
+        self._rows.close()
         self._dataset.close()
 
 
@@ -196,6 +197,7 @@ def evaluation_rows(
     Raises:
         as RowLoader.
     """
+    check_rows(config, micro_batch_size, multiple_of, fill_to)
     dataset = Dataset(paths)
     counts = TokenCounts(dataset, processor, cache_dir=cache_dir or config.cache_dir, start=dp_rank)
     survey(counts, config, None)
@@ -203,7 +205,7 @@ def evaluation_rows(
     reader = RowReader(dataset, processor, config, seed=0, multiple_of=multiple_of, fill_to=fill_to)
     quarantine = Quarantine(config, output_dir)
     plans = _evaluation_plans(stream, 1 if config.packing else micro_batch_size, dp_rank, dp_size, max_rows)
-    rows = fetch(reader, plans, config)
+    rows = Rows(reader, plans, config)
     try:
         for item in rows:
             quarantine.add(item)
@@ -259,6 +261,24 @@ def check_batch(config: DataConfig, global_batch_size: int, micro_batch_size: in
         raise ConfigError(
             f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
             f"{dp_size} data parallel ranks"
+        )
+
+
+def check_rows(config: DataConfig, micro_batch_size: int, multiple_of: int, fill_to: int) -> None:
+    """Checks that the longest possible row can be filled as asked.
+
+    Raises:
+        ConfigError: it cannot; the numbers and what to set.
+    """
+    longest = config.seq_length * (1 if config.packing else micro_batch_size)
+    if config.packing and config.seq_length % multiple_of:
+        raise ConfigError(
+            f"data.seq_length {config.seq_length} is not a multiple of {multiple_of}, which rows are filled to"
+        )
+    if fill_to and (longest > fill_to or fill_to % multiple_of):
+        raise ConfigError(
+            f"rows are filled to {fill_to} tokens (a multiple of {multiple_of} is needed), but one can have {longest}: lower "
+            "data.seq_length or training.micro_batch_size"
         )
 
 

@@ -4,12 +4,15 @@ A worker gets a RowPlan and gives back a row; it holds nothing but open files. W
 training process has threads and device handles that do not survive a fork. They end with their parent, however it ends.
 """
 
+import atexit
 import json
+import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +102,18 @@ class RowReader(torch.utils.data.Dataset):
         return encoded
 
 
-def fetch(reader: RowReader, plans: Iterable[RowPlan], config: DataConfig) -> Generator[Fetched, None, None]:
-    """Yields what ``reader`` makes of each plan, in order, from ``config.num_workers`` processes (0: this one).
+class Rows(Iterator[Fetched]):
+    """What ``reader`` makes of each plan, in order, from ``config.num_workers`` processes (0: this one).
 
-    Raises:
-        DataError: a bad sample under ``on_bad_sample: raise``.
+    ``close`` ends the processes; it is called at the end of the program if nobody else does.
     """
-    if config.num_workers == 0:
-        items: Iterator[Fetched] = (reader[plan] for plan in plans)
-    else:
+
+    def __init__(self, reader: RowReader, plans: Iterable[RowPlan], config: DataConfig):
+        self._workers: set[BaseProcess] = set()
+        self._items: Iterator[Any] | None = None
+        if config.num_workers == 0:
+            self._items = ((reader[plan], ()) for plan in plans)
+            return
         loader = DataLoader(
             reader,
             sampler=plans,  # type: ignore[arg-type]
@@ -118,11 +124,26 @@ def fetch(reader: RowReader, plans: Iterable[RowPlan], config: DataConfig) -> Ge
             multiprocessing_context="spawn",
             worker_init_fn=_start_worker,
         )
-        items = (_restore(item, tensors) for item, tensors in loader)
-    for item in items:
+        others = set(multiprocessing.active_children())
+        self._items = iter(loader)
+        self._workers = set(multiprocessing.active_children()) - others
+        # multiprocessing would send its children a SIGTERM, which these do not heed, and wait.
+        atexit.register(self.close)
+
+    def __next__(self) -> Fetched:
+        if self._items is None:
+            raise StopIteration
+        item, tensors = next(self._items)
         if item.error is not None:
             raise item.error
-        yield item
+        return _restore(item, tensors) if tensors else item
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._items = None  # torch asks them to end
+        for worker in self._workers:
+            worker.kill()
+        atexit.unregister(self.close)
 
 
 def _start_worker(_: int) -> None:
@@ -143,20 +164,27 @@ def _flatten(item: Fetched) -> tuple[Fetched, tuple[Tensor, ...]]:
     lengths = torch.tensor([len(f) for f in fields])
     shapes = torch.tensor([p.shape for p in row.pixels], dtype=torch.int64).reshape(-1, 3)
     pixels = torch.cat([p.reshape(-1) for p in row.pixels]) if row.pixels else torch.empty(0)
-    empty = torch.empty(0, dtype=torch.int64)
-    bare = replace(row, **dict.fromkeys(_FIELDS, empty), pixels=())
+    none = torch.empty(0, dtype=torch.int64)
+    bare = PackedRow(input_ids=none, position_ids=none, labels=none, cu_seqlens=none)
+    bare = replace(bare, keys=row.keys, num_filler=row.num_filler, holes=row.holes, truncated=row.truncated)
     return replace(item, row=bare), (lengths, torch.cat([f.to(torch.int64) for f in fields]), shapes, pixels)
 
 
 def _restore(item: Fetched, tensors: tuple[Tensor, ...]) -> Fetched:
-    if item.row is None:
-        return item
+    assert item.row is not None
     lengths, values, shapes, pixels = tensors
-    fields: dict[str, Any] = dict(zip(_FIELDS, values.split(lengths.tolist())))
-    fields["cu_seqlens"] = fields["cu_seqlens"].to(torch.int32)
+    ids, positions, labels, cu_seqlens, image_positions = values.split(lengths.tolist())
     parts = pixels.split(shapes.prod(1).tolist()) if len(shapes) else ()
-    images = tuple(part.view(*shape) for part, shape in zip(parts, shapes.tolist()))
-    return replace(item, row=replace(item.row, pixels=images, **fields))
+    row = replace(
+        item.row,
+        input_ids=ids,
+        position_ids=positions,
+        labels=labels,
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        image_positions=image_positions,
+        pixels=tuple(part.view(*shape) for part, shape in zip(parts, shapes.tolist())),
+    )
+    return replace(item, row=row)
 
 
 class Quarantine:

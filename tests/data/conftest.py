@@ -1,5 +1,6 @@
 """Real tiny data for the tests of the data system: digits scans as PNG files, a LLaVA json, an Idefics2 folder."""
 
+import functools
 import json
 
 import numpy as np
@@ -68,4 +69,4 @@ def idefics2_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_processor(idefics2_dir):
     """``make_processor(config) -> processor``."""
-    return lambda config: Idefics2Processor.from_pretrained(idefics2_dir, config)
+    return functools.cache(lambda config: Idefics2Processor.from_pretrained(idefics2_dir, config))

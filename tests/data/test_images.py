@@ -24,7 +24,14 @@ def encoded(image, kind, **options):
 def png_header(width, height):
     """A PNG of a few bytes that claims any size."""
     ihdr = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr)) + b"\0\0\0\x0aIDAT" + bytes(14)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + ihdr
+        + struct.pack(">I", zlib.crc32(ihdr))
+        + b"\0\0\0\x0aIDAT"
+        + bytes(14)
+    )
 
 
 @pytest.mark.parametrize(

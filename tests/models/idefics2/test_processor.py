@@ -358,5 +358,5 @@ def test_settings_that_cannot_work_are_refused(tmp_path, file, change, message):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="config.json"):
+    with pytest.raises(ConfigError, match=r"config\.json"):
         processor_of(tmp_path)

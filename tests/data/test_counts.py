@@ -1,0 +1,83 @@
+"""Token counts: made once per fingerprint, kept beside the shards or in a cache, right when many make them at once."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.counts import TokenCounts
+from megatron_vlm.data.dataset import Dataset
+from megatron_vlm.data.images import decode_image
+from megatron_vlm.errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path, digits_dir):
+    shutil.copytree(digits_dir, tmp_path / "shards", ignore=shutil.ignore_patterns("*.tokens.npy"))
+    return tmp_path / "shards"
+
+
+@pytest.fixture(scope="module")
+def processor(make_processor):
+    return make_processor(DataConfig(seq_length=256, answer_loss_only=True))
+
+
+def test_counts_are_those_of_encoding(folder, processor):
+    dataset = Dataset([folder])
+    counts = TokenCounts(dataset, processor)(np.arange(len(dataset)))
+    for sample_id, count in enumerate(counts):
+        raw = dataset.read(sample_id)
+        sample = processor.encode(raw.key, raw.turns, [decode_image(data) for data in raw.images])
+        assert count["tokens"] == len(sample.input_ids) and count["image_tokens"] == len(sample.image_positions)
+        assert count["supervised"] == (sample.labels[1:] != -100).sum() and count["reason"] == 0
+        assert count["patches"] == sum((p.shape[1] // 8) * (p.shape[2] // 8) for p in sample.pixels)
+    scattered = np.array([96, 3, 50, 3, 20])
+    assert (TokenCounts(dataset, processor)(scattered) == counts[scattered]).all()
+
+
+def test_made_once_per_fingerprint(folder, processor, make_processor):
+    dataset = Dataset([folder])
+    TokenCounts(dataset, processor)
+    files = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.tokens.npy")}
+    assert len(files) == 5
+    TokenCounts(dataset, processor)
+    assert files == {p.name: p.stat().st_mtime_ns for p in folder.glob("*.tokens.npy")}
+    TokenCounts(dataset, make_processor(DataConfig(seq_length=128)))
+    assert len(list(folder.glob("*.tokens.npy"))) == 10
+
+
+def test_damaged_counts_are_made_again(folder, processor):
+    dataset = Dataset([folder])
+    good = TokenCounts(dataset, processor)(np.arange(97))
+    path = sorted(folder.glob("*.tokens.npy"))[1]
+    for content in (b"", b"rubbish", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        assert (TokenCounts(dataset, processor)(np.arange(97)) == good).all()
+
+
+def test_a_folder_that_cannot_be_written_uses_the_cache(folder, processor, tmp_path):
+    dataset = Dataset([folder])
+    name = f"shard-000002.{processor.fingerprint[:16]}.tokens.npy"
+    (folder / name).mkdir()  # the tests may run as root, whom no permission stops
+    counts = TokenCounts(dataset, processor, cache_dir=tmp_path / "cache")
+    assert len(counts(np.arange(97))) == 97
+    assert [p.name for p in (tmp_path / "cache").rglob("*.npy")] == [name]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"set data\.cache_dir"):
+        TokenCounts(dataset, processor, cache_dir=tmp_path / "file" / "x")
+    assert not list(folder.glob(".*"))  # no temporary file stays
+
+
+def test_several_at_once_agree(folder, make_processor):
+    """Four readers, each starting with another shard, as data parallel ranks do."""
+    processors = [make_processor(DataConfig(seq_length=512)) for _ in range(4)]
+
+    def work(rank):
+        return TokenCounts(Dataset([folder]), processors[rank], start=rank)(np.arange(97))
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(work, range(4))
+    assert all((counts == first).all() for counts in others)
+    assert len(list(folder.glob("*.tokens.npy"))) == 5 and not list(folder.glob(".*"))

@@ -1,4 +1,4 @@
-"""A tiny Idefics2 with weights, and real shards to train it on."""
+"""Tiny twins that the checkpoint tests share; a whole tiny checkpoint and real shards for the trainer's tests."""
 
 import json
 import random
@@ -10,7 +10,13 @@ from PIL import Image
 
 from megatron_vlm.data.formats.llava import read_llava
 from megatron_vlm.data.shards import build_shards
+from megatron_vlm.testing.twins import write_tiny_idefics2
 
+SMALL = dict(text_hidden=32, ffn=48, vision_hidden=32, vision_ffn=40, vision_layers=2, depth=1, perceiver_head_dim=8)
+TWINS = {
+    "mistral": dict(text="mistral", sliding_window=11, **SMALL),
+    "tied": dict(text="llama", tie=True, **SMALL),
+}
 WORDS = "zero one two three four five six seven eight nine".split()  # noqa: SIM905 - reads better
 
 
@@ -38,8 +44,6 @@ def write_shards(folder: Path, count: int, seed: int) -> Path:
 @pytest.fixture(scope="session")
 def twin(tmp_path_factory) -> Path:
     """A whole HF checkpoint."""
-    from megatron_vlm.testing.twins import write_tiny_idefics2
-
     folder = tmp_path_factory.mktemp("twin")
     write_tiny_idefics2(folder, std=0.15, layers=4)
     return folder
@@ -68,5 +72,19 @@ def command(twin, train_data, tmp_path):
             f"--output-dir {tmp_path / out} --make-vocab-size-divisible-by 8"
         )
         return [*base.split(), *(word for text in more for word in text.split())]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory):
+    """``twins(name)`` -> HF directory, written when first asked for."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = str(tmp_path_factory.mktemp(name))
+            write_tiny_idefics2(made[name], **TWINS[name])
+        return made[name]
 
     return make

@@ -15,25 +15,21 @@ from megatron_vlm.testing.twins import CHAT_TEMPLATE, tiny_idefics2_config, tiny
 SIZE = 32
 # The default of 0.02 suits wide models. At width 128 it leaves every sublayer's output tiny beside the residual, all
 # images look alike to the decoder, and training sits on a plateau for hundreds of steps.
-INIT_SCALE = 0.8
+INIT_STD = 0.07
 
 
 def build(tokenizer, seed: int) -> Idefics2ForConditionalGeneration:
-    """Returns the model with linear layers of std ``INIT_SCALE / sqrt(inputs)`` and random latents."""
+    """Returns the model as transformers initialises it, with ``INIT_STD``."""
     config = tiny_idefics2_config(
         tokenizer,
         text_hidden=128, ffn=256, layers=4, heads=4, kv_heads=2, max_positions=1024,
         vision_hidden=96, vision_ffn=192, vision_layers=3, vision_heads=4, image_size=SIZE, patch_size=8,
         latents=8, depth=2, perceiver_heads=4, perceiver_kv_heads=2, perceiver_head_dim=32,
     )  # fmt: skip
+    for part in (config, config.text_config, config.vision_config, config.perceiver_config):
+        part.initializer_range = INIT_STD
     torch.manual_seed(seed)
     model = Idefics2ForConditionalGeneration(config)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=INIT_SCALE * module.in_features**-0.5)
-    torch.nn.init.normal_(
-        model.model.connector.perceiver_resampler.latents
-    )  # HF's ones make all latents one at the start
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

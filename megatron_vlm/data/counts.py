@@ -9,8 +9,10 @@ shard, skips what exists by then, and puts its file in place with a rename.
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import uuid
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
 UNREADABLE = "unreadable"
+MANY = 20_000  # samples worth starting processes for: counting takes about a millisecond each
 # Why a sample is excluded, by the code kept on disk: append only.
 REASONS = ("", "too_long", "nothing_supervised", "placeholders", "max_image_num", "control_tokens", UNREADABLE)
 COUNT_DTYPE = np.dtype(
@@ -46,21 +49,37 @@ class TokenCounts:
         dataset: the samples.
         processor: gives the fingerprint, and counts what is not counted yet.
         cache_dir: where counts go when a data folder is read-only.
-        start: shard to begin with, so that processes share the work (the data parallel rank).
+        num_workers: processes to count with where there is much to count; 0: this one.
+        rank, num_ranks: of processes that do this at the same time: each begins with its share of the shards.
 
     Raises:
         ConfigError: neither the data folder nor ``cache_dir`` can be written.
     """
 
-    def __init__(self, dataset: Dataset, processor: Processor, *, cache_dir: str | Path | None = None, start: int = 0):
+    def __init__(
+        self,
+        dataset: Dataset,
+        processor: Processor,
+        *,
+        cache_dir: str | Path | None = None,
+        num_workers: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ):
         self.dataset = dataset
         self._fingerprint = processor.fingerprint[:16]
         self._cache = Path(cache_dir or os.path.expanduser("~/.cache/megatron_vlm"))
         self._paths: dict[int, Path] = {}
         number = len(dataset.shards)
+        missing = []
         for step in range(number):
-            shard = (start + step) % number
-            self._paths[shard] = self._find(shard) or self._make(shard, processor)
+            shard = (rank * number // num_ranks + step) % number
+            path = self._find(shard)
+            if path is None:
+                missing.append(shard)
+            else:
+                self._paths[shard] = path
+        self._count(missing, processor, num_workers)
         self._open = Recent(self._load, MAX_OPEN)
 
     def __call__(self, ids: NDArray[np.int64]) -> NDArray[Any]:
@@ -92,8 +111,27 @@ class TokenCounts:
                     LOGGER.warning("token counts %s are counted again: %s", path, error)
         return None
 
-    def _make(self, shard: int, processor: Processor) -> Path:
-        counts = count_shard(self.dataset, shard, processor)
+    def _count(self, shards: list[int], processor: Processor, num_workers: int) -> None:
+        """Counts shards, unless another process has by the time their turn comes."""
+        samples = sum(self.dataset.shards[shard].num_samples for shard in shards)
+        if samples >= MANY:
+            LOGGER.info("counting the tokens of %d samples, once for these settings", samples)
+        if samples < MANY or not num_workers:
+            for shard in shards:
+                self._paths[shard] = self._find(shard) or self._save(shard, count_shard(self.dataset, shard, processor))
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(num_workers, context, _set_job, (self.dataset, processor)) as pool:
+            # A few at a time, so that what other ranks have counted meanwhile is not counted again.
+            for start in range(0, len(shards), 2 * num_workers):
+                group = shards[start : start + 2 * num_workers]
+                found = {shard: path for shard in group if (path := self._find(shard)) is not None}
+                self._paths.update(found)
+                todo = [shard for shard in group if shard not in found]
+                for shard, counts in zip(todo, pool.map(_count_job, todo)):
+                    self._paths[shard] = self._save(shard, counts)
+
+    def _save(self, shard: int, counts: NDArray[Any]) -> Path:
         errors = []
         for path in self._places(shard):
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -113,6 +151,18 @@ class TokenCounts:
 
     def _load(self, shard: int) -> NDArray[Any]:
         return np.load(self._paths[shard], mmap_mode="r", allow_pickle=False)
+
+
+_job: list[Any] = []  # (dataset, processor) of a counting process: sent once, not with every shard
+
+
+def _set_job(*job: Any) -> None:
+    _job[:] = job
+
+
+def _count_job(shard: int) -> NDArray[Any]:
+    dataset, processor = _job
+    return count_shard(dataset, shard, processor)
 
 
 def count_shard(dataset: Dataset, shard: int, processor: Processor) -> NDArray[Any]:

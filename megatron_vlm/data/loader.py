@@ -85,7 +85,14 @@ class RowLoader:
         check_rows(config, micro_batch_size, multiple_of, fill_to)
         self._config, self._batch = config, global_batch_size
         self._dataset = Dataset(paths)
-        self._counts = TokenCounts(self._dataset, processor, cache_dir=cache_dir or config.cache_dir, start=dp_rank)
+        self._counts = TokenCounts(
+            self._dataset,
+            processor,
+            cache_dir=cache_dir or config.cache_dir,
+            num_workers=config.num_workers,
+            rank=dp_rank,
+            num_ranks=dp_size,
+        )
         self._report = survey(self._counts, config, Path(output_dir) if output_dir and dp_rank == 0 else None)
         self._stream = Stream(self._counts, seed, config)
         state = self._start(seed, processor, state)
@@ -199,7 +206,14 @@ def evaluation_rows(
     """
     check_rows(config, micro_batch_size, multiple_of, fill_to)
     dataset = Dataset(paths)
-    counts = TokenCounts(dataset, processor, cache_dir=cache_dir or config.cache_dir, start=dp_rank)
+    counts = TokenCounts(
+        dataset,
+        processor,
+        cache_dir=cache_dir or config.cache_dir,
+        num_workers=config.num_workers,
+        rank=dp_rank,
+        num_ranks=dp_size,
+    )
     survey(counts, config, None)
     stream = Stream(counts, None, config)
     reader = RowReader(dataset, processor, config, seed=0, multiple_of=multiple_of, fill_to=fill_to)

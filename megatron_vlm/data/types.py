@@ -10,6 +10,7 @@ Shapes: T tokens of a row, L tokens of a sample, N segments of a row, C x H x W 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -152,7 +153,7 @@ class VLMBatch:
             labels=row.labels[None].to(device, non_blocking=True),
             cu_seqlens=row.cu_seqlens.to(device, non_blocking=True),
             cu_seqlens_host=cu,
-            max_seqlen=max(b - a for a, b in zip(cu, cu[1:])),
+            max_seqlen=max(b - a for a, b in pairwise(cu)),
             loss_positions=(row.labels != IGNORE_INDEX).nonzero()[:, 0].to(device, non_blocking=True),
             pixels=tuple(p.to(device, non_blocking=True) for p in row.pixels) if pixels else (),
             image_positions=row.image_positions.to(device, non_blocking=True),

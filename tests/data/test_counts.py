@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from megatron_vlm.data import counts
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.counts import TokenCounts
 from megatron_vlm.data.dataset import Dataset
@@ -26,15 +27,15 @@ def processor(make_processor):
 
 def test_counts_are_those_of_encoding(folder, processor):
     dataset = Dataset([folder])
-    counts = TokenCounts(dataset, processor)(np.arange(len(dataset)))
-    for sample_id, count in enumerate(counts):
+    table = TokenCounts(dataset, processor)(np.arange(len(dataset)))
+    for sample_id, count in enumerate(table):
         raw = dataset.read(sample_id)
         sample = processor.encode(raw.key, raw.turns, [decode_image(data) for data in raw.images])
         assert count["tokens"] == len(sample.input_ids) and count["image_tokens"] == len(sample.image_positions)
         assert count["supervised"] == (sample.labels[1:] != -100).sum() and count["reason"] == 0
         assert count["patches"] == sum((p.shape[1] // 8) * (p.shape[2] // 8) for p in sample.pixels)
     scattered = np.array([96, 3, 50, 3, 20])
-    assert (TokenCounts(dataset, processor)(scattered) == counts[scattered]).all()
+    assert (TokenCounts(dataset, processor)(scattered) == table[scattered]).all()
 
 
 def test_made_once_per_fingerprint(folder, processor, make_processor):
@@ -61,8 +62,8 @@ def test_a_folder_that_cannot_be_written_uses_the_cache(folder, processor, tmp_p
     dataset = Dataset([folder])
     name = f"shard-000002.{processor.fingerprint[:16]}.tokens.npy"
     (folder / name).mkdir()  # the tests may run as root, whom no permission stops
-    counts = TokenCounts(dataset, processor, cache_dir=tmp_path / "cache")
-    assert len(counts(np.arange(97))) == 97
+    table = TokenCounts(dataset, processor, cache_dir=tmp_path / "cache")(np.arange(97))
+    assert len(table) == 97
     assert [p.name for p in (tmp_path / "cache").rglob("*.npy")] == [name]
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"set data\.cache_dir"):
@@ -70,14 +71,25 @@ def test_a_folder_that_cannot_be_written_uses_the_cache(folder, processor, tmp_p
     assert not list(folder.glob(".*"))  # no temporary file stays
 
 
+@pytest.mark.slow
+def test_processes_count_alike(folder, processor, monkeypatch):
+    dataset = Dataset([folder])
+    alone = TokenCounts(dataset, processor)(np.arange(97))
+    for path in folder.glob("*.tokens.npy"):
+        path.unlink()
+    monkeypatch.setattr(counts, "MANY", 50)
+    assert (TokenCounts(dataset, processor, num_workers=1)(np.arange(97)) == alone).all()
+    assert len(list(folder.glob("*.tokens.npy"))) == 5
+
+
 def test_several_at_once_agree(folder, make_processor):
     """Four readers, each starting with another shard, as data parallel ranks do."""
     processors = [make_processor(DataConfig(seq_length=512)) for _ in range(4)]
 
     def work(rank):
-        return TokenCounts(Dataset([folder]), processors[rank], start=rank)(np.arange(97))
+        return TokenCounts(Dataset([folder]), processors[rank], rank=rank, num_ranks=4)(np.arange(97))
 
     with ThreadPoolExecutor(4) as pool:
         first, *others = pool.map(work, range(4))
-    assert all((counts == first).all() for counts in others)
+    assert all((other == first).all() for other in others)
     assert len(list(folder.glob("*.tokens.npy"))) == 5 and not list(folder.glob(".*"))

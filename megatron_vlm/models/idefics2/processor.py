@@ -156,7 +156,10 @@ class Idefics2Processor:
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """Resizes and normalises an RGB image: float32 [3, H, W], bit for bit as ``Idefics2ImageProcessorPil``."""
         values = np.asarray(image.resize(self.resized(*image.size), resample=self.resample))
-        return torch.from_numpy(np.stack([row[values[:, :, channel]] for channel, row in enumerate(self._table)]))
+        pixels = np.empty((3, *values.shape[:2]), dtype=np.float32)
+        for channel, row in enumerate(self._table):
+            np.take(row, values[:, :, channel], out=pixels[channel], mode="clip")  # clip: without a buffer for ``out``
+        return torch.from_numpy(pixels)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Returns width and height after resizing, rounded as transformers' ``get_resize_output_image_size`` does."""

@@ -40,7 +40,9 @@ PRELOAD = (
     "megatron.core.optimizer",
     "megatron.core.models.gpt",
     "megatron.core.pipeline_parallel",
+    "transformers.models.idefics2.configuration_idefics2",
 )
+"""What most functions need; imported once, by the server that forks the ranks."""
 START_SECONDS = 180.0
 """A worker that has not imported megatron-core by then is given up."""
 GRACE_SECONDS = 15.0
@@ -88,7 +90,7 @@ def _pool() -> "_Pool":
 
 
 @functools.cache
-def _forkserver() -> Any:
+def forkserver() -> Any:
     """A process that has imported megatron-core once and forks the ranks (it runs no threads)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
@@ -110,7 +112,7 @@ class _Worker:
         self.log.touch()
         self.connection, theirs = multiprocessing.Pipe()
         with theirs:
-            self.process = _forkserver().Process(target=_work, args=(rank, theirs, str(self.log)))
+            self.process = forkserver().Process(target=_work, args=(rank, theirs, str(self.log)))
             self.process.start()
 
     def kill(self) -> None:

@@ -268,6 +268,7 @@ def find_checkpoint(config: CheckpointConfig, device: torch.device) -> Checkpoin
         try:
             with _together(str(folder), device):
                 checkpoint_dir.verify(folder, share=rank, shares=dist.get_world_size(), hashes=config.verify_hashes)
+            with _together(str(folder), device):
                 state = checkpoint_dir.read_json(folder, checkpoint_dir.STATE)
         except CheckpointError as error:
             problems.append(str(error))

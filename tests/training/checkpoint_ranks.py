@@ -298,3 +298,46 @@ def killed_save(hf_dir: str, save: str, killed_at: int, rank: int, store: str, w
         for name in ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir"):
             setattr(os, name, counted(getattr(os, name)))
     run.save()
+
+
+def save_of(hf_dir: str, parallel: dict, options: dict, checkpoint: dict, steps: int = STEPS) -> dict[str, Any]:
+    """Trains, saves and takes stock."""
+    run = Run(hf_dir, parallel, options, checkpoint)
+    if steps:
+        run.train(steps)
+    for scaler in _scalers(run.optimizer):
+        scaler.update(True), scaler.update(True), scaler.update(False)
+    run.save()
+    return {**run.snapshot(), "loss_scale": float(run.optimizer.get_loss_scale())}
+
+
+def load_of(hf_dir: str, parallel: dict, options: dict, checkpoint: dict, steps: int = 0) -> dict[str, Any]:
+    """Loads, takes stock, and takes stock again after some steps."""
+    run = Run(hf_dir, parallel, options, checkpoint)
+    loaded = run.snapshot()
+    if steps:
+        run.train(steps)
+    return {
+        **loaded,
+        "report": run.report,
+        "iteration": run.iteration,
+        "weights_only": run.found.weights_only,
+        "loss_scale": float(run.optimizer.get_loss_scale()),
+        "scalers": [scaler.state_dict() for scaler in _scalers(run.optimizer)],
+        "after": run.snapshot(),
+    }
+
+
+def load_error(hf_dir: str, parallel: dict, checkpoint: dict) -> str:
+    from megatron_vlm.errors import CheckpointError
+
+    try:
+        Run(hf_dir, parallel, {}, checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def _scalers(optimizer: Any) -> list[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [scaler for part in parts if (scaler := getattr(part, "grad_scaler", None)) is not None]

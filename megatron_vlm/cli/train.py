@@ -22,12 +22,12 @@ def resolve(argv: Sequence[str]) -> tuple[Any, list[str]]:
     Raises:
         ConfigError: what is wrong, by name.
     """
-    from megatron_vlm.training.run_config import RunConfig
-
     parsed = parse_flags(argv)
     data = load_yaml(parsed.config) if parsed.config else {}
     for key, value in parsed.settings:
         set_dotted(data, key, value)
+    from megatron_vlm.training.run_config import RunConfig  # imports megatron-core: seconds
+
     return RunConfig.from_dict(data), parsed.notes
 
 

@@ -9,9 +9,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from trainer_ranks import metrics_of, train
 
 from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.runs import metrics_of, train
 
 TP2 = "--tensor-model-parallel-size 2"
 

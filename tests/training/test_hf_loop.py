@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from trainer_ranks import metrics_of, samples_of, train
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.loader import RowLoader
 from megatron_vlm.models.idefics2.processor import Idefics2Processor
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_inputs
+from megatron_vlm.testing.runs import metrics_of, samples_of, train
 
 STEPS, WARMUP, LR, VISION_LR, MIN_LR, DECAY, CLIP = 50, 5, 1e-3, 5e-4, 1e-4, 0.1, 1.0
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from trainer_ranks import metrics_of, samples_of, train, train_with_signal
 
 from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.runs import metrics_of, samples_of, train, train_with_signal
 
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"

@@ -1,17 +1,46 @@
-"""What the trainer's tests run on ranks: whole runs through the command line's own function."""
+"""Whole training runs for tests: a tiny real data set, the command line's own function on ranks, what a run wrote."""
 
 import json
 import os
+import random
 import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from megatron_vlm.data.types import IGNORE_INDEX, EncodedSample, PackedRow
 from megatron_vlm.errors import MegatronVLMError
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def write_shards(folder: Path, count: int, seed: int) -> Path:
+    """Shards of ``count`` samples with 0, 1 or 2 images of odd sizes."""
+    draw, noise = random.Random(seed), np.random.default_rng(seed)
+    from megatron_vlm.data.formats.llava import read_llava
+    from megatron_vlm.data.shards import build_shards
+
+    images = folder / "images"
+    images.mkdir(parents=True)
+    records = []
+    for number in range(count):
+        names = [f"{number}_{i}.png" for i in range(draw.choice([0, 1, 1, 1, 2]))]
+        for name in names:
+            size = (draw.randint(20, 60), draw.randint(20, 60), 3)
+            Image.fromarray(noise.integers(0, 255, size, dtype=np.uint8)).save(images / name)
+        answer = " ".join(draw.choices(WORDS, k=draw.randint(1, 6)))
+        turns = [("human", "<image>\n" * len(names) + "What is it?"), ("gpt", answer)]
+        record = {"id": f"s{number}", "conversations": [{"from": who, "value": text} for who, text in turns]}
+        records.append({**record, "image": names} if names else record)
+    path = folder / "records.json"
+    path.write_text(json.dumps(records))
+    build_shards([(str(path), read_llava(path))], folder / "shards", image_root=images, samples_per_shard=16)
+    return folder / "shards"
 
 
 def train(argv: list[str]) -> tuple[int, str]:

@@ -1,0 +1,141 @@
+"""The command as a process of its own: exit codes, messages without traceback, and no rank that outlives another."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.cli.main import main
+from megatron_vlm.testing.runs import metrics_of, write_shards
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run_argv(tmp_path_factory):
+    """``run_argv(out, *more)``: arguments of a small run on two replicas."""
+    from megatron_vlm.testing.twins import write_tiny_idefics2
+
+    folder = tmp_path_factory.mktemp("cli")
+    write_tiny_idefics2(folder / "twin", layers=2)
+    data = write_shards(folder / "data", 24, seed=3)
+
+    def make(out: Path, *more: str) -> list[str]:
+        base = (
+            f"--load {folder / 'twin'} --data-path {data} --seq-length 96 --global-batch-size 4 --lr 1e-3 --shortest-edge 24 "
+            f"--num-workers 1 --device cpu --no-tensorboard --output-dir {out} --save {out} --use-distributed-optimizer"
+        )
+        return [*base.split(), *(word for text in more for word in text.split())]
+
+    return make
+
+
+def start(argv: list[str], log: Path, world: int = 2) -> list[subprocess.Popen]:
+    """Starts ``megatron-vlm train`` as ranks of one job, each in a session of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in place.items()}}
+        with open(f"{log}.{rank}", "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_vlm", "train", *argv],
+                env=environment,
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        ranks.append(process)
+    return ranks
+
+
+def finish(ranks: list[subprocess.Popen], timeout: float = 180) -> list[int]:
+    """Waits for all ranks and returns their exit codes; kills what is left at the deadline."""
+    deadline = time.monotonic() + timeout
+    try:
+        return [rank.wait(max(0.0, deadline - time.monotonic())) for rank in ranks]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, signal.SIGKILL)
+
+
+def wait_for_lines(path: Path, lines: int, ranks: list[subprocess.Popen], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not path.exists() or len(path.read_text().splitlines()) < lines:
+        assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), "the run ended early"
+        time.sleep(0.01)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("rank*.safetensors"))}
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_bit_for_bit(run_argv, tmp_path):
+    """kill -9 of both ranks in mid-run; then one rank alone dies and the other notices; then the run ends."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = "--train-iters 24 --save-interval 4 --keep-last 2"
+    assert finish(start(run_argv(whole, more), tmp_path / "whole.log")) == [0, 0]
+
+    ranks = start(run_argv(cut, more), tmp_path / "cut.log")
+    wait_for_lines(cut / "metrics.jsonl", 6, ranks)
+    for rank in ranks:
+        os.killpg(rank.pid, signal.SIGKILL)
+    assert finish(ranks) == [-signal.SIGKILL] * 2
+
+    resume = run_argv(cut, more, f"--load {cut}")
+    ranks = start(resume, tmp_path / "cut.log")
+    wait_for_lines(cut / "metrics.jsonl", 10, ranks)
+    os.killpg(ranks[1].pid, signal.SIGKILL)
+    assert finish(ranks, timeout=60) == [1, -signal.SIGKILL]
+
+    assert finish(start(resume, tmp_path / "cut.log")) == [0, 0]
+    assert metrics_of(cut) == metrics_of(whole)
+    assert [line["iteration"] for line in metrics_of(cut)] == list(range(1, 25))
+    assert files_of(cut / "iter_0000024") == files_of(whole / "iter_0000024") != {}
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_and_all_end_with_143(run_argv, tmp_path):
+    out = tmp_path / "out"
+    ranks = start(run_argv(out, "--train-iters 100000"), tmp_path / "log")
+    wait_for_lines(out / "metrics.jsonl", 2, ranks)
+    ranks[1].send_signal(signal.SIGTERM)
+    assert finish(ranks) == [143, 143]
+    last = metrics_of(out)[-1]["iteration"]
+    assert (out / "latest_checkpointed_iteration.txt").read_text().strip() == str(last)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_told_once_and_ends_all(run_argv, tmp_path):
+    argv = run_argv(tmp_path / "out", "--train-iters 2 --load /no/such/model")
+    assert finish(start(argv, tmp_path / "log"), timeout=60) == [1, 1]
+    told = [Path(f"{tmp_path / 'log'}.{rank}").read_text() for rank in range(2)]
+    assert [text.count("error: /no/such/model") for text in told] == [1, 0]
+    assert all("Traceback" not in text for text in told)
+
+
+def test_config_errors_leave_one_line(capsys):
+    assert main(["train", "--learning-rate", "1"]) == 1
+    out = capsys.readouterr().err
+    assert out.startswith("error: unknown flag --learning-rate") and out.count("\n") == 1
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert main(["tarin"]) == 1
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0 and main(["train", "--help"]) == 0 and main(["--version"]) == 0
+    assert main([]) == 1
+    assert "--micro-batch-size" in capsys.readouterr().out

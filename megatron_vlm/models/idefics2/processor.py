@@ -249,6 +249,10 @@ def _tokens_of(hf_dir: Path, model: dict[str, Any]) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the tokenizer of {hf_dir}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer of {hf_dir} has no tokenizer.json, which exact loss masks need: save it as a fast one"
+        )
     missing = {FAKE, IMAGE} - set(tokenizer.get_vocab())
     if missing:
         raise ConfigError(f"the tokenizer of {hf_dir} lacks {', '.join(sorted(missing))}: is it Idefics2's?")

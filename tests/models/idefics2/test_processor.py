@@ -16,17 +16,18 @@ from megatron_vlm.data.images import decode_image, open_image, probe_image
 from megatron_vlm.data.types import IGNORE_INDEX, Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.idefics2.processor import Idefics2Processor
-from megatron_vlm.testing.twins import CHAT_TEMPLATE, tiny_idefics2_config, tiny_tokenizer
+from megatron_vlm.testing.twins import CHAT_TEMPLATE, CORPUS, SPECIAL_TOKENS, tiny_idefics2_config, tiny_tokenizer
 
 LONGEST, SHORTEST, LATENTS = 98, 42, 5
 
 
-def write_processor(folder, *, longest=LONGEST, shortest=SHORTEST, **images):
+def write_processor(folder, *, longest=LONGEST, shortest=SHORTEST, tokenizer=None, **images):
     """Writes what a processor is read from, no weights, and returns HF's processor."""
     from transformers import Idefics2Processor as HFProcessor
     from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     tiny_idefics2_config(tokenizer, image_size=LONGEST, patch_size=14).save_pretrained(folder)
     size = {"longest_edge": longest, "shortest_edge": shortest}
     image_processor = Idefics2ImageProcessorPil(do_image_splitting=False, size=size, **images)
@@ -72,7 +73,7 @@ def odd_images():
         "exact short": (flower.resize((SHORTEST, SHORTEST)), "PNG", {}),
         "one over": (flower.resize((LONGEST + 1, LONGEST)), "PNG", {}),
         "one under": (flower.resize((SHORTEST - 1, LONGEST - 1)), "PNG", {}),
-        "thirds": (china.resize((301, 99)), "PNG", {}),
+        "thirds": (china.resize((301, 199)), "PNG", {}),
         "rgba": (rgba, "PNG", {}),
         "grey alpha": (digit.convert("LA"), "PNG", {}),
         "palette": (palette, "PNG", {}),
@@ -211,6 +212,53 @@ def test_labels_of_answers_only(folder, hf):
     ]
     ids = hf(text=hf.apply_chat_template(prompt, add_generation_prompt=True), images=[Image.new("L", (9, 9))])
     assert sample.input_ids[:first].tolist() == ids["input_ids"][0]
+
+
+def sentencepiece_like(kind):
+    """A BPE tokenizer as Mistral's and Llama 2's: spaces become part of words, line breaks and rare letters are bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # no piece spans two words, as in sentencepiece
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    special = ["<unk>", "<s>", "</s>", *bytes_]
+    trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([CORPUS.replace("\n", " ")], trainer)
+    tokenizer.pre_tokenizer = None
+    if kind == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    settings = json.loads(tokenizer.to_str())
+    settings["added_tokens"] = settings["added_tokens"][:3]  # bytes are plain pieces
+    tokenizer = Tokenizer.from_str(json.dumps(settings))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+def test_tokenizers_that_glue_spaces_to_words(tmp_path, kind):
+    hf = write_processor(tmp_path, tokenizer=sentencepiece_like(kind))
+    turns = (
+        Turn(role="user", text="<image>\nWhat digit is this?"),
+        Turn(role="assistant", text="seven"),
+        Turn(role="user", text="Sure? <image>ü"),
+        Turn(role="assistant", text=" two dogs\n日本"),
+    )
+    images = [Image.new("L", (50, 60))] * 2
+    processor = processor_of(tmp_path, answer_loss_only=True)
+    sample = assert_count_is_encode(processor, turns, images)
+    assert sample.input_ids.tolist() == hf_inputs(hf, turns, images)["input_ids"][0].tolist()
+    labels, runs = sample.labels.tolist(), []
+    for previous, label in zip([IGNORE_INDEX, *labels], labels):
+        if label != IGNORE_INDEX:
+            runs = [*runs, []] if previous == IGNORE_INDEX else runs
+            runs[-1].append(label)
+    # The words of one answer are one run: the space before it is the model's to write, the line break after is not.
+    texts = [processor.tokenizer.decode(run) for run in runs]
+    assert texts == [" seven<end_of_utterance>", "  two dogs\n日本<end_of_utterance>"]
 
 
 def test_text_only_has_no_images(folder, hf):

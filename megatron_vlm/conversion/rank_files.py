@@ -61,6 +61,7 @@ class Piece:
 
 
 def rank_file_name(rank: int) -> str:
+    """Name of a rank's file."""
     return f"rank{rank}.safetensors"
 
 

@@ -45,6 +45,7 @@ class Candidates:
 
 
 def folder_name(iteration: int) -> str:
+    """Name of an iteration's folder."""
     return f"iter_{iteration:07d}"
 
 

@@ -311,7 +311,7 @@ def damaged(tmp_path, digits_dir, loader_of):
     return folder
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_bad_sample_raises_by_name(loader_of, damaged, num_workers):
     loader = loader_of("samples", paths=[damaged], num_workers=num_workers)
     with pytest.raises(DataError, match=r"shard-00000\d\.tar, at \d+: damaged: its crc32") as caught:
@@ -392,6 +392,7 @@ def test_evaluation_of_some_rows(digits_dir, make_processor):
     assert sorted(keys) == [f"digits-{i:09d}" for i in range(5)]
 
 
+@pytest.mark.slow
 def test_evaluation_can_stop_early(digits_dir, make_processor):
     config = DataConfig(seq_length=96, num_workers=1)
     rows = evaluation_rows(config, make_processor(config), paths=[digits_dir], dp_rank=0, dp_size=1, micro_batch_size=1)

@@ -61,7 +61,6 @@ class Trainer:
         self.stop = StopSignal()
         self.closing.callback(self.stop.close)
         self.iteration = self.num_skipped = 0
-        self.last_evaluated = -1
         self.seed = config.training.seed
         self.data_state: DataState | None = None
         self.loader: RowLoader | None = None
@@ -123,7 +122,6 @@ class Trainer:
             )
         with gathered_parameters(self.chunks):
             result = evaluate(self.chunks, rows, topology, fill_to=config.row_fill)
-        self.last_evaluated = self.iteration
         if self.metrics is not None:
             self.metrics.evaluation(self.iteration, result)
         return result
@@ -148,7 +146,6 @@ class Trainer:
                 "iteration": self.iteration,
                 "num_skipped": self.num_skipped,
                 "consumed_samples": self.consumed_samples,
-                "last_evaluated": self.last_evaluated,
                 "seed": self.seed,
                 "data": self.data_state.to_dict(),
                 "config": self.config.to_dict(),
@@ -221,7 +218,6 @@ class Trainer:
             log.info("only the weights are taken; started anew: optimizer, schedule, iteration, data order and seed")
             return
         self.iteration, self.num_skipped = state["iteration"], state["num_skipped"]
-        self.last_evaluated = state["last_evaluated"]
         self.data_state = DataState.from_dict(state["data"])
         if not self.config.checkpoint.no_load_rng:
             self.seed = state["seed"]

@@ -1,0 +1,104 @@
+"""RunConfig: sections from plain data, and the checks that span them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.training.run_config import RunConfig
+
+
+def config(**sections) -> RunConfig:
+    """A run on the CPU that works, with some values changed."""
+    data = {
+        "data": {"train": ["t"], "seq_length": 64},
+        "training": {"train_iters": 1, "device": "cpu", "global_batch_size": 8, "micro_batch_size": 2},
+        "checkpoint": {"load": "model"},
+    }
+    for name, values in sections.items():
+        data[name] = {**data.get(name, {}), **values}
+    return RunConfig.from_dict(data)
+
+
+def test_plain_data_goes_round():
+    one = config(model={"freeze_llm": True}, logging={"output_dir": "out"})
+    assert RunConfig.from_dict(one.to_dict()) == one
+    assert one.model.freeze == ("llm",)
+    assert not one.data.packing
+
+
+def test_output_dir_falls_back_to_save_and_then_to_the_name():
+    assert str(config(logging={"output_dir": "o"}, checkpoint={"save": "s"}).output_dir) == "o"
+    assert str(config(checkpoint={"save": "s"}).output_dir) == "s"
+    assert str(config(logging={"name": "n"}).output_dir) == "runs/n"
+
+
+def test_rows_are_filled_where_the_layout_needs_it():
+    parallel = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+    assert (config().row_fill, config().row_multiple) == (0, 1)
+    assert config(parallel=parallel).row_fill == 128
+    assert config(parallel={"tensor_model_parallel_size": 4, "sequence_parallel": True}).row_multiple == 4
+
+
+def test_world_gives_the_data_parallel_size():
+    assert config(parallel={"tensor_model_parallel_size": 2}).check_world(4) == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"checkpoint": {"load": None}}, "checkpoint.load is not set"),
+        ({"data": {"train": []}}, "data.train is empty"),
+        ({"data": {"packing": True}}, "micro_batch_size must be 1, got 2"),
+        ({"training": {"train_iters": None}}, "no length"),
+        ({"training": {"train_epochs": 1}}, "set one of"),
+        ({"training": {"train_iters": 0}}, "train_iters must be above 0"),
+        ({"training": {"precision": "fp16"}}, "fp16 does not run on the CPU"),
+        ({"training": {"precision": "int8"}}, "training.precision must be one of fp32, bf16, fp16"),
+        ({"training": {"skip_train": True}}, "data.valid is empty"),
+        ({"parallel": {"accumulate_allreduce_grads_in_fp32": False}}, "no effect with training.precision fp32"),
+        ({"parallel": {"context_parallel_size": 2}}, "context parallelism is not built yet"),
+        ({"parallel": {"sequence_parallel": True}}, "no effect at tensor_model_parallel_size 1"),
+        ({"optimizer": {"loss_scale": 8.0}}, "loss_scale has no effect"),
+        ({"logging": {"tensorboard": False, "tensorboard_dir": "t"}}, "tensorboard_dir has no effect"),
+        ({"model": {"freeze_llms": True}}, "unknown config key 'model.freeze_llms' .did you mean 'freeze_llm'"),
+    ],
+)
+def test_what_cannot_work_is_named(sections, named):
+    with pytest.raises(ConfigError, match=named):
+        config(**sections)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "training", "world", "named"),
+    [
+        ({"tensor_model_parallel_size": 4}, {}, 6, "world size 6 is not a multiple of .* 4 x 1 = 4"),
+        ({}, {"global_batch_size": 10}, 2, "global_batch_size 10 is not a multiple of .* = 4: set it to 12"),
+        (
+            {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+            {"global_batch_size": 6},
+            2,
+            "multiple of 2 microbatches per rank, got 3 .* multiple of 4",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_world_is_named(parallel, training, world, named):
+    with pytest.raises(ConfigError, match=named):
+        config(parallel=parallel, training=training).check_world(world)
+
+
+def test_rows_under_virtual_stages_and_sequence_parallelism_must_divide():
+    parallel = {
+        "tensor_model_parallel_size": 4,
+        "sequence_parallel": True,
+        "pipeline_model_parallel_size": 2,
+        "num_layers_per_virtual_pipeline_stage": 1,
+    }
+    with pytest.raises(ConfigError, match="rows of 66 tokens do not divide over 4 ranks"):
+        config(parallel=parallel, data={"seq_length": 33}).check_world(8)
+
+
+def test_samples_must_fit_the_positions():
+    model = SimpleNamespace(text=SimpleNamespace(max_position_embeddings=32))
+    with pytest.raises(ConfigError, match="seq_length 64 is above the model's max_position_embeddings 32"):
+        config().check_model(model)

@@ -5,13 +5,12 @@
 Workers hold no state, so neither their number nor what they have prefetched shows in the rows or in the data state.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.counts import TokenCounts, digest_of, survey
@@ -23,6 +22,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
+FEW = 500  # held-out samples that are not worth starting worker processes for
 _EXACT_WINDOWS = 256  # planned to count the rows of an epoch; more are estimated from these
 
 
@@ -167,7 +167,7 @@ class RowLoader:
             planned = min(windows, _EXACT_WINDOWS)
             rows = sum(len(self._stream.window(0, window)) for window in range(planned))
             items = round(rows * windows / planned)
-        return max(1, int(np.ceil(epochs * items / self._batch)))
+        return max(1, math.ceil(epochs * items / self._batch - 1e-9))  # epochs may be a quotient: 96 / 97 x 97 > 96
 
     def report(self) -> dict[str, Any]:
         """Returns counts of samples, excluded (by reason), truncated and holes, and token totals."""
@@ -219,7 +219,7 @@ def evaluation_rows(
     reader = RowReader(dataset, processor, config, seed=0, multiple_of=multiple_of, fill_to=fill_to)
     quarantine = Quarantine(config, output_dir)
     plans = _evaluation_plans(stream, 1 if config.packing else micro_batch_size, dp_rank, dp_size, max_rows)
-    rows = Rows(reader, plans, config)
+    rows = Rows(reader, plans, config.replace(num_workers=0) if len(dataset) < FEW else config)
     try:
         for item in rows:
             quarantine.add(item)

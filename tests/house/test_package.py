@@ -99,7 +99,9 @@ def test_documented_commands_exist(page, command):
     depth = 2 if names[:1] == ["data"] else 1
     usage = help_text(*program, *names[:depth])
     for flag in (word.split("=")[0] for word in words[tool + 1 :] if word.startswith("--")):
-        assert flag in (*re.findall(r"--[\w-]+", usage), "--help"), f"{page}: {command}: {flag} is not in {' '.join(program + names[:depth])} --help"
+        assert flag in (*re.findall(r"--[\w-]+", usage), "--help"), (
+            f"{page}: {command}: {flag} is not in {' '.join(program + names[:depth])} --help"
+        )
 
 
 _help: dict[tuple[str, ...], str] = {}

@@ -6,7 +6,8 @@ Hyphens equal underscores. A recipe's flag that means nothing here is accepted w
 asks for something that is not built is refused by name; an unknown one is an error that names the nearest.
 """
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -252,11 +253,18 @@ def parse_flags(argv: Sequence[str]) -> ParsedFlags:
 def flags_help() -> str:
     """The table as text."""
     lines = ["flags (hyphens equal underscores) and the config keys they set:", ""]
-    rows = [(f"--{flag} VALUE", key) for flag, key in VALUES.items()]
+    rows = [("--config FILE", "YAML with the sections above"), ("--help", "this text")]
+    rows += [(f"--{flag} VALUE", key) for flag, key in VALUES.items()]
     rows += [(f"--{flag} DIR ...", key) for flag, key in LISTS.items()]
     rows += [(f"--{flag}", f"{key}={str(value).lower()}") for flag, (key, value) in SWITCHES.items()]
     lines += [f"  {left:<48} {right}" for left, right in rows]
+    lines += ["", "accepted without effect, each with a line that says why:", *_wrap(IGNORED)]
+    lines += ["", "refused by name where they ask for what is not built:", *_wrap(REFUSED)]
     return "\n".join(lines)
+
+
+def _wrap(flags: Iterable[str]) -> list[str]:
+    return textwrap.wrap(" ".join(flags), 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _take_values(words: list[str]) -> list[str]:

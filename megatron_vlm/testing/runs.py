@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import shutil
 import signal
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -41,6 +43,18 @@ def write_shards(folder: Path, count: int, seed: int) -> Path:
     path.write_text(json.dumps(records))
     build_shards([(str(path), read_llava(path))], folder / "shards", image_root=images, samples_per_shard=16)
     return folder / "shards"
+
+
+def damage_one_image(data: Path, copy: Path) -> Path:
+    """Copies a shard folder, overwrites bytes of the first image of its second shard and returns that shard."""
+    shutil.copytree(data, copy)
+    shard = copy / "shard-000001.tar"
+    with tarfile.open(shard) as tar:
+        image = next(member for member in tar if member.name.endswith(".png"))
+    with open(shard, "r+b") as file:
+        file.seek(image.offset_data + 60)
+        file.write(b"oops")
+    return shard
 
 
 def train(argv: list[str]) -> tuple[int, str]:

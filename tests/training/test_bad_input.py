@@ -5,13 +5,12 @@ The pool gives every case 60 seconds; a rank that hangs fails the test.
 
 import re
 import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.runs import metrics_of, train
+from megatron_vlm.testing.runs import damage_one_image, metrics_of, train
 
 TP2 = "--tensor-model-parallel-size 2"
 
@@ -90,14 +89,8 @@ def test_missing_tokenizer(command, damaged_twin):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_goes_bad_on_one_replica_stops_all_ranks(command, tmp_path, train_data, workers):
-    data = Path(shutil.copytree(train_data, tmp_path / "data"))
-    shard = data / "shard-000001.tar"
-    with tarfile.open(shard) as tar:
-        image = next(member for member in tar if member.name.endswith(".png"))
-    with open(shard, "r+b") as file:
-        file.seek(image.offset_data + 60)
-        file.write(b"oops")
-    texts = errors(command("out", f"--train-epochs 1 --num-workers {workers}", f"--data-path {data}"))
+    shard = damage_one_image(train_data, tmp_path / "data")
+    texts = errors(command("out", f"--train-epochs 1 --num-workers {workers}", f"--data-path {shard.parent}"))
     assert len(set(texts)) == 1
     assert texts[0].startswith("DataError: ") and str(shard) in texts[0] and "damaged" in texts[0], texts[0]
     assert metrics_of(tmp_path / "out")[-1]["iteration"] >= 1  # it fails in mid-run

@@ -35,6 +35,7 @@ def reports(command):
     return make
 
 
+@pytest.mark.slow
 def test_stages_of_a_large_world_hold_the_whole_model(reports, twin):
     from safetensors import safe_open
 
@@ -54,6 +55,7 @@ def test_stages_of_a_large_world_hold_the_whole_model(reports, twin):
     assert "use_distributed_optimizer: true" in text
 
 
+@pytest.mark.slow
 def test_tensor_parallelism_and_recomputation_need_less(reports):
     runs = [(1, ""), (2, "--tensor-model-parallel-size 2"), (1, "--recompute-granularity full")]
     one, half, recomputing = (stage for (stage,), _ in reports(*runs))

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.runs import metrics_of, samples_of, train, train_with_signal
+from megatron_vlm.testing.runs import damage_one_image, metrics_of, samples_of, train, train_with_signal
 
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
@@ -52,8 +52,8 @@ def test_a_run_writes_what_it_says(command, tmp_path, valid_data):
 @pytest.mark.parametrize(
     ("layout", "world"),
     [
-        (f"{TP2} --sequence-parallel", 2),
-        (PP2, 2),
+        pytest.param(f"{TP2} --sequence-parallel", 2, marks=pytest.mark.slow),
+        pytest.param(PP2, 2, marks=pytest.mark.slow),
         (f"{PP2} --num-layers-per-virtual-pipeline-stage 1", 2),
         ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", 2),
     ],
@@ -71,7 +71,14 @@ def test_layouts_train_and_evaluate_alike(command, tmp_path, valid_data, layout,
                 assert many[key] == pytest.approx(value, rel=tolerance.get(key, 1e-9)), key
 
 
-@pytest.mark.parametrize(("layout", "world"), [("", 1), ("--use-distributed-optimizer", 2), (PP2, 2)])
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [
+        pytest.param("", 1, marks=pytest.mark.slow),
+        ("--use-distributed-optimizer", 2),
+        pytest.param(PP2, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_on_one_rank_saves_on_all_and_the_run_goes_on_exactly(command, tmp_path, layout, world):
     more = ["--train-iters 12 --save-interval 100", layout]
     run(command("whole", *more, f"--save {tmp_path / 'whole'}"), world)
@@ -131,6 +138,18 @@ def test_length_in_samples_and_epochs_and_saving_each_epoch(command, tmp_path):
     lines = metrics_of(tmp_path / "epochs")
     assert [line["consumed_samples"] for line in lines] == [20, 40, 60, 80]
     assert sorted(path.name for path in (tmp_path / "epochs").glob("iter_*")) == ["iter_0000002", "iter_0000004"]
+
+
+def test_a_sample_that_goes_bad_is_a_hole_where_the_config_says_skip(command, tmp_path, train_data):
+    """Each epoch passes it once: nothing else moves."""
+    damaged = damage_one_image(train_data, tmp_path / "data")
+    run(command("whole", "--train-epochs 2"))
+    run(command("holes", "--train-epochs 2 --on-bad-sample skip", f"--data-path {damaged.parent}"))
+    whole, holes = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "holes")
+    assert sum(line["holes"] for line in holes) == 2
+    assert [line["consumed_samples"] for line in holes] == [line["consumed_samples"] for line in whole]
+    same = [a["tokens"] == b["tokens"] for a, b in zip(holes, whole, strict=True)]
+    assert same == [line["holes"] == 0 for line in holes]
 
 
 def test_skip_train_equals_hf_on_the_same_samples(command, tmp_path, twin, valid_data):

@@ -37,6 +37,8 @@ def run(argv: Sequence[str]) -> int:
         print(USAGE + flags_help())
         return 0
     warnings.filterwarnings("ignore", module="megatron.core")  # it lists what is not installed, at every start
+    # megatron-core 0.16.1 calls collectives by names that torch is about to retire.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config, notes = resolve(argv)
     setup_logging()
     for note in notes:

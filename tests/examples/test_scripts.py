@@ -2,42 +2,14 @@
 
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def environment(**variables: object) -> dict[str, str]:
-    """A clean environment for a script."""
-    kept = {name: os.environ[name] for name in ("HOME", "PATH", "TMPDIR", "LANG") if name in os.environ}
-    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    fixed = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONWARNINGS": "ignore",
-    }
-    return {**kept, **fixed, **{name: str(value) for name, value in variables.items()}}
-
-
-def start(script: str, *arguments: str, **variables: object) -> subprocess.Popen:
-    """Starts a script of examples/."""
-    command = ["sh", str(EXAMPLES / script), *arguments]
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, env=environment(**variables), **streams)
+from tests.examples.shell import EXAMPLES, ROOT, environment, free_port, start
 
 
 def run(script: str, *arguments: str, nodes: int = 1, **variables: object) -> str:
@@ -59,10 +31,11 @@ def run(script: str, *arguments: str, nodes: int = 1, **variables: object) -> st
         for rank in range(nodes)
     ]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     for process, output in zip(processes, outputs):
         assert process.returncode == 0, output[-6000:]
     return outputs[0]

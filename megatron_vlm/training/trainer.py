@@ -29,7 +29,6 @@ from megatron_vlm.training.metrics import Metrics, show_sample
 from megatron_vlm.training.optimizer import (
     Schedule,
     build_optimizer,
-    gathered_parameters,
     set_learning_rates,
     wrap_model,
 )
@@ -78,6 +77,7 @@ class Trainer:
     def train(self) -> int:
         """Runs to the end; returns the exit code: 0, or 143 after a signal, everything saved."""
         if self.config.training.skip_train:
+            seed_step(self.topology, self.seed, self.iteration)  # sequence parallel layers ask for seeded generators
             self.evaluate()
             return 0
         stopping = False
@@ -120,8 +120,7 @@ class Trainer:
                 max_rows=limit * config.num_microbatches_per_batch if limit else None,
                 output_dir=config.output_dir,
             )
-        with gathered_parameters(self.chunks):
-            result = evaluate(self.chunks, rows, topology, fill_to=config.row_fill)
+        result = evaluate(self.chunks, rows, topology, fill_to=config.row_fill)
         if self.metrics is not None:
             self.metrics.evaluation(self.iteration, result)
         return result

@@ -11,7 +11,7 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, GPUS_PER_NODE   several nodes: run the script on each
 #   DEVICE                 cpu or cuda (default: what is there)
 #
-# A run whose OUTPUT already holds a checkpoint goes on from it. Arguments are passed on to `megatron-vlm train`.
+# A run whose OUTPUT already holds a checkpoint goes on from it, unless RESUME=0. Arguments are passed on to `megatron-vlm train`.
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 [ ! -x "$ROOT/.venv/bin/python" ] || PATH="$ROOT/.venv/bin:$PATH"
@@ -81,7 +81,7 @@ train() {
     [ -z "${DATA:-}" ] || set -- "data.train=[$DATA]" "$@"
     [ -z "${VAL_DATA:-}" ] || set -- "data.valid=[$VAL_DATA]" "$@"
     [ -z "${DEVICE:-}" ] || set -- "training.device=$DEVICE" "$@"
-    if [ -f "$OUTPUT/latest_checkpointed_iteration.txt" ]; then
+    if [ "${RESUME:-1}" != 0 ] && [ -f "$OUTPUT/latest_checkpointed_iteration.txt" ]; then
         echo "going on from the checkpoint in $OUTPUT"
         set -- "checkpoint.load=$OUTPUT" "$@"
     else

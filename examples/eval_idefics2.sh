@@ -6,6 +6,6 @@ set -eu
 . "$(dirname "$0")/common.sh"
 
 require MODEL "what to evaluate" VAL_DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for the logs"
-DATA=
+DATA= RESUME=0
 settings "$((${NNODES:-1} * ${GPUS_PER_NODE:-${GPUS:-1}} * ${PER_DEVICE_BATCH_SIZE:-1}))"
 train finetune_idefics2.yaml --skip-train "$@"

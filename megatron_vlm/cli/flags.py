@@ -100,7 +100,6 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "sequence-parallel": ("parallel.sequence_parallel", True),
     "use-distributed-optimizer": ("parallel.use_distributed_optimizer", True),
     "overlap-grad-reduce": ("parallel.overlap_grad_reduce", True),
-    "overlap-param-gather": ("parallel.overlap_param_gather", True),
     "accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", True),
     "no-accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", False),
     "freeze-llm": ("model.freeze_llm", True),
@@ -194,6 +193,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "recompute-activations": ((), f"selective recomputation {_NOT_BUILT}; use --recompute-granularity full"),
     "use-precision-aware-optimizer": ((), f"a precision-aware optimizer {_NOT_BUILT}; leave it out"),
+    # A row without images runs no module of the tower, so that ranks would gather parameters in different orders.
+    "overlap-param-gather": ((), f"gathering parameters during the forward pass {_NOT_BUILT}; leave it out"),
     "async-save": ((), f"asynchronous saving {_NOT_BUILT}; leave it out"),
 }
 

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import itertools
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +67,9 @@ def attention(
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _torch_varlen_checks_heads() else {}
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(left, right), **options)
+    options: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _torch_varlen_checks_heads() else {}
+    output: Any = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(left, right), **options)
+    return output
 
 
 @functools.cache
@@ -117,11 +119,11 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causa
         index += count
         if length_q == 0:
             continue
-        parts = [
+        query, key, value = (
             x[start : start + count * length].view(count, length, *x.shape[1:]).transpose(1, 2)
             for x, start, length in ((q, first_q, length_q), (k, first_k, length_k), (v, first_k, length_k))
-        ]
-        output = _dense(*parts, causal=causal, window=window)
+        )
+        output = _dense(query, key, value, causal=causal, window=window)
         outputs.append(output.transpose(1, 2).reshape(count * length_q, *q.shape[1:]))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
 

@@ -37,18 +37,30 @@ from megatron_vlm.parallel.topology import SoloGroup, Topology
 class DecoderConfig(Protocol):
     """What a family's text config must offer; see ``models/idefics2/config.py`` for the meaning of each."""
 
-    hidden_size: int
-    ffn_hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    norm_epsilon: float
-    rotary_base: float
-    sliding_window: int | None
-    tie_word_embeddings: bool
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def ffn_hidden_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_query_groups(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def norm_epsilon(self) -> float: ...
+    @property
+    def rotary_base(self) -> float: ...
+    @property
+    def sliding_window(self) -> int | None: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
 
 
 def layer_spec(norm: type[RMSNorm] | type[LayerNorm], causal: bool) -> ModuleSpec:

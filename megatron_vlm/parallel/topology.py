@@ -27,7 +27,6 @@ class ParallelConfig(Config):
         context_parallel_size: fixed to 1.
         use_distributed_optimizer: shard optimizer state over data parallel ranks.
         overlap_grad_reduce: reduce gradients while the backward pass runs.
-        overlap_param_gather: gather parameters while the forward pass runs (needs the distributed optimizer).
         accumulate_allreduce_grads_in_fp32: keep and reduce gradients in fp32.
         ddp_bucket_size: elements of one gradient bucket; None: megatron-core's choice.
         recompute_granularity: None, or "full": recompute each layer's activations in the backward pass.
@@ -41,7 +40,6 @@ class ParallelConfig(Config):
     context_parallel_size: int = 1
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
     accumulate_allreduce_grads_in_fp32: bool = True
     ddp_bucket_size: int | None = None
     recompute_granularity: Literal["full"] | None = None
@@ -62,8 +60,6 @@ class ParallelConfig(Config):
             raise ConfigError(
                 "parallel.num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2, got 1"
             )
-        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
-            raise ConfigError("parallel.overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
 
     def virtual_size(self, num_layers: int) -> int:
         """Virtual stages per rank for a decoder of ``num_layers`` layers (1: none).

@@ -31,7 +31,8 @@ def random_samples(
     per_image = model_config.perceiver.num_latents
     samples = []
     for number, (sizes, num_text) in enumerate(specs):
-        ids, positions = [1], []
+        ids: list[int] = [1]
+        positions: list[int] = []
         for _ in sizes:
             ids += torch.randint(3, 256, (2,), generator=generator).tolist()
             positions += range(len(ids), len(ids) + per_image)
@@ -152,7 +153,7 @@ def layout_run(
     if config.use_distributed_optimizer:
         _gather_gradient_shards(models, topology)
     grads = {
-        name: parameter.main_grad.detach().float().clone()
+        name: getattr(parameter, "main_grad").detach().float().clone()  # noqa: B009 - DDP's attribute
         for model in models
         for name, parameter in global_named_parameters(model)
         if parameter.requires_grad and not getattr(parameter, "tied_copy", False)

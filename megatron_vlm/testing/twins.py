@@ -148,7 +148,7 @@ def write_tiny_idefics2(
     tokenizer = tiny_tokenizer(end_of_utterance)
     config = tiny_idefics2_config(tokenizer, text, **options)
     config._attn_implementation = "eager"
-    model = randomise(Idefics2ForConditionalGeneration(config), seed, std).to(dtype).eval()
+    model: Any = randomise(Idefics2ForConditionalGeneration(config), seed, std).to(dtype).eval()
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     image_size = config.vision_config.image_size
     images = Idefics2ImageProcessorPil(

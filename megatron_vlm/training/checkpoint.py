@@ -29,7 +29,6 @@ from megatron_vlm.parallel.batch import together
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.training import checkpoint_dir
 from megatron_vlm.training.checkpoint_tensors import fill, owned
-from megatron_vlm.training.optimizer import gathered_parameters
 from megatron_vlm.training.optimizer_state import restore_scaler, scaler_state
 
 log = get_logger(__name__)
@@ -194,7 +193,7 @@ def save_checkpoint(
     facts = {"iteration": iteration, "layout": topology.name(), "optimizer": save_optim}
     temporary: Path | None = None
     try:
-        with gathered_parameters(chunks), torch.no_grad():
+        with torch.no_grad():
             with _together(what, topology.device):
                 pieces, tensors = owned(chunks, optimizer if save_optim else None, topology, mapping)
             num_bytes = sum(_gather(rank_file_bytes(tensors)))

@@ -6,8 +6,7 @@ The schedule is a pure function of the number of updates done, so a resumed run 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -157,7 +156,6 @@ def wrap_model(chunks: Sequence[Any], parallel: ParallelConfig) -> list[Any]:
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32,
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
-                overlap_param_gather=parallel.overlap_param_gather,
                 use_distributed_optimizer=parallel.use_distributed_optimizer,
                 bucket_size=parallel.ddp_bucket_size,
             ),
@@ -179,19 +177,6 @@ def connect(chunks: Sequence[Any], optimizer: Any) -> None:
         if chunk.ddp_config.overlap_grad_reduce:
             functions = [other.no_sync for other in chunks]
             config.no_sync_func = functions if len(functions) > 1 else functions[0]
-
-
-@contextmanager
-def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
-    """Inside, parameters are whole; with ``overlap_param_gather`` they otherwise arrive in the next forward pass."""
-    waiting = [chunk for chunk in chunks if hasattr(chunk, "ddp_config") and chunk.ddp_config.overlap_param_gather]
-    for chunk in waiting:
-        chunk.disable_forward_pre_hook()
-    try:
-        yield
-    finally:
-        for chunk in waiting:
-            chunk.enable_forward_pre_hook()
 
 
 def build_optimizer(
@@ -232,7 +217,6 @@ def build_optimizer(
         loss_scale_window=config.loss_scale_window,
         hysteresis=config.hysteresis,
         use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
-        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
     groups = {id(p): group_of(name) for chunk in chunks for name, p in global_named_parameters(chunk)}
     overrides: dict[Any, Any] = {

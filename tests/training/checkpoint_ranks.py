@@ -110,46 +110,42 @@ class Run:
     def snapshot(self) -> dict[str, Any]:
         """This rank's share of everything that a checkpoint must hold, as plain tensors."""
         from megatron_vlm.models.vlm import global_named_parameters
-        from megatron_vlm.training.optimizer import gathered_parameters
         from megatron_vlm.training.optimizer_state import fragments
 
-        with gathered_parameters(self.chunks):
-            named = [pair for chunk in self.chunks for pair in global_named_parameters(chunk)]
-            names = {id(parameter): name for name, parameter in named}
-            tied = {id(parameter) for _, parameter in named if getattr(parameter, "tied_copy", False)}
-            return {
-                "place": (self.topology.tp_rank, self.topology.pp_rank, self.topology.dp_rank),
-                "tp": self.topology.tp,
-                "weights": {n: p.detach().clone() for n, p in named if id(p) not in tied},
-                "tied": {n: p.detach().clone() for n, p in named if id(p) in tied},
-                "state": [
-                    (
-                        names[id(f.parameter)],
-                        id(f.parameter) in tied,
-                        f.start,
-                        f.end,
-                        f.step,
-                        {kind: t.clone() for kind, t in f.state().items()},
-                    )
-                    for f in fragments(self.optimizer)
-                ],
-                "padded_rows": max(
-                    (
-                        float(
-                            p[max(0, self.model_config.text.vocab_size - self.topology.tp_rank * len(p)) :].abs().sum()
-                        )
-                        for n, p in named
-                        if "word_embeddings" in n or "output_layer" in n
-                    ),
-                    default=0.0,
+        named = [pair for chunk in self.chunks for pair in global_named_parameters(chunk)]
+        names = {id(parameter): name for name, parameter in named}
+        tied = {id(parameter) for _, parameter in named if getattr(parameter, "tied_copy", False)}
+        return {
+            "place": (self.topology.tp_rank, self.topology.pp_rank, self.topology.dp_rank),
+            "tp": self.topology.tp,
+            "weights": {n: p.detach().clone() for n, p in named if id(p) not in tied},
+            "tied": {n: p.detach().clone() for n, p in named if id(p) in tied},
+            "state": [
+                (
+                    names[id(f.parameter)],
+                    id(f.parameter) in tied,
+                    f.start,
+                    f.end,
+                    f.step,
+                    {kind: t.clone() for kind, t in f.state().items()},
+                )
+                for f in fragments(self.optimizer)
+            ],
+            "padded_rows": max(
+                (
+                    float(p[max(0, self.model_config.text.vocab_size - self.topology.tp_rank * len(p)) :].abs().sum())
+                    for n, p in named
+                    if "word_embeddings" in n or "output_layer" in n
                 ),
-                "buckets": [
-                    (bucket.grad_data.numel(), bucket.numel_unpadded)
-                    for chunk in self.chunks
-                    for buffer in chunk.buffers
-                    for bucket in buffer.buckets
-                ],
-            }
+                default=0.0,
+            ),
+            "buckets": [
+                (bucket.grad_data.numel(), bucket.numel_unpadded)
+                for chunk in self.chunks
+                for buffer in chunk.buffers
+                for bucket in buffer.buckets
+            ],
+        }
 
 
 def leg(hf_dir: str, parallel: dict, options: dict, checkpoint: dict) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def test_a_run_writes_what_it_says(command, tmp_path, valid_data):
         pytest.param(f"{TP2} --sequence-parallel", 2, marks=pytest.mark.slow),
         pytest.param(PP2, 2, marks=pytest.mark.slow),
         (f"{PP2} --num-layers-per-virtual-pipeline-stage 1", 2),
-        ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", 2),
+        ("--use-distributed-optimizer --overlap-grad-reduce", 2),
     ],
 )
 def test_layouts_train_and_evaluate_alike(command, tmp_path, valid_data, layout, world):

@@ -131,22 +131,27 @@ class Layout:
         Raises:
             ConversionError: the dimension does not divide.
         """
+        pieces = self.pieces(full, tp, rank)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim or 0)
+
+    def pieces(self, full: Tensor, tp: int, rank: int) -> list[Tensor]:
+        """The shard of one rank as views of the full tensor, which lie end to end along the cut dimension."""
         if self.dim is None:
-            return full
+            return [full]
         size = self.padded(full.shape[0], tp) if self.vocab_multiple else full.shape[self.dim]
         if size % (self.stride * tp):
             raise ConversionError(
                 f"dimension {self.dim} of size {size} does not divide into {self.stride} x {tp} pieces"
             )
         if tp == 1 and size == full.shape[self.dim]:
-            return full
+            return [full]
         width = size // self.stride // tp
         starts = [block * (size // self.stride) + rank * width for block in range(self.stride)]
         pieces = [full.narrow(self.dim, start, width) for start in starts if start + width <= full.shape[self.dim]]
         if not pieces:  # the shard reaches into the padded rows
             real = full[starts[0] :]
             pieces = [real, full.new_zeros(width - real.shape[0], *full.shape[1:])]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
+        return pieces
 
     def split(self, full: Tensor, tp: int) -> list[Tensor]:
         """Cuts a full tensor into ``tp`` shards (views where possible)."""

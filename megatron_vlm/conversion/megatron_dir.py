@@ -180,9 +180,9 @@ def write_megatron(
 def _write_shards(
     source: "WeightSource", name: str, layout: Layout, dtype: torch.dtype | None, writers: Sequence[SafetensorsWriter]
 ) -> None:
-    full = cast(source.read(name), dtype)
+    full, tp = cast(source.read(name), dtype), len(writers)
     for rank, writer in enumerate(writers):
-        writer.write(name, layout.shard(full, len(writers), rank))
+        writer.write(name, *(layout.pieces(full, tp, rank) if layout.dim == 0 else [layout.shard(full, tp, rank)]))
 
 
 def write_config(hf_dir: Path, hf_config: dict[str, Any], dtype: torch.dtype | None) -> None:

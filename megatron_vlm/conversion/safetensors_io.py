@@ -1,15 +1,19 @@
-"""Streaming safetensors: read one tensor at a time by ``pread``, write one tensor at a time behind a known header.
+"""Streaming safetensors: read one tensor at a time, write one tensor at a time behind a known header.
 
-Format: https://github.com/huggingface/safetensors#format. Reads use ``pread`` into fresh memory instead of a memory
-map: a shard that shrinks under us is then an error and not a SIGBUS, and network file systems see large requests.
+Format: https://github.com/huggingface/safetensors#format. Tensors are views of the mapped file, so that reading takes no
+memory of ours; the kernel is asked for all pages of a tensor at once, which is quick on network file systems too, and
+tells of a file that shrinks under us by an error instead of a SIGBUS.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +39,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MADV_POPULATE_READ = 22  # linux/mman.h; not yet a name in mmap
+_WRITE_BYTES = 1 << 20
+"""Bytes of one system call: 8 MB and more cost ten times the CPU time per byte (ext4, Linux 6.18: huge folios)."""
 PARAMS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What ``--dtype`` takes."""
 
@@ -52,6 +59,10 @@ def aligned_order(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 class SafetensorsFile:
     """One open file for reading. Symbolic links are followed.
 
+    Args:
+        path: of the file.
+        digest: hash what is read in file order on the way, so that ``sha256`` costs no second pass.
+
     Attributes:
         infos: name -> TensorInfo, in the order of the data.
         metadata: the header's ``__metadata__``.
@@ -60,18 +71,16 @@ class SafetensorsFile:
         ConversionError: absent, truncated, or not a safetensors file; the message names it.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, digest: bool = False):
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
-        self._descriptor = -1
         try:
             with safe_open(self.path, framework="np"):  # checks the header against the file's size
                 pass
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-            self.size = os.fstat(self._descriptor).st_size
-            length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-            header_bytes = os.pread(self._descriptor, 8 + length, 0)
+            with open(self.path, "rb") as file:
+                # Private: a tensor that someone writes to is copied page by page, the file never changes.
+                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError as error:
             raise ConversionError(f"weights file {self.path} does not exist") from error
         except (OSError, SafetensorError) as error:
@@ -79,7 +88,9 @@ class SafetensorsFile:
                 f"weights file {self.path} cannot be read as safetensors ({error}): it is truncated or damaged, "
                 "fetch it again"
             ) from error
-        header: dict[str, Any] = json.loads(header_bytes[8:])
+        self.size = len(self._map)
+        length = int.from_bytes(self._map[:8], "little")
+        header: dict[str, Any] = json.loads(self._map[8 : 8 + length])
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.infos: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
@@ -88,41 +99,56 @@ class SafetensorsFile:
                 raise ConversionError(f"{name} in {self.path} has dtype {entry['dtype']}, which is not supported")
             self.infos[name] = TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]))
             self._offsets[name] = 8 + length + entry["data_offsets"][0]
-        self._hash, self._hashed = hashlib.sha256(header_bytes), len(header_bytes)
+        self._digest, self._hash, self._hashed = digest, hashlib.sha256(), 0
+        if digest:
+            self._pass_over(0, 8 + length)
 
     def read(self, name: str) -> Tensor:
-        """Reads one tensor into fresh memory."""
+        """Returns one tensor, a view of the file."""
         info, offset = self.infos[name], self._offsets[name]
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        view = buffer.numpy().data
-        done = 0
-        while done < info.nbytes:
-            try:
-                count = os.preadv(self._descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                raise ConversionError(f"reading {name} from {self.path} failed: {error.strerror}") from error
-            if count == 0:
-                raise ConversionError(f"{self.path} ends inside tensor {name}: the file was cut while it was read")
-            done += count
-        if offset == self._hashed:  # read in file order: the digest costs no second pass
-            self._hash.update(view)
-            self._hashed += info.nbytes
-        return buffer.view(info.dtype).reshape(info.shape)
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype)
+        self._fetch(offset, info.nbytes, name)
+        if self._digest and offset == self._hashed:
+            self._pass_over(offset, info.nbytes)
+        count = info.nbytes // info.dtype.itemsize
+        if offset % info.dtype.itemsize:  # the format allows it
+            raw = torch.frombuffer(self._mapped(), dtype=torch.uint8, count=info.nbytes, offset=offset)
+            return raw.clone().view(info.dtype).reshape(info.shape)
+        return torch.frombuffer(self._mapped(), dtype=info.dtype, count=count, offset=offset).reshape(info.shape)
 
     def sha256(self) -> str:
-        """Digest of the whole file; bytes that ``read`` has passed over in file order are not read again."""
+        """Digest of the whole file."""
         while self._hashed < self.size:
-            block = os.pread(self._descriptor, 1 << 24, self._hashed)
-            if not block:
-                raise ConversionError(f"{self.path} was cut while it was read")
-            self._hash.update(block)
-            self._hashed += len(block)
+            count = min(1 << 24, self.size - self._hashed)
+            self._fetch(self._hashed, count, "its digest")
+            self._pass_over(self._hashed, count)
         return self._hash.hexdigest()
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Lets go of the file; tensors that were read stay valid."""
+        self._map = None
+
+    def _mapped(self) -> mmap.mmap:
+        if self._map is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._map
+
+    def _fetch(self, offset: int, count: int, what: str) -> None:
+        start = offset - offset % mmap.PAGESIZE
+        try:
+            self._mapped().madvise(_MADV_POPULATE_READ, start, offset + count - start)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a kernel before 5.14: pages come one by one
+                return
+            raise ConversionError(
+                f"reading {what} from {self.path} failed ({error.strerror}): the file was cut or cannot be read"
+            ) from error
+
+    def _pass_over(self, offset: int, count: int) -> None:
+        with memoryview(self._mapped())[offset : offset + count] as view:
+            self._hash.update(view)
+        self._hashed = offset + count
 
 
 class SafetensorsWriter:
@@ -154,12 +180,13 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._hash = hashlib.sha256()
+        self._hashing = ThreadPoolExecutor(1)
         self.size = 0
         self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 (closed by close)
         self._put(memoryview(len(text).to_bytes(8, "little") + text))
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Appends the next tensor.
+    def write(self, name: str, *pieces: Tensor) -> None:
+        """Appends the next tensor, given whole or as pieces along its first dimension.
 
         Raises:
             ConversionError: not the next one of the header, or of another shape or dtype than announced.
@@ -167,11 +194,13 @@ class SafetensorsWriter:
         expected = next(self._left, None)
         if name != expected:
             raise ConversionError(f"{self.path}: got tensor {name} where {expected} comes next")
-        if TensorInfo.of(tensor) != self._infos[name]:
-            raise ConversionError(
-                f"{name} is {TensorInfo.of(tensor)}, the header of {self.path} says {self._infos[name]}"
-            )
-        self._put(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        info = TensorInfo.of(pieces[0])
+        if len(pieces) > 1:
+            info = TensorInfo(dtype=info.dtype, shape=(sum(len(piece) for piece in pieces), *info.shape[1:]))
+        if info != self._infos[name]:
+            raise ConversionError(f"{name} is {info}, the header of {self.path} says {self._infos[name]}")
+        for piece in pieces:
+            self._put(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> dict[str, Any]:
         """Flushes the file to disk and returns ``{"size", "sha256"}``.
@@ -185,21 +214,24 @@ class SafetensorsWriter:
                 f"{self.path}: {len(left)} announced tensors were not written: {', '.join(left[:10])}"
             )
         os.fsync(self._file.fileno())
-        self._file.close()
+        self.abort()
         return {"size": self.size, "sha256": self._hash.hexdigest()}
 
     def abort(self) -> None:
         """Closes the file as it is."""
         self._file.close()
+        self._hashing.shutdown()
 
     def _put(self, view: memoryview) -> None:
-        self._hash.update(view)
+        hashing = self._hashing.submit(self._hash.update, view)  # both calls release the interpreter lock
         try:
             done = 0
             while done < len(view):
-                done += self._file.write(view[done:])
+                done += self._file.write(view[done : done + _WRITE_BYTES])
         except OSError as error:
             raise ConversionError(f"writing {self.path} failed after {self.size:,} bytes: {error.strerror}") from error
+        finally:
+            hashing.result()
         self.size += len(view)
 
 

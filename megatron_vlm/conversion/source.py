@@ -187,7 +187,7 @@ class MegatronSource(WeightSource):
 
     kind = "megatron"
 
-    def __init__(self, directory: Path, spec: FamilySpec | None = None):
+    def __init__(self, directory: Path, spec: FamilySpec | None = None, *, digest: bool = True):
         self.directory = directory
         self.manifest = read_manifest(directory)
         hf_dir = directory / "hf"
@@ -208,7 +208,7 @@ class MegatronSource(WeightSource):
         try:
             for stage in range(self.pp):
                 for rank in range(self.tp):
-                    self._files[rank, stage] = SafetensorsFile(directory / rank_file(rank, stage))
+                    self._files[rank, stage] = SafetensorsFile(directory / rank_file(rank, stage), digest=digest)
             self._check_names()
             self.infos = self._full_infos()
         except BaseException:

@@ -106,7 +106,7 @@ def test_a_file_cut_while_it_is_open_is_an_error(tmp_path):
     with open(path, "r+b") as raw:
         raw.truncate(500_000)
     assert len(file.read("a")) == 100_000
-    with pytest.raises(ConversionError, match="ends inside tensor b"):
+    with pytest.raises(ConversionError, match=r"reading b from .* the file was cut"):
         file.read("b")
     file.close()
 

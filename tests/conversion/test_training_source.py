@@ -1,0 +1,115 @@
+"""A training checkpoint of any layout exports to the HF model it holds; damaged ones are named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_vlm.cli.convert import main
+from megatron_vlm.conversion.convert import hf2mg, mg2hf
+from megatron_vlm.conversion.source import open_source
+from megatron_vlm.errors import CheckpointError
+from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.twins import write_tiny_idefics2
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def save(hf_dir, root, parallel, dtype):
+    """On a rank: the weights of ``hf_dir``, doubled, as iteration 3."""
+    from megatron_vlm.models.vlm import global_named_parameters
+    from megatron_vlm.testing.parity import build_for_test
+    from megatron_vlm.training.checkpoint import CheckpointConfig, save_checkpoint
+    from megatron_vlm.training.optimizer import wrap_model
+
+    topology, source, chunks, config = build_for_test(hf_dir, parallel, {"params_dtype": dtype})
+    models = wrap_model(chunks, config)
+    with torch.no_grad():
+        for model in models:
+            for _, parameter in global_named_parameters(model):
+                parameter.mul_(2)
+    common = dict(spec=source.spec, model_config=source.config, vocab_multiple=8, hf_dir=source.hf_dir)
+    where = CheckpointConfig(save=root, no_save_optim=True)
+    save_checkpoint(where, iteration=3, chunks=models, optimizer=None, topology=topology, state={}, **common)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(HF directory, checkpoint root): Llama with a tied head, tp 2, pp 2."""
+    root = tmp_path_factory.mktemp("saved")
+    write_tiny_idefics2(root / "hf", text="llama", tie=True)
+    parallel = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    run_distributed(save, str(root / "hf"), str(root / "run"), parallel, "fp32", tp=2, pp=2)
+    return root / "hf", root / "run"
+
+
+def assert_doubled(hf, out):
+    before, after = load_file(hf / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], 2 * tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("folder", ["", "iter_0000003"])
+def test_export(saved, tmp_path, folder):
+    hf, run = saved
+    mg2hf(run / folder, tmp_path / "out")
+    assert_doubled(hf, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
+
+
+def test_config_says_the_dtype_that_was_trained(tmp_path):
+    write_tiny_idefics2(tmp_path / "hf")
+    run_distributed(save, str(tmp_path / "hf"), str(tmp_path / "run"), {}, "bf16")
+    mg2hf(tmp_path / "run", tmp_path / "out")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_tracker_that_says_release(saved, tmp_path):
+    hf, run = saved
+    shutil.copytree(run / "iter_0000003", tmp_path / "a" / "release")
+    (tmp_path / "a" / TRACKER).write_text("release\n")
+    mg2hf(tmp_path / "a", tmp_path / "out")
+    assert_doubled(hf, tmp_path / "out")
+    # Megatron weights under that name, as older converters leave them.
+    hf2mg(run, tmp_path / "b" / "release", tp=2)
+    (tmp_path / "b" / TRACKER).write_text("release")
+    with open_source(tmp_path / "b") as source:
+        assert source.kind == "megatron"
+
+
+def test_damaged_checkpoints_are_named(saved, tmp_path):
+    _, run = saved
+    for name in ("cut", "flipped", "no_manifest", "no_rank"):
+        shutil.copytree(run, tmp_path / name)
+    file = "iter_0000003/rank1.safetensors"
+    path = tmp_path / "cut" / file
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=r"rank1\.safetensors: .* bytes, manifest\.json says"):
+        open_source(tmp_path / "cut")
+    path = tmp_path / "flipped" / file
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert main(["mg2hf", "--load", str(tmp_path / "flipped"), "--out", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "no_manifest" / "iter_0000003" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+        open_source(tmp_path / "no_manifest")
+    (tmp_path / "no_rank" / file).unlink()
+    with pytest.raises(CheckpointError, match=r"rank1\.safetensors: no such file"):
+        open_source(tmp_path / "no_rank")
+
+
+def test_trackers_that_lead_nowhere(saved, tmp_path):
+    _, run = saved
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / TRACKER).write_text("4")
+    with pytest.raises(CheckpointError, match="names iter_0000004, which is absent; iterations there: iter_0000003"):
+        open_source(tmp_path / "run")
+    (tmp_path / "run" / TRACKER).write_text("latest")
+    with pytest.raises(CheckpointError, match="'latest', neither an iteration nor 'release'"):
+        open_source(tmp_path / "run")

@@ -33,7 +33,7 @@ count_gpus() {
     nvidia-smi -L 2>/dev/null | grep -c . || true
 }
 
-# settings DEFAULT_BATCH_SIZE: fills in defaults, derives the accumulation, prints everything.
+# settings [DEFAULT_BATCH_SIZE]: fills in defaults, derives the accumulation, prints everything.
 settings() {
     GPUS_PER_NODE=${GPUS_PER_NODE:-${GPUS:-$(count_gpus)}}
     [ "$GPUS_PER_NODE" -gt 0 ] || die "GPUS is not set, and no GPU was found: set GPUS to the number of ranks on this node"
@@ -41,10 +41,11 @@ settings() {
     if [ -z "${TP:-}" ]; then
         for TP in 4 2 1; do [ $((GPUS_PER_NODE % TP)) -ne 0 ] || break; done
     fi
-    PP=${PP:-1} PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-1} BATCH_SIZE=${BATCH_SIZE:-$1}
+    PP=${PP:-1} PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-1}
     world=$((NNODES * GPUS_PER_NODE))
     [ $((world % (TP * PP))) -eq 0 ] || die "$NNODES x $GPUS_PER_NODE ranks do not divide into TP $TP x PP $PP"
     dp=$((world / (TP * PP)))
+    BATCH_SIZE=${BATCH_SIZE:-${1:-$((dp * PER_DEVICE_BATCH_SIZE))}}
     [ $((BATCH_SIZE % (dp * PER_DEVICE_BATCH_SIZE))) -eq 0 ] ||
         die "BATCH_SIZE $BATCH_SIZE is not a multiple of $dp data parallel ranks x PER_DEVICE_BATCH_SIZE $PER_DEVICE_BATCH_SIZE"
     for name in MODEL LLM VISION DATA VAL_DATA OUTPUT DEVICE GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP \

@@ -7,5 +7,5 @@ set -eu
 
 require MODEL "what to evaluate" VAL_DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for the logs"
 DATA= RESUME=0
-settings "$((${NNODES:-1} * ${GPUS_PER_NODE:-${GPUS:-1}} * ${PER_DEVICE_BATCH_SIZE:-1}))"
+settings
 train finetune_idefics2.yaml --skip-train "$@"

@@ -10,6 +10,7 @@
 #   TP, PP                 tensor and pipeline parallel size (default: TP the largest of 4, 2, 1 that GPUS allows, PP 1)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, GPUS_PER_NODE   several nodes: run the script on each
 #   DEVICE                 cpu or cuda (default: what is there)
+#   SHUTDOWN_TIMEOUT       seconds that a run may take to save after SIGTERM or SIGUSR1 (default: 120)
 #
 # A run whose OUTPUT already holds a checkpoint goes on from it, unless RESUME=0. Arguments are passed on to `megatron-vlm train`.
 
@@ -92,9 +93,11 @@ train() {
             set -- checkpoint.finetune=true "$@"
         fi
     fi
-    # Each network thread of torch beside the ranks costs; sequence parallel overlap wants launches in order on older GPUs.
+    # Sequence parallel overlap wants launches in order on older GPUs. A stopped run needs longer than torchrun's 30 seconds
+    # to finish its step and save.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" \
         --nproc-per-node "$GPUS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
-        -m megatron_vlm.cli.main train --config "$ROOT/examples/$config" "checkpoint.save=$OUTPUT" "$@"
+        --shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+        -m megatron_vlm train --config "$ROOT/examples/$config" "checkpoint.save=$OUTPUT" "$@"
 }

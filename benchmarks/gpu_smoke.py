@@ -20,6 +20,7 @@ from megatron_vlm.models import registry
 from megatron_vlm.models.idefics2.config import Idefics2ModelConfig, PerceiverConfig, TextConfig, VisionConfig
 from megatron_vlm.models.vlm import ModelOptions, build_model
 from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 from megatron_vlm.training.flops import forward_flops
 from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
@@ -134,6 +135,7 @@ def training_speed(args: argparse.Namespace, device: torch.device) -> None:
     """Trains on random rows and prints the speeds."""
     config, parallel = model_config(args.tiny), ParallelConfig()
     topology = build_topology(parallel, num_layers=config.text.num_layers, device=device)
+    seed_step(topology, 0, 0)
     options = ModelOptions(params_dtype="bf16", recompute_granularity="full" if args.recompute else None)
     chunks = build_model(registry.get("idefics2"), config, topology, options)
     parameters = 0
@@ -191,10 +193,13 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=2, help="rows of a step")
     parser.add_argument("--recompute", action="store_true")
     args = parser.parse_args()
-    device = torch.device(args.device)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("gpu_smoke: torch sees no GPU; --device cpu --tiny tries the code without one")
-    if args.device == "cpu":
+    if args.device == "cuda":
+        device = torch.device("cuda", 0)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
         cpu.install()
     init_process_group(device)
     attention_errors(device)

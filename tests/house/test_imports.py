@@ -74,7 +74,7 @@ def broken_rules(source: str, module: str, is_package: bool = False) -> list[str
         elif name.split(".")[0] == "megatron":
             if any(module == part or module.startswith(part + ".") for part in NO_MEGATRON):
                 broken.append(f"{module}:{line} imports {name}, but works without megatron-core")
-            if "parallel_state" in name and module != "parallel.topology":
+            if ("parallel_state" in name or name.endswith(".mpu")) and module != "parallel.topology":
                 broken.append(f"{module}:{line} imports {name}: only parallel/topology.py may")
     return broken
 
@@ -100,6 +100,7 @@ def test_import_order(path):
         ("data.order", "import megatron.core"),
         ("data.order", "from megatron_vlm.layers import norm"),
         ("models.vlm", "from megatron.core import parallel_state"),
+        ("models.vlm", "from megatron.core import mpu"),
         ("models.vlm", "from megatron_vlm.conversion.convert import export_hf"),
         ("models.idefics2.model", "from ...cli import main"),
         ("training.step", "from megatron_vlm.testing import twins"),

@@ -10,6 +10,7 @@ and the start of Python are part of ours. Every tensor is compared in the end. C
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -40,6 +41,14 @@ CONFIG = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 """Of HuggingFaceM4/idefics2-8b; what is not said is transformers' default, as there."""
+
+
+def noise_pieces(noise, shape: tuple[int, ...]) -> list:
+    """Pieces of ``noise`` that make up a tensor of ``shape`` along its first dimension, without a copy."""
+    rows, width = shape[0], math.prod(shape[1:])
+    block = min(rows, len(noise) // width - 1)
+    sizes = [min(block, rows - start) for start in range(0, rows, block)]
+    return [noise[i * 331 % width :][: size * width].reshape(size, *shape[1:]) for i, size in enumerate(sizes)]
 
 
 @dataclass(frozen=True)
@@ -113,14 +122,10 @@ def write_model(directory: Path, config: dict) -> int:
     with torch.device("meta"):
         model = Idefics2ForConditionalGeneration(Idefics2Config.from_dict(json.loads(json.dumps(config))))
     infos = {n: TensorInfo(dtype=torch.bfloat16, shape=tuple(p.shape)) for n, p in model.named_parameters()}
-    noise = torch.randint(
-        0x3C00, 0x3F00, (1 << 24,), dtype=torch.int16
-    )  # finite numbers; random enough that no disk packs them
+    noise = torch.randint(0x3C00, 0x3F00, (1 << 25,), dtype=torch.int16).view(torch.bfloat16)  # finite numbers
     with HFWriter(directory, infos, "5GB") as writer:
         for number, (name, info) in enumerate(infos.items()):
-            count = info.meta().numel()
-            values = noise.roll(number * 977).repeat(-(-count // len(noise)))[:count]
-            writer.write(name, values.view(torch.bfloat16).reshape(info.shape))
+            writer.write(name, *noise_pieces(noise[number * 977 :], info.shape))
         writer.close()
     return sum(info.nbytes for info in infos.values())
 

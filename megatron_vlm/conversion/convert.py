@@ -163,10 +163,11 @@ def _write_parts(
     source: WeightSource, name: str, dtype: torch.dtype | None, writer: HFWriter, copies: dict[str, str]
 ) -> None:
     entry = source.entries[name]
-    for hf_name, part in zip(entry.hf, entry.from_full(cast(source.read(name), dtype)), strict=True):
-        writer.write(hf_name, part)
+    for hf_name, pieces in zip(entry.hf, source.read_hf_pieces(entry), strict=True):
+        pieces = [cast(piece, dtype) for piece in pieces]
+        writer.write(hf_name, *pieces)
         if hf_name in copies:
-            writer.write(copies[hf_name], part)
+            writer.write(copies[hf_name], *pieces)
 
 
 def _changed_dtype(source: WeightSource, infos: dict[str, TensorInfo]) -> torch.dtype | None:

@@ -235,8 +235,8 @@ class HFWriter:
         if self._writer:
             self._writer.abort()
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Writes the next tensor."""
+    def write(self, name: str, *pieces: Tensor) -> None:
+        """Writes the next tensor, given whole or as pieces along its first dimension."""
         shard = self._shard_of[name]
         if shard != self._current:
             if self._writer:
@@ -244,7 +244,7 @@ class HFWriter:
             self._current = shard
             self._writer = SafetensorsWriter(self.directory / shard, self._plan[shard], {"format": "pt"})
         assert self._writer is not None
-        self._writer.write(name, tensor)
+        self._writer.write(name, *pieces)
 
     def close(self) -> None:
         """Finishes the last shard and writes the index where there is more than one."""

@@ -195,11 +195,25 @@ class Entry:
     layout: Layout
     to_full: Callable[[Sequence[Tensor]], Tensor]
     from_full: Callable[[Tensor], list[Tensor]]
+    end_to_end: bool = False
+    """The HF tensors lie end to end in the full one: they can be streamed without building it."""
+
+    @property
+    def cut_by_rows(self) -> bool:
+        """Each HF tensor is one block of the layout, cut along its rows: shards are row ranges of the HF tensors."""
+        return self.end_to_end and self.layout.dim == 0 and self.layout.stride == len(self.hf)
 
 
 def direct(name: str, hf: str, layout: Layout = REPLICATED) -> Entry:
     """The same tensor under another name."""
-    return Entry(name=name, hf=(hf,), layout=layout, to_full=lambda t: t[0], from_full=lambda full: [full])
+    return Entry(
+        name=name,
+        hf=(hf,),
+        layout=layout,
+        to_full=lambda tensors: tensors[0],
+        from_full=lambda full: [full],
+        end_to_end=True,
+    )
 
 
 def qkv(name: str, hf: Sequence[str], *, num_heads: int, num_query_groups: int, layout: Layout = COLUMN) -> Entry:
@@ -230,6 +244,7 @@ def gated(name: str, hf: Sequence[str], layout: Layout = GATED) -> Entry:
         layout=layout,
         to_full=lambda tensors: torch.cat(list(tensors)),
         from_full=lambda full: list(full.chunk(len(hf))),
+        end_to_end=True,
     )
 
 

@@ -9,7 +9,7 @@ Stages: decoder layer i of L lies on stage i // (L / pp); final norm and output 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import torch
 
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.hf_io import copy_hf_files, read_json, write_json
-from megatron_vlm.conversion.mapping import Layout, TensorInfo
+from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.conversion.safetensors_io import (
     SafetensorsWriter,
     Writers,
@@ -133,6 +133,7 @@ def write_megatron(
             f"got {vocab_multiple} and {vocab_extra}"
         )
     mapping = source.spec.mapping(source.config, tp=tp, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
+    entries = mapping.by_name()
     layouts = {entry.name: entry.layout for entry in mapping}
     stages = Stages(layouts, pp)
     order = aligned_order({name: source.infos[name].cast(dtype) for name in layouts})
@@ -150,9 +151,10 @@ def write_megatron(
             (directory / file).parent.mkdir()
             writers.open[file] = SafetensorsWriter(directory / file, plan, {"format": "pt"})
         for name in order:
-            _write_shards(
-                source, name, layouts[name], dtype, [writers.open[rank_file(t, stages.of(name))] for t in range(tp)]
-            )
+            stage = stages.of(name)
+            for rank, pieces in enumerate(source.read_shards(entries[name], tp)):
+                writers.open[rank_file(rank, stage)].write(name, *(cast(piece, dtype) for piece in pieces))
+            del pieces  # else two of the largest tensors would be held at a time
         files = writers.close()
         source.check_digests()
         copy_hf_files(source.hf_dir, directory / "hf")
@@ -175,14 +177,6 @@ def write_megatron(
             files={name: FileEntry(**entry) for name, entry in files.items()},
         )
         write_json(directory / MANIFEST, manifest.to_dict())
-
-
-def _write_shards(
-    source: "WeightSource", name: str, layout: Layout, dtype: torch.dtype | None, writers: Sequence[SafetensorsWriter]
-) -> None:
-    full, tp = cast(source.read(name), dtype), len(writers)
-    for rank, writer in enumerate(writers):
-        writer.write(name, *(layout.pieces(full, tp, rank) if layout.dim == 0 else [layout.shard(full, tp, rank)]))
 
 
 def write_config(hf_dir: Path, hf_config: dict[str, Any], dtype: torch.dtype | None) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, list_names, read_json, resolve_directory
 from megatron_vlm.conversion.mapping import Entry, HFModel, Layout, Mapping, TensorInfo
-from megatron_vlm.conversion.megatron_dir import MANIFEST, Stages, rank_file, read_manifest
-from megatron_vlm.conversion.safetensors_io import SafetensorsFile
+from megatron_vlm.conversion.megatron_dir import MANIFEST, read_manifest
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.log import get_logger
 from megatron_vlm.models import registry
@@ -69,6 +68,17 @@ class WeightSource(abc.ABC):
         """Reads what one tensor parallel rank holds, vocabulary padded as ``layout`` says."""
         return layout.shard(self.read(name), tp, tp_rank)
 
+    def read_shards(self, entry: Entry, tp: int) -> list[list[Tensor]]:
+        """Reads every rank's shard, as ``entry.layout`` cuts it, in pieces along dim 0: nothing is copied without need."""
+        full, layout = self.read(entry.name), entry.layout
+        if layout.dim == 0:
+            return [layout.pieces(full, tp, rank) for rank in range(tp)]
+        return [[layout.shard(full, tp, rank)] for rank in range(tp)]
+
+    def read_hf_pieces(self, entry: Entry) -> list[list[Tensor]]:
+        """Reads the entry's HF tensors, each in pieces along dim 0."""
+        return [[part] for part in entry.from_full(self.read(entry.name))]
+
     def check_digests(self) -> None:
         """Compares files with their recorded digests; cheap after everything was read in order.
 
@@ -109,6 +119,12 @@ class HFSource(WeightSource):
     def read(self, name: str) -> Tensor:
         entry = self.entries[name]
         return entry.to_full([self.tensors.read(self._file_name[hf]) for hf in entry.hf])
+
+    def read_shards(self, entry: Entry, tp: int) -> list[list[Tensor]]:
+        if not entry.cut_by_rows or entry.layout.vocab_multiple:
+            return super().read_shards(entry, tp)
+        parts = [self.read_hf(hf) for hf in entry.hf]
+        return [[part.chunk(tp)[rank] for part in parts] for rank in range(tp)]
 
     def read_hf(self, hf_name: str) -> Tensor:
         """Reads one tensor as the files hold it, by the mapping's HF name."""
@@ -178,98 +194,6 @@ def check_entry(entry: Entry, infos: Sequence[TensorInfo], vocab_size: int) -> T
     return TensorInfo.of(full)
 
 
-class MegatronSource(WeightSource):
-    """Megatron weights of any tp and pp (megatron_dir.py); file sizes are checked when it is opened.
-
-    Raises:
-        ConversionError: files missing, damaged, or not holding what the family needs.
-    """
-
-    kind = "megatron"
-
-    def __init__(self, directory: Path, spec: FamilySpec | None = None, *, digest: bool = True):
-        self.directory = directory
-        self.manifest = read_manifest(directory)
-        hf_dir = directory / "hf"
-        super().__init__(hf_dir, read_json(hf_dir / CONFIG_NAME), spec or registry.get(self.manifest.family))
-        self.stored_ties = self.manifest.stored_ties
-        self.tp, self.pp = self.manifest.tensor_model_parallel_size, self.manifest.pipeline_model_parallel_size
-        self._layouts = {
-            entry.name: entry.layout
-            for entry in self.spec.mapping(
-                self.config,
-                tp=self.tp,
-                vocab_multiple=self.manifest.make_vocab_size_divisible_by,
-                vocab_extra=self.manifest.extra_vocab_size,
-            )
-        }
-        self._stages = Stages(self._layouts, self.pp)
-        self._files: dict[tuple[int, int], SafetensorsFile] = {}
-        try:
-            for stage in range(self.pp):
-                for rank in range(self.tp):
-                    self._files[rank, stage] = SafetensorsFile(directory / rank_file(rank, stage), digest=digest)
-            self._check_names()
-            self.infos = self._full_infos()
-        except BaseException:
-            self.close()
-            raise
-
-    def read(self, name: str) -> Tensor:
-        stage = self._stages.of(name)
-        shards = [self._files[rank, stage].read(name) for rank in range(self.tp)]
-        try:
-            return self._layouts[name].merge(shards, self.mapping.vocab_size)
-        except ConversionError as error:
-            raise ConversionError(f"{self.directory}: {name}: {error}") from error
-
-    def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
-        if tp == self.tp and layout == self._layouts[name]:
-            return self._files[tp_rank, self._stages.of(name)].read(name)
-        return super().read_shard(name, layout, tp, tp_rank)
-
-    def check_digests(self) -> None:
-        for (rank, stage), file in self._files.items():
-            if file.sha256() != self.manifest.files[rank_file(rank, stage)].sha256:
-                raise ConversionError(
-                    f"{file.path} was changed: its sha256 is not the one in {self.directory / MANIFEST}"
-                )
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def _check_names(self) -> None:
-        for (_, stage), file in self._files.items():
-            wanted = {name for name in self._layouts if self._stages.of(name) == stage}
-            missing, extra = sorted(wanted - set(file.infos)), sorted(set(file.infos) - wanted)
-            if missing or extra:
-                raise ConversionError(
-                    f"{file.path} does not hold stage {stage} of {self.pp} of family {self.spec.name}: "
-                    f"missing {list_names(missing) or 'nothing'}; unexpected {list_names(extra) or 'nothing'}"
-                )
-
-    def _full_infos(self) -> dict[str, TensorInfo]:
-        infos = {}
-        for name, layout in self._layouts.items():
-            stage = self._stages.of(name)
-            shards = [self._files[rank, stage].infos[name] for rank in range(self.tp)]
-            if len(set(shards)) > 1:
-                raise ConversionError(f"{self.directory}: shards of {name} differ in shape or dtype: {shards}")
-            if layout.dim is None:
-                infos[name] = shards[0]
-                continue
-            shape = list(shards[0].shape)
-            shape[layout.dim] *= self.tp
-            if layout.vocab_multiple:
-                padded = layout.padded(self.mapping.vocab_size, self.tp)
-                if shape[0] != padded:
-                    raise ConversionError(f"{self.directory}: {name} has {shape[0]} rows, {MANIFEST} says {padded}")
-                shape[0] = self.mapping.vocab_size
-            infos[name] = TensorInfo(dtype=shards[0].dtype, shape=tuple(shape))
-        return infos
-
-
 def open_source(path_or_id: str | os.PathLike, family: str | None = None) -> WeightSource:
     """Opens an HF directory or hub id, Megatron weights, or a training checkpoint (its folder or one iteration's).
 
@@ -282,6 +206,8 @@ def open_source(path_or_id: str | os.PathLike, family: str | None = None) -> Wei
     """
     directory = resolve_directory(path_or_id)
     if (directory / MANIFEST).exists():
+        from megatron_vlm.conversion.megatron_source import MegatronSource
+
         recorded = registry.get(read_manifest(directory).family)
         return MegatronSource(
             directory, choose_family(read_json(directory / "hf" / CONFIG_NAME), directory, family, recorded)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import export_hf, hf2mg, mg2hf
-from megatron_vlm.conversion.source import MegatronSource, open_source
+from megatron_vlm.conversion.megatron_source import MegatronSource
+from megatron_vlm.conversion.source import open_source
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.testing.twins import write_tiny_idefics2
 

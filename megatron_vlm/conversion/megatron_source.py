@@ -1,0 +1,120 @@
+"""Megatron weights (megatron_dir.py) as a weight source: shards of any tp and pp, merged tensor by tensor."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names, read_json
+from megatron_vlm.conversion.mapping import Entry, Layout, TensorInfo
+from megatron_vlm.conversion.megatron_dir import MANIFEST, Stages, rank_file, read_manifest
+from megatron_vlm.conversion.safetensors_io import SafetensorsFile
+from megatron_vlm.conversion.source import WeightSource
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.models import registry
+from megatron_vlm.models.registry import FamilySpec
+
+
+class MegatronSource(WeightSource):
+    """Megatron weights of any tp and pp (megatron_dir.py); file sizes are checked when it is opened.
+
+    Raises:
+        ConversionError: files missing, damaged, or not holding what the family needs.
+    """
+
+    kind = "megatron"
+
+    def __init__(self, directory: Path, spec: FamilySpec | None = None, *, digest: bool = True):
+        self.directory = directory
+        self.manifest = read_manifest(directory)
+        hf_dir = directory / "hf"
+        super().__init__(hf_dir, read_json(hf_dir / CONFIG_NAME), spec or registry.get(self.manifest.family))
+        self.stored_ties = self.manifest.stored_ties
+        self.tp, self.pp = self.manifest.tensor_model_parallel_size, self.manifest.pipeline_model_parallel_size
+        self._layouts = {
+            entry.name: entry.layout
+            for entry in self.spec.mapping(
+                self.config,
+                tp=self.tp,
+                vocab_multiple=self.manifest.make_vocab_size_divisible_by,
+                vocab_extra=self.manifest.extra_vocab_size,
+            )
+        }
+        self._stages = Stages(self._layouts, self.pp)
+        self._files: dict[tuple[int, int], SafetensorsFile] = {}
+        try:
+            for stage in range(self.pp):
+                for rank in range(self.tp):
+                    self._files[rank, stage] = SafetensorsFile(directory / rank_file(rank, stage), digest=digest)
+            self._check_names()
+            self.infos = self._full_infos()
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str) -> Tensor:
+        try:
+            return self._layouts[name].merge(self._read_all(name), self.mapping.vocab_size)
+        except ConversionError as error:
+            raise ConversionError(f"{self.directory}: {name}: {error}") from error
+
+    def read_hf_pieces(self, entry: Entry) -> list[list[Tensor]]:
+        if not entry.cut_by_rows:  # of one rank's map, in which everything is cut that can be
+            return super().read_hf_pieces(entry)
+        layout = self._layouts[entry.name]
+        if layout.dim is None:
+            return super().read_hf_pieces(entry)
+        blocks = zip(*(shard.chunk(layout.stride) for shard in self._read_all(entry.name)), strict=True)
+        if not layout.vocab_multiple:
+            return [list(pieces) for pieces in blocks]
+        rows = self.mapping.vocab_size
+        return [[p[: rows - i * len(p)] for i, p in enumerate(pieces) if i * len(p) < rows] for pieces in blocks]
+
+    def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
+        if tp == self.tp and layout == self._layouts[name]:
+            return self._files[tp_rank, self._stages.of(name)].read(name)
+        return super().read_shard(name, layout, tp, tp_rank)
+
+    def check_digests(self) -> None:
+        for (rank, stage), file in self._files.items():
+            if file.sha256() != self.manifest.files[rank_file(rank, stage)].sha256:
+                raise ConversionError(
+                    f"{file.path} was changed: its sha256 is not the one in {self.directory / MANIFEST}"
+                )
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _read_all(self, name: str) -> list[Tensor]:
+        stage = self._stages.of(name)
+        return [self._files[rank, stage].read(name) for rank in range(self.tp)]
+
+    def _check_names(self) -> None:
+        for (_, stage), file in self._files.items():
+            wanted = {name for name in self._layouts if self._stages.of(name) == stage}
+            missing, extra = sorted(wanted - set(file.infos)), sorted(set(file.infos) - wanted)
+            if missing or extra:
+                raise ConversionError(
+                    f"{file.path} does not hold stage {stage} of {self.pp} of family {self.spec.name}: "
+                    f"missing {list_names(missing) or 'nothing'}; unexpected {list_names(extra) or 'nothing'}"
+                )
+
+    def _full_infos(self) -> dict[str, TensorInfo]:
+        infos = {}
+        for name, layout in self._layouts.items():
+            stage = self._stages.of(name)
+            shards = [self._files[rank, stage].infos[name] for rank in range(self.tp)]
+            if len(set(shards)) > 1:
+                raise ConversionError(f"{self.directory}: shards of {name} differ in shape or dtype: {shards}")
+            if layout.dim is None:
+                infos[name] = shards[0]
+                continue
+            shape = list(shards[0].shape)
+            shape[layout.dim] *= self.tp
+            if layout.vocab_multiple:
+                padded = layout.padded(self.mapping.vocab_size, self.tp)
+                if shape[0] != padded:
+                    raise ConversionError(f"{self.directory}: {name} has {shape[0]} rows, {MANIFEST} says {padded}")
+                shape[0] = self.mapping.vocab_size
+            infos[name] = TensorInfo(dtype=shards[0].dtype, shape=tuple(shape))
+        return infos

@@ -132,16 +132,21 @@ def test_chain_of_ranks_4_2_4(loader_of):
     assert ids == [step.sample_ids for step in whole]
 
 
+def own_children():
+    """Children of this process but the ranks of the test pool, which live on between tests."""
+    spawned = multiprocessing.get_context("spawn").Process
+    return [child for child in multiprocessing.active_children() if isinstance(child, spawned)]
+
+
 @pytest.mark.parametrize("num_workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_workers_change_nothing_and_end(loader_of, num_workers):
     alone = steps_of(loader_of("rows", batch=4), 6)
-    others = set(multiprocessing.active_children())  # ranks of the test pool
     loader = loader_of("rows", batch=4, num_workers=num_workers)
     together = steps_of(loader, 6)
     for ours, theirs in zip(together, alone):
         assert (ours.sample_ids, ours.state) == (theirs.sample_ids, theirs.state)
         assert [fields(row) for row in ours.rows] == [fields(row) for row in theirs.rows]
-    workers = [child for child in multiprocessing.active_children() if child not in others]
+    workers = own_children()
     assert len(workers) == num_workers
     os.kill(workers[0].pid, signal.SIGTERM)  # a scheduler's warning: the run still needs rows to finish its step
     steps_of(loader, 6)
@@ -399,6 +404,6 @@ def test_evaluation_can_stop_early(digits_dir, make_processor, monkeypatch):
     monkeypatch.setattr(loader_module, "FEW", 0)
     config = DataConfig(seq_length=96, num_workers=1)
     rows = evaluation_rows(config, make_processor(config), paths=[digits_dir], dp_rank=0, dp_size=1, micro_batch_size=1)
-    assert len(list(islice(rows, 2))) == 2 and len(multiprocessing.active_children()) == 1
+    assert len(list(islice(rows, 2))) == 2 and len(own_children()) == 1
     rows.close()
-    assert not multiprocessing.active_children()
+    assert not own_children()

@@ -55,7 +55,9 @@ class ParallelConfig(Config):
                 "set it to 1, and use tensor and sequence parallelism for long rows"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ConfigError("parallel.sequence_parallel has no effect at tensor_model_parallel_size 1: drop it or raise tp")
+            raise ConfigError(
+                "parallel.sequence_parallel has no effect at tensor_model_parallel_size 1: drop it or raise tp"
+            )
         if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size == 1:
             raise ConfigError(
                 "parallel.num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2, got 1"

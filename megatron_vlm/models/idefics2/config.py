@@ -76,7 +76,9 @@ class Idefics2ModelConfig(Config):
 
     def perceiver_sharded(self, tp: int) -> bool:
         """The resampler's attention is split over ``tp`` ranks (else it runs whole on each)."""
-        heads, groups, width = (getattr(self.perceiver, n) for n in ("num_attention_heads", "num_query_groups", "head_dim"))
+        heads, groups, width = (
+            getattr(self.perceiver, n) for n in ("num_attention_heads", "num_query_groups", "head_dim")
+        )
         return heads % tp == 0 and (groups % tp == 0 or tp % groups == 0) and groups * width % tp == 0
 
     @classmethod
@@ -89,7 +91,9 @@ class Idefics2ModelConfig(Config):
         from transformers import Idefics2Config
 
         if hf_config.get("model_type") != "idefics2":
-            raise ConfigError(f"an Idefics2 config has model_type 'idefics2', this one has {hf_config.get('model_type')!r}")
+            raise ConfigError(
+                f"an Idefics2 config has model_type 'idefics2', this one has {hf_config.get('model_type')!r}"
+            )
         hf = Idefics2Config.from_dict(dict(hf_config))
         text, vision, perceiver = hf.text_config, hf.vision_config, hf.perceiver_config
         if text.model_type not in ("mistral", "llama"):

@@ -1,0 +1,71 @@
+"""``load_into`` fills every parameter, tied copies and chosen names included, and lists all that does not fit."""
+
+import pytest
+import torch
+
+from megatron_vlm.conversion.convert import hf2mg
+from megatron_vlm.conversion.source import load_into, open_source
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.twins import write_tiny_idefics2
+
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """HF directories: a tied Llama, and one with another ffn and vocabulary."""
+    root = tmp_path_factory.mktemp("twins")
+    write_tiny_idefics2(root / "tied", text="llama", tie=True)
+    write_tiny_idefics2(root / "other", text="llama", tie=True, ffn=64, vocab_size=700)
+    return root
+
+
+def loaded(hf_dir, weights, parallel, names=None):
+    """On a rank: parameters of a model built for ``hf_dir`` after ``weights`` were loaded; the error's text instead."""
+    from megatron_vlm.models.vlm import global_named_parameters
+    from megatron_vlm.testing.parity import build_for_test
+
+    topology, _, chunks, _ = build_for_test(str(hf_dir), parallel, {})
+    parameters = [(name, p) for chunk in chunks for name, p in global_named_parameters(chunk)]
+    for _, parameter in parameters:
+        torch.nn.init.constant_(parameter, -7)
+    with open_source(weights) as source:
+        try:
+            load_into(source, chunks, tp=topology.tp, tp_rank=topology.tp_rank, vocab_multiple=8, names=names)
+        except ConversionError as error:
+            return str(error)
+    return {name: parameter.detach().clone() for name, parameter in parameters}
+
+
+@pytest.mark.parametrize("tp, pp", [(2, 2), (1, 2)])
+def test_any_layout_loads_any_other(twins, tmp_path, tp, pp):
+    hf2mg(twins / "tied", tmp_path / "mg", tp=2, pp=4, vocab_multiple=64)
+    parallel = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    ranks = run_distributed(loaded, twins / "tied", tmp_path / "mg", parallel, tp=tp, pp=pp)
+    with open_source(twins / "tied") as source:
+        layouts = {e.name: e.layout for e in source.spec.mapping(source.config, tp=tp, vocab_multiple=8)}
+        seen = set()
+        for rank, parameters in enumerate(ranks):
+            for name, value in parameters.items():
+                full = EMBEDDING if name == "language_model.output_layer.weight" else name  # the last stage's tied copy
+                seen.add(name)
+                assert torch.equal(value, layouts[full].shard(source.read(full), tp, rank % tp)), name
+    assert seen == {*layouts, "language_model.output_layer.weight"}
+
+
+def test_chosen_names_alone_are_loaded(twins):
+    (parameters,) = run_distributed(loaded, twins / "tied", twins / "tied", {}, names=[EMBEDDING])
+    untouched = {name for name, value in parameters.items() if bool((value == -7).all())}
+    assert untouched == set(parameters) - {EMBEDDING}
+    (text,) = run_distributed(loaded, twins / "tied", twins / "tied", {}, names=["gone"])
+    assert "gone: asked for, not in the model" in text
+
+
+def test_shapes_that_differ_are_listed(twins):
+    (text,) = run_distributed(loaded, twins / "tied", twins / "other", {})
+    assert f"{EMBEDDING}: the model has [408, 64], the weights give [704, 64]" in text
+    assert (
+        "language_model.decoder.layers.3.mlp.linear_fc1.weight: the model has [192, 64], the weights give [128, 64]"
+        in text
+    )

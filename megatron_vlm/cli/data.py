@@ -1,19 +1,19 @@
-"""``megatron-vlm data``: build shards from public formats, check them."""
+"""``megatron-vlm data``: build shards from public formats; ``data_view`` checks and shows them."""
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vlm.cli import data_view
 from megatron_vlm.config import nearest
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs ``data build`` or ``data check`` and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="megatron-vlm data", description="build and check training data")
-    commands = parser.add_subparsers(required=True, metavar="build | check")
+    """Runs one of the sub-commands and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="megatron-vlm data", description="build, check and look at training data")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="turn records and images into tar shards with an index")
     build.add_argument("--format", required=True, help="format of the inputs: llava")
@@ -22,10 +22,7 @@ def run(argv: Sequence[str]) -> int:
     build.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     build.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
     build.set_defaults(handler=_build)
-
-    check = commands.add_parser("check", help="read every sample of a folder and report each problem; exit 1 if any")
-    check.add_argument("dir", metavar="DIR")
-    check.set_defaults(handler=_check)
+    data_view.add_parsers(commands)
 
     args = parser.parse_args(argv)
     return args.handler(args)
@@ -55,20 +52,3 @@ def _build(args: argparse.Namespace) -> int:
 def _progress(samples: int) -> None:
     if samples % 100 == 0:
         print(f"\r{samples} samples", end="", file=sys.stderr, flush=True)
-
-
-def _check(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.check import check_folder
-
-    kinds: Counter[str] = Counter()
-    sound = 0
-    for found in check_folder(args.dir):
-        if isinstance(found, DataError):
-            kinds[found.message.split(":")[0]] += 1
-            print(found)
-        else:
-            sound += 1
-    for kind, number in kinds.most_common():
-        print(f"{number:8d}  {kind}")
-    print(f"{args.dir}: {sound} sound samples, {sum(kinds.values())} problems")
-    return 1 if kinds else 0

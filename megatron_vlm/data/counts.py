@@ -29,7 +29,16 @@ LOGGER = get_logger(__name__)
 UNREADABLE = "unreadable"
 MANY = 20_000  # samples worth starting processes for: counting takes about a millisecond each
 # Why a sample is excluded, by the code kept on disk: append only.
-REASONS = ("", "too_long", "nothing_supervised", "placeholders", "max_image_num", "control_tokens", UNREADABLE)
+REASONS = (
+    "",
+    "too_long",
+    "nothing_supervised",
+    "placeholders",
+    "max_image_num",
+    "control_tokens",
+    UNREADABLE,
+    "image_too_small",
+)
 COUNT_DTYPE = np.dtype(
     [
         ("tokens", "<u4"),
@@ -172,12 +181,13 @@ def count_shard(dataset: Dataset, shard: int, processor: Processor) -> NDArray[A
     for row, entry in enumerate(index):
         first, number = int(entry["first_image"]), int(entry["num_images"])
         try:
-            _, turns = dataset.read_text(shard, row)
+            sample = dataset.read_text(shard, row)
         except DataError as error:
             LOGGER.warning("%s", error)
             counts[row]["reason"] = REASONS.index(UNREADABLE)
             continue
-        count = processor.count(turns, [(width, height) for width, height in sizes[first : first + number]])
+        of_images = [(width, height) for width, height in sizes[first : first + number]]
+        count = processor.count(sample.turns, of_images, sample.options)
         reason = REASONS.index(count.reason)
         counts[row] = (count.tokens, count.supervised, count.image_tokens, count.patches, reason, count.truncated)
     return counts
@@ -245,7 +255,7 @@ def survey(counts: TokenCounts, config: DataConfig, output_dir: Path | None) -> 
 
 def _describe(dataset: Dataset, shard: int, row: int, reason: str, tokens: int) -> str:
     try:
-        key = dataset.read_text(shard, row)[0]
+        key = dataset.read_text(shard, row).key
     except DataError:
         key = f"row {row} of {dataset.shards[shard].path}"
     return f"{key} ({tokens} tokens)" if tokens else key

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vlm.data.sample import RawSample
 from megatron_vlm.data.shards import (
     BLOCK,
     MANIFEST,
@@ -23,7 +24,6 @@ from megatron_vlm.data.shards import (
     parse_sample,
     parse_text,
 )
-from megatron_vlm.data.types import RawSample, Turn
 from megatron_vlm.errors import DataError
 
 MAX_OPEN = 128  # shards whose file and index stay open in each process
@@ -137,8 +137,8 @@ class Dataset:
                 raise DataError("damaged: its crc32 differs from the index")
             return parse_sample(block)
 
-    def read_text(self, shard: int, row: int) -> tuple[str, tuple[Turn, ...]]:
-        """Reads key and turns of a sample without its images (and so without its crc32); raises as ``read``."""
+    def read_text(self, shard: int, row: int) -> RawSample:
+        """Reads a sample without its images (and so without its crc32); raises as ``read``."""
         entry = self.index(shard)[row]
         with self._naming(shard, entry):
             span = int(entry["span"])
@@ -146,7 +146,7 @@ class Dataset:
             name, size = parse_header(block)
             if size + BLOCK > len(block):
                 block = self._pread(shard, int(entry["offset"]), min(span, size + BLOCK))
-            return parse_text(name, block[BLOCK : BLOCK + size])[:2]
+            return parse_text(name, block[BLOCK : BLOCK + size])
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         if size > MAX_SPAN:

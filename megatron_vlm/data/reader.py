@@ -90,7 +90,7 @@ class RowReader(torch.utils.data.Dataset):
         seed = int(digest_of(f"{self._seed}/{epoch}/{sample_id}")[:15], 16)
         try:
             images = [decode_image(data, f"image {n}") for data, n in zip(sample.images, sample.image_names)]
-            encoded = self._processor.encode(sample.key, sample.turns, images, seed=seed)
+            encoded = self._processor.encode(sample.key, sample.turns, images, seed, sample.options)
             if len(encoded.input_ids) != tokens:
                 raise DataError(
                     f"{len(encoded.input_ids)} tokens, its count says {tokens}: remove the token counts (.tokens.npy)"

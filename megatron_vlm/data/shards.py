@@ -8,6 +8,7 @@
 The same records give the same bytes: member headers carry no time, owner or path of this machine.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ import numpy as np
 
 from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, check_turns, strict_decoder
 from megatron_vlm.data.images import probe_image
-from megatron_vlm.data.types import RawSample, Turn
+from megatron_vlm.data.sample import RawSample, Turn
 from megatron_vlm.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
@@ -237,16 +238,17 @@ def parse_sample(block: bytes) -> RawSample:
     members = list(parse_members(block))
     if not members:
         raise DataError("an empty sample")
-    key, turns, names = parse_text(*members[0])
+    sample = parse_text(*members[0])
+    key, number = sample.key, len(sample.image_names)
     if any(not name.startswith(f"{key}.{index}.") for index, (name, _) in enumerate(members[1:])):
         raise DataError(f"members {[name for name, _ in members]} are not one sample's", key=key)
-    if len(names) != len(members) - 1:
-        raise DataError(f"{key}.json names {len(names)} images, the shard holds {len(members) - 1}", key=key)
-    return RawSample(key=key, turns=turns, images=tuple(data for _, data in members[1:]), image_names=names)
+    if number != len(members) - 1:
+        raise DataError(f"{key}.json names {number} images, the shard holds {len(members) - 1}", key=key)
+    return dataclasses.replace(sample, images=tuple(data for _, data in members[1:]))
 
 
-def parse_text(name: str, content: bytes) -> tuple[str, tuple[Turn, ...], tuple[str, ...]]:
-    """Returns key, turns and image names from a sample's ``KEY.json`` member.
+def parse_text(name: str, content: bytes) -> RawSample:
+    """Reads a sample's ``KEY.json`` member: all but its images.
 
     Raises:
         DataError: what is wrong with it.
@@ -257,7 +259,7 @@ def parse_text(name: str, content: bytes) -> tuple[str, tuple[Turn, ...], tuple[
     try:
         data = strict_decoder().decode(content.decode("utf-8"))
         turns = tuple(Turn(role=turn["role"], text=turn["text"]) for turn in data["turns"])
-        return key, turns, tuple(data["images"])
+        return RawSample(key=key, turns=turns, image_names=tuple(data["images"]), options=data.get("options", {}))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"bad {name}: {error!r}", key=key) from error
 

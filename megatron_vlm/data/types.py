@@ -8,34 +8,21 @@
 Shapes: T tokens of a row, L tokens of a sample, N segments of a row, C x H x W pixels of one image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_vlm.data.sample import RawSample as RawSample
+from megatron_vlm.data.sample import Turn as Turn
+
 IGNORE_INDEX = -100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """One message. ``role`` is ``user``, ``assistant`` or ``system``; ``<image>`` in ``text`` marks an image's place."""
-
-    role: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawSample:
-    """One record: ``key`` names it in every error; ``images`` are encoded files (PNG, JPEG, WebP), in order of use."""
-
-    key: str
-    turns: tuple[Turn, ...]
-    images: tuple[bytes, ...] = ()
-    image_names: tuple[str, ...] = ()
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +158,22 @@ class Processor(Protocol):
     def fingerprint(self) -> str:
         """Hex digest of everything that changes token ids, labels or counts (tokenizer files, sizes, template, policy)."""
 
-    def count(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> TokenCount:
-        """Counts tokens from text and (width, height) of each image alone; equal to what ``encode`` makes."""
+    def count(
+        self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any] = NO_OPTIONS
+    ) -> TokenCount:
+        """Counts tokens from text, (width, height) of each image and ``RawSample.options`` alone.
 
-    def encode(self, key: str, turns: Sequence[Turn], images: Sequence[Image.Image], seed: int = 0) -> EncodedSample:
+        Equal to what ``encode`` makes.
+        """
+
+    def encode(
+        self,
+        key: str,
+        turns: Sequence[Turn],
+        images: Sequence[Image.Image],
+        seed: int = 0,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> EncodedSample:
         """Encodes one sample. ``seed`` keys random augmentation: a pure function of (run seed, epoch, sample id).
 
         Raises:

@@ -73,7 +73,8 @@ def test_dataset_reads_every_sample(small):
     assert sample.key == "digits-000000007" and sample.turns[3].text == "seven"
     assert sample.image_names == ("7.png", "6.png")
     assert dataset.image_sizes(1)[dataset.index(1)[2]["first_image"]].tolist() == [27, 23]
-    assert dataset.read_text(1, 2) == (sample.key, sample.turns)
+    text = dataset.read_text(1, 2)
+    assert (text.key, text.turns, text.image_names) == (sample.key, sample.turns, sample.image_names)
     assert dataset.locate(np.array([0, 4, 5, 11, 12, 23]))[0].tolist() == [0, 0, 1, 2, 3, 5]
     dataset.close()
 
@@ -84,7 +85,7 @@ def test_long_text_is_read_whole(tmp_path):
     path.write_text(json.dumps({"conversations": turns}))
     build(path, tmp_path / "out")
     dataset = Dataset([tmp_path / "out"])
-    assert dataset.read_text(0, 0)[1] == dataset.read(0).turns
+    assert dataset.read_text(0, 0).turns == dataset.read(0).turns
     assert dataset.read(0).turns[1].text == "é" * 5000
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.formats.records import Record, check_turns, read_json_records
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import DataError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

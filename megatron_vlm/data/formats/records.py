@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import DataError
 
 IMAGE_PLACEHOLDER = "<image>"

@@ -1,7 +1,8 @@
 """Idefics2's processor: prompts, image tokens and pixels equal to those of transformers' ``Idefics2Processor``.
 
     turns --chat template, <image> -> fake, image x n, fake--> pieces --data.chat--> ids, labels
-    images --upright RGB, resize (longest edge, then shortest edge)--> uint8 --table--> float32 [3, H, W]
+    images --upright RGB (--four quarters and the whole), resize (longest edge, then shortest edge)--> uint8 --table-->
+        float32 [3, H, W]
 
 Text is used as it is written: LLaVA's line break after ``<image>`` stays, so ask the exported model in the same way.
 
@@ -13,7 +14,7 @@ token in that place: transformers' processor would add the token with an id beyo
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +28,18 @@ from megatron_vlm.data.chat import FastTokenizer, Piece, Tokens, encode_pieces, 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images import normalise_table, upright_rgb
 from megatron_vlm.data.shards import num_placeholders
-from megatron_vlm.data.types import IGNORE_INDEX, EncodedSample, TokenCount, Turn
+from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.log import get_logger
+from megatron_vlm.models.processor_files import (
+    chat_template,
+    generation_stops,
+    load_tokenizer,
+    processor_settings,
+    read_json,
+)
 
+LOGGER = get_logger(__name__)
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
 END = "<end_of_utterance>"
@@ -49,7 +59,9 @@ class Idefics2Processor:
         image_token_id, fake_token_id, filler_token_id: ids of ``<image>``, ``<fake_token_around_image>`` and filler.
         bos_token_id: never supervised; None: the tokenizer adds none.
         end: text that ends a turn.
-        image_seq_len: ``<image>`` tokens per image, the perceiver's latents.
+        stop_ids: tokens that end an answer.
+        image_seq_len: ``<image>`` tokens per view of an image, the perceiver's latents.
+        splitting: the model sees each image as five views: its four quarters, and the whole.
         longest_edge, shortest_edge: of a resized image, in pixels.
         resample: PIL's code of the resampling filter.
         rescale, mean, std: normalisation, per channel.
@@ -63,7 +75,9 @@ class Idefics2Processor:
     filler_token_id: int
     bos_token_id: int | None
     end: str
+    stop_ids: tuple[int, ...]
     image_seq_len: int
+    splitting: bool
     longest_edge: int
     shortest_edge: int
     resample: int
@@ -84,15 +98,16 @@ class Idefics2Processor:
             ConfigError: a file is missing, or a setting that is not built or cannot work.
         """
         hf_dir = Path(hf_dir)
-        model = _read_json(hf_dir / "config.json")
-        settings, images = _processor_settings(hf_dir)
+        model = read_json(hf_dir / "config.json")
+        settings, images = processor_settings(hf_dir)
         splitting = (
             images.get("do_image_splitting", False) if config.image_splitting is None else config.image_splitting
         )
-        if splitting:
-            raise ConfigError(
-                f"{hf_dir} asks for do_image_splitting, which is not built yet: set data.image_splitting=false to "
-                "train on whole images, and do_image_splitting to false in the processor files the trained model is used with"
+        if splitting != images.get("do_image_splitting", False):
+            LOGGER.info(
+                "data.image_splitting is %s: set do_image_splitting to it in the processor files that the trained model "
+                "is used with",
+                str(splitting).lower(),
             )
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if not images.get(name, True):
@@ -114,6 +129,7 @@ class Idefics2Processor:
         return cls(
             **_tokens_of(hf_dir, model),
             image_seq_len=image_seq_len,
+            splitting=splitting,
             longest_edge=longest,
             shortest_edge=shortest,
             resample=int(images.get("resample", Image.Resampling.BILINEAR)),
@@ -130,18 +146,27 @@ class Idefics2Processor:
     @cached_property
     def fingerprint(self) -> str:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer"}
-        return hashlib.sha256(json.dumps([1, self.tokenizer.text, values], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([2, self.tokenizer.text, values], sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def _table(self) -> np.ndarray:
         return normalise_table(self.rescale, self.mean, self.std)
 
-    def count(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> TokenCount:
-        """See data.types.Processor."""
+    def count(
+        self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any] = NO_OPTIONS
+    ) -> TokenCount:
+        """See data.types.Processor. ``options`` speak of tiles and augmentation, which Idefics2 has none of."""
         return self._count(turns, image_sizes)[0]
 
-    def encode(self, key: str, turns: Sequence[Turn], images: Sequence[Image.Image], seed: int = 0) -> EncodedSample:
-        """See data.types.Processor. There is no random augmentation, so ``seed`` has no effect."""
+    def encode(
+        self,
+        key: str,
+        turns: Sequence[Turn],
+        images: Sequence[Image.Image],
+        seed: int = 0,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> EncodedSample:
+        """See data.types.Processor. There is no augmentation and no tile, so ``seed`` and ``options`` have no effect."""
         images = [upright_rgb(image) for image in images]
         count, tokens = self._count(turns, [image.size for image in images])
         if tokens is None or count.reason:
@@ -149,9 +174,42 @@ class Idefics2Processor:
             raise DataError(f"cannot be trained on: {count.reason} ({limits})", key=key)
         ids = torch.from_numpy(tokens.ids)
         labels = ids.where(torch.from_numpy(tokens.supervised), torch.tensor(IGNORE_INDEX))
+        return self._sample(key, ids, labels, images)
+
+    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
+        """Encodes a conversation up to where the assistant answers; every label is -100.
+
+        Raises:
+            DataError: as many images as placeholders are needed.
+        """
+        if num_placeholders(turns) != len(images):
+            raise DataError(f"{num_placeholders(turns)} {IMAGE} placeholders for {len(images)} images")
+        ids = torch.from_numpy(self._tokenise(turns, prompt=True).ids)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        return self._sample("prompt", ids, labels, [upright_rgb(image) for image in images])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of an answer's ids, without the tokens that end it."""
+        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
+
+    def _sample(
+        self, key: str, ids: torch.Tensor, labels: torch.Tensor, images: Sequence[Image.Image]
+    ) -> EncodedSample:
         positions = (ids == self.image_token_id).nonzero()[:, 0]
-        pixels = tuple(self.pixels(image) for image in images[: len(positions) // self.image_seq_len])
+        kept = images[: len(positions) // self._tokens_per_image]
+        pixels = tuple(self.pixels(image.crop(box)) for image in kept for box in self.views(*image.size))
         return EncodedSample(key=key, input_ids=ids, labels=labels, pixels=pixels, image_positions=positions)
+
+    @property
+    def _tokens_per_image(self) -> int:
+        return self.image_seq_len * (5 if self.splitting else 1)
+
+    def views(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
+        """Returns the boxes (left, top, right, bottom) of an image that the model sees, in order."""
+        whole, x, y = (0, 0, width, height), width // 2, height // 2
+        if not self.splitting:
+            return [whole]
+        return [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height), whole]
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """Resizes and normalises an RGB image: float32 [3, H, W], bit for bit as ``Idefics2ImageProcessorPil``."""
@@ -178,6 +236,8 @@ class Idefics2Processor:
             reason = "max_image_num"
         elif any(FAKE in turn.text or self.end in turn.text for turn in turns):
             reason = "control_tokens"
+        elif self.splitting and any(min(size) < 2 for size in image_sizes):
+            reason = "image_too_small"  # it has no four quarters
         if reason:
             return TokenCount(tokens=0, supervised=0, image_tokens=0, patches=0, reason=reason), None
         keep = (self.image_token_id, self.fake_token_id)
@@ -186,18 +246,19 @@ class Idefics2Processor:
             length = len(self._tokenise(turns).ids)
             return TokenCount(tokens=length, supervised=0, image_tokens=0, patches=0, reason="too_long"), None
         image_tokens = int((tokens.ids == self.image_token_id).sum())
-        kept = image_sizes[: image_tokens // self.image_seq_len]
+        kept = image_sizes[: image_tokens // self._tokens_per_image]
+        views = [self.resized(right - left, low - top) for s in kept for left, top, right, low in self.views(*s)]
         count = TokenCount(
             tokens=len(tokens.ids),
             supervised=tokens.num_supervised,
             image_tokens=image_tokens,
-            patches=sum((w // self.patch_size) * (h // self.patch_size) for w, h in (self.resized(*s) for s in kept)),
+            patches=sum((width // self.patch_size) * (height // self.patch_size) for width, height in views),
             reason="" if tokens.num_supervised else "nothing_supervised",
             truncated=tokens.truncated,
         )
         return count, tokens
 
-    def _tokenise(self, turns: Sequence[Turn]) -> Tokens:
+    def _tokenise(self, turns: Sequence[Turn], prompt: bool = False) -> Tokens:
         pieces = []
         for turn in turns:
             answer = turn.role == "assistant"
@@ -206,53 +267,21 @@ class Idefics2Processor:
             # The space is the model's to write: generation goes on from "Assistant:".
             pieces.append(Piece(text=f"{space}{self._expand(turn.text)}{self.end}", answer=answer))
             pieces.append(Piece(text="\n"))
+        if prompt:
+            pieces.append(Piece(text="Assistant:"))
         never = [self.image_token_id, self.fake_token_id, *([] if self.bos_token_id is None else [self.bos_token_id])]
         return encode_pieces(self.tokenizer, pieces, len(turns), answer_only=self.answer_loss_only, never=never)
 
     def _expand(self, text: str) -> str:
-        """Replaces placeholders: adjacent images share a fake token, a word right after one gets transformers' space."""
-        text = text.replace(IMAGE, f"{FAKE}{IMAGE * self.image_seq_len}{FAKE}").replace(FAKE + FAKE, FAKE)
+        """Replaces placeholders: adjacent views share a fake token, a word right after one gets transformers' space."""
+        view = f"{FAKE}{IMAGE * self.image_seq_len}{FAKE}"
+        text = text.replace(IMAGE, view * (5 if self.splitting else 1)).replace(FAKE + FAKE, FAKE)
         return _GLUED.sub(f"{FAKE} ", text)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid json: {error}") from error
-
-
-def _processor_settings(hf_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns settings of the processor and of its image processor, which older folders keep in a file of its own."""
-    processor, images = hf_dir / "processor_config.json", hf_dir / "preprocessor_config.json"
-    settings = _read_json(processor) if processor.is_file() or not images.is_file() else {}
-    return settings, settings.get("image_processor") or (_read_json(images) if images.is_file() else {})
-
-
-def _chat_template(hf_dir: Path) -> str | None:
-    """Returns the processor's chat template, from wherever transformers has kept it over the years."""
-    if (hf_dir / "chat_template.jinja").is_file():
-        return (hf_dir / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
-        if (hf_dir / name).is_file() and "chat_template" in (settings := _read_json(hf_dir / name)):
-            return settings["chat_template"]
-    return None
 
 
 def _tokens_of(hf_dir: Path, model: dict[str, Any]) -> dict[str, Any]:
     """Loads the tokenizer as transformers does and keeps its backend, which needs no transformers."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the tokenizer of {hf_dir}: {error}") from error
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer of {hf_dir} has no tokenizer.json, which exact loss masks need: save it as a fast one"
-        )
+    tokenizer = load_tokenizer(hf_dir)
     missing = {FAKE, IMAGE} - set(tokenizer.get_vocab())
     if missing:
         raise ConfigError(f"the tokenizer of {hf_dir} lacks {', '.join(sorted(missing))}: is it Idefics2's?")
@@ -261,7 +290,7 @@ def _tokens_of(hf_dir: Path, model: dict[str, Any]) -> dict[str, Any]:
     if end is None:
         raise ConfigError(f"the tokenizer of {hf_dir} has neither {END} nor an EOS token")
     tokenizer.add_special_tokens({"additional_special_tokens": [FAKE, IMAGE, *([END] if end == END else [])]})
-    template = _chat_template(hf_dir)
+    template = chat_template(hf_dir)
     if template is not None:
         text = tokenizer.apply_chat_template(_PROBE, chat_template=template, tokenize=False)
         wanted = f"User:{IMAGE}a{END}\nAssistant: b{END}\n"
@@ -280,4 +309,5 @@ def _tokens_of(hf_dir: Path, model: dict[str, Any]) -> dict[str, Any]:
         "filler_token_id": next(i for i in fillers if i is not None and i < vocab_size),
         "bos_token_id": tokenizer.bos_token_id,
         "end": end,
+        "stop_ids": generation_stops(hf_dir, tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id),
     }

@@ -1,0 +1,33 @@
+"""A record as its author wrote it. Free of torch: building shards starts many short processes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One message. ``role`` is ``user``, ``assistant`` or ``system``; ``<image>`` in ``text`` marks an image's place."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawSample:
+    """One record.
+
+    Attributes:
+        key: names it in every error.
+        turns: the conversation.
+        images: encoded files (PNG, JPEG, WebP, GIF, BMP), in order of use; frames of a video among them.
+        image_names: where each came from.
+        options: what the data set's own settings ask of the processor for this sample, known keys in
+            ``formats.records.OPTIONS``; a family without the notion (tiles, say) leaves a key unused.
+    """
+
+    key: str
+    turns: tuple[Turn, ...]
+    images: tuple[bytes, ...] = ()
+    image_names: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)

@@ -23,6 +23,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: 5GB)"
     )
+    parser.add_argument(
+        "--as",
+        dest="layout",
+        metavar="LAYOUT",
+        help="another of the family's Hugging Face layouts (default: the one the model came in)",
+    )
     parser.set_defaults(run=_run_mg2hf)
     _add_verify(commands)
 
@@ -139,7 +145,14 @@ def _assemble_options(args: argparse.Namespace) -> dict[str, Any]:
 def _run_mg2hf(args: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import mg2hf
 
-    mg2hf(args.load, args.out, family=args.family, dtype=args.dtype, max_shard_size=args.max_shard_size)
+    mg2hf(
+        args.load,
+        args.out,
+        family=args.family,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        layout=args.layout,
+    )
     return 0
 
 

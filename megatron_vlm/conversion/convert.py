@@ -5,21 +5,24 @@ mg2hf: open_source --> export_hf
 """
 
 import contextlib
+import copy
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_vlm.conversion.hf_io import HFWriter, copy_hf_files, resolve_directory
-from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm.config import nearest
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFWriter, copy_hf_files, read_json, resolve_directory
+from megatron_vlm.conversion.mapping import Entry, TensorInfo
 from megatron_vlm.conversion.megatron_dir import write_config, write_megatron
 from megatron_vlm.conversion.safetensors_io import PARAMS_DTYPES, aligned_order, atomic_directory, cast
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_hf, open_source
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models import registry
+from megatron_vlm.models.registry import ExportSpec
 
 
 def params_dtype(name: str | None) -> torch.dtype | None:
@@ -117,10 +120,11 @@ def mg2hf(
     family: str | None = None,
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
+    layout: str | None = None,
 ) -> None:
-    """Converts Megatron weights or a training checkpoint to an HF directory."""
+    """Converts Megatron weights, a training checkpoint or an HF directory to an HF directory (see ``export_hf``)."""
     with open_source(load, family) as source:
-        export_hf(source, out, dtype=params_dtype(dtype), max_shard_size=max_shard_size)
+        export_hf(source, out, dtype=params_dtype(dtype), max_shard_size=max_shard_size, layout=layout)
 
 
 def export_hf(
@@ -129,6 +133,7 @@ def export_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
+    layout: str | None = None,
 ) -> None:
     """Writes a source as an HF directory: sharded safetensors with index, and every other file of the original.
 
@@ -137,42 +142,65 @@ def export_hf(
         out: absent or an empty directory.
         dtype: of the written floating point tensors; None: each keeps its own.
         max_shard_size: as of transformers' ``save_pretrained``.
+        layout: another of the family's HF layouts (``FamilySpec.exports``); None: the original's.
+
+    Raises:
+        ConfigError: the family has no such layout.
     """
+    other = _other_layout(source, layout)
+    entries = (source.mapping if other is None else other.mapping(source.config)).by_name()
     order = aligned_order({name: info.cast(dtype) for name, info in source.infos.items()})
-    copies = {source.mapping.hf_tied[name]: name for name in source.stored_ties}
-    infos: dict[str, TensorInfo] = {}
+    copies = {source.mapping.hf_tied[name]: name for name in source.stored_ties} if other is None else {}
+    infos: dict[str, dict[str, TensorInfo]] = {}
     for name, info in order.items():
-        entry = source.entries[name]
-        for hf_name, part in zip(entry.hf, entry.from_full(info.meta()), strict=True):
-            infos[hf_name] = TensorInfo.of(part)
-            if hf_name in copies:
-                infos[copies[hf_name]] = infos[hf_name]
-    with (
-        atomic_directory(out, sum(info.nbytes for info in infos.values())) as directory,
-        HFWriter(directory, infos, max_shard_size) as writer,
-    ):
+        for hf_name, part in zip(entries[name].hf, entries[name].from_full(info.meta()), strict=True):
+            for written_name in filter(None, (hf_name, copies.get(hf_name))):
+                folder, _, tensor = written_name.rpartition("/")
+                infos.setdefault(folder, {})[tensor] = TensorInfo.of(part)
+    written = [info for tensors in infos.values() for info in tensors.values()]
+    changed = dtype or _changed_dtype(source, written)
+    with atomic_directory(out, sum(info.nbytes for info in written)) as directory, contextlib.ExitStack() as stack:
+        writers = {}
+        for folder, tensors in infos.items():
+            (directory / folder).mkdir(exist_ok=True)
+            writers[folder] = stack.enter_context(HFWriter(directory / folder, tensors, max_shard_size))
         for name in order:
-            _write_parts(source, name, dtype, writer, copies)
-        writer.close()
+            _write_parts(source, entries[name], dtype, writers, copies)
+        for writer in writers.values():
+            writer.close()
         source.check_digests()
-        copy_hf_files(source.hf_dir, directory)
-        write_config(directory, source.hf_config, dtype or _changed_dtype(source, infos))
+        if other is None:
+            copy_hf_files(source.hf_dir, directory)
+            write_config(directory, source.hf_config, changed)
+        else:
+            other.files(source.hf_dir, copy.deepcopy(source.hf_config), directory)
+            for folder in infos:
+                write_config(directory / folder, read_json(directory / folder / CONFIG_NAME), changed)
+
+
+def _other_layout(source: WeightSource, layout: str | None) -> ExportSpec | None:
+    if layout is None:
+        return None
+    offered = source.spec.exports
+    if layout not in offered:
+        known = f"offers {', '.join(offered)}" if offered else "has no other layout than its own"
+        raise ConfigError(f"--as {layout}{nearest(layout, offered)}: family {source.spec.name} {known}")
+    return offered[layout]
 
 
 def _write_parts(
-    source: WeightSource, name: str, dtype: torch.dtype | None, writer: HFWriter, copies: dict[str, str]
+    source: WeightSource, entry: Entry, dtype: torch.dtype | None, writers: dict[str, HFWriter], copies: dict[str, str]
 ) -> None:
-    entry = source.entries[name]
     for hf_name, pieces in zip(entry.hf, source.read_hf_pieces(entry), strict=True):
         pieces = [cast(piece, dtype) for piece in pieces]
-        writer.write(hf_name, *pieces)
-        if hf_name in copies:
-            writer.write(copies[hf_name], *pieces)
+        for written_name in filter(None, (hf_name, copies.get(hf_name))):
+            folder, _, tensor = written_name.rpartition("/")
+            writers[folder].write(tensor, *pieces)
 
 
-def _changed_dtype(source: WeightSource, infos: dict[str, TensorInfo]) -> torch.dtype | None:
+def _changed_dtype(source: WeightSource, infos: Iterable[TensorInfo]) -> torch.dtype | None:
     """What config.json must say after training in another dtype than the original's; None: leave it alone."""
-    dtypes = {info.dtype for info in infos.values()}
+    dtypes = {info.dtype for info in infos}
     if source.kind != "training" or len(dtypes) != 1:
         return None
     only: Any = dtypes.pop()

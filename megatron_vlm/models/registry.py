@@ -1,12 +1,28 @@
 """The model families: FamilySpec and the one table of names."""
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import nearest
 from megatron_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec:
+    """Another HF layout than a family's own, for ``mg2hf --as``.
+
+    Attributes:
+        mapping: ``mapping(config) -> conversion.mapping.Mapping``: the family's full tensors under that layout's HF names;
+            ``folder/name`` goes to a folder beside the others.
+        files: ``files(hf_dir, hf_config, directory)`` writes every non-weight file, config.json among them; ``hf_dir`` and
+            ``hf_config`` are the family's own.
+    """
+
+    mapping: Callable[[Any], Any]
+    files: Callable[[Path, dict[str, Any], Path], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +41,7 @@ class FamilySpec:
         add_end_of_utterance: ``(model, files, options) -> HFModel`` adds the token that ends a turn to a vocabulary without
             it; ``files`` holds a copy of the model's non-weight files. None: not offered.
         reference: ``reference(config)`` runs HF's model beside ours for ``convert verify``; None: HF has no such model.
+        exports: other HF layouts that the family's weights can be written in, by name.
     """
 
     name: str
@@ -36,6 +53,7 @@ class FamilySpec:
     assemble: Callable[..., Any] | None = None
     add_end_of_utterance: Callable[..., Any] | None = None
     reference: Callable[[Any], Any] | None = None
+    exports: Mapping[str, ExportSpec] = field(default_factory=dict)
 
 
 # One line per family: name -> "module:attribute", imported when asked for.

@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any):
         super().__init__()
         self.eps = eps
-        self.weight = _parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
+        self.weight = make_parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
@@ -29,14 +29,15 @@ class LayerNorm(nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any):
         super().__init__()
         self.eps = eps
-        self.weight = _parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
-        self.bias = _parameter(torch.zeros(hidden_size, dtype=config.params_dtype), config)
+        self.weight = make_parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
+        self.bias = make_parameter(torch.zeros(hidden_size, dtype=config.params_dtype), config)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
-def _parameter(data: Tensor, config: Any) -> nn.Parameter:
+def make_parameter(data: Tensor, config: Any) -> nn.Parameter:
+    """Returns ``data`` as a replicated parameter on the device that ``config`` builds on, marked for sequence parallelism."""
     device = data.device if config.use_cpu_initialization else torch.cuda.current_device()
     parameter = nn.Parameter(data.to(device))
     setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - an attribute megatron-core reads

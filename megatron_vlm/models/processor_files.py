@@ -1,0 +1,65 @@
+"""Tokenizer and processor files of an HF folder, read alike by the families' processors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.errors import ConfigError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a json file.
+
+    Raises:
+        ConfigError: it is absent or not json.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid json: {error}") from error
+
+
+def processor_settings(hf_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns settings of the processor and of its image processor, which older folders keep in a file of its own."""
+    processor, images = hf_dir / "processor_config.json", hf_dir / "preprocessor_config.json"
+    settings = read_json(processor) if processor.is_file() or not images.is_file() else {}
+    return settings, settings.get("image_processor") or (read_json(images) if images.is_file() else {})
+
+
+def chat_template(hf_dir: Path) -> str | None:
+    """Returns the processor's chat template, from wherever transformers has kept it over the years."""
+    if (hf_dir / "chat_template.jinja").is_file():
+        return (hf_dir / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        if (hf_dir / name).is_file() and "chat_template" in (settings := read_json(hf_dir / name)):
+            return settings["chat_template"]
+    return None
+
+
+def load_tokenizer(hf_dir: Path) -> Any:
+    """Loads the tokenizer as transformers does; no code of the folder is run.
+
+    Raises:
+        ConfigError: there is none, or only a slow one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the tokenizer of {hf_dir}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer of {hf_dir} has no tokenizer.json, which exact loss masks need: save it as a fast one"
+        )
+    return tokenizer
+
+
+def generation_stops(hf_dir: Path, *ends: int | None) -> tuple[int, ...]:
+    """Returns the ids that end an answer: ``ends``, and the eos ids of generation_config.json."""
+    path = hf_dir / "generation_config.json"
+    listed = read_json(path).get("eos_token_id") if path.is_file() else None
+    listed = listed if isinstance(listed, list) else [listed]
+    return tuple(sorted({i for i in (*ends, *listed) if i is not None}))

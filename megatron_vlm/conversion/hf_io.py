@@ -17,11 +17,13 @@ from torch import Tensor
 
 from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.conversion.safetensors_io import SafetensorsFile, SafetensorsWriter, aligned_order, sync_path
+from megatron_vlm.conversion.torch_files import TorchFile
 from megatron_vlm.errors import ConfigError, ConversionError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+BIN_NAME, BIN_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_PATTERNS = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf",
     "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.pkl",
@@ -50,7 +52,10 @@ def resolve_directory(path_or_id: str | os.PathLike) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     try:
-        return Path(snapshot_download(text, ignore_patterns=_NEVER_FETCHED))
+        snapshot = Path(snapshot_download(text, ignore_patterns=_NEVER_FETCHED))
+        if (snapshot / CONFIG_NAME).exists() and not any(snapshot.glob("*.safetensors*")):
+            snapshot = Path(snapshot_download(text, allow_patterns=["pytorch_model*.bin", BIN_INDEX_NAME]))
+        return snapshot
     except (
         OSError,
         ValueError,
@@ -82,7 +87,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 class HFTensors:
-    """The tensors of an HF directory: ``model.safetensors``, or the shards of its index.
+    """The tensors of an HF directory: ``model.safetensors``, or the shards of its index; else ``pytorch_model.bin`` likewise.
 
     Files stay open until ``close``.
 
@@ -90,19 +95,21 @@ class HFTensors:
         infos: name -> TensorInfo of every tensor, as named in the files.
 
     Raises:
-        ConversionError: no safetensors weights, a shard absent or damaged, or index and shards disagree.
+        ConversionError: no weights, a shard absent or damaged, or index and shards disagree.
     """
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
-        index = self.directory / INDEX_NAME
-        self._files: dict[str, SafetensorsFile] = {}
+        self._files: dict[str, SafetensorsFile | TorchFile] = {}
         self._file_of: dict[str, str] = {}
         try:
-            if index.exists():
-                self._open_index(index)
-            elif (self.directory / WEIGHTS_NAME).exists() or (self.directory / WEIGHTS_NAME).is_symlink():
-                self._open(WEIGHTS_NAME)
+            for index, whole in ((INDEX_NAME, WEIGHTS_NAME), (BIN_INDEX_NAME, BIN_NAME)):
+                if (self.directory / index).exists():
+                    self._open_index(self.directory / index)
+                    break
+                if (self.directory / whole).exists() or (self.directory / whole).is_symlink():
+                    self._open(whole)
+                    break
             else:
                 raise ConversionError(self._explain_absence())
         except BaseException:
@@ -120,7 +127,8 @@ class HFTensors:
             file.close()
 
     def _open(self, name: str) -> None:
-        file = self._files[name] = SafetensorsFile(self.directory / name)
+        reader = TorchFile if name.endswith(".bin") else SafetensorsFile
+        file = self._files[name] = reader(self.directory / name)
         for tensor in file.infos:
             if tensor in self._file_of:
                 raise ConversionError(f"{tensor} is both in {self._file_of[tensor]} and {name} of {self.directory}")
@@ -145,15 +153,9 @@ class HFTensors:
             raise ConversionError(f"{len(extra)} tensors in the shards are not in {index}: {list_names(extra)}")
 
     def _explain_absence(self) -> str:
-        pickles = sorted(p.name for p in self.directory.glob("*.bin")) + sorted(
-            p.name for p in self.directory.glob("*.pt*")
-        )
-        if pickles:
-            return (
-                f"{self.directory} has pickled weights ({list_names(pickles)}) and no safetensors: pickles are not "
-                "read; save the model once with transformers' save_pretrained, which writes safetensors"
-            )
-        return f"{self.directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}"
+        others = sorted(p.name for pattern in WEIGHT_PATTERNS for p in self.directory.glob(pattern))
+        found = f"; it has {list_names(others)}" if others else ""
+        return f"{self.directory} has none of {WEIGHTS_NAME}, {INDEX_NAME}, {BIN_NAME} and {BIN_INDEX_NAME}{found}"
 
 
 def list_names(names: Iterable[str], limit: int = 20) -> str:

@@ -121,20 +121,20 @@ def empty_index(directory):
 def no_weights(directory):
     for path in directory.iterdir():
         path.unlink()
-    return "neither model.safetensors nor"
+    return "none of model.safetensors, .* and pytorch_model.bin.index.json$"
 
 
-def pickles_only(directory):
+def other_format_only(directory):
     no_weights(directory)
-    (directory / "pytorch_model.bin").write_bytes(b"x")
-    return "pickled weights .pytorch_model.bin.*save_pretrained"
+    (directory / "model.gguf").write_bytes(b"x")
+    return "none of model.safetensors, .*; it has model.gguf"
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         absent_shard, dangling_link, truncated_shard, tensor_absent, tensor_unlisted, tensor_twice, broken_index,
-        empty_index, no_weights, pickles_only,
+        empty_index, no_weights, other_format_only,
     ],
 )  # fmt: skip
 def test_damaged_directories_are_named(tmp_path, damage):

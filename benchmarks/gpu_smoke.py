@@ -17,7 +17,8 @@ import torch
 from megatron_vlm.data.types import IGNORE_INDEX, EncodedSample, PackedRow, row_from_samples
 from megatron_vlm.layers.attention import attention, select_backend
 from megatron_vlm.models import registry
-from megatron_vlm.models.idefics2.config import Idefics2ModelConfig, PerceiverConfig, TextConfig, VisionConfig
+from megatron_vlm.models.idefics2.config import Idefics2ModelConfig, PerceiverConfig, VisionConfig
+from megatron_vlm.models.text import TextConfig
 from megatron_vlm.models.vlm import ModelOptions, build_model
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.rng import seed_step

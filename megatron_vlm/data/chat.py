@@ -1,9 +1,10 @@
 """Turns -> token ids with an exact loss mask, shared by the families.
 
-    pieces (text, supervised) --joined--> one string --tokenised whole--> ids, mask by character offsets
+    pieces (text, supervised) --joined--> one string --tokenised whole--> ids, mask by character offsets  (encode_pieces)
+    pieces (text or ids, supervised) --each tokenised on its own--> ids, mask by piece                   (encode_separately)
 
-The string is tokenised as a whole, as HF does, so the ids are HF's; a token is supervised if it starts in a supervised
-piece.
+A string tokenised as a whole, as HF does, has HF's ids; a token is supervised if it starts in a supervised piece. Recipes
+that join the ids of separately tokenised pieces get the ids of those.
 """
 
 import dataclasses
@@ -20,10 +21,11 @@ from megatron_vlm.data.types import Turn
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A stretch of a prompt. ``answer`` says that it is the assistant's own text."""
+    """A stretch of a prompt. ``answer`` says that it is the assistant's own text; ``ids`` stand for what is not text."""
 
-    text: str
+    text: str = ""
     answer: bool = False
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,10 @@ class FastTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"text": self.text, "_tokenizer": None}
+
+    def ids(self, text: str) -> list[int]:
+        """Returns the ids of a text alone: no BOS or EOS is added."""
+        return self._load().encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns ids (int64 [L]) and the character that each token starts at (int64 [L]; -1: added, as BOS is)."""
@@ -111,6 +117,22 @@ def encode_pieces(
     last = max((i for i, piece in enumerate(pieces) if piece.answer), default=len(pieces))
     answer_start = int(np.argmax((owner == last) & ~added)) if in_answer.any() else len(ids)
     return Tokens(ids=ids, supervised=supervised, answer_start=answer_start, num_turns=num_turns)
+
+
+def encode_separately(
+    tokenizer: FastTokenizer, pieces: Sequence[Piece], num_turns: int, *, answer_only: bool, never: Sequence[int]
+) -> Tokens:
+    """Tokenises each piece on its own, as recipes do that join token ids; arguments as of ``encode_pieces``.
+
+    BOS, EOS and image tokens come as pieces with ``ids``.
+    """
+    parts = [tokenizer.ids(piece.text) if piece.ids is None else list(piece.ids) for piece in pieces]
+    ids = np.array([i for part in parts for i in part], dtype=np.int64)
+    lengths = [len(part) for part in parts]
+    in_answer = np.repeat([piece.answer for piece in pieces], lengths).astype(bool)
+    supervised = (in_answer if answer_only else np.ones(len(ids), dtype=bool)) & ~np.isin(ids, list(never))
+    last = max((i for i, piece in enumerate(pieces) if piece.answer), default=len(pieces))
+    return Tokens(ids=ids, supervised=supervised, answer_start=sum(lengths[:last]), num_turns=num_turns)
 
 
 def fit(

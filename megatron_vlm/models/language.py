@@ -6,7 +6,7 @@ Legend: T tokens of the row (T / tp under sequence parallelism), H hidden size, 
 Everything that depends on the version of megatron-core (pinned to 0.16.1) stands here and in ``parallel/``.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,36 +31,9 @@ from torch import Tensor
 from megatron_vlm.layers.core_attention import CoreAttention, RowParams
 from megatron_vlm.layers.cross_entropy import linear_cross_entropy_sum
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
+from megatron_vlm.layers.rope import RotaryAngles
+from megatron_vlm.models.text import TextConfig
 from megatron_vlm.parallel.topology import SoloGroup, Topology
-
-
-class DecoderConfig(Protocol):
-    """What a family's text config must offer; see ``models/idefics2/config.py`` for the meaning of each."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def ffn_hidden_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def num_query_groups(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def max_position_embeddings(self) -> int: ...
-    @property
-    def norm_epsilon(self) -> float: ...
-    @property
-    def rotary_base(self) -> float: ...
-    @property
-    def sliding_window(self) -> int | None: ...
-    @property
-    def tie_word_embeddings(self) -> bool: ...
 
 
 def layer_spec(norm: type[RMSNorm] | type[LayerNorm], causal: bool) -> ModuleSpec:
@@ -142,11 +115,19 @@ class Decoder(GPTModel):
     """megatron-core's GPTModel for packed rows: fused embeddings in; hidden states, loss sum or logits out."""
 
     def __init__(
-        self, text: DecoderConfig, topology: Topology, options: Any, vp_stage: int | None, pre: bool, post: bool
+        self,
+        text: TextConfig,
+        topology: Topology,
+        options: Any,
+        vp_stage: int | None,
+        pre: bool,
+        post: bool,
+        layer: ModuleSpec | None = None,
     ):
         config = decoder_transformer_config(text, topology, options)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=topology.pp_rank)
-        spec = TransformerBlockSubmodules(layer_specs=[layer_spec(RMSNorm, causal=True)] * layers, layer_norm=RMSNorm)
+        layer = layer or layer_spec(RMSNorm, causal=True)
+        spec = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
         super().__init__(
             config=config,
             transformer_layer_spec=spec,
@@ -155,13 +136,15 @@ class Decoder(GPTModel):
             pre_process=pre,
             post_process=post,
             share_embeddings_and_output_weights=text.tie_word_embeddings,
-            position_embedding_type="rope",
-            rotary_base=text.rotary_base,
+            position_embedding_type="none",  # angles are those of each token, see layers/rope.py
             scatter_embedding_sequence_parallel=False,  # images are fused in first
             vp_stage=vp_stage,
         )
         self.true_vocab_size = text.vocab_size
         self.tp_group = topology.tp_group
+        self.rotary_angles = RotaryAngles(
+            text.head_dim, text.rotary_base, text.max_position_embeddings, text.rope_scaling, topology.device
+        )
         if post and not pre and text.tie_word_embeddings:
             self.output_layer.weight.tied_copy = True
 
@@ -180,7 +163,7 @@ class Decoder(GPTModel):
         Returns:
             Hidden states [T(/tp), 1, H].
         """
-        angles = self.rotary_pos_emb(row.max_seqlen_q, packed_seq=True)[position_ids[0]]
+        angles = self.rotary_angles(position_ids[0], row.cu_seqlens_kv, row.max_seqlen_kv)
         return self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
@@ -215,7 +198,7 @@ class Decoder(GPTModel):
         return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
 
 
-def decoder_transformer_config(text: DecoderConfig, topology: Topology, options: Any) -> TransformerConfig:
+def decoder_transformer_config(text: TextConfig, topology: Topology, options: Any) -> TransformerConfig:
     """megatron-core's config of a Llama-shaped decoder."""
     window = (text.sliding_window - 1, 0) if text.sliding_window is not None else None
     return transformer_config(
@@ -233,6 +216,7 @@ def decoder_transformer_config(text: DecoderConfig, topology: Topology, options:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=text.qkv_bias,
         window_size=window,
     )
 

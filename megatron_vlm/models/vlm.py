@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_vlm.config import Config, nearest
 from megatron_vlm.conversion.mapping import Layout, Mapping
 from megatron_vlm.data.types import VLMBatch
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.models.fusion import fuse, touch
 from megatron_vlm.models.language import Decoder
@@ -70,7 +70,7 @@ class ModelOptions(Config):
 
 
 class VisionLanguageModel(MegatronModule):
-    """One stage. ``vision_model`` and ``connector`` are None on stages that do not own them."""
+    """One stage. ``vision_model`` and ``connector`` are None on stages that do not own them, and in a text model on all."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class VisionLanguageModel(MegatronModule):
         x = self.language_model.embed(batch.input_ids, batch.position_ids)
         if batch.num_images:
             x = fuse(x, self.image_features(batch), batch.image_positions, batch.num_images)
-        else:
+        elif self.vision_model is not None:
             x = touch(x, self._vision_parts())
         if self.config.sequence_parallel:
             x = scatter_to_sequence_parallel_region(x, group=self.language_model.tp_group)
@@ -142,7 +142,9 @@ class VisionLanguageModel(MegatronModule):
 
     def _vision_parts(self) -> tuple[nn.Module, nn.Module]:
         if self.vision_model is None or self.connector is None:
-            raise ValueError("this stage has no vision tower")
+            raise DataError(
+                "a row has images, and the model has no vision tower: train it on text, or another model on this"
+            )
         return self.vision_model, self.connector
 
 

@@ -4,7 +4,7 @@ samples --hf_reference--> loss, logits, gradients by HF name
 samples --rows--> run_distributed(layout_run, ...) --merge_gradients--> the same, by HF name
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,8 +67,13 @@ def hf_inputs(sample: EncodedSample, dtype: torch.dtype = torch.float32) -> dict
     return inputs
 
 
-def hf_reference(model: Any, samples: Sequence[EncodedSample], gradients: bool = True) -> tuple[float, Tensor, dict]:
-    """Runs HF one sample at a time.
+def hf_reference(
+    model: Any,
+    samples: Sequence[EncodedSample],
+    gradients: bool = True,
+    inputs: Callable[[EncodedSample, torch.dtype], dict[str, Tensor]] = hf_inputs,
+) -> tuple[float, Tensor, dict]:
+    """Runs HF one sample at a time; ``inputs(sample, dtype)`` gives the model's arguments (Idefics2's unless told).
 
     Returns:
         (sum of token losses / supervised tokens, logits [sum of lengths, V], gradients of that loss by name).
@@ -78,7 +83,7 @@ def hf_reference(model: Any, samples: Sequence[EncodedSample], gradients: bool =
     logits, total, count = [], torch.zeros((), dtype=dtype), 0
     with torch.set_grad_enabled(gradients):
         for sample in samples:
-            output = model(**hf_inputs(sample, dtype)).logits[0]
+            output = model(**inputs(sample, dtype)).logits[0]
             total = total + F.cross_entropy(output[:-1], sample.labels[1:], reduction="sum")
             count += int((sample.labels[1:] != -100).sum())
             logits.append(output.detach())

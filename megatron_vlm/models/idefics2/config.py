@@ -5,30 +5,7 @@ from typing import Any
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig(Config):
-    """A Mistral or Llama decoder.
-
-    Attributes:
-        sliding_window: keys a query sees, itself included (Mistral); None: all before it.
-        vocab_size: true vocabulary, without padding for tensor parallelism.
-    """
-
-    model_type: str
-    hidden_size: int
-    ffn_hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    norm_epsilon: float
-    rotary_base: float
-    sliding_window: int | None
-    tie_word_embeddings: bool
+from megatron_vlm.models.text import TextConfig, text_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,35 +75,14 @@ class Idefics2ModelConfig(Config):
         text, vision, perceiver = hf.text_config, hf.vision_config, hf.perceiver_config
         if text.model_type not in ("mistral", "llama"):
             raise ConfigError(f"Idefics2's text model must be mistral or llama, got {text.model_type!r}")
-        rope = dict(getattr(text, "rope_parameters", None) or {})
-        if rope.get("rope_type", "default") != "default":
-            raise ConfigError(f"rope_type {rope['rope_type']!r} is not built yet: only 'default' is")
         for name, value, wanted in (
-            ("text_config.hidden_act", text.hidden_act, "silu"),
             ("vision_config.hidden_act", vision.hidden_act, "gelu_pytorch_tanh"),
             ("perceiver_config.hidden_act", perceiver.hidden_act, "silu"),
         ):
             if value != wanted:
                 raise ConfigError(f"{name} {value!r} is not built: only {wanted!r} is")
-        if getattr(text, "attention_bias", False) or getattr(text, "mlp_bias", False):
-            raise ConfigError("text_config.attention_bias / mlp_bias true is not built for Idefics2")
-        heads = text.num_attention_heads
         return cls(
-            text=TextConfig(
-                model_type=text.model_type,
-                hidden_size=text.hidden_size,
-                ffn_hidden_size=text.intermediate_size,
-                num_layers=text.num_hidden_layers,
-                num_attention_heads=heads,
-                num_query_groups=text.num_key_value_heads or heads,
-                head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-                vocab_size=text.vocab_size,
-                max_position_embeddings=text.max_position_embeddings,
-                norm_epsilon=text.rms_norm_eps,
-                rotary_base=float(rope.get("rope_theta", 10000.0)),
-                sliding_window=getattr(text, "sliding_window", None),
-                tie_word_embeddings=bool(hf.tie_word_embeddings),
-            ),
+            text=text_config(text, hf.tie_word_embeddings),
             vision=VisionConfig(
                 hidden_size=vision.hidden_size,
                 ffn_hidden_size=vision.intermediate_size,

@@ -1,10 +1,8 @@
 """Weight map of Idefics2: the module names here are those of ``model.py`` with global layer numbers."""
 
 from megatron_vlm.conversion.mapping import COLUMN, GATED, REPLICATED, ROW, Entry, Layout, Mapping, direct, gated, qkv
-from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.idefics2.config import Idefics2ModelConfig, TextConfig
-
-_MAX_TP = 64
+from megatron_vlm.models.idefics2.config import Idefics2ModelConfig
+from megatron_vlm.models.text import check_tensor_parallel, llama_entries
 
 
 def idefics2_mapping(
@@ -23,7 +21,7 @@ def idefics2_mapping(
     """
     check_tensor_parallel(config.text, tp)
     vocab = Layout(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
-    entries = [*_vision(config, tp), *_connector(config, tp), *_text(config, vocab)]
+    entries = [*_vision(config, tp), *_connector(config, tp), *llama_entries(config.text, vocab, "model.text_model.")]
     tied = {"lm_head.weight": "model.text_model.embed_tokens.weight"} if config.text.tie_word_embeddings else {}
     rotary = (f"model.text_model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.text.num_layers))
     return Mapping(
@@ -32,26 +30,6 @@ def idefics2_mapping(
         hf_tied=tied,
         ignored=frozenset(["model.vision_model.embeddings.position_ids", *rotary]),  # buffers in files of old versions
     )
-
-
-def check_tensor_parallel(text: TextConfig, tp: int) -> None:
-    """Checks that decoder heads and ffn divide by ``tp``, and that the kv heads are a multiple or a divisor of it.
-
-    Raises:
-        ConfigError: they do not; with the sizes that work.
-    """
-
-    def legal(size: int) -> bool:
-        groups = text.num_query_groups
-        even = text.num_attention_heads % size == 0 and text.ffn_hidden_size % size == 0
-        return even and (groups % size == 0 or size % groups == 0)
-
-    if tp < 1 or not legal(tp):
-        sizes = ", ".join(str(size) for size in range(1, _MAX_TP + 1) if legal(size))
-        raise ConfigError(
-            f"tensor parallel size {tp} does not fit a decoder of {text.num_attention_heads} heads, "
-            f"{text.num_query_groups} kv heads and ffn {text.ffn_hidden_size}: use one of {sizes}"
-        )
 
 
 def _vision(config: Idefics2ModelConfig, tp: int) -> list[Entry]:
@@ -114,29 +92,4 @@ def _connector(config: Idefics2ModelConfig, tp: int) -> list[Entry]:
         )
         entries.append(direct(f"{m}mlp.linear_fc2.weight", f"{h}mlp.down_proj.weight", ROW))
     entries.append(direct(mg + "perceiver_resampler.norm.weight", hf + "perceiver_resampler.norm.weight"))
-    return entries
-
-
-def _text(config: Idefics2ModelConfig, vocab: Layout) -> list[Entry]:
-    text = config.text
-    hf, mg = "model.text_model.", "language_model."
-    entries = [direct(mg + "embedding.word_embeddings.weight", hf + "embed_tokens.weight", vocab)]
-    for i in range(text.num_layers):
-        h, m = f"{hf}layers.{i}.", f"{mg}decoder.layers.{i}."
-        entries += [
-            direct(m + "input_layernorm.weight", h + "input_layernorm.weight"),
-            qkv(
-                m + "self_attention.linear_qkv.weight",
-                [f"{h}self_attn.{x}_proj.weight" for x in "qkv"],
-                num_heads=text.num_attention_heads,
-                num_query_groups=text.num_query_groups,
-            ),
-            direct(m + "self_attention.linear_proj.weight", h + "self_attn.o_proj.weight", ROW),
-            direct(m + "pre_mlp_layernorm.weight", h + "post_attention_layernorm.weight"),
-            gated(m + "mlp.linear_fc1.weight", [h + "mlp.gate_proj.weight", h + "mlp.up_proj.weight"]),
-            direct(m + "mlp.linear_fc2.weight", h + "mlp.down_proj.weight", ROW),
-        ]
-    entries.append(direct(mg + "decoder.final_layernorm.weight", hf + "norm.weight"))
-    if not text.tie_word_embeddings:
-        entries.append(direct(mg + "output_layer.weight", "lm_head.weight", vocab))
     return entries

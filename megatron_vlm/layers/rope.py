@@ -1,0 +1,97 @@
+"""Rotary position embedding: the angles of every token of a packed row, with the scalings of Llama-shaped models.
+
+    position ids, segment lengths --inverse frequencies (per segment for dynamic NTK)--> angles [T, 1, 1, D]
+
+Formulas: RoFormer (Su et al. 2021); scalings as transformers 5.23, ``modeling_rope_utils.py``.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.config import Config
+from megatron_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling(Config):
+    """How RoPE reaches beyond the positions it was trained on.
+
+    Attributes:
+        kind: ``linear``; ``dynamic`` (NTK: the base grows with a sample's length beyond the model's positions);
+            ``llama3`` (long wavelengths are stretched).
+        factor: of the stretching.
+        low_freq_factor, high_freq_factor, original_max_position_embeddings: of ``llama3``.
+    """
+
+    kind: Literal["linear", "dynamic", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ConfigError(f"a RoPE scaling factor is at least 1, got {self.factor}")
+
+
+class RotaryAngles:
+    """Angles of a head dimension ``dim``; halves, not pairs, are rotated against each other.
+
+    Args:
+        dim: D, of a head.
+        base: ``rope_theta``.
+        max_positions: trained positions, beyond which ``dynamic`` acts.
+        scaling: None: none.
+        device: of the angles.
+    """
+
+    def __init__(self, dim: int, base: float, max_positions: int, scaling: RopeScaling | None, device: torch.device):
+        self.dim, self.base, self.max_positions, self.scaling = dim, base, max_positions, scaling
+        self.exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+        self.inv_freq = _scaled(1.0 / (base**self.exponents), scaling)
+
+    def __call__(self, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Angles, fp32 [T, 1, 1, D].
+
+        Args:
+            position_ids: int64 [T].
+            cu_seqlens: int32 [N + 1], segments by whose lengths ``dynamic`` scales.
+            max_seqlen: the longest of them.
+        """
+        positions = position_ids.float()[:, None]
+        if self.scaling is not None and self.scaling.kind == "dynamic" and max_seqlen > self.max_positions:
+            freqs = positions * self._dynamic(cu_seqlens, len(position_ids))
+        else:
+            freqs = positions * self.inv_freq
+        return torch.cat((freqs, freqs), -1)[:, None, None]
+
+    def _dynamic(self, cu_seqlens: Tensor, total: int) -> Tensor:
+        """[T, D / 2]: inverse frequencies of each token, by the length of its segment."""
+        assert self.scaling is not None
+        lengths = cu_seqlens.diff().clamp(min=self.max_positions).double()
+        stretch = self.scaling.factor * lengths / self.max_positions - (self.scaling.factor - 1)
+        bases = (self.base * stretch ** (self.dim / (self.dim - 2))).float()
+        freqs = 1.0 / (bases[:, None] ** self.exponents)
+        # While generating, a segment's keys are longer than its queries: then there is one segment, and it holds all tokens.
+        if len(freqs) == 1:
+            return freqs
+        return freqs.repeat_interleave(cu_seqlens.diff(), 0, output_size=total)
+
+
+def _scaled(inv_freq: Tensor, scaling: RopeScaling | None) -> Tensor:
+    if scaling is None or scaling.kind == "dynamic":
+        return inv_freq
+    if scaling.kind == "linear":
+        return inv_freq / scaling.factor
+    # Llama 3.1: short wavelengths stay, long ones are stretched, those between are blended.
+    positions = scaling.original_max_position_embeddings
+    wavelength = 2 * math.pi / inv_freq
+    stretched = torch.where(wavelength > positions / scaling.low_freq_factor, inv_freq / scaling.factor, inv_freq)
+    smooth = (positions / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - smooth) * stretched / scaling.factor + smooth * stretched
+    between = (wavelength >= positions / scaling.high_freq_factor) & (wavelength <= positions / scaling.low_freq_factor)
+    return torch.where(between, blended, stretched)

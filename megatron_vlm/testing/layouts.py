@@ -1,0 +1,151 @@
+"""Every layout trains as one process does: the cases, and the check that a family's test runs over them.
+
+rows --one process--> loss, gradients, 10 updates
+rows --tp, pp, dp, sp, vp ... on gloo ranks--> the same, within LOSS, GRADIENT, NORM
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vlm.data.types import EncodedSample, row_from_samples
+from megatron_vlm.models import registry
+from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.parity import gradient_errors, layout_run, merge_gradients
+
+LOSS = 1e-5  # relative; measured 4e-6 after 10 updates
+NORM = 1e-3  # relative, over 10 updates; measured 4e-5
+GRADIENT = 1e-5  # of each gradient's norm; measured 4e-6
+STEPS = 10
+VOCAB_MULTIPLE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One layout: sizes, what runs in it, frozen groups, and the name of the twin."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sp: bool = False
+    vp: int | None = None
+    do: bool = False
+    overlap: bool = False
+    recompute: bool = False
+    freeze: tuple[str, ...] = ()
+    twin: str = ""
+
+    def __str__(self) -> str:
+        flags = dict(sp=self.sp, vp=self.vp, do=self.do, overlap=self.overlap, recompute=self.recompute)
+        parts = [*(name for name, on in flags.items() if on), *(f"no_{group}" for group in self.freeze)]
+        return "-".join([*([self.twin] if self.twin else []), f"tp{self.tp}pp{self.pp}dp{self.dp}", *parts])
+
+    @property
+    def parallel(self) -> dict[str, Any]:
+        """Arguments of ParallelConfig."""
+        return dict(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            sequence_parallel=self.sp,
+            num_layers_per_virtual_pipeline_stage=self.vp,
+            use_distributed_optimizer=self.do,
+            overlap_grad_reduce=self.overlap,
+            recompute_granularity="full" if self.recompute else None,
+        )
+
+
+PAIRWISE_SMALL = [
+    Case(tp=2, dp=2, sp=True, do=True, overlap=True),
+    Case(tp=4, sp=True, recompute=True),
+    Case(pp=2, dp=2, overlap=True),
+    Case(tp=2, pp=2, sp=True, vp=1, recompute=True),
+    Case(pp=2, dp=2, do=True, vp=1, freeze=("vision", "connector")),
+    Case(pp=4, freeze=("llm",)),
+]
+"""A small cover of {tp, pp, dp, sequence parallel, virtual stages, distributed optimizer, recompute, frozen, overlap} for
+families of at least 4 decoder layers. A text family leaves out the frozen cases."""
+
+SIZES = [(1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
+
+
+def whole_matrix(
+    twin: str = "", freezes: Sequence[tuple[str, ...]] = ((),), recomputes: Sequence[bool] = (False,)
+) -> list[Case]:
+    """Every combination on up to 4 ranks, for the tests marked ``full``."""
+    return [
+        Case(tp=tp, pp=pp, dp=dp, sp=sp, vp=vp, do=do, overlap=do, recompute=recompute, freeze=freeze, twin=twin)
+        for tp, pp, dp in SIZES
+        for sp in ([False, True] if tp > 1 else [False])
+        for vp in ([None, 1] if pp == 2 else [None])
+        for do in ([False, True] if dp > 1 else [False])
+        for recompute in recomputes
+        for freeze in freezes
+    ]
+
+
+@dataclass
+class LayoutCheck:
+    """Compares layouts of one model with one process, whose results are kept by frozen groups.
+
+    Attributes:
+        family: name in the registry.
+        directory: of the HF twin.
+        hf_config: content of its config.json.
+        batches: samples of each row of the global batch (a multiple of 4 rows).
+        fill: tokens that rows are filled to with virtual stages.
+        no_true_gradient: ``f(hf name)``: the true gradient is zero and what is computed is round-off.
+    """
+
+    family: str
+    directory: str
+    hf_config: dict[str, Any]
+    batches: Sequence[Sequence[EncodedSample]]
+    fill: int
+    no_true_gradient: Callable[[str], bool] = lambda name: False
+    _alone: dict[tuple[str, ...], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.spec = registry.get(self.family)
+        self.config = self.spec.config(self.hf_config)
+
+    def alone(self, freeze: tuple[str, ...]) -> tuple[float, dict[str, Any], list[tuple[float, float]]]:
+        """Loss, gradients by HF name, and (loss, norm) of each update of one process."""
+        if freeze not in self._alone:
+            self._alone[freeze] = self._run(Case(freeze=freeze))[:3]
+        return self._alone[freeze]
+
+    def check(self, case: Case) -> None:
+        """Runs a case and compares; prints the distances.
+
+        Raises:
+            AssertionError: beyond a tolerance.
+        """
+        loss, grads, history = self.alone(case.freeze)
+        our_loss, our_grads, _, results = self._run(case)
+        errors = gradient_errors(our_grads, grads)
+        worst = max(((e, n) for n, e in errors.items() if not self.no_true_gradient(n)), default=(0.0, ""))
+        loss_error = abs(our_loss - loss) / loss
+        steps = [
+            (abs(x - y) / y, abs(m - n) / n)
+            for result in results
+            for (x, m), (y, n) in zip(result["history"], history, strict=True)
+        ]
+        step_loss, step_norm = (max(column) for column in zip(*steps))
+        print(f"{case}: loss {loss_error:.1e}, worst gradient {worst[0]:.1e} {worst[1]}")
+        print(
+            f"{STEPS} updates: loss {history[0][0]:.4f} -> {history[-1][0]:.4f}, off {step_loss:.1e}; norm {step_norm:.1e}"
+        )
+        if not any(float(g.norm()) > 0 for g in grads.values()):
+            raise AssertionError("no gradient at all")
+        if loss_error > LOSS or worst[0] > GRADIENT or step_loss > LOSS or step_norm > NORM:
+            raise AssertionError(f"{case}: {loss_error=:.2e} gradient={worst} {step_loss=:.2e} {step_norm=:.2e}")
+
+    def _run(self, case: Case) -> tuple[float, dict[str, Any], list[tuple[float, float]], list[dict[str, Any]]]:
+        multiple, fill = case.tp if case.sp else 1, self.fill if case.vp else 0
+        rows = [row_from_samples(samples, multiple_of=multiple, fill_to=fill) for samples in self.batches]
+        results = run_distributed(
+            layout_run, self.directory, rows, case.parallel, {"freeze": case.freeze}, STEPS, tp=case.tp, pp=case.pp, dp=case.dp
+        )  # fmt: skip
+        mapping = self.spec.mapping(self.config, tp=case.tp, vocab_multiple=VOCAB_MULTIPLE)
+        loss, grads = merge_gradients(results, mapping, self.config.text.vocab_size)
+        return loss, grads, results[0]["history"], results

@@ -30,7 +30,7 @@ def write_processor(folder, *, longest=LONGEST, shortest=SHORTEST, tokenizer=Non
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     tiny_idefics2_config(tokenizer, image_size=LONGEST, patch_size=14).save_pretrained(folder)
     size = {"longest_edge": longest, "shortest_edge": shortest}
-    image_processor = Idefics2ImageProcessorPil(do_image_splitting=False, size=size, **images)
+    image_processor = Idefics2ImageProcessorPil(**{"do_image_splitting": False, "size": size, **images})
     hf = HFProcessor(image_processor, tokenizer, image_seq_len=LATENTS, chat_template=CHAT_TEMPLATE)
     hf.save_pretrained(folder)
     return hf
@@ -382,7 +382,6 @@ def test_base_variant_ends_turns_with_eos(tmp_path):
 @pytest.mark.parametrize(
     "file, change, message",
     [
-        ("processor_config.json", {"image_processor": {"do_image_splitting": True}}, "do_image_splitting"),
         ("processor_config.json", {"image_processor": {"do_normalize": False}}, "do_normalize"),
         ("processor_config.json", {"image_seq_len": 7}, "image_seq_len 7"),
         ("config.json", {"image_token_id": 3}, "image_token_id 3"),
@@ -401,8 +400,6 @@ def test_settings_that_cannot_work_are_refused(tmp_path, file, change, message):
         path.write_text(json.dumps(data))
     with pytest.raises(ConfigError, match=message):
         processor_of(tmp_path)
-    if message == "do_image_splitting":
-        assert processor_of(tmp_path, image_splitting=False).image_seq_len == LATENTS
 
 
 def test_missing_files_are_named(tmp_path):

@@ -2,42 +2,49 @@
 
     text and image sizes of each sample --count--> SHARD.FINGERPRINT.tokens.npy, beside the shard or in a cache
 
-They are made once per processor fingerprint. Several processes may do it at the same time: each starts with another
-shard, skips what exists by then, and puts its file in place with a rename.
+They are made once per processor fingerprint, without a limit on length unless samples are truncated: limits are laid
+on when they are read, so another ``seq_length`` counts nothing anew. Several processes may do it at the same time: each
+starts with another shard, skips what exists by then, and puts its file in place with a rename.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
 import uuid
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.dataset import MAX_OPEN, Dataset, Recent
+from megatron_vlm.data.mixture import Source
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
 UNREADABLE = "unreadable"
+TOO_LONG, TOO_MANY = "too_long", "too_many_patches"
+NO_LIMIT = 2**31 - 1
 MANY = 20_000  # samples worth starting processes for: counting takes about a millisecond each
 # Why a sample is excluded, by the code kept on disk: append only.
 REASONS = (
     "",
-    "too_long",
+    TOO_LONG,
     "nothing_supervised",
     "placeholders",
     "max_image_num",
     "control_tokens",
     UNREADABLE,
     "image_too_small",
+    TOO_MANY,
 )
 COUNT_DTYPE = np.dtype(
     [
@@ -59,6 +66,7 @@ class TokenCounts:
         processor: gives the fingerprint, and counts what is not counted yet.
         cache_dir: where counts go when a data folder is read-only.
         num_workers: processes to count with where there is much to count; 0: this one.
+        max_patches: samples with more are excluded; None: no limit.
         rank, num_ranks: of processes that do this at the same time: each begins with its share of the shards.
 
     Raises:
@@ -72,10 +80,15 @@ class TokenCounts:
         *,
         cache_dir: str | Path | None = None,
         num_workers: int = 0,
+        max_patches: int | None = None,
         rank: int = 0,
         num_ranks: int = 1,
     ):
         self.dataset = dataset
+        self._limits = {TOO_MANY: ("patches", max_patches or NO_LIMIT)}
+        if not processor.truncate:
+            self._limits[TOO_LONG] = ("tokens", processor.seq_length)
+            processor = dataclasses.replace(processor, seq_length=NO_LIMIT)  # type: ignore[type-var]
         self._fingerprint = processor.fingerprint[:16]
         self._cache = Path(cache_dir or os.path.expanduser("~/.cache/megatron_vlm"))
         self._paths: dict[int, Path] = {}
@@ -99,11 +112,16 @@ class TokenCounts:
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             if part.size:
                 out[part] = self._open(int(shards[part[0]]))[rows[part]]
-        return out
+        return self._limit(out)
 
     def shard(self, shard: int) -> NDArray[Any]:
         """Returns the counts of one shard."""
-        return self._open(shard)
+        return self._limit(np.array(self._open(shard)))
+
+    def _limit(self, counts: NDArray[Any]) -> NDArray[Any]:
+        for reason, (field, most) in self._limits.items():
+            counts["reason"][(counts["reason"] == 0) & (counts[field] > most)] = REASONS.index(reason)
+        return counts
 
     def _places(self, shard: int) -> tuple[Path, Path]:
         info = self.dataset.shards[shard]
@@ -193,67 +211,115 @@ def count_shard(dataset: Dataset, shard: int, processor: Processor) -> NDArray[A
     return counts
 
 
-def survey(counts: TokenCounts, config: DataConfig, output_dir: Path | None) -> dict[str, Any]:
+def survey(
+    counts: TokenCounts, config: DataConfig, output_dir: Path | None, sources: Sequence[Source] = ()
+) -> dict[str, Any]:
     """Goes over all counts once: totals, what is excluded and why, and whether the policies allow it.
 
     Args:
         counts: of all samples.
         config: ``on_too_long``, ``on_bad_sample``.
         output_dir: gets ``excluded.jsonl``, a line per excluded sample; None: not written.
+        sources: what to report in ``mixture``, covering all samples.
 
     Returns:
-        ``samples``, ``excluded`` {reason: number}, ``excluded_digest``, ``truncated``, and ``tokens`` and
-        ``supervised_tokens`` of the samples that are used.
+        ``samples``, ``excluded`` {reason: number}, ``excluded_digest``, ``truncated``, ``tokens`` and
+        ``supervised_tokens`` of the samples that are used, and ``mixture``: see ``shares``.
 
     Raises:
         DataError: samples that ``raise`` policies refuse (the first ones named), or nothing usable.
     """
     dataset = counts.dataset
-    report: dict[str, Any] = {
-        "samples": len(dataset),
-        "excluded": {},
-        "truncated": 0,
-        "tokens": 0,
-        "supervised_tokens": 0,
-    }
+    report: dict[str, Any] = {"samples": len(dataset), "excluded": {}, "truncated": 0, "tokens": 0}
+    report["supervised_tokens"] = 0
     digest = hashlib.sha256()
-    lines: list[tuple[int, int, str, int]] = []  # shard, row, reason, tokens
-    for shard in range(len(dataset.shards)):
-        table = counts.shard(shard)
-        digest.update(np.ascontiguousarray(table["reason"]).tobytes())
-        usable = table["reason"] == 0
-        report["truncated"] += int((table["truncated"][usable] != 0).sum())
-        report["tokens"] += int(table["tokens"][usable].sum(dtype=np.int64))
-        report["supervised_tokens"] += int(table["supervised"][usable].sum(dtype=np.int64))
-        for row in np.flatnonzero(~usable).tolist():
-            reason = REASONS[table["reason"][row]]
-            report["excluded"][reason] = report["excluded"].get(reason, 0) + 1
-            lines.append((shard, row, reason, int(table["tokens"][row])))
-    report["excluded_digest"] = digest.hexdigest()[:32]
-    for policy, reason, advice in (
-        (config.on_too_long, "too_long", f"have more than {config.seq_length} tokens: raise data.seq_length, or set "
-         "data.on_too_long to truncate or drop"),
-        (config.on_bad_sample, UNREADABLE, "cannot be read: build the folder again, or set data.on_bad_sample to skip"),
-    ):  # fmt: skip
-        refused = [line for line in lines if line[2] == reason]
-        if policy == "raise" and refused:
-            names = ", ".join(_describe(dataset, *line) for line in refused[:5])
-            more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
-            raise DataError(f"{len(refused)} of {len(dataset)} samples {advice}. They are {names}{more}")
-    if output_dir is not None:
-        _write_excluded(dataset, lines, output_dir / "excluded.jsonl")
+    refused: dict[str, list[str]] = {TOO_LONG: [], TOO_MANY: [], UNREADABLE: []}  # the first few of each
+    firsts = np.array([source.first for source in sources], dtype=np.int64)
+    used = np.zeros((2, len(sources)), dtype=np.int64)  # usable samples and their tokens
+    path = None if output_dir is None else output_dir / "excluded.jsonl"
+    with _replacing(path) as file:
+        for shard in range(len(dataset.shards)):
+            table = counts.shard(shard)
+            digest.update(np.ascontiguousarray(table["reason"]).tobytes())
+            usable = table["reason"] == 0
+            report["truncated"] += int((table["truncated"][usable] != 0).sum())
+            report["tokens"] += int(table["tokens"][usable].sum(dtype=np.int64))
+            report["supervised_tokens"] += int(table["supervised"][usable].sum(dtype=np.int64))
+            if sources:
+                ids = dataset.first_id(shard) + np.flatnonzero(usable)
+                which = np.searchsorted(firsts, ids, side="right") - 1
+                used[0] += np.bincount(which, minlength=len(sources))
+                used[1] += np.bincount(which, table["tokens"][usable], len(sources)).astype(np.int64)
+            for row in np.flatnonzero(~usable).tolist():
+                reason, tokens = REASONS[table["reason"][row]], int(table["tokens"][row])
+                report["excluded"][reason] = report["excluded"].get(reason, 0) + 1
+                if len(refused.get(reason, "12345")) < 5:
+                    refused[reason].append(_describe(dataset, shard, row, tokens))
+                if file is not None:
+                    file.write(json.dumps(_excluded_line(dataset, shard, row, reason, tokens)) + "\n")
+        report["excluded_digest"] = digest.hexdigest()[:32]
+        _refuse(report, refused, config)
     if report["excluded"]:
-        LOGGER.warning("%d of %d samples are excluded: %s", len(lines), len(dataset), report["excluded"])
+        number = sum(report["excluded"].values())
+        LOGGER.warning("%d of %d samples are excluded: %s", number, len(dataset), report["excluded"])
     if report["truncated"]:
         LOGGER.warning(
             "%d of %d samples are truncated to %d tokens", report["truncated"], len(dataset), config.seq_length
         )
-    if len(lines) == len(dataset):
+    if sum(report["excluded"].values()) == len(dataset):
         raise DataError(f"none of the {len(dataset)} samples can be used: {report['excluded']}")
+    if sources:
+        report["mixture"] = shares(sources, *used.tolist())
+        if not sum(source["samples"] for source in report["mixture"].values()):
+            raise DataError(f"none of the samples that an epoch reads can be used: {report['excluded']}")
     return report
 
 
-def _describe(dataset: Dataset, shard: int, row: int, reason: str, tokens: int) -> str:
+def shares(sources: Sequence[Source], usable: Sequence[int], tokens: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Returns what an epoch reads of each source, by name.
+
+    Args:
+        sources: of the mixture.
+        usable, tokens: usable samples of each source, and their tokens.
+
+    Returns:
+        ``per_epoch`` (asked for), ``repeat``, ``samples`` (used: exact where ``repeat`` is whole or nothing is excluded,
+        else the mean over epochs), ``tokens``, and the shares of all ``sample_share`` and ``token_share``.
+    """
+    rows = {}
+    for source, number, amount in zip(sources, usable, tokens):
+        repeat = source.per_epoch / source.samples
+        rows[source.name] = {
+            "per_epoch": source.per_epoch,
+            "repeat": round(repeat, 6),
+            "samples": round(number * source.per_epoch / source.samples),
+            "tokens": round(amount * source.per_epoch / source.samples),
+        }
+    for name in ("sample", "token"):
+        total = sum(row[f"{name}s"] for row in rows.values()) or 1
+        for row in rows.values():
+            row[f"{name}_share"] = round(row[f"{name}s"] / total, 6)
+    return rows
+
+
+def _refuse(report: dict[str, Any], refused: dict[str, list[str]], config: DataConfig) -> None:
+    advice = {
+        TOO_LONG: f"have more than {config.seq_length} tokens: raise data.seq_length, or set data.on_too_long to "
+        "truncate or drop",
+        TOO_MANY: f"have more than {config.max_patches_per_row} image patches: raise data.max_patches_per_row, or set "
+        "data.on_too_long to drop",
+        UNREADABLE: "cannot be read: build the folder again, or set data.on_bad_sample to skip",
+    }
+    for reason, names in refused.items():
+        policy = config.on_bad_sample if reason == UNREADABLE else config.on_too_long
+        if policy == "raise" and names:
+            number = report["excluded"][reason]
+            more = f" and {number - len(names)} more" if number > len(names) else ""
+            all_ = report["samples"]
+            raise DataError(f"{number} of {all_} samples {advice[reason]}. They are {', '.join(names)}{more}")
+
+
+def _describe(dataset: Dataset, shard: int, row: int, tokens: int) -> str:
     try:
         key = dataset.read_text(shard, row).key
     except DataError:
@@ -261,20 +327,30 @@ def _describe(dataset: Dataset, shard: int, row: int, reason: str, tokens: int) 
     return f"{key} ({tokens} tokens)" if tokens else key
 
 
-def _write_excluded(dataset: Dataset, lines: list[tuple[int, int, str, int]], path: Path) -> None:
+def _excluded_line(dataset: Dataset, shard: int, row: int, reason: str, tokens: int) -> dict[str, Any]:
+    return {
+        "sample": _describe(dataset, shard, row, 0),
+        "shard": str(dataset.shards[shard].path),
+        "offset": int(dataset.index(shard)[row]["offset"]),
+        "reason": reason,
+        "tokens": tokens,
+    }
+
+
+@contextlib.contextmanager
+def _replacing(path: Path | None) -> Iterator[IO[str] | None]:
+    """Opens a file that takes its place when all is written; refused samples are kept too, to be looked at."""
+    if path is None:
+        yield None
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with temporary.open("w", encoding="utf-8") as file:
-        for shard, row, reason, tokens in lines:
-            line = {
-                "sample": _describe(dataset, shard, row, reason, 0),
-                "shard": str(dataset.shards[shard].path),
-                "offset": int(dataset.index(shard)[row]["offset"]),
-                "reason": reason,
-                "tokens": tokens,
-            }
-            file.write(json.dumps(line) + "\n")
-    os.replace(temporary, path)
+        try:
+            yield file
+        finally:
+            file.flush()
+            os.replace(temporary, path)
 
 
 def _check(counts: NDArray[Any], length: int) -> None:

@@ -31,15 +31,21 @@ MAX_SPAN = 2**30
 TEXT_BYTES = 8192  # read at first for a sample's text: most fit
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One tar shard; ``num_bytes`` and ``sha256`` as the manifest says."""
+    """One tar shard, ``name`` in ``folder``; ``num_bytes`` and ``sha256`` as the manifest says."""
 
-    path: Path
+    folder: str
+    name: str
     num_samples: int
     num_images: int
     num_bytes: int
     sha256: str
+
+    @property
+    def path(self) -> Path:
+        """The tar file. Made when asked for: a run may have a hundred thousand shards."""
+        return Path(self.folder, self.name)
 
 
 class Recent:
@@ -77,8 +83,14 @@ class Dataset:
         if not paths:
             raise DataError("no data: name at least one folder made by 'megatron-vlm data build'")
         manifests = [_read_manifest(Path(path)) for path in paths]
-        self.shards = tuple(shard for shards in manifests for shard in shards)
+        self.shards = tuple(shard for shards, _ in manifests for shard in shards)
         self._ends = np.cumsum([shard.num_samples for shard in self.shards], dtype=np.int64)
+        starts = np.cumsum([0] + [sum(shard.num_samples for shard in shards) for shards, _ in manifests]).tolist()
+        # Of each folder its sources: name, first id, samples, samples that an epoch reads.
+        self.folders = tuple(
+            tuple((name, start + first, samples, per_epoch) for name, first, samples, per_epoch in sources)
+            for start, (_, sources) in zip(starts, manifests)
+        )
         self._reset()
 
     def _reset(self) -> None:
@@ -86,7 +98,7 @@ class Dataset:
         self._samples = Recent(self._open_samples, MAX_OPEN)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shards": self.shards, "_ends": self._ends}
+        return {"shards": self.shards, "folders": self.folders, "_ends": self._ends}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -109,6 +121,10 @@ class Dataset:
         """Returns the shard and the row in it of one id."""
         shards, rows = self.locate(np.array([sample_id], dtype=np.int64))
         return int(shards[0]), int(rows[0])
+
+    def first_id(self, shard: int) -> int:
+        """Returns the id of a shard's first sample."""
+        return int(self._ends[shard - 1]) if shard else 0
 
     def index(self, shard: int) -> NDArray[Any]:
         """Returns the sample table of a shard (``SAMPLE_DTYPE``), mapped from disk."""
@@ -190,7 +206,7 @@ def _open_array(path: Path, dtype: np.dtype, length: int) -> NDArray[Any]:
     return array
 
 
-def _read_manifest(folder: Path) -> list[Shard]:
+def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int, int]]]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -198,7 +214,8 @@ def _read_manifest(folder: Path) -> list[Shard]:
             raise DataError(f"version {manifest['version']} is not read here, only {MANIFEST_VERSION}", shard=str(path))
         shards = [
             Shard(
-                path=folder / str(item["name"]),
+                folder=str(folder),
+                name=str(item["name"]),
                 num_samples=int(item["samples"]),
                 num_images=int(item["images"]),
                 num_bytes=int(item["bytes"]),
@@ -206,16 +223,43 @@ def _read_manifest(folder: Path) -> list[Shard]:
             )
             for item in manifest["shards"]
         ]
+        sources = _read_sources(manifest.get("sources"), sum(shard.num_samples for shard in shards), folder.name)
     except FileNotFoundError as error:
         message = "no manifest.json: name a folder made by 'megatron-vlm data build'"
         raise DataError(message, shard=str(folder)) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"not a readable manifest: {error!r}", shard=str(path)) from error
     for shard in shards:
-        if shard.path.parent != folder:
-            raise DataError(f"shard name {shard.path} leads out of its folder", shard=str(path))
-        size = shard.path.stat().st_size if shard.path.is_file() else None
+        if os.path.basename(shard.name) != shard.name:
+            raise DataError(f"shard name {shard.name} leads out of its folder", shard=str(path))
+        try:
+            size = os.stat(os.path.join(shard.folder, shard.name)).st_size
+        except OSError:
+            size = None
         if size != shard.num_bytes:
             found = "is missing" if size is None else f"has {size} bytes"
             raise DataError(f"the shard {found}, the manifest says {shard.num_bytes} bytes", shard=str(shard.path))
-    return shards
+    return shards, sources
+
+
+def _read_sources(items: Any, samples: int, folder: str) -> list[tuple[str, int, int, int]]:
+    """Returns name, first sample, samples and samples an epoch of each source; without any, the folder is one."""
+    if not items or isinstance(items[0], str):
+        return [(folder, 0, samples, samples)]
+    sources, first = [], 0
+    for item in items:
+        number, repeat, per_epoch = int(item["samples"]), item.get("repeat"), item.get("per_epoch")
+        if int(item["first_sample"]) != first or number < 0:
+            raise ValueError(
+                f"source {item['name']!r} starts at {item['first_sample']}, the one before ends at {first}"
+            )
+        wanted = number if repeat is None else int(float(repeat) * number + 0.5)
+        wanted = wanted if per_epoch is None else int(per_epoch)
+        if wanted < 0 or (wanted and not number):
+            raise ValueError(f"source {item['name']!r} has {number} samples, an epoch cannot read {wanted} of them")
+        if number:
+            sources.append((str(item["name"]), first, number, wanted))
+        first += number
+    if first != samples:
+        raise ValueError(f"its sources hold {first} samples, its shards {samples}")
+    return sources

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.config import DataConfig, SourceConfig
 from megatron_vlm.data.counts import TokenCounts, digest_of, survey
 from megatron_vlm.data.dataset import Dataset
+from megatron_vlm.data.mixture import Mixture, Source, resolve
 from megatron_vlm.data.plan import DataState, RowPlan, StepPlan, Stream, row_plan
 from megatron_vlm.data.reader import Quarantine, RowReader, Rows
 from megatron_vlm.data.types import PackedRow, Processor
@@ -49,7 +50,7 @@ class RowLoader:
     Args:
         config: see DataConfig.
         processor: of the model.
-        paths: shard folders, read as one.
+        paths: shard folders, or how much of each an epoch reads as well.
         seed: of the order.
         global_batch_size: rows a step if packing, else samples.
         micro_batch_size: samples a row; 1 if packing.
@@ -69,7 +70,7 @@ class RowLoader:
         config: DataConfig,
         processor: Processor,
         *,
-        paths: Sequence[str | Path],
+        paths: Sequence[SourceConfig | str | Path],
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
@@ -84,17 +85,13 @@ class RowLoader:
         check_batch(config, global_batch_size, micro_batch_size, dp_size)
         check_rows(config, micro_batch_size, multiple_of, fill_to)
         self._config, self._batch = config, global_batch_size
-        self._dataset = Dataset(paths)
-        self._counts = TokenCounts(
-            self._dataset,
-            processor,
-            cache_dir=cache_dir or config.cache_dir,
-            num_workers=config.num_workers,
-            rank=dp_rank,
-            num_ranks=dp_size,
-        )
-        self._report = survey(self._counts, config, Path(output_dir) if output_dir and dp_rank == 0 else None)
-        self._stream = Stream(self._counts, seed, config)
+        settings = [p if isinstance(p, SourceConfig) else SourceConfig(path=str(p)) for p in paths]
+        self._dataset = Dataset([setting.path for setting in settings])
+        sources = resolve(self._dataset.folders, settings)
+        counts = _counts(self._dataset, processor, config, cache_dir, dp_rank, dp_size)
+        self._report = survey(counts, config, Path(output_dir) if output_dir and dp_rank == 0 else None, sources)
+        self._mixture = _mixture(sources, seed, config)
+        self._stream = Stream(counts, self._mixture, config)
         state = self._start(seed, processor, state)
         self._ready: deque[StepPlan] = deque()
         steps = self._stream.steps(
@@ -111,9 +108,10 @@ class RowLoader:
     def _start(self, seed: int, processor: Processor, state: DataState | None) -> DataState:
         digests = {
             "data": self._dataset.digest,
+            "mixture": self._mixture.digest,
             "processor": processor.fingerprint[:32],
             "excluded": self._report["excluded_digest"],
-            "packing": _packing_digest(self._config),
+            "packing": _packing_digest(self._config, self._batch),
         }
         if state is None:
             return DataState(seed=seed, digests=digests)
@@ -152,8 +150,8 @@ class RowLoader:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples that an epoch trains on: all but the excluded."""
-        return self._report["samples"] - sum(self._report["excluded"].values())
+        """Samples that an epoch trains on: what it reads of each source but the excluded ones (see ``shares``)."""
+        return sum(source["samples"] for source in self._report["mixture"].values())
 
     def steps_per_epoch(self, epochs: float = 1.0) -> int:
         """Returns the steps after which ``epochs`` epochs have been read; the last one may reach into the next epoch.
@@ -206,16 +204,10 @@ def evaluation_rows(
     """
     check_rows(config, micro_batch_size, multiple_of, fill_to)
     dataset = Dataset(paths)
-    counts = TokenCounts(
-        dataset,
-        processor,
-        cache_dir=cache_dir or config.cache_dir,
-        num_workers=config.num_workers,
-        rank=dp_rank,
-        num_ranks=dp_size,
-    )
+    counts = _counts(dataset, processor, config, cache_dir, dp_rank, dp_size)
     survey(counts, config, None)
-    stream = Stream(counts, None, config)
+    everything = Source(name="", first=0, samples=len(dataset), per_epoch=len(dataset))
+    stream = Stream(counts, _mixture([everything], None, config), config)
     reader = RowReader(dataset, processor, config, seed=0, multiple_of=multiple_of, fill_to=fill_to)
     quarantine = Quarantine(config, output_dir)
     plans = _evaluation_plans(stream, 1 if config.packing else micro_batch_size, dp_rank, dp_size, max_rows)
@@ -255,7 +247,31 @@ def _evaluation_plans(
             yield plan
         number += 1
     if number % dp_size and dp_rank >= number % dp_size:
-        yield RowPlan(ids=(), tokens=(), epoch=0, truncated=0)
+        yield RowPlan(ids=(), tokens=(), epoch=0)
+
+
+def _counts(
+    dataset: Dataset, processor: Processor, config: DataConfig, cache_dir: str | Path | None, rank: int, num_ranks: int
+) -> TokenCounts:
+    return TokenCounts(
+        dataset,
+        processor,
+        cache_dir=cache_dir or config.cache_dir,
+        num_workers=config.num_workers,
+        max_patches=config.max_patches_per_row,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+
+
+def _mixture(sources: Sequence[Source], seed: int | None, config: DataConfig) -> Mixture:
+    return Mixture(
+        sources,
+        seed=seed,
+        window=config.packing_window,
+        slice_size=config.slice_size,
+        window_slices=config.window_slices,
+    )
 
 
 def check_batch(config: DataConfig, global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
@@ -296,6 +312,15 @@ def check_rows(config: DataConfig, micro_batch_size: int, multiple_of: int, fill
         )
 
 
-def _packing_digest(config: DataConfig) -> str:
-    names = ("packing", "packing_window", "slice_size", "window_slices", "seq_length")
-    return digest_of(" ".join(f"{name}={getattr(config, name)}" for name in names))
+def _packing_digest(config: DataConfig, global_batch_size: int) -> str:
+    names = [
+        "packing",
+        "packing_window",
+        "slice_size",
+        "window_slices",
+        "seq_length",
+        "max_patches_per_row",
+        "group_by",
+    ]
+    values = [f"{name}={getattr(config, name)}" for name in names]
+    return digest_of(" ".join(values + [f"group={global_batch_size}"] * bool(config.group_by)))

@@ -57,13 +57,13 @@ class Order:
 
     Attributes:
         num_samples: N.
-        seed: of the run.
+        seed: of the run; a text where several orders share one.
         slice_size: S, neighbouring ids that stay together in a window.
         window_slices: W, slices that are shuffled among each other.
     """
 
     num_samples: int
-    seed: int
+    seed: int | str
     slice_size: int = 128
     window_slices: int = 64
 

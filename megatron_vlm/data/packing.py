@@ -19,40 +19,60 @@ COST_PER_SQUARED_TOKEN = 1 / 24_576
 COST_PER_PATCH = 0.06
 
 
-def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
+def best_fit(
+    lengths: NDArray[np.int64],
+    capacity: int,
+    patches: NDArray[np.int64] | None = None,
+    max_patches: int | None = None,
+) -> list[list[int]]:
     """Packs samples into rows by best fit, longest first; ties go to the earlier sample and the older row.
 
     Args:
         lengths: tokens of each sample, each at most ``capacity``.
         capacity: tokens of a row.
+        patches: image patches of each sample, each at most ``max_patches``.
+        max_patches: of a row; None: no limit, ``patches`` are not looked at.
 
     Returns:
         Rows as ascending indices into ``lengths``; every sample in exactly one row.
 
     Raises:
-        ValueError: a sample is longer than ``capacity``.
+        ValueError: a sample is beyond a limit by itself.
     """
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit a row of {capacity}")
+    costs, most = [0] * len(lengths), 0
+    if patches is not None and max_patches is not None:
+        if len(patches) and patches.max() > max_patches:
+            raise ValueError(f"a sample of {patches.max()} patches does not fit a row of {max_patches}")
+        costs, most = patches.tolist(), max_patches
     rows: list[list[int]] = []
+    room: list[int] = []  # patches that each row can still take
     spaces: list[tuple[int, int]] = []  # (space left, row), sorted
+    sizes = lengths.tolist()
     for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
+        length, cost = sizes[index], costs[index]
         place = bisect_left(spaces, (length, 0))
+        while place < len(spaces) and room[spaces[place][1]] < cost:
+            place += 1
         if place < len(spaces):
             space, row = spaces.pop(place)
             rows[row].append(index)
         else:
             space, row = capacity, len(rows)
             rows.append([index])
+            room.append(most)
+        room[row] -= cost
         if space > length:
             insort(spaces, (space - length, row))
-    return [sorted(row) for row in rows]
+    for members in rows:
+        members.sort()
+    return rows
 
 
-def row_cost(lengths: Sequence[int], patches: Sequence[int]) -> float:
-    """Returns the cost of a row of samples with these token and patch counts, in tokens of a 7B decoder."""
-    return sum(n + n * n * COST_PER_SQUARED_TOKEN for n in lengths) + COST_PER_PATCH * sum(patches)
+def sample_costs(lengths: NDArray[np.int64], patches: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Returns the cost of samples with these token and patch counts, in tokens of a 7B decoder; a row's is the sum."""
+    return lengths + lengths**2 * COST_PER_SQUARED_TOKEN + COST_PER_PATCH * patches
 
 
 def deal(costs: Sequence[float], num_ranks: int) -> list[list[int]]:

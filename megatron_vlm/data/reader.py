@@ -72,7 +72,8 @@ class RowReader(torch.utils.data.Dataset):
                     return Fetched(error=error)
                 where = {"key": error.key, "shard": error.shard, "offset": error.offset}
                 sound.append(False)
-                failures.append({"id": sample_id, "epoch": plan.epoch, **where, "reason": error.message})
+                place = {"epoch": plan.epoch, "window": plan.window, "item": plan.item}
+                failures.append({"id": sample_id, **place, **where, "reason": error.message})
         row = row_from_samples(
             samples,
             filler_token_id=self._processor.filler_token_id,

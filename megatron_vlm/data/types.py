@@ -149,10 +149,15 @@ class VLMBatch:
 
 
 class Processor(Protocol):
-    """What a family gives the data system. Implementations hold plain values only: they travel to worker processes."""
+    """What a family gives the data system: a frozen dataclass of plain values, which travels to worker processes.
+
+    Samples are counted once for any ``seq_length`` unless ``truncate`` is set: with ``dataclasses.replace``.
+    """
 
     image_token_id: int
     filler_token_id: int
+    seq_length: int
+    truncate: bool
 
     @property
     def fingerprint(self) -> str:

@@ -1,14 +1,16 @@
 """Token counts: made once per fingerprint, kept beside the shards or in a cache, right when many make them at once."""
 
+import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from megatron_vlm.data import counts
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.counts import TokenCounts
+from megatron_vlm.data.counts import NO_LIMIT, REASONS, TokenCounts
 from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.images import decode_image
 from megatron_vlm.errors import ConfigError
@@ -45,8 +47,28 @@ def test_made_once_per_fingerprint(folder, processor, make_processor):
     assert len(files) == 5
     TokenCounts(dataset, processor)
     assert files == {p.name: p.stat().st_mtime_ns for p in folder.glob("*.tokens.npy")}
+    shards = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.glob("shard-??????.*")}
     TokenCounts(dataset, make_processor(DataConfig(seq_length=128)))
     assert len(list(folder.glob("*.tokens.npy"))) == 10
+    shortest = {"seq_length": 28, "answer_loss_only": True}
+    TokenCounts(dataset, make_processor(DataConfig(**shortest, on_too_long="truncate")))
+    assert len(list(folder.glob("*.tokens.npy"))) == 15
+    after = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.glob("shard-??????.*")}
+    assert {name: after[name] for name in shards} == shards  # other settings rewrite no shard and no index
+
+
+def test_limits_are_laid_on_counts_not_kept_in_them(folder, processor, make_processor):
+    dataset, everything = Dataset([folder]), np.arange(97)
+    table = TokenCounts(dataset, processor)(everything)
+    files = sorted(folder.glob("*.tokens.npy"))
+    short = make_processor(DataConfig(seq_length=28, answer_loss_only=True, on_too_long="drop"))
+    limited = TokenCounts(dataset, short, max_patches=16)
+    assert sorted(folder.glob("*.tokens.npy")) == files
+    reasons = np.array(REASONS)[limited(everything)["reason"]]
+    assert (
+        reasons == np.where(table["patches"] > 16, "too_many_patches", np.where(table["tokens"] > 28, "too_long", ""))
+    ).all()
+    assert len(set(reasons)) == 3 and (limited.shard(1)["reason"] == limited(everything)["reason"][20:40]).all()
 
 
 def test_damaged_counts_are_made_again(folder, processor):
@@ -60,7 +82,7 @@ def test_damaged_counts_are_made_again(folder, processor):
 
 def test_a_folder_that_cannot_be_written_uses_the_cache(folder, processor, tmp_path):
     dataset = Dataset([folder])
-    name = f"shard-000002.{processor.fingerprint[:16]}.tokens.npy"
+    name = f"shard-000002.{replace(processor, seq_length=NO_LIMIT).fingerprint[:16]}.tokens.npy"
     (folder / name).mkdir()  # the tests may run as root, whom no permission stops
     table = TokenCounts(dataset, processor, cache_dir=tmp_path / "cache")(np.arange(97))
     assert len(table) == 97

@@ -247,7 +247,7 @@ def test_batches_that_do_not_divide(loader_of, settings, message):
         ({"seed": 6}, "seed"),
         ({"packing_window": 50}, "packing"),
         ({"answer_loss_only": True}, "processor"),
-        ({"paths": 2}, "data, excluded"),
+        ({"paths": 2}, "data, mixture, excluded"),
         ({"on_too_long": "drop", "seq_length": 40}, "processor, excluded, packing"),
     ],
 )
@@ -364,8 +364,8 @@ def test_unreadable_when_counted(loader_of, damaged, make_processor, tmp_path):
         file.seek(int(dataset.index(shard)[row]["offset"]) + 512)
         file.write(b"[")
     with pytest.raises(DataError, match="cannot be read"):
-        loader_of("rows", paths=[damaged], seq_length=94)
-    loader = loader_of("rows", paths=[damaged], seq_length=94, on_bad_sample="skip")
+        loader_of("rows", paths=[damaged], max_image_num=9)
+    loader = loader_of("rows", paths=[damaged], max_image_num=9, on_bad_sample="skip")
     assert loader.report()["excluded"]["unreadable"] >= 1
 
 

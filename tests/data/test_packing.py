@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_vlm.data.packing import best_fit, deal, row_cost
+from megatron_vlm.data.packing import best_fit, deal, sample_costs
 
 
 def log_normal(number, seed, low=50, high=2000):
@@ -56,7 +56,7 @@ def _seconds(work):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_deal_gives_equal_counts_and_near_equal_work(num_ranks):
-    costs = [row_cost([int(n)], [0]) for n in log_normal(64, 1)]
+    costs = sample_costs(log_normal(64, 1), np.zeros(64, dtype=np.int64)).tolist()
     ranks = deal(costs, num_ranks)
     assert sorted(i for rank in ranks for i in rank) == list(range(64))
     assert {len(rank) for rank in ranks} == {64 // num_ranks}
@@ -70,4 +70,5 @@ def test_deal_refuses_uneven_counts():
 
 
 def test_cost_grows_with_length_and_patches():
-    assert row_cost([100, 100], [0, 0]) < row_cost([200], [0]) < row_cost([200], [50])
+    short, long, image = sample_costs(np.array([100, 200, 200]), np.array([0, 0, 50]))
+    assert 2 * short < long < image

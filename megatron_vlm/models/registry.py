@@ -42,6 +42,7 @@ class FamilySpec:
             it; ``files`` holds a copy of the model's non-weight files. None: not offered.
         reference: ``reference(config)`` runs HF's model beside ours for ``convert verify``; None: HF has no such model.
         exports: other HF layouts that the family's weights can be written in, by name.
+        drop_path: the family's tower takes ``ModelOptions.drop_path_rate``.
     """
 
     name: str
@@ -54,12 +55,14 @@ class FamilySpec:
     add_end_of_utterance: Callable[..., Any] | None = None
     reference: Callable[[Any], Any] | None = None
     exports: Mapping[str, ExportSpec] = field(default_factory=dict)
+    drop_path: bool = False
 
 
 # One line per family: name -> "module:attribute", imported when asked for.
 FAMILIES = {
     "idefics2": "megatron_vlm.models.idefics2:SPEC",
     "idefics2_llama3": "megatron_vlm.models.idefics2:LLAMA3_SPEC",
+    "internvl3": "megatron_vlm.models.internvl3:SPEC",
 }
 
 

@@ -45,6 +45,7 @@ class ModelOptions(Config):
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
         extra_vocab_size: rows added to the vocabulary before that padding; like the padding they take no part.
         freeze: parameter groups that do not train: llm, vision, connector.
+        drop_path_rate: probability that the tower's last layer leaves out an image's update in training (stochastic depth).
     """
 
     params_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -53,6 +54,7 @@ class ModelOptions(Config):
     make_vocab_size_divisible_by: int = 128
     extra_vocab_size: int = 0
     freeze: tuple[str, ...] = ()
+    drop_path_rate: float = 0.0
 
     def __post_init__(self) -> None:
         for group in self.freeze:
@@ -111,6 +113,13 @@ class VisionLanguageModel(MegatronModule):
         hidden = self._hidden(batch)
         return self.language_model.logits(hidden) if self.post_process else hidden
 
+    def next_logits(self, batch: VLMBatch, row: RowParams) -> Tensor:
+        """As ``logits``, with a cache in ``row``: the last stage returns those after each real segment, [N, true V]."""
+        hidden = self._hidden(batch, row)
+        if not self.post_process:
+            return hidden
+        return self.language_model.logits(hidden, row.cu_seqlens_q[1:][: len(row.cache.lengths)].long() - 1)
+
     def image_features(self, batch: VLMBatch) -> Tensor:
         """[F, H], features of all images of the row in order (first stage)."""
         vision, connector = self._vision_parts()
@@ -121,9 +130,9 @@ class VisionLanguageModel(MegatronModule):
             return checkpoint(connector, patches, counts, use_reentrant=False, preserve_rng_state=False)
         return connector(patches, counts)
 
-    def _hidden(self, batch: VLMBatch) -> Tensor:
+    def _hidden(self, batch: VLMBatch, row: RowParams | None = None) -> Tensor:
         embeddings = self._embeddings(batch) if self.pre_process else None
-        row = RowParams.of(batch.cu_seqlens, batch.max_seqlen, batch.position_ids.shape[1])
+        row = row or RowParams.of(batch.cu_seqlens, batch.max_seqlen, batch.position_ids.shape[1])
         return self.language_model(embeddings, batch.position_ids, row)
 
     def _embeddings(self, batch: VLMBatch) -> Tensor:
@@ -155,6 +164,8 @@ def build_model(spec: FamilySpec, config: Any, topology: Topology, options: Mode
         ConfigError: the model does not divide over the topology, with the legal sizes.
     """
     vocab = options.vocab_layout
+    if options.drop_path_rate and not spec.drop_path:
+        raise ConfigError(f"drop_path_rate {options.drop_path_rate}: the tower of family {spec.name} has no drop path")
     mapping = spec.mapping(config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
     chunks = []
     for stage in range(topology.vp):

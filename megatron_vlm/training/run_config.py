@@ -28,6 +28,7 @@ class ModelConfig(Config):
         freeze_vision: keep the vision tower fixed.
         freeze_connector: keep projection and perceiver fixed.
         make_vocab_size_divisible_by: pad the vocabulary to a multiple of this times tp.
+        drop_path_rate: stochastic depth of the vision tower: the rate of its last layer, growing from 0 at the first.
     """
 
     family: str | None = None
@@ -35,12 +36,15 @@ class ModelConfig(Config):
     freeze_vision: bool = False
     freeze_connector: bool = False
     make_vocab_size_divisible_by: int = 128
+    drop_path_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.make_vocab_size_divisible_by < 1:
             raise ConfigError(
                 f"model.make_vocab_size_divisible_by must be at least 1, got {self.make_vocab_size_divisible_by}"
             )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ConfigError(f"model.drop_path_rate must be at least 0 and below 1, got {self.drop_path_rate}")
 
     @property
     def freeze(self) -> tuple[str, ...]:
@@ -169,6 +173,7 @@ class RunConfig(Config):
             "recompute_granularity": self.parallel.recompute_granularity,
             "make_vocab_size_divisible_by": self.model.make_vocab_size_divisible_by,
             "freeze": self.model.freeze,
+            "drop_path_rate": self.model.drop_path_rate,
         }
 
     @property

@@ -3,6 +3,7 @@
 megatron-core 0.16.1's own DotProductAttention refuses packed sequences and materialises the scores.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,12 @@ class RowParams(PackedSeqParams):
     ``cu_seqlens_q`` holds the segments that attention keeps apart. RoPE reads ``cu_seqlens_*_padded``: one segment [0, T] on
     the host, because the angles given to it are those of each token's own position already; so no kernel waits for the
     device and no loop over segments runs.
+
+    Attributes:
+        image_positions: int64, tokens of the row that hold image features; None: not said, no layer needs to know.
     """
+
+    image_positions: Tensor | None = None
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, max_seqlen: int, total: int) -> "RowParams":
@@ -36,6 +42,15 @@ class RowParams(PackedSeqParams):
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
         )
+
+    @functools.cached_property
+    def image_mask(self) -> Tensor | None:
+        """bool [T, 1, 1], true where a token holds an image feature; None: nothing depends on it."""
+        if self.image_positions is None or (not len(self.image_positions) and not torch.is_grad_enabled()):
+            return None
+        total = int(self.cu_seqlens_q_padded[1])  # on the host
+        mask = torch.zeros(total, 1, 1, dtype=torch.bool, device=self.image_positions.device)
+        return mask.index_fill_(0, self.image_positions, True)
 
 
 class CoreAttention(MegatronModule):

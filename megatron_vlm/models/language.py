@@ -36,25 +36,37 @@ from megatron_vlm.models.text import TextConfig
 from megatron_vlm.parallel.topology import SoloGroup, Topology
 
 
-def layer_spec(norm: type[RMSNorm] | type[LayerNorm], causal: bool) -> ModuleSpec:
-    """Spec of one transformer layer from megatron-core's parallel linears, our norms and our core attention."""
+def layer_spec(
+    norm: type[RMSNorm] | type[LayerNorm],
+    causal: bool,
+    *,
+    layer: type[TransformerLayer] = TransformerLayer,
+    params: dict[str, Any] | None = None,
+    column: type[ColumnParallelLinear] = ColumnParallelLinear,
+    row: type[RowParallelLinear] = RowParallelLinear,
+) -> ModuleSpec:
+    """Spec of one transformer layer from megatron-core's parallel linears, our norms and our core attention.
+
+    Args:
+        norm: of both halves of the layer.
+        causal: of the attention.
+        layer: a family's own class of layer, and ``params``, what its constructor takes beside megatron-core's arguments.
+        column, row: classes of its linears.
+    """
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     return ModuleSpec(
-        TransformerLayer,
+        layer,
+        params=params or {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
                 SelfAttention,
                 params={"attn_mask_type": mask},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
-                ),
+                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=CoreAttention, linear_proj=row),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )

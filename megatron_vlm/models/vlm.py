@@ -133,6 +133,7 @@ class VisionLanguageModel(MegatronModule):
     def _hidden(self, batch: VLMBatch, row: RowParams | None = None) -> Tensor:
         embeddings = self._embeddings(batch) if self.pre_process else None
         row = row or RowParams.of(batch.cu_seqlens, batch.max_seqlen, batch.position_ids.shape[1])
+        row.image_positions = batch.image_positions
         return self.language_model(embeddings, batch.position_ids, row)
 
     def _embeddings(self, batch: VLMBatch) -> Tensor:

@@ -66,6 +66,10 @@ class FastTokenizer:
         """Returns the ids of a text alone: no BOS or EOS is added."""
         return self._load().encode(text, add_special_tokens=False).ids
 
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token by its name, or None."""
+        return self._load().token_to_id(token)
+
     def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns ids (int64 [L]) and the character that each token starts at (int64 [L]; -1: added, as BOS is)."""
         encoding = self._load().encode(text)

@@ -21,7 +21,7 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # SentencePiece.Type
 
 
 def load_tokenizer(directory: str | Path, aliases: Mapping[str, str] | None = None) -> FastTokenizer:
-    """Loads the tokenizer of an HF folder: its ``tokenizer.json``, else its ``tokenizer.model``.
+    """Loads the tokenizer of an HF folder: its ``tokenizer.json``, else its ``tokenizer.model``. It adds nothing to a text.
 
     Args:
         directory: of the model.
@@ -35,9 +35,11 @@ def load_tokenizer(directory: str | Path, aliases: Mapping[str, str] | None = No
         from tokenizers import Tokenizer
 
         try:
-            return plain_tokenizer(Tokenizer.from_file(str(directory / "tokenizer.json")))
+            tokenizer = plain_tokenizer(Tokenizer.from_file(str(directory / "tokenizer.json")))
         except Exception as error:  # tokenizers raises plain Exception
             raise ConfigError(f"{directory / 'tokenizer.json'} cannot be read: {error}") from error
+        # BOS and EOS are the prompt template's to place.
+        return FastTokenizer(json.dumps({**json.loads(tokenizer.text), "post_processor": None}, ensure_ascii=False))
     if not (directory / "tokenizer.model").is_file():
         raise ConfigError(f"{directory} has no tokenizer: neither tokenizer.json nor tokenizer.model is there")
     return from_sentencepiece(directory / "tokenizer.model", _added_tokens(directory), aliases or {})

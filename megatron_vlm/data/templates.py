@@ -11,10 +11,8 @@ of the rules: XTuner 0.1, ``xtuner/utils/templates.py`` and ``encode_fn`` of ``x
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vlm.config import nearest
 from megatron_vlm.data.chat import Piece
 from megatron_vlm.data.types import Turn
-from megatron_vlm.errors import ConfigError
 
 IMAGE = "<image>"
 
@@ -114,14 +112,3 @@ TEMPLATES = {
         name="vicuna", system="{} ", user="USER: {} ASSISTANT:", answer=" {}</s>", separator="", special=("</s>",), whole=True
     ),
 }  # fmt: skip
-
-
-def template(name: str) -> Template:
-    """Returns the template called ``name``.
-
-    Raises:
-        ConfigError: unknown name, with the known ones.
-    """
-    if name not in TEMPLATES:
-        raise ConfigError(f"unknown data.template {name!r}{nearest(name, TEMPLATES)}; known: {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]

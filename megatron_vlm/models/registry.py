@@ -63,6 +63,7 @@ FAMILIES = {
     "idefics2": "megatron_vlm.models.idefics2:SPEC",
     "idefics2_llama3": "megatron_vlm.models.idefics2:LLAMA3_SPEC",
     "internvl3": "megatron_vlm.models.internvl3:SPEC",
+    "internlm2": "megatron_vlm.models.internlm2:SPEC",
 }
 
 

@@ -45,8 +45,8 @@ class RowParams(PackedSeqParams):
 
     @functools.cached_property
     def image_mask(self) -> Tensor | None:
-        """bool [T, 1, 1], true where a token holds an image feature; None: nothing depends on it."""
-        if self.image_positions is None or (not len(self.image_positions) and not torch.is_grad_enabled()):
+        """bool [T, 1, 1], true where a token holds an image feature; None: not said."""
+        if self.image_positions is None:
             return None
         total = int(self.cu_seqlens_q_padded[1])  # on the host
         mask = torch.zeros(total, 1, 1, dtype=torch.bool, device=self.image_positions.device)

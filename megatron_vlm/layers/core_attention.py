@@ -4,7 +4,9 @@ megatron-core 0.16.1's own DotProductAttention refuses packed sequences and mate
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,9 +28,11 @@ class RowParams(PackedSeqParams):
 
     Attributes:
         image_positions: int64, tokens of the row that hold image features; None: not said, no layer needs to know.
+        cache: keys and values of the tokens before these, while generating; ``cu_seqlens_kv`` then counts them too.
     """
 
     image_positions: Tensor | None = None
+    cache: "KVCache | None" = None
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, max_seqlen: int, total: int) -> "RowParams":
@@ -53,6 +57,60 @@ class RowParams(PackedSeqParams):
         return mask.index_fill_(0, self.image_positions, True)
 
 
+class KVCache:
+    """Keys and values of the segments of a row that grows token by token, for the decoder layers of one rank.
+
+    Attributes:
+        lengths: tokens of each segment so far, those of the pass in work included.
+    """
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self._before: list[int] = []
+        self._counts: list[int] = []
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def row(self, counts: Sequence[int], num_filler: int, device: torch.device) -> RowParams:
+        """Parameters of the next forward pass, which every layer of it runs through ``extend`` once.
+
+        Args:
+            counts: new tokens of each segment.
+            num_filler: tokens of a filler segment after them, which is not kept.
+            device: of the row.
+        """
+        self._before = self.lengths or [0] * len(counts)
+        self._counts = list(counts)
+        self.lengths = [old + new for old, new in zip(self._before, counts, strict=True)]
+        filler = [num_filler] if num_filler else []
+        new, keys = [*counts, *filler], [*self.lengths, *filler]
+        row = RowParams.of(_starts(new, device), max(new), sum(new))
+        row.cu_seqlens_kv, row.max_seqlen_kv, row.cache = _starts(keys, device), max(keys), self
+        return row
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the new keys and values of a layer [T, G, D] and returns all of them, segment by segment, filler last."""
+        real = sum(self._counts)
+        whole = []
+        for new, old in zip((key, value), self._layers.get(layer, (key[:0], value[:0]))):
+            pieces = zip(old.split(self._before), new[:real].split(self._counts))
+            whole.append(torch.cat([piece for pair in pieces for piece in pair]))
+        self._layers[layer] = (whole[0], whole[1])
+        if real == len(key):
+            return whole[0], whole[1]
+        return torch.cat([whole[0], key[real:]]), torch.cat([whole[1], value[real:]])
+
+    def keep(self, segments: Sequence[int]) -> None:
+        """Forgets all segments but these."""
+        for layer, pair in self._layers.items():
+            key, value = (torch.cat([x.split(self.lengths)[i] for i in segments]) for x in pair)
+            self._layers[layer] = (key, value)
+        self.lengths = [self.lengths[i] for i in segments]
+
+
+def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+
 class CoreAttention(MegatronModule):
     """For megatron-core's SelfAttention: q [T, heads / tp, D], k and v [T, groups / tp, D] -> [T, heads / tp * D]."""
 
@@ -60,6 +118,7 @@ class CoreAttention(MegatronModule):
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *args: Any, **kwargs: Any
     ):
         super().__init__(config=config)
+        self.layer_number = layer_number
         self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         self.window = config.window_size[0] + 1 if config.window_size is not None and self.causal else None
 
@@ -76,6 +135,9 @@ class CoreAttention(MegatronModule):
         row = packed_seq_params
         if row is None:
             raise ValueError("rows are packed: pass packed_seq_params")
+        cache = getattr(row, "cache", None)
+        if cache is not None:
+            key, value = cache.extend(self.layer_number, key, value)
         output = attention(
             query,
             key,

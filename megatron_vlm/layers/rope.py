@@ -54,32 +54,30 @@ class RotaryAngles:
         self.exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         self.inv_freq = _scaled(1.0 / (base**self.exponents), scaling)
 
-    def __call__(self, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def __call__(self, position_ids: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int) -> Tensor:
         """Angles, fp32 [T, 1, 1, D].
 
         Args:
             position_ids: int64 [T].
-            cu_seqlens: int32 [N + 1], segments by whose lengths ``dynamic`` scales.
-            max_seqlen: the longest of them.
+            cu_q: int32 [N + 1], segments of these tokens.
+            cu_k: int32 [N + 1], the same segments with the tokens before these, by whose lengths ``dynamic`` scales.
+            max_k: the longest of them.
         """
         positions = position_ids.float()[:, None]
-        if self.scaling is not None and self.scaling.kind == "dynamic" and max_seqlen > self.max_positions:
-            freqs = positions * self._dynamic(cu_seqlens, len(position_ids))
+        if self.scaling is not None and self.scaling.kind == "dynamic" and max_k > self.max_positions:
+            freqs = positions * self._dynamic(cu_q, cu_k, len(position_ids))
         else:
             freqs = positions * self.inv_freq
         return torch.cat((freqs, freqs), -1)[:, None, None]
 
-    def _dynamic(self, cu_seqlens: Tensor, total: int) -> Tensor:
+    def _dynamic(self, cu_q: Tensor, cu_k: Tensor, total: int) -> Tensor:
         """[T, D / 2]: inverse frequencies of each token, by the length of its segment."""
         assert self.scaling is not None
-        lengths = cu_seqlens.diff().clamp(min=self.max_positions).double()
+        lengths = cu_k.diff().clamp(min=self.max_positions).double()
         stretch = self.scaling.factor * lengths / self.max_positions - (self.scaling.factor - 1)
         bases = (self.base * stretch ** (self.dim / (self.dim - 2))).float()
         freqs = 1.0 / (bases[:, None] ** self.exponents)
-        # While generating, a segment's keys are longer than its queries: then there is one segment, and it holds all tokens.
-        if len(freqs) == 1:
-            return freqs
-        return freqs.repeat_interleave(cu_seqlens.diff(), 0, output_size=total)
+        return freqs.repeat_interleave(cu_q.diff(), 0, output_size=total)
 
 
 def _scaled(inv_freq: Tensor, scaling: RopeScaling | None) -> Tensor:

@@ -175,7 +175,7 @@ class Decoder(GPTModel):
         Returns:
             Hidden states [T(/tp), 1, H].
         """
-        angles = self.rotary_angles(position_ids[0], row.cu_seqlens_kv, row.max_seqlen_kv)
+        angles = self.rotary_angles(position_ids[0], row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_kv)
         return self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
@@ -193,14 +193,15 @@ class Decoder(GPTModel):
         )
         return linear_cross_entropy_sum(hidden, weight, labels[positions], self.true_vocab_size, self.tp_group)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, true V], gathered over tensor parallel ranks: for evaluation and tests, never for training."""
+    def logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[T, true V] (at int64 ``positions`` only), gathered over tensor parallel ranks: never for training."""
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-        local = F.linear(self._whole(hidden)[:, 0], weight)
+        hidden = self._whole(hidden)[:, 0]
+        local = F.linear(hidden if positions is None else hidden.index_select(0, positions), weight)
         return gather_from_tensor_model_parallel_region(local, group=self.tp_group)[:, : self.true_vocab_size]
 
     def _whole(self, hidden: Tensor) -> Tensor:

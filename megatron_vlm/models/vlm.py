@@ -118,6 +118,7 @@ class VisionLanguageModel(MegatronModule):
         hidden = self._hidden(batch, row)
         if not self.post_process:
             return hidden
+        assert row.cache is not None
         return self.language_model.logits(hidden, row.cu_seqlens_q[1:][: len(row.cache.lengths)].long() - 1)
 
     def image_features(self, batch: VLMBatch) -> Tensor:

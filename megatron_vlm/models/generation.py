@@ -1,0 +1,188 @@
+"""Answers, token by token, with a cache of keys and values, in any tensor and pipeline parallel layout.
+
+    prompts --laid end to end--> one row --all stages--> logits after each prompt --greedy or sampled--> one token each
+       ^-- the next row: one token per unfinished answer, keys and values of the rest cached on their stages --+
+
+The rank that knows the logits chooses; the others of its replica are told.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vlm.config import Config
+from megatron_vlm.data.types import EncodedSample, PackedRow, VLMBatch, row_from_samples
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.layers.core_attention import KVCache, RowParams
+from megatron_vlm.parallel.batch import device_batch
+from megatron_vlm.parallel.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Config):
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the likeliest token each time (greedy); above, logits are divided by it and drawn from.
+        top_p: draw among the likeliest tokens that together have this probability.
+        seed: of the draws; with a prompt's number it keys them, whatever else is in the batch.
+        batch_size: prompts that are answered together.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_p < 1 and not self.temperature:
+            raise ConfigError(f"top_p {self.top_p} has no effect at temperature 0: set a temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Token ids of an answer, the stop token left out; ``finished``: the model ended it itself."""
+
+    ids: tuple[int, ...]
+    finished: bool
+
+
+@torch.no_grad()
+def generate(
+    chunks: Sequence[Any],
+    prompts: Sequence[EncodedSample],
+    topology: Topology,
+    sampling: SamplingConfig,
+    *,
+    stop_ids: Sequence[int],
+    filler_token_id: int = 0,
+    first_number: int = 0,
+) -> list[Answer]:
+    """Answers some prompts together. A collective of one replica's ranks.
+
+    Args:
+        chunks: this rank's stages, wrapped in DDP or not.
+        prompts: at least one; the same on every rank of the replica (pixels are read on its source alone).
+        topology: the layout.
+        sampling: how tokens are chosen.
+        stop_ids: tokens that end an answer.
+        filler_token_id: of rows under sequence parallelism.
+        first_number: of the first prompt among all, which keys its draws.
+    """
+    stages = [_unwrapped(chunk) for chunk in chunks]
+    modes = [stage.training for stage in stages]
+    for stage in stages:
+        stage.eval()
+    try:
+        multiple = topology.tp if stages[0].config.sequence_parallel else 1
+        answers: list[list[int]] = [[] for _ in prompts]
+        finished = [False] * len(prompts)
+        generators = [_generator(sampling.seed, first_number + i) for i in range(len(prompts))]
+        active = list(range(len(prompts)))
+        cache = KVCache()
+        row = row_from_samples(prompts, filler_token_id=filler_token_id, multiple_of=multiple)
+        counts = [len(prompt.input_ids) for prompt in prompts]
+        for number in range(sampling.max_new_tokens):
+            params = cache.row(counts, row.num_filler, topology.device)
+            logits = _forward(stages, row, params, topology)
+            tokens = _choose(logits, sampling, [generators[i] for i in active], topology)
+            going = []
+            for place, (prompt, token) in enumerate(zip(active, tokens)):
+                if token in stop_ids:
+                    finished[prompt] = True
+                    continue
+                answers[prompt].append(token)
+                going.append(place)
+            active = [active[place] for place in going]
+            if not active or number + 1 == sampling.max_new_tokens:
+                break
+            if len(going) < len(tokens):
+                cache.keep(going)
+            row = _next_row([answers[i][-1] for i in active], cache.lengths, filler_token_id, multiple)
+            counts = [1] * len(active)
+        return [Answer(ids=tuple(ids), finished=end) for ids, end in zip(answers, finished)]
+    finally:
+        for stage, mode in zip(stages, modes):
+            stage.train(mode)
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    # The CPU generator reads 32 bits of a seed, so both numbers are hashed into them.
+    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def _unwrapped(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _next_row(tokens: Sequence[int], positions: Sequence[int], filler_token_id: int, multiple: int) -> PackedRow:
+    """A row of one token per answer, at the position after what it has."""
+    filler = -len(tokens) % multiple
+    ids = torch.tensor([*tokens, *[filler_token_id] * filler])
+    starts = [*range(len(tokens) + 1), *([len(ids)] if filler else [])]
+    return PackedRow(
+        input_ids=ids,
+        position_ids=torch.tensor([*positions, *range(filler)]),
+        labels=torch.full_like(ids, -100),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        num_filler=filler,
+    )
+
+
+def _forward(stages: Sequence[Any], row: PackedRow, params: RowParams, topology: Topology) -> Tensor | None:
+    """Runs a row through all stages, in order; the last stage's ranks return logits [N, V], the others None."""
+    ranks = dist.get_process_group_ranks(topology.pp_group)
+    before, after = ranks[topology.pp_rank - 1], ranks[(topology.pp_rank + 1) % topology.pp]
+    output = None
+    for stage in stages:
+        if not stage.pre_process:
+            config = stage.config
+            length = len(row.input_ids) // (topology.tp if config.sequence_parallel else 1)
+            hidden = torch.empty(length, 1, config.hidden_size, dtype=config.params_dtype, device=topology.device)
+            dist.recv(hidden, before)
+            stage.set_input_tensor(hidden)
+        batch: VLMBatch = device_batch(topology, row, pixels=stage.pre_process)
+        output = stage.next_logits(batch, params)
+        if not stage.post_process:
+            dist.send(output.contiguous(), after)
+            output = None
+    return output
+
+
+def _choose(
+    logits: Tensor | None, sampling: SamplingConfig, generators: Sequence[torch.Generator], topology: Topology
+) -> list[int]:
+    """The next token of each answer, on every rank of the replica."""
+    tokens = torch.zeros(len(generators), dtype=torch.int64, device=topology.device)
+    if topology.rank == topology.last_stage_rank:
+        assert logits is not None
+        tokens = logits.argmax(-1) if not sampling.temperature else _draw(logits, sampling, generators)
+    if topology.tp * topology.pp > 1:
+        dist.broadcast(tokens, topology.last_stage_rank, group=topology.model_group)
+    return tokens.tolist()
+
+
+def _draw(logits: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draws from the nucleus of each row (Holtzman et al. 2020); the likeliest token always belongs to it."""
+    probabilities, order = (logits.float() / sampling.temperature).softmax(-1).cpu().sort(descending=True)
+    outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+    probabilities = probabilities.masked_fill(outside, 0.0)
+    chosen = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators)]
+    return order.gather(-1, torch.stack(chosen))[:, 0].to(logits.device)

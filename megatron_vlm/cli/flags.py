@@ -26,6 +26,13 @@ VALUES = {
     "image-size": "data.image_size",
     "shortest-edge": "data.shortest_edge",
     "max-image-num": "data.max_image_num",
+    "force-image-size": "data.image_size",
+    "dynamic-image-size": "data.dynamic_image_size",
+    "min-dynamic-patch": "data.min_dynamic_patch",
+    "max-dynamic-patch": "data.max_dynamic_patch",
+    "use-thumbnail": "data.use_thumbnail",
+    "conv-style": "data.template",
+    "drop-path-rate": "model.drop_path_rate",
     "num-workers": "data.num_workers",
     "on-too-long": "data.on_too_long",
     "on-bad-sample": "data.on_bad_sample",
@@ -91,7 +98,7 @@ LISTS = {
     "valid-data-path": "data.valid",
 }
 
-# flag -> (config key, value); the flag stands alone
+# flag -> (config key, value); the flag stands alone, or says true or false
 SWITCHES: dict[str, tuple[str, Any]] = {
     "bf16": ("training.precision", "bf16"),
     "fp16": ("training.precision", "fp16"),
@@ -107,6 +114,8 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "freeze-vision": ("model.freeze_vision", True),
     "freeze-perceiver": ("model.freeze_connector", True),
     "freeze-connector": ("model.freeze_connector", True),
+    "freeze-backbone": ("model.freeze_vision", True),
+    "freeze-mlp": ("model.freeze_connector", True),
     "answer-loss-only": ("data.answer_loss_only", True),
     "packing": ("data.packing", True),
     "no-packing": ("data.packing", False),
@@ -124,7 +133,8 @@ _IGNORED = {
         max-position-embeddings position-embedding-type use-rotary-position-embeddings rotary-base rotary-percent
         no-position-embedding add-position-embedding normalization norm-epsilon layernorm-epsilon swiglu add-qkv-bias
         disable-bias-linear untie-embeddings-and-output-weights init-method-std vocab-size padded-vocab-size patch-dim
-        img-h img-w num-channels sliding-window window-size use-checkpoint-args""",
+        img-h img-w num-channels sliding-window window-size use-checkpoint-args down-sample-ratio vision-select-layer
+        ps-version pad2square""",
     "padding rows of the vocabulary never train and are not exported; convert hf2mg takes it": "extra-vocab-size",
     "tokenizer and processor come with the checkpoint": """
         tokenizer-type tokenizer-model tokenizer-name-or-path tokenizer-path patch-tokenizer-type vocab-file merge-file
@@ -236,9 +246,11 @@ def parse_flags(argv: Sequence[str]) -> ParsedFlags:
                 raise ConfigError(f"--{flag} needs at least one value")
             parsed.settings.append((LISTS[flag], values))
         elif flag in SWITCHES:
-            if values:
+            key, value = SWITCHES[flag]
+            said = " ".join(values).lower()
+            if said and (said not in ("true", "false") or not isinstance(value, bool)):
                 raise ConfigError(f"--{flag} takes no value, got {' '.join(values)!r}")
-            parsed.settings.append(SWITCHES[flag])
+            parsed.settings.append((key, not value if said == "false" else value))
         elif flag in REFUSED:
             accepted, message = REFUSED[flag]
             if not values or any(value not in accepted for value in values):

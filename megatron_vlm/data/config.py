@@ -58,6 +58,10 @@ class DataConfig(Config):
         image_size: longest edge of an image in pixels; None: as the model's processor files say.
         shortest_edge: edges shorter than this are raised to it, in pixels; None: as the model's processor files say.
         image_splitting: cut each image into sub-images as well; None: as the model's processor files say.
+        dynamic_image_size: cut an image into tiles by its shape (InternVL); None: as the model's files say.
+        min_dynamic_patch, max_dynamic_patch: tiles of an image, its thumbnail left out; the limit is shared by the images of a
+            sample, and a data set may have its own. None: as the model's files say.
+        use_thumbnail: an image of several tiles is seen as a whole, too; None: as the model's files say.
         num_workers: processes that read and encode; 0: in the training process. Never changes what is read.
         prefetch_rows: most rows each worker keeps ready.
         prefetch_mb: most memory that rows kept ready take on a rank, in MiB; one row is always being made.
@@ -84,6 +88,10 @@ class DataConfig(Config):
     image_size: int | None = None
     shortest_edge: int | None = None
     image_splitting: bool | None = None
+    dynamic_image_size: bool | None = None
+    min_dynamic_patch: int | None = None
+    max_dynamic_patch: int | None = None
+    use_thumbnail: bool | None = None
     num_workers: int = 2
     prefetch_rows: int = 4
     prefetch_mb: int = 1024
@@ -108,6 +116,8 @@ class DataConfig(Config):
             ("max_image_num", 0),
             ("image_size", 1),
             ("shortest_edge", 1),
+            ("min_dynamic_patch", 1),
+            ("max_dynamic_patch", 1),
             ("bad_sample_consecutive", 0),
         ):
             value = getattr(self, name)

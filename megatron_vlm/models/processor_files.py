@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 
 
@@ -63,3 +64,14 @@ def generation_stops(hf_dir: Path, *ends: int | None) -> tuple[int, ...]:
     listed = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = listed if isinstance(listed, list) else [listed]
     return tuple(sorted({i for i in (*ends, *listed) if i is not None}))
+
+
+def refuse_settings(config: DataConfig, family: str, *names: str) -> None:
+    """Refuses settings of images that a family has no use for: none is ignored in silence.
+
+    Raises:
+        ConfigError: one of ``names`` is set.
+    """
+    for name in names:
+        if getattr(config, name) is not None:
+            raise ConfigError(f"data.{name} {getattr(config, name)!r} has no effect on {family}: leave it out")

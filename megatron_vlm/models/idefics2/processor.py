@@ -37,6 +37,7 @@ from megatron_vlm.models.processor_files import (
     load_tokenizer,
     processor_settings,
     read_json,
+    refuse_settings,
 )
 
 LOGGER = get_logger(__name__)
@@ -99,6 +100,10 @@ class Idefics2Processor:
         """
         hf_dir = Path(hf_dir)
         model = read_json(hf_dir / "config.json")
+        config.check_template("idefics2")
+        refuse_settings(
+            config, "Idefics2", "dynamic_image_size", "min_dynamic_patch", "max_dynamic_patch", "use_thumbnail"
+        )
         settings, images = processor_settings(hf_dir)
         splitting = (
             images.get("do_image_splitting", False) if config.image_splitting is None else config.image_splitting

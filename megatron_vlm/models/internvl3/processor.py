@@ -1,0 +1,340 @@
+"""InternVL3's processor: the prompts and labels of the original's training code, and its dynamic tiles.
+
+    turns --internvl2_5 template, one string a turn--> ids, labels: the answer and its <|im_end|>
+    images --dynamic tiling (``tiling.py``)--> [3, n * side, side]: n tiles of an image, one below the other
+
+Every conversation begins with a system line, the original's unless the first turn is a system turn. ``<image>`` becomes
+``<img>``, the tiles' ``<IMG_CONTEXT>`` tokens and ``</img>``. Several images share the limit of tiles. An image announced as
+``Frame-1: <image>`` is a frame of a video: one tile. Semantics: InternVL, internvl_chat/internvl/train/dataset.py and
+internvl_chat_finetune.py.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_vlm.data.chat import FastTokenizer, Piece, Tokens, encode_separately, fit, plain_tokenizer
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.images import normalise_table, upright_rgb
+from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
+from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.models.internvl3 import tiling
+from megatron_vlm.models.internvl3.config import LAYOUTS, InternVL3ModelConfig
+from megatron_vlm.models.processor_files import (
+    generation_stops,
+    load_tokenizer,
+    processor_settings,
+    read_json,
+    refuse_settings,
+)
+
+IMAGE = "<image>"
+START, CONTEXT, STOP = "<img>", "<IMG_CONTEXT>", "</img>"
+OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
+TEMPLATE = "internvl2_5"
+SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+ASSISTANT = f"{OPEN}assistant\n"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_FRAME = re.compile(r"Frame-?\d+: $")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InternVL3Processor:
+    """Encodes samples for InternVL3. Plain values only: it travels to worker processes.
+
+    Attributes:
+        tokenizer: of the model.
+        image_token_id, start_token_id, stop_token_id, filler_token_id: ids of ``<IMG_CONTEXT>``, ``<img>``, ``</img>`` and
+            filler.
+        stop_ids: tokens that end an answer.
+        side: of a tile, in pixels.
+        tile_tokens, tile_patches: ``<IMG_CONTEXT>`` tokens, and patches of the tower, of one tile.
+        min_tiles, max_tiles: of an image without its thumbnail.
+        thumbnail: an image of several tiles is seen as a whole, too.
+        resample: PIL's code of the resampling filter.
+        rescale, mean, std: normalisation, per channel.
+        seq_length, truncate, answer_loss_only, max_image_num: see DataConfig.
+    """
+
+    tokenizer: FastTokenizer
+    image_token_id: int
+    start_token_id: int
+    stop_token_id: int
+    filler_token_id: int
+    stop_ids: tuple[int, ...]
+    side: int
+    tile_tokens: int
+    tile_patches: int
+    min_tiles: int
+    max_tiles: int
+    thumbnail: bool
+    resample: int
+    rescale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seq_length: int
+    truncate: bool
+    answer_loss_only: bool
+    max_image_num: int | None
+
+    @classmethod
+    def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "InternVL3Processor":
+        """Reads tokenizer, processor and model configuration of an HF folder of either layout.
+
+        Raises:
+            ConfigError: a file is missing, or a setting that is not built or cannot work.
+        """
+        hf_dir = Path(hf_dir)
+        content = read_json(hf_dir / "config.json")
+        model = InternVL3ModelConfig.from_hf(content)
+        refuse_settings(config, "InternVL3", "shortest_edge", "image_splitting")
+        config.check_template("internvl3", TEMPLATE)
+        read = _chat_settings if LAYOUTS[content["model_type"]] == "chat" else _native_settings
+        settings = read(hf_dir, content, model)
+        side = config.image_size or settings.pop("side")
+        unit = model.vision.patch_size * model.shuffle
+        if side % unit:
+            raise ConfigError(f"tiles of {side} pixels are not a multiple of {unit}: change data.image_size")
+        asked = {
+            "min_tiles": config.min_dynamic_patch,
+            "max_tiles": 1 if config.dynamic_image_size is False else config.max_dynamic_patch,
+            "thumbnail": config.use_thumbnail,
+        }
+        settings |= {name: value for name, value in asked.items() if value is not None} | {"side": side}
+        if not 1 <= settings["min_tiles"] <= settings["max_tiles"]:
+            raise ConfigError(
+                f"an image is cut into {settings['min_tiles']} to {settings['max_tiles']} tiles: set "
+                "data.min_dynamic_patch and data.max_dynamic_patch to 1 or more, in order"
+            )
+        return cls(
+            **_tokens_of(hf_dir, model),
+            **settings,
+            tile_tokens=model.tile_tokens(side),
+            tile_patches=(side // model.vision.patch_size) ** 2,
+            seq_length=config.seq_length,
+            truncate=config.on_too_long == "truncate",
+            answer_loss_only=config.answer_loss_only,
+            max_image_num=config.max_image_num,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer"}
+        return hashlib.sha256(json.dumps([1, self.tokenizer.text, values], sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        return normalise_table(self.rescale, self.mean, self.std)
+
+    @cached_property
+    def _header(self) -> int:
+        """Tokens of an answer's header."""
+        return len(self.tokenizer.ids(ASSISTANT))
+
+    def count(
+        self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any] = NO_OPTIONS
+    ) -> TokenCount:
+        """See data.types.Processor."""
+        return self._count(turns, image_sizes, options)[0]
+
+    def encode(
+        self,
+        key: str,
+        turns: Sequence[Turn],
+        images: Sequence[Image.Image],
+        seed: int = 0,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> EncodedSample:
+        """See data.types.Processor. ``seed`` keys the JPEG compression that the option ``data_augment`` asks for."""
+        images = [upright_rgb(image) for image in images]
+        count, tokens = self._count(turns, [image.size for image in images], options)
+        if tokens is None or count.reason:
+            limits = f"{count.tokens} tokens, seq_length {self.seq_length}, {len(images)} images"
+            raise DataError(f"cannot be trained on: {count.reason} ({limits})", key=key)
+        ids = torch.from_numpy(tokens.ids)
+        labels = ids.where(torch.from_numpy(tokens.supervised), torch.tensor(IGNORE_INDEX))
+        draw = random.Random(seed) if options.get("data_augment") else None
+        return self._sample(key, ids, labels, images, self.limits(turns, options), draw)
+
+    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
+        """Encodes a conversation up to where the assistant answers; every label is -100.
+
+        Raises:
+            DataError: as many images as placeholders are needed.
+        """
+        images, limits = [upright_rgb(image) for image in images], self.limits(turns, NO_OPTIONS)
+        if len(limits) != len(images):
+            raise DataError(f"{len(limits)} {IMAGE} placeholders for {len(images)} images")
+        tokens = self._tokenise(turns, self._tiles([image.size for image in images], limits), prompt=True)
+        ids = torch.from_numpy(tokens.ids)
+        return self._sample("prompt", ids, torch.full_like(ids, IGNORE_INDEX), images, limits, None)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of an answer's ids, without the tokens that end it."""
+        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
+
+    def limits(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> list[int]:
+        """Most tiles of each image, in order: images share the limit, a frame of a video is one tile."""
+        frames = [
+            bool(_FRAME.search(before)) for turn in turns for before in turn.text.split(IMAGE)[:-1]
+        ]  # text before each placeholder
+        most = int(options.get("max_dynamic_patch", self.max_tiles)) // max(1, frames.count(False))
+        return [1 if frame else max(1, most) for frame in frames]
+
+    def _tiles(self, sizes: Sequence[tuple[int, int]], limits: Sequence[int]) -> list[int]:
+        return [
+            tiling.num_tiles(*size, self.side, min(self.min_tiles, most), most, self.thumbnail)
+            for size, most in zip(sizes, limits)
+        ]
+
+    def _sample(
+        self,
+        key: str,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        images: Sequence[Image.Image],
+        limits: Sequence[int],
+        draw: random.Random | None,
+    ) -> EncodedSample:
+        kept = int((ids == self.start_token_id).sum())  # the too-long policy may have taken turns with their images
+        pixels = []
+        for image, most in zip(images[:kept], limits):
+            least = min(self.min_tiles, most)
+            cut = tiling.tiles(image, self.side, least, most, self.thumbnail, self.resample)
+            if draw:
+                cut = [tiling.degrade(tile, draw) for tile in cut]
+            pixels.append(tiling.stack(cut, self._table))
+        positions = (ids == self.image_token_id).nonzero()[:, 0]
+        return EncodedSample(key=key, input_ids=ids, labels=labels, pixels=tuple(pixels), image_positions=positions)
+
+    def _count(
+        self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any]
+    ) -> tuple[TokenCount, Tokens | None]:
+        limits, reason = self.limits(turns, options), ""
+        if len(limits) != len(image_sizes):
+            reason = "placeholders"
+        elif self.max_image_num is not None and len(image_sizes) > self.max_image_num:
+            reason = "max_image_num"
+        elif any(mark in turn.text for turn in turns for mark in (START, CONTEXT, STOP, OPEN, CLOSE)):
+            reason = "control_tokens"
+        if reason:
+            return TokenCount(tokens=0, supervised=0, image_tokens=0, patches=0, reason=reason), None
+        numbers = self._tiles(image_sizes, limits)
+        keep = (self.image_token_id, self.start_token_id, self.stop_token_id)
+        tokens = fit(
+            lambda some: self._tokenise(some, numbers), turns, self.seq_length, truncate=self.truncate, keep=keep
+        )
+        if tokens is None:
+            length = len(self._tokenise(turns, numbers).ids)
+            return TokenCount(tokens=length, supervised=0, image_tokens=0, patches=0, reason="too_long"), None
+        image_tokens = int((tokens.ids == self.image_token_id).sum())
+        count = TokenCount(
+            tokens=len(tokens.ids),
+            supervised=tokens.num_supervised,
+            image_tokens=image_tokens,
+            patches=image_tokens // self.tile_tokens * self.tile_patches,
+            reason="" if tokens.num_supervised else "nothing_supervised",
+            truncated=tokens.truncated,
+        )
+        return count, tokens
+
+    def _tokenise(self, turns: Sequence[Turn], tiles: Sequence[int], prompt: bool = False) -> Tokens:
+        """Each turn is tokenised on its own, header and end included; images within it stand for themselves."""
+        numbers = iter(tiles)
+        lines = list(turns) if turns and turns[0].role == "system" else [Turn(role="system", text=SYSTEM), *turns]
+        pieces: list[Piece] = []
+        for turn in lines:
+            texts = f"{OPEN}{turn.role}\n{turn.text}{CLOSE}\n".split(IMAGE)
+            answer, header = turn.role == "assistant", self._header if turn.role == "assistant" else 0
+            for number, text in enumerate(texts):
+                if number:
+                    context = (self.image_token_id,) * (self.tile_tokens * next(numbers))
+                    pieces.append(Piece(ids=(self.start_token_id, *context, self.stop_token_id), answer=answer))
+                ids = tuple(self.tokenizer.ids(text))
+                end = (
+                    len(ids) - 1 if answer and number == len(texts) - 1 else len(ids)
+                )  # the line break at the very end
+                start = header if number == 0 else 0
+                pieces += [Piece(ids=ids[:start]), Piece(ids=ids[start:end], answer=answer), Piece(ids=ids[end:])]
+        if prompt:
+            pieces.append(Piece(text=ASSISTANT))
+        never = (self.image_token_id, self.start_token_id, self.stop_token_id)
+        return encode_separately(self.tokenizer, pieces, len(turns), answer_only=self.answer_loss_only, never=never)
+
+
+def _chat_settings(hf_dir: Path, content: dict[str, Any], model: InternVL3ModelConfig) -> dict[str, Any]:
+    """What the original's config.json says of images."""
+    if content.get("pad2square"):
+        raise ConfigError(f"{hf_dir}: pad2square true is not built for InternVL3")
+    if content.get("template", TEMPLATE) != TEMPLATE:
+        raise ConfigError(
+            f"{hf_dir}: template {content['template']!r} is not built for InternVL3: only {TEMPLATE!r} is"
+        )
+    return {
+        "side": content.get("force_image_size") or model.vision.image_size,
+        "min_tiles": content.get("min_dynamic_patch", 1),
+        "max_tiles": content.get("max_dynamic_patch", 6) if content.get("dynamic_image_size") else 1,
+        "thumbnail": bool(content.get("use_thumbnail")),
+        "resample": int(Image.Resampling.BICUBIC),
+        "rescale": 1 / 255,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+    }
+
+
+def _native_settings(hf_dir: Path, content: dict[str, Any], model: InternVL3ModelConfig) -> dict[str, Any]:
+    """What transformers' processor files say; its ``InternVLProcessor`` always cuts tiles and adds the thumbnail."""
+    settings, images = processor_settings(hf_dir)
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if not images.get(name, True):
+            raise ConfigError(f"{hf_dir}: {name} false is not built for InternVL3")
+    size = images.get("size") or {"height": 384, "width": 384}
+    if size.get("height") != size.get("width"):
+        raise ConfigError(f"{hf_dir}: tiles of {size} are not square, which is not built")
+    per_tile = settings.get("image_seq_length", 256)
+    if per_tile != model.tile_tokens(size["height"]):
+        raise ConfigError(
+            f"{hf_dir}: image_seq_length {per_tile}, but a tile of {size['height']} pixels gives the model "
+            f"{model.tile_tokens(size['height'])} tokens"
+        )
+    return {
+        "side": size["height"],
+        "min_tiles": images.get("min_patches", 1),
+        "max_tiles": images.get("max_patches", 12),
+        "thumbnail": True,
+        "resample": int(images.get("resample", Image.Resampling.BICUBIC)),
+        "rescale": float(images.get("rescale_factor", 1 / 255)),
+        "mean": tuple(images.get("image_mean") or IMAGENET_MEAN),
+        "std": tuple(images.get("image_std") or IMAGENET_STD),
+    }
+
+
+def _tokens_of(hf_dir: Path, model: InternVL3ModelConfig) -> dict[str, Any]:
+    tokenizer = load_tokenizer(hf_dir)
+    vocabulary = tokenizer.get_vocab()
+    missing = [mark for mark in (START, CONTEXT, STOP, OPEN, CLOSE) if mark not in vocabulary]
+    if missing:
+        raise ConfigError(f"the tokenizer of {hf_dir} lacks {', '.join(missing)}: is it InternVL3's?")
+    if model.image_token_id not in (None, vocabulary[CONTEXT]):
+        raise ConfigError(
+            f"{hf_dir}: config.json has image_token_id {model.image_token_id}, the tokenizer {vocabulary[CONTEXT]}"
+        )
+    fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return {
+        "tokenizer": plain_tokenizer(tokenizer.backend_tokenizer),
+        "image_token_id": vocabulary[CONTEXT],
+        "start_token_id": vocabulary[START],
+        "stop_token_id": vocabulary[STOP],
+        "filler_token_id": next(i for i in fillers if i is not None and i < model.text.vocab_size),
+        "stop_ids": generation_stops(hf_dir, vocabulary[CLOSE]),
+    }

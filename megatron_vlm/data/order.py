@@ -80,7 +80,9 @@ class Order:
         return self._slice(epoch, ranks + windows * self.window_slices) * self.slice_size + offsets
 
     def _slice(self, epoch: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
-        whole = self.num_samples // self.slice_size
-        return np.where(
-            ranks < whole, permute(np.minimum(ranks, whole - 1), whole, f"{self.seed}/{epoch}/slice"), ranks
-        )
+        whole, key = self.num_samples // self.slice_size, f"{self.seed}/{epoch}/slice"
+        first, last = (int(ranks.min()), int(ranks.max())) if ranks.size else (0, 0)
+        if last - first < len(ranks) // 2:  # neighbouring positions share slices: each is looked up once
+            wanted = np.arange(first, last + 1, dtype=np.int64)
+            return self._slice(epoch, wanted)[ranks - first]
+        return np.where(ranks < whole, permute(np.minimum(ranks, whole - 1), whole, key), ranks)

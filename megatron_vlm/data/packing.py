@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 # balances ranks; what is computed does not depend on it.
 COST_PER_SQUARED_TOKEN = 1 / 24_576
 COST_PER_PATCH = 0.06
+ROW_BITS = 32
+ROW_MASK = (1 << ROW_BITS) - 1
 
 
 def best_fit(
@@ -48,23 +50,26 @@ def best_fit(
         costs, most = patches.tolist(), max_patches
     rows: list[list[int]] = []
     room: list[int] = []  # patches that each row can still take
-    spaces: list[tuple[int, int]] = []  # (space left, row), sorted
+    spaces: list[int] = []  # space left << ROW_BITS | row, sorted: whole numbers compare faster than pairs
     sizes = lengths.tolist()
     for index in np.argsort(-lengths, kind="stable").tolist():
         length, cost = sizes[index], costs[index]
-        place = bisect_left(spaces, (length, 0))
-        while place < len(spaces) and room[spaces[place][1]] < cost:
+        place = bisect_left(spaces, length << ROW_BITS)
+        while cost and place < len(spaces) and room[spaces[place] & ROW_MASK] < cost:
             place += 1
         if place < len(spaces):
-            space, row = spaces.pop(place)
+            entry = spaces.pop(place)
+            row = entry & ROW_MASK
             rows[row].append(index)
         else:
-            space, row = capacity, len(rows)
+            row = len(rows)
+            entry = capacity << ROW_BITS | row
             rows.append([index])
             room.append(most)
         room[row] -= cost
-        if space > length:
-            insort(spaces, (space - length, row))
+        entry -= length << ROW_BITS
+        if entry > ROW_MASK:
+            insort(spaces, entry)
     for members in rows:
         members.sort()
     return rows

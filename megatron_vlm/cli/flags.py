@@ -20,12 +20,16 @@ from megatron_vlm.errors import ConfigError
 VALUES = {
     # model
     "family": "model.family",
+    "fix-vit": "model.freeze_vision",
+    "fix-sampler": "model.freeze_connector",
     "make-vocab-size-divisible-by": "model.make_vocab_size_divisible_by",
     # data
     "seq-length": "data.seq_length",
     "image-size": "data.image_size",
     "shortest-edge": "data.shortest_edge",
     "max-image-num": "data.max_image_num",
+    "img-size": "data.image_size",
+    "hd-num": "data.hd_num",
     "force-image-size": "data.image_size",
     "dynamic-image-size": "data.dynamic_image_size",
     "min-dynamic-patch": "data.min_dynamic_patch",

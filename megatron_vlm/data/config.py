@@ -62,6 +62,7 @@ class DataConfig(Config):
         min_dynamic_patch, max_dynamic_patch: tiles of an image, its thumbnail left out; the limit is shared by the images of a
             sample, and a data set may have its own. None: as the model's files say.
         use_thumbnail: an image of several tiles is seen as a whole, too; None: as the model's files say.
+        hd_num: most tiles of an image (InternLM-XComposer2-4KHD, which needs it); -1 is no value, as in that recipe's scripts.
         num_workers: processes that read and encode; 0: in the training process. Never changes what is read.
         prefetch_rows: most rows each worker keeps ready.
         prefetch_mb: most memory that rows kept ready take on a rank, in MiB; one row is always being made.
@@ -92,6 +93,7 @@ class DataConfig(Config):
     min_dynamic_patch: int | None = None
     max_dynamic_patch: int | None = None
     use_thumbnail: bool | None = None
+    hd_num: int | None = None
     num_workers: int = 2
     prefetch_rows: int = 4
     prefetch_mb: int = 1024
@@ -123,6 +125,8 @@ class DataConfig(Config):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"data.{name} must be at least {least}, got {value}")
+        if self.hd_num is not None and self.hd_num < 1 and self.hd_num != -1:
+            raise ConfigError(f"data.hd_num must be at least 1, or -1 for models that do not use it; got {self.hd_num}")
         if self.packing and self.group_by:
             raise ConfigError(f"data.group_by {self.group_by} has no effect with data.packing: leave one of them out")
         if self.max_patches_per_row is not None and not self.packing:

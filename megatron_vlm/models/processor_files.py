@@ -7,6 +7,12 @@ from typing import Any
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 
+IMAGE_SETTINGS = (
+    "max_image_num", "image_size", "shortest_edge", "image_splitting", "dynamic_image_size", "min_dynamic_patch",
+    "max_dynamic_patch", "use_thumbnail", "hd_num",
+)  # fmt: skip
+"""Fields of DataConfig that say how images are seen; each family uses some of them."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a json file.
@@ -66,12 +72,12 @@ def generation_stops(hf_dir: Path, *ends: int | None) -> tuple[int, ...]:
     return tuple(sorted({i for i in (*ends, *listed) if i is not None}))
 
 
-def refuse_settings(config: DataConfig, family: str, *names: str) -> None:
+def check_image_settings(config: DataConfig, family: str, *used: str) -> None:
     """Refuses settings of images that a family has no use for: none is ignored in silence.
 
     Raises:
-        ConfigError: one of ``names`` is set.
+        ConfigError: one that is not among ``used`` is set.
     """
-    for name in names:
-        if getattr(config, name) is not None:
+    for name in IMAGE_SETTINGS:
+        if name not in used and getattr(config, name) is not None:
             raise ConfigError(f"data.{name} {getattr(config, name)!r} has no effect on {family}: leave it out")

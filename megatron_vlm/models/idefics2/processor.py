@@ -33,11 +33,11 @@ from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.processor_files import (
     chat_template,
+    check_image_settings,
     generation_stops,
     load_tokenizer,
     processor_settings,
     read_json,
-    refuse_settings,
 )
 
 LOGGER = get_logger(__name__)
@@ -101,9 +101,7 @@ class Idefics2Processor:
         hf_dir = Path(hf_dir)
         model = read_json(hf_dir / "config.json")
         config.check_template("idefics2")
-        refuse_settings(
-            config, "Idefics2", "dynamic_image_size", "min_dynamic_patch", "max_dynamic_patch", "use_thumbnail"
-        )
+        check_image_settings(config, "Idefics2", "max_image_num", "image_size", "shortest_edge", "image_splitting")
         settings, images = processor_settings(hf_dir)
         splitting = (
             images.get("do_image_splitting", False) if config.image_splitting is None else config.image_splitting

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.processor_files import read_json
+from megatron_vlm.models.processor_files import check_image_settings, read_json
 from megatron_vlm.models.template_processor import TemplateProcessor, prompt_settings
 
 
@@ -20,8 +19,6 @@ class InternLM2Processor(TemplateProcessor):
         Raises:
             ConfigError: a file is missing, or a setting that cannot work.
         """
-        for name in ("image_size", "shortest_edge", "image_splitting", "max_image_num"):
-            if getattr(config, name) is not None:
-                raise ConfigError(f"data.{name} has no effect on InternLM2, which sees no images: leave it out")
+        check_image_settings(config, "InternLM2, which sees no images")
         hf_dir = Path(hf_dir)
         return cls(**prompt_settings(hf_dir, config, "internlm2", read_json(hf_dir / "config.json")["vocab_size"]))

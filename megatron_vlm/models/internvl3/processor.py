@@ -31,11 +31,11 @@ from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.internvl3 import tiling
 from megatron_vlm.models.internvl3.config import LAYOUTS, InternVL3ModelConfig
 from megatron_vlm.models.processor_files import (
+    check_image_settings,
     generation_stops,
     load_tokenizer,
     processor_settings,
     read_json,
-    refuse_settings,
 )
 
 IMAGE = "<image>"
@@ -97,7 +97,8 @@ class InternVL3Processor:
         hf_dir = Path(hf_dir)
         content = read_json(hf_dir / "config.json")
         model = InternVL3ModelConfig.from_hf(content)
-        refuse_settings(config, "InternVL3", "shortest_edge", "image_splitting")
+        tiling_settings = ("dynamic_image_size", "min_dynamic_patch", "max_dynamic_patch", "use_thumbnail")
+        check_image_settings(config, "InternVL3", "max_image_num", "image_size", *tiling_settings)
         config.check_template("internvl3", TEMPLATE)
         read = _chat_settings if LAYOUTS[content["model_type"]] == "chat" else _native_settings
         settings = read(hf_dir, content, model)

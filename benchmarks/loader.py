@@ -147,8 +147,8 @@ def photo(size: tuple[int, int], seed: int) -> bytes:
 
 def decode(num_images: int, size: tuple[int, int] = (640, 480)) -> dict[str, float]:
     """Measures images per CPU second, bare and through the loader, in turn."""
-    from megatron_vlm.data.formats import open_sources
     from megatron_vlm.data.build import build_shards
+    from megatron_vlm.data.formats import open_sources
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

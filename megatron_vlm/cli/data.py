@@ -1,12 +1,14 @@
 """``megatron-vlm data``: build shards from public formats; ``data_view`` checks and shows them."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.cli import data_view
-from megatron_vlm.config import nearest
 from megatron_vlm.errors import ConfigError
 
 
@@ -14,41 +16,97 @@ def run(argv: Sequence[str]) -> int:
     """Runs one of the sub-commands and returns the exit code."""
     parser = argparse.ArgumentParser(prog="megatron-vlm data", description="build, check and look at training data")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    build = commands.add_parser("build", help="turn records and images into tar shards with an index")
-    build.add_argument("--format", required=True, help="format of the inputs: llava")
-    build.add_argument("--input", required=True, nargs="+", metavar="FILE", help="json or jsonl files")
-    build.add_argument("--image-root", metavar="DIR", help="folder that relative image paths start from (default: .)")
-    build.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    build.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
-    build.set_defaults(handler=_build)
+    _add_build(commands)
     data_view.add_parsers(commands)
-
     args = parser.parse_args(argv)
     return args.handler(args)
 
 
-def _build(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.formats import READERS
-    from megatron_vlm.data.shards import build_shards
+def _add_build(commands: Any) -> None:
+    build = commands.add_parser("build", help="turn records and images into tar shards with an index")
+    add = build.add_argument
+    add("--format", required=True, help="llava, xcomposer, internvl, openai, parquet, webdataset")
+    add("--input", required=True, nargs="+", metavar="FILE", help="files or globs; for webdataset also folders")
+    add("--image-root", metavar="DIR", help="folder that relative image paths start from (default: .)")
+    add("--out", required=True, metavar="DIR", help="folder to make; with --val-fraction DIR/train and DIR/val")
+    add("--samples-per-shard", type=int, default=1000, metavar="N")
+    add("--workers", type=int, metavar="N", help="processes (default: one per core, 8 at most)")
+    add("--repeat", type=float, nargs="+", default=[], metavar="X",
+        help="how often an epoch reads the data, whole or not: one number, or one per input")  # fmt: skip
+    add("--missing-placeholder", choices=["refuse", "prepend"], default="refuse",
+        help="a record with images and no place for them: refuse it, or put them before its first question")  # fmt: skip
+    add("--on-bad-sample", choices=["raise", "skip"], default="raise",
+        help="records that cannot be used: report them all and make nothing, or leave them out and list them")  # fmt: skip
+    add("--val-fraction", type=float, metavar="F", help="share of the records that goes to DIR/val")
+    add("--split-by", default="image", metavar="id|image|KEY", help="what the halves must not share besides images")
+    add("--split-seed", type=int, default=1234, metavar="N")
+    add("--video-frames", type=int, nargs=2, default=[1, 32], metavar=("MIN", "MAX"),
+        help="frames taken of a video, spread evenly; a shorter one is refused (default: 1 32)")  # fmt: skip
+    add("--frame-text", default="Frame-{i}: <image>", metavar="TEXT", help="line of each frame (default: %(default)s)")
+    build.set_defaults(handler=_build)
 
-    if args.format not in READERS:
-        raise ConfigError(f"unknown format {args.format!r}{nearest(args.format, READERS)}; known: {', '.join(READERS)}")
+
+def _build(args: argparse.Namespace) -> int:
+    from megatron_vlm.data.build import build_shards
+    from megatron_vlm.data.formats import open_sources
+    from megatron_vlm.data.formats.records import VideoSettings
+    from megatron_vlm.data.split import SplitSettings
+
     if args.image_root is not None and not Path(args.image_root).is_dir():
         raise ConfigError(f"--image-root {args.image_root} is not a folder")
-    manifest = build_shards(
-        [(path, READERS[args.format](path)) for path in args.input],
-        args.out,
-        image_root=args.image_root,
-        samples_per_shard=args.samples_per_shard,
-        progress=_progress if sys.stderr.isatty() else None,
+    if args.workers is not None and args.workers < 0:
+        raise ConfigError(f"--workers must be at least 0, got {args.workers}")
+    least, most = args.video_frames
+    sources = open_sources(
+        args.format,
+        args.input,
+        repeat=args.repeat,
+        root=args.image_root or ".",
+        prepend=args.missing_placeholder == "prepend",
+        video=VideoSettings(min_frames=least, max_frames=most, announce=args.frame_text),
     )
-    shards = manifest["shards"]
-    size = f"{len(shards)} shards, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB"
-    print(f"{args.out}: {manifest['samples']} samples, {manifest['images']} images, {size}")
+    split = None
+    if args.val_fraction is not None:
+        split = SplitSettings(fraction=args.val_fraction, by=args.split_by, seed=args.split_seed)
+    report = build_shards(
+        sources,
+        args.out,
+        samples_per_shard=args.samples_per_shard,
+        on_bad_sample=args.on_bad_sample,
+        split=split,
+        num_workers=min(os.cpu_count() or 1, 8) if args.workers is None else args.workers,
+        progress=_progress() if sys.stderr.isatty() else None,
+    )
+    for name in ("train", "val") if split else ("",):
+        manifest = report[name] if split else report
+        shards = manifest["shards"]
+        size = f"{len(shards)} shards, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB"
+        print(f"{Path(args.out, name)}: {manifest['samples']} samples, {manifest['images']} images, {size}")
+        for source in manifest["sources"]:
+            if source["repeat"] or source["per_epoch"]:
+                often = f"{source['per_epoch']} samples" if source["per_epoch"] else f"{source['repeat']:g} times"
+                print(f"  {source['name']}: {source['samples']} samples, an epoch reads {often}")
+    if split:
+        names = {"id": "id", "image": "image"}.get(args.split_by, args.split_by)
+        print(f"{Path(args.out, 'split.json')}: {report['realised_fraction']:.4f} of the records for validation, "
+              f"by {names}: {report['components']} groups, the largest of {report['largest_component']} records")  # fmt: skip
+    rejected = Path(args.out, "rejected.jsonl")
+    if rejected.is_file():
+        with rejected.open("rb") as lines:
+            print(f"{rejected}: {sum(1 for _ in lines)} records are left out")
     return 0
 
 
-def _progress(samples: int) -> None:
-    if samples % 100 == 0:
-        print(f"\r{samples} samples", end="", file=sys.stderr, flush=True)
+def _progress() -> Callable[[int], None]:
+    """Returns a function that keeps a line of progress on the screen."""
+    start = last = time.monotonic()
+
+    def show(records: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 0.2:
+            last = now
+            rate = records / (now - start)
+            print(f"\r{records} records, {rate:.0f}/s ", end="", file=sys.stderr, flush=True)
+
+    return show

@@ -7,7 +7,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,17 @@ from numpy.typing import NDArray
 
 from megatron_vlm.data.sample import RawSample
 from megatron_vlm.data.shards import (
-    BLOCK,
+    IMAGE_DTYPE,
     MANIFEST,
     MANIFEST_VERSION,
+    MAX_SPAN,
     SAMPLE_DTYPE,
-    parse_header,
-    parse_sample,
     parse_text,
 )
+from megatron_vlm.data.tar import BLOCK, parse_header
 from megatron_vlm.errors import DataError
 
 MAX_OPEN = 128  # shards whose file and index stay open in each process
-MAX_SPAN = 2**30
 TEXT_BYTES = 8192  # read at first for a sample's text: most fit
 
 
@@ -96,6 +95,7 @@ class Dataset:
     def _reset(self) -> None:
         self._files = Recent(lambda i: os.open(self.shards[i].path, os.O_RDONLY), MAX_OPEN, os.close)
         self._samples = Recent(self._open_samples, MAX_OPEN)
+        self._images = Recent(self._open_images, MAX_OPEN)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shards": self.shards, "folders": self.folders, "_ends": self._ends}
@@ -131,10 +131,9 @@ class Dataset:
         return self._samples(shard)
 
     def image_sizes(self, shard: int) -> NDArray[np.uint16]:
-        """Returns uint16 [images, 2], width and height of a shard's images."""
-        return _open_array(
-            self.shards[shard].path.with_suffix(".images.npy"), np.dtype("<u2"), self.shards[shard].num_images
-        )
+        """Returns uint16 [images, 2], width and height of a shard's images, sample by sample."""
+        table = self._images(shard)
+        return np.stack([table["width"], table["height"]], axis=1)
 
     def read(self, sample_id: int) -> RawSample:
         """Reads one sample.
@@ -151,18 +150,35 @@ class Dataset:
             block = self._pread(shard, int(entry["offset"]), int(entry["span"]))
             if zlib.crc32(block) != int(entry["crc32"]):
                 raise DataError("damaged: its crc32 differs from the index")
-            return parse_sample(block)
+            first = int(entry["first_image"])
+            table = self._images(shard)[first : first + int(entry["num_images"])]
+            images = tuple(self._image(shard, image, block, int(entry["offset"])) for image in table)
+            return replace(self._text(shard, row, block), images=images)
+
+    def _image(self, shard: int, image: Any, block: bytes, offset: int) -> bytes:
+        start, size = int(image["offset"]) - offset, int(image["size"])
+        if start >= 0 and start + size <= len(block):
+            return block[start : start + size]
+        data = self._pread(shard, int(image["offset"]), size)  # another sample of the shard holds it
+        if zlib.crc32(data) != int(image["crc32"]):
+            raise DataError("damaged: the crc32 of an image differs from the index")
+        return data
 
     def read_text(self, shard: int, row: int) -> RawSample:
         """Reads a sample without its images (and so without its crc32); raises as ``read``."""
         entry = self.index(shard)[row]
         with self._naming(shard, entry):
-            span = int(entry["span"])
-            block = self._pread(shard, int(entry["offset"]), min(span, TEXT_BYTES))
-            name, size = parse_header(block)
-            if size + BLOCK > len(block):
-                block = self._pread(shard, int(entry["offset"]), min(span, size + BLOCK))
-            return parse_text(name, block[BLOCK : BLOCK + size])
+            return self._text(shard, row, b"")
+
+    def _text(self, shard: int, row: int, block: bytes) -> RawSample:
+        """Reads a sample's text; ``block`` is its span if that is at hand."""
+        entry = self.index(shard)[row]
+        span = int(entry["span"])
+        block = block or self._pread(shard, int(entry["offset"]), min(span, TEXT_BYTES))
+        name, size = parse_header(block)
+        if size + BLOCK > len(block):
+            block = self._pread(shard, int(entry["offset"]), min(span, size + BLOCK))
+        return parse_text(name, block[BLOCK : BLOCK + size])
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         if size > MAX_SPAN:
@@ -187,10 +203,15 @@ class Dataset:
         """Closes the files."""
         self._files.clear()
         self._samples.clear()
+        self._images.clear()
 
     def _open_samples(self, shard: int) -> NDArray[Any]:
         info = self.shards[shard]
         return _open_array(info.path.with_suffix(".samples.npy"), SAMPLE_DTYPE, info.num_samples)
+
+    def _open_images(self, shard: int) -> NDArray[Any]:
+        info = self.shards[shard]
+        return _open_array(info.path.with_suffix(".images.npy"), IMAGE_DTYPE, info.num_images)
 
 
 def _open_array(path: Path, dtype: np.dtype, length: int) -> NDArray[Any]:

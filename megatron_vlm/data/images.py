@@ -1,6 +1,9 @@
 """Images: opened by header with limits checked before any pixel is decoded; decoded upright, as 8-bit RGB."""
 
 import io
+import os
+import stat
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,24 @@ _UPRIGHT_SWAPS = (5, 6, 7, 8)  # values of the EXIF orientation that turn an ima
 _ORIENTATION = 0x0112
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, OverflowError)
 Image.init()  # plugins are listed once, not in the first worker's first image
+
+
+def read_image_file(path: str | Path) -> bytes:
+    """Returns the bytes of an image file.
+
+    Raises:
+        DataError: unreadable, not a regular file (a device or pipe is never waited for), or beyond the limit of bytes.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"cannot read image {path}: not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise DataError(f"image {path} has {status.st_size} bytes, the limit is {MAX_BYTES}")
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read image {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def open_image(data: bytes, name: str = "image") -> Image.Image:

@@ -24,8 +24,8 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def write_shards(folder: Path, count: int, seed: int) -> Path:
     """Shards of ``count`` samples with 0, 1 or 2 images of odd sizes."""
     draw, noise = random.Random(seed), np.random.default_rng(seed)
-    from megatron_vlm.data.formats.llava import read_llava
-    from megatron_vlm.data.shards import build_shards
+    from megatron_vlm.data.build import build_shards
+    from megatron_vlm.data.formats import open_sources
 
     images = folder / "images"
     images.mkdir(parents=True)
@@ -41,7 +41,7 @@ def write_shards(folder: Path, count: int, seed: int) -> Path:
         records.append({**record, "image": names} if names else record)
     path = folder / "records.json"
     path.write_text(json.dumps(records))
-    build_shards([(str(path), read_llava(path))], folder / "shards", image_root=images, samples_per_shard=16)
+    build_shards(open_sources("llava", [path], root=str(images)), folder / "shards", samples_per_shard=16)
     return folder / "shards"
 
 

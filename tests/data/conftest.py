@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from megatron_vlm.data.formats.llava import read_llava
-from megatron_vlm.data.shards import build_shards
+from megatron_vlm.data.build import build_shards
+from megatron_vlm.data.formats import open_sources
 from megatron_vlm.models.idefics2.processor import Idefics2Processor
 from megatron_vlm.testing.twins import tiny_idefics2_config, tiny_tokenizer
 
@@ -44,7 +44,8 @@ def digits_dir(tmp_path_factory):
     """97 samples in 5 shards; read only."""
     folder = tmp_path_factory.mktemp("digits")
     path = write_digits(folder / "images", 97)
-    build_shards([(str(path), read_llava(path))], folder / "shards", image_root=folder / "images", samples_per_shard=20)
+    sources = open_sources("llava", [path], root=str(folder / "images"))
+    build_shards(sources, folder / "shards", samples_per_shard=20)
     return folder / "shards"
 
 

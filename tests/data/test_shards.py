@@ -1,5 +1,6 @@
 """Shards: any webdataset reader opens them, the same input gives the same bytes, damage is named."""
 
+import io
 import json
 import os
 import tarfile
@@ -8,16 +9,19 @@ import zlib
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
+from megatron_vlm.data.build import build_shards
 from megatron_vlm.data.check import check_folder
 from megatron_vlm.data.dataset import Dataset
-from megatron_vlm.data.formats.llava import read_llava
-from megatron_vlm.data.shards import SAMPLE_DTYPE, build_shards, parse_members
+from megatron_vlm.data.formats import open_sources
+from megatron_vlm.data.shards import SAMPLE_DTYPE
+from megatron_vlm.data.tar import parse_members
 from megatron_vlm.errors import ConfigError, DataError
 
 
 def build(path, out, **options):
-    return build_shards([(str(path), read_llava(path))], out, image_root=path.parent, **options)
+    return build_shards(open_sources("llava", [path], root=str(path.parent)), out, **options)
 
 
 @pytest.fixture
@@ -47,7 +51,9 @@ def test_webdataset_reads_them(small):
     assert [s["__key__"] for s in samples] == [f"digits-{i:09d}" for i in range(12)]
     assert json.loads(samples[2]["json"])["id"] == "digit-2"
     assert samples[2]["0.png"] == (small.parent / "in" / "2.png").read_bytes()  # the original bytes
-    assert samples[2]["1.png"] == (small.parent / "in" / "1.png").read_bytes()
+    # Its second image is the one of the sample before: stored once, and named.
+    assert "1.png" not in samples[2] and json.loads(samples[2]["json"])["members"][1] == "digits-000000001.0.png"
+    assert samples[1]["0.png"] == (small.parent / "in" / "1.png").read_bytes()
 
 
 def test_index_and_manifest(small):
@@ -63,10 +69,20 @@ def test_index_and_manifest(small):
         for entry in table:
             block = data[entry["offset"] : entry["offset"] + entry["span"]]
             assert zlib.crc32(block) == entry["crc32"]
-            assert len(list(parse_members(block))) == 1 + entry["num_images"]
+            members = list(parse_members(block))
+            first = entry["first_image"]
+            images = np.load((small / shard["name"]).with_suffix(".images.npy"))[first : first + entry["num_images"]]
+            for image in images:
+                content = data[image["offset"] : image["offset"] + image["size"]]
+                assert zlib.crc32(content) == image["crc32"]
+                assert Image.open(io.BytesIO(content)).size == (image["width"], image["height"])
+            own = [image for image in images if image["offset"] > entry["offset"]]
+            assert len(members) == 1 + len(own)
 
 
 def test_dataset_reads_every_sample(small):
+    for sample in map(Dataset([small]).read, range(12)):
+        assert sample.images == tuple((small.parent / "in" / name).read_bytes() for name in sample.image_names)
     dataset = Dataset([small, small])
     assert len(dataset) == 24
     sample = dataset.read(12 + 7)
@@ -91,8 +107,7 @@ def test_long_text_is_read_whole(tmp_path):
 
 def test_two_sources_of_one_name_keep_apart(tmp_path, make_digits):
     paths = [make_digits(tmp_path / name, 3) for name in ("a", "b")]
-    sources = [(str(p), read_llava(p)) for p in paths]
-    build_shards(sources, tmp_path / "out", image_root=paths[0].parent)
+    build_shards(open_sources("llava", paths, root=str(paths[0].parent)), tmp_path / "out")
     keys = [Dataset([tmp_path / "out"]).read(i).key for i in range(6)]
     assert len(set(keys)) == 6 and keys[3] == "digits-1-000000000"
 
@@ -163,7 +178,7 @@ def test_manifest_cannot_lead_out_of_its_folder(small):
         Dataset([small])
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
 def test_only_regular_members(kind):
     header = tarfile.TarInfo("k.json")
     header.type, header.linkname = kind, "/etc/passwd"
@@ -201,5 +216,6 @@ def test_check_finds_an_image_that_does_not_decode(tmp_path, make_digits):
     np.save(shard.with_suffix(".samples.npy"), table)
     found = list(check_folder(tmp_path / "out"))
     problems = [f for f in found if isinstance(f, DataError)]
-    assert len(problems) == 2 and "sha256" in problems[0].message
+    assert len(problems) == 3 and "sha256" in problems[0].message
     assert problems[1].key == "digits-000000001" and "decoded" in problems[1].message
+    assert "the crc32 of an image" in problems[2].message  # the sample after it shares the image

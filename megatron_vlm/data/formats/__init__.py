@@ -1,8 +1,113 @@
-"""Public formats: each reads one into records. One line per format."""
+"""Public formats: each reads one into records.
 
-from collections.abc import Callable, Iterator
+inputs (files, globs) --expand--> Sources --rows--> json values --parse--> Records, or a DataError in their place
+"""
 
-from megatron_vlm.data.formats.llava import read_llava
-from megatron_vlm.data.formats.records import Record
+import glob
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-READERS: dict[str, Callable[[str], Iterator[Record]]] = {"llava": read_llava}
+from megatron_vlm.config import nearest
+from megatron_vlm.data.formats.internvl import expand_internvl
+from megatron_vlm.data.formats.json_file import MAX_INLINE_BYTES, read_json_records
+from megatron_vlm.data.formats.llava import parse_llava
+from megatron_vlm.data.formats.openai import parse_openai
+from megatron_vlm.data.formats.parquet import parse_row, rows_of_parquet
+from megatron_vlm.data.formats.records import Record, Source
+from megatron_vlm.data.formats.xcomposer import expand_xcomposer, parse_xcomposer
+from megatron_vlm.errors import ConfigError, DataError
+
+Rows = Iterator[tuple[int, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A format: ``expand`` an input into sources, read the ``rows`` of each, ``parse`` each into a record."""
+
+    parse: Callable[[Source, int, Any], Record]
+    rows: Callable[[Source], Rows] = field(default=lambda source: read_json_records(source.path))
+    expand: Callable[[Source], list[Source]] = field(default=lambda source: [source])
+
+
+def _rows_with_images(source: Source) -> Rows:
+    return read_json_records(source.path, MAX_INLINE_BYTES)
+
+
+FORMATS: dict[str, Format] = {
+    "llava": Format(parse=parse_llava),
+    "xcomposer": Format(parse=parse_xcomposer, expand=expand_xcomposer),
+    "internvl": Format(parse=parse_llava, expand=expand_internvl),
+    "openai": Format(parse=parse_openai, rows=_rows_with_images),
+    "parquet": Format(parse=parse_row, rows=rows_of_parquet),
+}
+
+
+def check_format(name: str, known: Sequence[str] = tuple(FORMATS)) -> None:
+    """Raises ConfigError unless ``name`` is a format."""
+    if name not in known:
+        raise ConfigError(f"unknown format {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+
+
+def expand_inputs(inputs: Sequence[str | Path]) -> list[str]:
+    """Returns the files that inputs name, globs resolved in the order of names.
+
+    Raises:
+        ConfigError: a glob that matches nothing.
+    """
+    paths = []
+    for name in map(str, inputs):
+        found = [name] if Path(name).exists() or not glob.has_magic(name) else sorted(glob.glob(name, recursive=True))
+        if not found:
+            raise ConfigError(f"--input {name}: no file matches")
+        paths += found
+    return paths
+
+
+def open_sources(
+    format: str, inputs: Sequence[str | Path], *, repeat: Sequence[float] = (), **settings: Any
+) -> list[Source]:
+    """Returns the sources of some inputs.
+
+    Args:
+        format: key of ``FORMATS``.
+        inputs: files or globs.
+        repeat: of all inputs, or one for each (a glob counts as one).
+        settings: fields of Source, the same for all.
+
+    Raises:
+        ConfigError, DataError: an input, list or meta file that cannot be used.
+    """
+    check_format(format)
+    if len(repeat) > 1 and len(repeat) != len(inputs):
+        raise ConfigError(f"--repeat has {len(repeat)} numbers for {len(inputs)} inputs: give one, or one for each")
+    for number in repeat:
+        if not (math.isfinite(number) and number > 0):
+            raise ConfigError(f"--repeat must be above 0, got {number}")
+    sources = []
+    for index, item in enumerate(inputs):
+        times = repeat[index % len(repeat)] if repeat else None
+        for path in expand_inputs([item]):
+            sources += FORMATS[format].expand(Source(path=path, format=format, repeat=times, **settings))
+    return sources
+
+
+def read_source(source: Source) -> Iterator[tuple[int, Any, Record | DataError]]:
+    """Yields (number, the value as read, its record or what is wrong with it).
+
+    Raises:
+        DataError: what makes the rest of the file unreadable.
+    """
+    format = FORMATS[source.format]
+    for number, value in format.rows(source):
+        where: dict[str, Any] = {"shard": source.path, "key": f"record {number}"}
+        try:
+            if isinstance(value, DataError):
+                raise value
+            yield number, value, format.parse(source, number, value)
+        except DataError as error:
+            yield number, None, DataError(error.message, **where)
+        except RecursionError:
+            yield number, None, DataError("nested too deeply", **where)

@@ -1,31 +1,137 @@
-"""What the formats share: json records read with care, and the checks every conversation must pass."""
+"""What the formats share: where records come from, what a record is, and the checks every conversation must pass."""
 
-import json
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import DataError
 
 IMAGE_PLACEHOLDER = "<image>"
-MAX_RECORD_CHARS = 4 * 2**20
-_SPACE = re.compile(r"[ \t\r\n]*")
+VIDEO_PLACEHOLDER = "<video>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
+         "system": "system"}  # fmt: skip
+# RawSample.options: settings that a data set makes for its samples (InternVL's meta.json has these).
+OPTIONS = ("max_dynamic_patch", "data_augment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """How a video becomes frames.
+
+    Attributes:
+        min_frames: a shorter video is refused.
+        max_frames: of a longer one this many are taken, spread evenly.
+        announce: text of each frame, ``{i}`` its number from 1; frames stand on lines of their own.
+    """
+
+    min_frames: int = 1
+    max_frames: int = 32
+    announce: str = "Frame-{i}: <image>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One file of records and how it is read. Plain values: it travels to build processes.
+
+    Attributes:
+        path: of the file (or HF ``datasets`` folder).
+        format: key of ``formats.FORMATS``.
+        name: the data set's name, where its format gives one; else the file's name.
+        root: folder that relative image paths start from.
+        repeat: how often an epoch goes over it (1.5: all, and half of it again); None: once.
+        per_epoch: exactly so many samples an epoch; None: by ``repeat``.
+        prepend: a record with images and no placeholder gets them before its first user turn; else it is refused.
+        options: RawSample.options of every sample.
+        video: how videos become frames.
+    """
+
+    path: str
+    format: str
+    name: str = ""
+    root: str = "."
+    repeat: float | None = None
+    per_epoch: int | None = None
+    prepend: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    video: VideoSettings = field(default_factory=VideoSettings)
+
+    @property
+    def title(self) -> str:
+        """Its name in the manifest."""
+        return self.name or Path(self.path).name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One record of a source file: ``images`` are paths as written; ``label`` is its ``id``, unique or not."""
+    """One record of a source.
+
+    Attributes:
+        number: in its file, from 0.
+        label: its ``id``, unique or not.
+        turns: with a placeholder per image and per video.
+        images: paths as written, or the encoded bytes where the record carries them.
+        videos: paths as written: of a video file or of a folder of frames.
+        options: see RawSample.
+    """
 
     number: int
     label: str
     turns: tuple[Turn, ...]
-    images: tuple[str, ...]
+    images: tuple[str | bytes, ...] = ()
+    videos: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_turns(turns: Sequence[Turn], num_images: int) -> None:
+def make_record(
+    source: Source,
+    number: int,
+    label: Any,
+    turns: Sequence[Turn],
+    images: Sequence[str | bytes],
+    videos: Sequence[str] = (),
+) -> Record:
+    """Checks a conversation and makes a record of it.
+
+    Raises:
+        DataError: what is wrong with it.
+    """
+    if not (label is None or isinstance(label, str | int | float)):
+        raise DataError(f"'id' must be a text or a number, this is {type(label).__name__}")
+    for index, turn in enumerate(turns):
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"turn {index} has half a character (a lone surrogate) at {error.start}") from error
+    marks = "".join(turn.text for turn in turns)
+    if (images or videos) and not (IMAGE_PLACEHOLDER in marks or VIDEO_PLACEHOLDER in marks):
+        if not source.prepend:
+            raise DataError(
+                f"0 {IMAGE_PLACEHOLDER} placeholders for {len(images)} images and {len(videos)} videos: write one per "
+                "image, in its place, or set --missing-placeholder prepend to put them before the first question"
+            )
+        turns = _prepend(turns, len(images), len(videos), "" if source.format == "xcomposer" else "\n")
+    check_turns(turns, len(images), len(videos))
+    return Record(
+        number=number,
+        label="" if label is None else str(label),
+        turns=tuple(turns),
+        images=tuple(images),
+        videos=tuple(videos),
+        options=source.options,
+    )
+
+
+def _prepend(turns: Sequence[Turn], num_images: int, num_videos: int, end: str) -> list[Turn]:
+    marks = f"{IMAGE_PLACEHOLDER}{end}" * num_images + f"{VIDEO_PLACEHOLDER}{end}" * num_videos
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    return [Turn(role=t.role, text=marks + t.text) if i == first else t for i, t in enumerate(turns)]
+
+
+def check_turns(turns: Sequence[Turn], num_images: int, num_videos: int = 0) -> None:
     """Checks roles, answers and placeholders: [system] (user assistant)+ with an ``<image>`` per image.
 
     Raises:
@@ -35,115 +141,80 @@ def check_turns(turns: Sequence[Turn], num_images: int) -> None:
     for index, turn in enumerate(body):
         wanted = ("user", "assistant")[index % 2]
         if turn.role != wanted:
-            roles = ", ".join(t.role for t in turns)
+            roles = ", ".join(t.role for t in turns[:20]) + (" ..." if len(turns) > 20 else "")
             raise DataError(f"roles out of order: expected {wanted} and found {turn.role} (turns: {roles})")
         if turn.role == "assistant" and not turn.text.strip():
             raise DataError(f"empty answer in turn {index + len(turns) - len(body)}")
     if len(body) % 2 or not body:
         raise DataError("roles out of order: the last user turn has no answer" if body else "there is no user turn")
-    found = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if found != num_images:
-        raise DataError(
-            f"{found} {IMAGE_PLACEHOLDER} placeholders for {num_images} images: write one per image, in its place"
-        )
+    for mark, kind, number in ((IMAGE_PLACEHOLDER, "image", num_images), (VIDEO_PLACEHOLDER, "video", num_videos)):
+        found = sum(turn.text.count(mark) for turn in turns)
+        if found != number:
+            raise DataError(f"{found} {mark} placeholders for {number} {kind}s: write one per {kind}, in its place")
 
 
-def read_json_records(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yields (record number from 0, value) of a ``.jsonl`` file (a value a line) or a json array.
+def role_of(name: Any, where: str) -> str:
+    """Returns ``user``, ``assistant`` or ``system`` for a role in any letter case.
 
     Raises:
-        DataError: unreadable file, bad UTF-8, bad json (with line and column), duplicate keys, NaN, deep nesting.
+        DataError: not a role.
     """
-    path = Path(path)
-    try:
-        if path.suffix.lower() in (".jsonl", ".ndjson"):
-            with path.open("rb") as file:
-                yield from _lines(path, file)
-        else:
-            yield from _array(path, path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", shard=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text: {error.reason} at byte {error.start}", shard=str(path)) from error
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise DataError(f"{where}: unknown role {name!r} (known: {', '.join(ROLES)})")
+    return role
 
 
-def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    decoder, number = strict_decoder(), 0
-    for line_number, raw in enumerate(file, 1):
-        line = raw.decode("utf-8-sig" if line_number == 1 else "utf-8")
-        if line.strip():
-            start = _SPACE.match(line).end()  # type: ignore[union-attr]
-            value, end = _decode(decoder, line, start, path, number, line_number)
-            if line[end:].strip():
-                raise DataError(f"text after the json value, line {line_number} column {end + 1}", shard=str(path))
-            yield number, value
-            number += 1
+def object_of(data: Any) -> Mapping[str, Any]:
+    """Returns ``data`` if it is a json object; raises DataError else."""
+    if not isinstance(data, Mapping):
+        raise DataError(f"a record is a json object, this is {type(data).__name__}")
+    return data
 
 
-def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Decodes an array element by element: a gigabyte of records is never held as objects."""
-    decoder = strict_decoder()
+def list_of(data: Mapping[str, Any], key: str, what: str = "a path or a list of paths") -> list[Any]:
+    """Returns the list under ``key``; a single value is a list of one, an absent one is empty.
 
-    def skip(index: int) -> tuple[int, str]:
-        index = _SPACE.match(text, index).end()  # type: ignore[union-attr]
-        return index, text[index : index + 1]
-
-    def wrong(index: int, wanted: str) -> DataError:
-        line = text.count("\n", 0, index) + 1
-        column = index - text.rfind("\n", 0, index)
-        return DataError(f"bad json: expected {wanted} at line {line} column {column}", shard=str(path))
-
-    index, char = skip(0)
-    if char != "[":
-        raise wrong(index, "'[' (a list of records; name a file of one record a line .jsonl)")
-    index, char = skip(index + 1)
-    number = 0
-    while char != "]":
-        value, index = _decode(decoder, text, index, path, number)
-        yield number, value
-        number += 1
-        index, char = skip(index)
-        if char == ",":
-            index, char = skip(index + 1)
-            if char == "]":
-                raise wrong(index, "a record")
-        elif char != "]":
-            raise wrong(index, "',' or ']'")
-    index, char = skip(index + 1)
-    if char:
-        raise wrong(index, "the end of the file")
+    Raises:
+        DataError: an entry is neither text, bytes nor an object of one of them (``{"bytes", "path"}``).
+    """
+    value = data.get(key)
+    entries = [] if value is None else value if isinstance(value, list) else [value]
+    entries = [_unwrap(entry) for entry in entries]
+    if not all(isinstance(entry, str | bytes) and entry for entry in entries):
+        raise DataError(f"'{key}' must be {what}")
+    return [inline(entry) for entry in entries]
 
 
-def _decode(
-    decoder: json.JSONDecoder, text: str, start: int, path: Path, number: int, line_number: int = 0
-) -> tuple[Any, int]:
-    key = f"record {number}"
-    try:
-        value, end = decoder.raw_decode(text, start)
-    except json.JSONDecodeError as error:
-        line = line_number or error.lineno
-        raise DataError(f"bad json: {error.msg}, line {line} column {error.colno}", shard=str(path), key=key) from error
-    except RecursionError as error:
-        raise DataError("json nested too deeply", shard=str(path), key=key) from error
-    except ValueError as error:
-        raise DataError(f"bad json: {error}", shard=str(path), key=key) from error
-    if end - start > MAX_RECORD_CHARS:
-        message = f"the record has {end - start} characters, the limit is {MAX_RECORD_CHARS}"
-        raise DataError(message, shard=str(path), key=key)
-    return value, end
+def _unwrap(entry: Any) -> Any:
+    """HF ``datasets`` keeps an image as ``{"bytes": ..., "path": ...}``."""
+    if isinstance(entry, Mapping) and set(entry) <= {"bytes", "path"}:
+        return entry.get("bytes") or entry.get("path")
+    return entry
 
 
-def strict_decoder() -> json.JSONDecoder:
-    """A json decoder that refuses duplicate keys and NaN, which json readers disagree on (as ``ValueError``)."""
+def inline(entry: str | bytes) -> str | bytes:
+    """Decodes an image that is given as a data URI; a path or bytes come back as they are.
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        data = dict(items)
-        if len(data) != len(items):
-            names = [name for name, _ in items]
-            raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
+    Raises:
+        DataError: not base64, or the address of another machine.
+    """
+    if not isinstance(entry, str):
+        return entry
+    if entry[:5].lower() == "data:":
+        head, comma, body = entry.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise DataError(f"a data URI must read data:image/...;base64,...; this one starts {entry[:40]!r}")
+        try:
+            data = base64.b64decode(body, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise DataError(f"a data URI is not base64: {error}") from error
+        if not data:
+            raise DataError("a data URI holds nothing")
         return data
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is not a number in json")
-
-    return json.JSONDecoder(object_pairs_hook=pairs, parse_constant=constant)
+    scheme, colon, rest = entry.partition("://")
+    if colon and scheme.lower() == "file":
+        return rest
+    if colon and scheme.isalnum():
+        raise DataError(f"image {entry[:80]!r}: only files are read; download it first")
+    return entry

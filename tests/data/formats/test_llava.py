@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_vlm.data.formats.llava import read_llava
+from megatron_vlm.data.formats import open_sources, read_source
 from megatron_vlm.errors import DataError
 
 
@@ -19,7 +19,12 @@ GOOD = {"id": 7, "image": "a.png", "conversations": turns("<image>\nWhat?", "A c
 def read(tmp_path, text, name="data.json"):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return list(read_llava(path))
+    (source,) = open_sources("llava", [path])
+    records = [found for _, _, found in read_source(source)]
+    for found in records:
+        if isinstance(found, DataError):
+            raise found
+    return records
 
 
 @pytest.mark.parametrize("name, join", [("data.json", ",\n"), ("data.jsonl", "\n"), ("data.JSONL", "\r\n\n")])
@@ -124,4 +129,4 @@ def test_byte_order_mark_is_skipped(tmp_path):
 
 def test_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"no\.json.*No such file"):
-        list(read_llava(tmp_path / "no.json"))
+        list(read_source(open_sources("llava", [tmp_path / "no.json"])[0]))

@@ -1,0 +1,400 @@
+"""Building shard folders: deterministic, in several processes, and resumed after a kill.
+
+    sources --records, in order--> jobs of one shard each --worker processes--> .OUT.partial/out/shard-000000.tar ...
+                                                                            \\-> .OUT.partial/done/shard-000000.json
+    all done --> manifest.json --> .OUT.partial/out renamed to OUT
+
+What a shard holds depends on the records alone, so a shard that is done stays done: the same command, run again after a
+kill, goes over the records and makes only what is missing. OUT is whole or absent.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_vlm.data.formats import read_source
+from megatron_vlm.data.formats.records import Record, Source
+from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION, ShardWriter, load_record
+from megatron_vlm.data.split import SplitSettings, assign
+from megatron_vlm.data.video import check_settings
+from megatron_vlm.errors import ConfigError, DataError
+
+REJECTED = "rejected.jsonl"
+MAX_INLINE = 64 * 2**20  # bytes of images inside the records of one job
+SHOWN = 50  # problems that an error lists
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One shard to make: ``records`` are (number of the source, record)."""
+
+    folder: str
+    name: str
+    sources: Sequence[Source]
+    stems: Sequence[str]
+    records: Sequence[tuple[int, Record]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A record that cannot be used; ``record`` is -1 where the rest of a file is lost."""
+
+    source: int
+    record: int
+    file: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}{f', record {self.record}' if self.record >= 0 else ''}: {self.message}"
+
+
+@dataclass(kw_only=True)
+class _Half:
+    """What goes to one folder: OUT itself, or OUT/train and OUT/val."""
+
+    name: str
+    jobs: int = 0
+    records: list[tuple[int, Record]] = field(default_factory=list)
+    inline: int = 0
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def build_shards(
+    sources: Sequence[Source],
+    out: str | Path,
+    *,
+    samples_per_shard: int = 1000,
+    on_bad_sample: Literal["raise", "skip"] = "raise",
+    split: SplitSettings | None = None,
+    num_workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes records and the original bytes of their images as shards.
+
+    Args:
+        sources: in order. A sample's key is the source's stem and the record's number.
+        out: the folder to make; must not exist, or be empty. A build that was killed is taken up.
+        samples_per_shard: records in every shard but the last of a folder.
+        on_bad_sample: ``raise`` reports every record that cannot be used and makes nothing; ``skip`` leaves them out
+            and lists them in ``OUT/rejected.jsonl``.
+        split: write ``OUT/train`` and ``OUT/val`` instead, and a report to ``OUT/split.json``.
+        num_workers: processes; 0: this one. Never changes what is written.
+        progress: called with the number of records gone over so far.
+
+    Returns:
+        The manifest; with ``split`` the report, which holds both.
+
+    Raises:
+        ConfigError: ``out`` holds something, or a setting cannot work.
+        DataError: records that cannot be used, with source and record number.
+    """
+    out = Path(out)
+    if samples_per_shard < 1:
+        raise ConfigError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+    for source in sources:
+        check_settings(source.video)
+    settings: dict[str, Any] = {"samples_per_shard": samples_per_shard, "on_bad_sample": on_bad_sample}
+    settings["split"] = dataclasses.asdict(split) if split else None
+    with _partial(out, _fingerprint(sources, settings)) as folder:
+        if folder is None:  # killed between its last step and the removal of its traces
+            return json.loads((out / ("split.json" if split else MANIFEST)).read_text(encoding="utf-8"))
+        build = _Build(sources, folder, samples_per_shard, num_workers, progress)
+        halves = build.run(split)
+        return build.finish(halves, out, split, on_bad_sample)
+
+
+class _Build:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        folder: Path,
+        samples_per_shard: int,
+        num_workers: int,
+        progress: Callable[[int], None] | None,
+    ):
+        self.sources, self.folder, self.size, self.workers = sources, folder, samples_per_shard, num_workers
+        self.progress = progress or (lambda _: None)
+        self.stems = unique_stems([source.title for source in sources])
+        self.problems: list[Problem] = []
+        self.total = 0
+        self.fatal = False
+        self.pending: dict[Future[dict[str, Any]], tuple[_Half, str]] = {}
+        self.pool: ProcessPoolExecutor | None = None
+        self.report: dict[str, Any] = {}
+
+    def run(self, split: SplitSettings | None) -> list[_Half]:
+        """Goes over all records and makes the shards that are missing."""
+        if split is None:
+            halves, chosen = [_Half(name="")], None
+        else:
+            halves = [_Half(name="train"), _Half(name="val")]
+            chosen, self.report = assign(self.sources, split)
+        for half in halves:
+            (self.folder / "out" / half.name).mkdir(parents=True, exist_ok=True)
+        try:
+            for number, source in enumerate(self.sources):
+                try:
+                    for record, _, found in read_source(source):
+                        self.total += 1
+                        if isinstance(found, DataError):
+                            self._problem(number, record, found.message)
+                        else:
+                            half = halves[0 if chosen is None else chosen[number, record]]
+                            self._add(half, number, found)
+                        if not self.total % 100:
+                            self.progress(self.total)
+                except DataError as error:
+                    self.fatal = True
+                    where = f"{error.key}: " if error.key else ""
+                    self._problem(number, -1, f"{where}{error.message}", error.shard)
+            for half in halves:
+                self._flush(half)
+            while self.pending:
+                self._collect()
+        finally:
+            if self.pool is not None:
+                self.pool.shutdown(cancel_futures=True)
+        self.progress(self.total)
+        return halves
+
+    def _problem(self, source: int, record: int, message: str, file: str | None = None) -> None:
+        self.problems.append(
+            Problem(source=source, record=record, file=file or self.sources[source].path, message=message)
+        )
+
+    def _add(self, half: _Half, source: int, record: Record) -> None:
+        half.records.append((source, record))
+        half.inline += sum(len(image) for image in record.images if isinstance(image, bytes))
+        if len(half.records) == self.size or half.inline > MAX_INLINE:
+            self._flush(half)
+
+    def _flush(self, half: _Half) -> None:
+        if not half.records:
+            return
+        name, half.jobs = f"shard-{half.jobs:06d}", half.jobs + 1
+        folder = str(self.folder / "out" / half.name)
+        job = Job(folder=folder, name=name, sources=self.sources, stems=self.stems, records=tuple(half.records))
+        half.records, half.inline = [], 0
+        done = self.folder / "done" / f"{half.name}{name}.json"
+        if done.exists():
+            self._take(half, name, json.loads(done.read_text(encoding="utf-8")))
+        elif not self.workers:
+            self._done(half, name, make_shard(job))
+        else:
+            if self.pool is None:
+                context = multiprocessing.get_context("spawn")
+                self.pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
+            self.pending[self.pool.submit(make_shard, job)] = half, name
+            if len(self.pending) > self.workers:  # records wait in memory: not too many
+                self._collect()
+
+    def _collect(self) -> None:
+        for future in wait(self.pending, return_when=FIRST_COMPLETED).done:
+            self._done(*self.pending.pop(future), future.result())
+
+    def _done(self, half: _Half, name: str, result: dict[str, Any]) -> None:
+        write_synced(self.folder / "done" / f"{half.name}{name}.json", json.dumps(result).encode())
+        self._take(half, name, result)
+
+    def _take(self, half: _Half, name: str, result: dict[str, Any]) -> None:
+        self.problems += [Problem(**problem) for problem in result["rejected"]]
+        half.shards[name] = result
+
+    def finish(self, halves: list[_Half], out: Path, split: SplitSettings | None, on_bad_sample: str) -> dict[str, Any]:
+        """Writes the manifests and puts the folder in place; raises if the policy says so."""
+        self.problems.sort(key=lambda p: (p.source, p.record < 0, p.record))
+        names = ", ".join(source.title for source in self.sources) or "the inputs"
+        if self.problems and (on_bad_sample == "raise" or self.fatal):
+            raise DataError(describe(self.problems, self.total, self.fatal))
+        folder = self.folder / "out"
+        for half in halves:
+            manifest = make_manifest(half.shards, self.sources)
+            if not manifest["samples"]:
+                left = f" ({len(self.problems)} are rejected)" if self.problems else ""
+                raise DataError(f"no records in {names}{left}{f' for {half.name}' if half.name else ''}")
+            if half.name == "val":  # an evaluation reads each sample once
+                for entry in manifest["sources"]:
+                    entry["repeat"] = entry["per_epoch"] = None
+            write_synced(folder / half.name / MANIFEST, json.dumps(manifest, indent=1).encode())
+            self.report[half.name or "manifest"] = manifest
+        if self.problems:
+            lines = [json.dumps({"file": p.file, "record": p.record, "reason": p.message}) for p in self.problems]
+            write_synced(folder / REJECTED, "".join(f"{line}\n" for line in lines).encode())
+        if split is not None:
+            write_synced(folder / "split.json", json.dumps(self.report, indent=1).encode())
+        sync_folder(folder)
+        if out.exists():
+            out.rmdir()
+        os.rename(folder, out)
+        sync_folder(out.parent)
+        return self.report if split is not None else self.report["manifest"]
+
+
+def make_shard(job: Job) -> dict[str, Any]:
+    """Makes one shard and returns its line of the manifest, its samples by source, and what is rejected."""
+    final = Path(job.folder, f"{job.name}.tar")
+    writer = ShardWriter(final)
+    rejected, by_source = [], Counter[int]()
+    for number, record in job.records:
+        source = job.sources[number]
+        try:
+            turns, images = load_record(source, record)
+            text = {"id": record.label, "source": source.title, "record": record.number}
+            if record.options:
+                text["options"] = dict(record.options)
+            writer.add(f"{job.stems[number]}-{record.number:09d}", text, turns, images)
+            by_source[number] += 1
+        except DataError as error:
+            problem = Problem(source=number, record=record.number, file=source.path, message=error.message)
+            rejected.append(dataclasses.asdict(problem))
+    line = writer.close()
+    sync_folder(final.parent)
+    return {"shard": line, "by_source": sorted(by_source.items()), "rejected": rejected}
+
+
+def make_manifest(shards: Mapping[str, Mapping[str, Any]], sources: Sequence[Source]) -> dict[str, Any]:
+    """Returns the manifest of shards (results of ``make_shard`` by name); a shard without samples is left out."""
+    lines = [shards[name]["shard"] for name in sorted(shards) if shards[name]["shard"]["samples"]]
+    counts = Counter[int]()
+    for result in shards.values():
+        for number, samples in result["by_source"]:
+            counts[number] += samples
+    entries, first = [], 0
+    for number, source in enumerate(sources):
+        if counts[number]:
+            entries.append(
+                {
+                    "name": source.title,
+                    "first_sample": first,
+                    "samples": counts[number],
+                    "repeat": source.repeat,
+                    "per_epoch": source.per_epoch,
+                }
+            )
+            first += counts[number]
+    return {
+        "version": MANIFEST_VERSION,
+        "samples": first,
+        "images": sum(line["images"] for line in lines),
+        "sources": entries,
+        "shards": lines,
+    }
+
+
+def unique_stems(titles: Sequence[str]) -> list[str]:
+    """Returns a short name for each source that tar members can start with, all different."""
+    stems: list[str] = []
+    for title in titles:
+        stem = _UNSAFE.sub("-", Path(title).stem)[:60] or "source"
+        taken = set(stems)
+        stems.append(next(s for s in (stem, *(f"{stem}-{i}" for i in range(1, len(stems) + 2))) if s not in taken))
+    return stems
+
+
+def describe(problems: Sequence[Problem], total: int, fatal: bool) -> str:
+    """Returns the text of an error: each problem, and a count by kind."""
+    kinds = Counter(kind_of(problem.message) for problem in problems)
+    shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
+    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    counts = "\n".join(f"  {number:8d}  {kind}" for kind, number in kinds.most_common())
+    advice = "correct the file: what follows a fault like this cannot be read" if fatal else (
+        f"correct them, or set --on-bad-sample skip to leave them out and list them in {REJECTED}"
+    )  # fmt: skip
+    return f"{len(problems)} problems in {total} records:\n{shown}{more}\nby kind:\n{counts}\n{advice}"
+
+
+def kind_of(message: str) -> str:
+    """Returns what problems of one kind have in common: the message without names and numbers."""
+    text = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S+|\S+\.(png|jpe?g|webp|gif|bmp|jsonl?|tar|mp4)\b", "...", message[:200])
+    return re.sub(r"\d+", "N", text.split("(")[0].split(";")[0]).strip(" :")
+
+
+@contextlib.contextmanager
+def _partial(out: Path, fingerprint: str) -> Iterator[Path | None]:
+    """Gives the folder to build in, with what an earlier build of the same fingerprint has done; None: all is done.
+
+    The folder stays if this process is killed and goes away if it ends in any other way.
+    """
+    folder = out.parent / f".{out.name}.partial"
+    full = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    known = folder / "build.json"
+    if full and not (folder.is_dir() and known.is_file() and known.read_text() == fingerprint):
+        raise ConfigError(f"{out} exists and is not an empty folder: remove it or choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another process builds {out} at this moment") from error
+        try:
+            if not full:
+                if not known.is_file() or known.read_text() != fingerprint:
+                    for name in ("build.json", "done", "out"):
+                        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(True)
+                    write_synced(known, fingerprint.encode())
+                for name in ("done", "out"):
+                    (folder / name).mkdir(exist_ok=True)
+            yield None if full else folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _fingerprint(sources: Sequence[Source], settings: Mapping[str, Any]) -> str:
+    """Returns a text that is the same for the same inputs and settings. Images are taken not to change meanwhile."""
+    inputs = []
+    for source in sources:
+        path = Path(source.path)
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
+        inputs.append([dataclasses.asdict(source), stats])
+    text = json.dumps([MANIFEST_VERSION, inputs, settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _end_with_parent() -> None:
+    """Ends a worker when its parent is gone: a killed build leaves no process behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file that appears whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync_folder(path: Path) -> None:
+    """Syncs the names in a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

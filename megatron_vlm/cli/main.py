@@ -13,6 +13,7 @@ from megatron_vlm.errors import MegatronVLMError
 COMMANDS = {
     "train": ("megatron_vlm.cli.train", "train, evaluate (--skip-train) or describe (--dry-run) a model"),
     "data": ("megatron_vlm.cli.data", "build, check and preview training data"),
+    "generate": ("megatron_vlm.cli.generate", "answer prompts with a checkpoint of any kind"),
     "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf and verify"),
 }
 

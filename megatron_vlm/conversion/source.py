@@ -264,6 +264,21 @@ def choose_family(
     )
 
 
+def load_stages(source: WeightSource, topology: Any, options: Any) -> list[Any]:
+    """Builds this rank's stages on its device and fills them; arguments as of ``models.vlm.build_model``.
+
+    Raises:
+        ConfigError: the model does not divide over the topology.
+        ConversionError: the weights do not fit the model.
+    """
+    from megatron_vlm.models.vlm import build_model
+
+    stages = [stage.to(topology.device) for stage in build_model(source.spec, source.config, topology, options)]
+    multiple = options.make_vocab_size_divisible_by
+    load_into(source, stages, tp=topology.tp, tp_rank=topology.tp_rank, vocab_multiple=multiple)
+    return stages
+
+
 def load_into(
     source: WeightSource,
     chunks: Sequence[nn.Module],

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_vlm.conversion.source import WeightSource, load_into
+from megatron_vlm.conversion.source import WeightSource, load_stages
 from megatron_vlm.conversion.verify import Report, Row, module_of
 from megatron_vlm.data.types import IGNORE_INDEX, EncodedSample, VLMBatch, row_from_samples
 
@@ -67,7 +67,7 @@ def run_hf(
     """HF's model, one sample at a time. Weights are rounded as the verified ones are, where those were cast."""
     model = reference.load(hf_dir, dtype)
     with torch.no_grad():
-        parameters = dict(model.named_parameters())
+        parameters = {source.mapping.hf_aliases(name): p for name, p in model.named_parameters()}
         for name, entry in source.entries.items():
             for hf_name in entry.hf:
                 parameters[hf_name].copy_(parameters[hf_name].to(source.dtype(name)))
@@ -94,13 +94,13 @@ def run_hf(
         loss=sum(losses),
     )
     if gradients:
-        run.gradients = {name: _float(p.grad, p) for name, p in model.named_parameters()}
+        run.gradients = {name: _float(p.grad, p) for name, p in parameters.items()}
     return run
 
 
 def run_ours(reference: Any, source: WeightSource, samples: Sequence[EncodedSample], gradients: bool) -> Run:
     """Our model on one process, all samples packed in one row, weights merged from the source's shards."""
-    from megatron_vlm.models.vlm import ModelOptions, build_model, global_named_parameters
+    from megatron_vlm.models.vlm import ModelOptions, global_named_parameters
     from megatron_vlm.parallel import cpu
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 
@@ -108,8 +108,7 @@ def run_ours(reference: Any, source: WeightSource, samples: Sequence[EncodedSamp
     device = torch.device("cpu")
     init_process_group(device)
     topology = build_topology(ParallelConfig(), num_layers=source.config.text.num_layers, device=device)
-    (model,) = build_model(source.spec, source.config, topology, ModelOptions(make_vocab_size_divisible_by=1))
-    load_into(source, [model], tp=1, tp_rank=0, vocab_multiple=1)
+    (model,) = load_stages(source, topology, ModelOptions(make_vocab_size_divisible_by=1))
     model.eval()
     row = row_from_samples(samples)
     batch = VLMBatch.from_row(row)

@@ -101,8 +101,8 @@ def hf_reference(
 
 def build_for_test(hf_dir: str, parallel: dict, options: dict) -> tuple[Any, Any, list[Any], Any]:
     """On a rank: topology, model config, stages with the weights of ``hf_dir`` loaded, and the family."""
-    from megatron_vlm.conversion.source import load_into, open_source
-    from megatron_vlm.models.vlm import ModelOptions, build_model
+    from megatron_vlm.conversion.source import load_stages, open_source
+    from megatron_vlm.models.vlm import ModelOptions
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
 
@@ -115,9 +115,7 @@ def build_for_test(hf_dir: str, parallel: dict, options: dict) -> tuple[Any, Any
         recompute_granularity=config.recompute_granularity,
         **{"make_vocab_size_divisible_by": 8, **options},
     )
-    chunks = build_model(source.spec, source.config, topology, model_options)
-    multiple = model_options.make_vocab_size_divisible_by
-    load_into(source, chunks, tp=topology.tp, tp_rank=topology.tp_rank, vocab_multiple=multiple)
+    chunks = load_stages(source, topology, model_options)
     return topology, source, chunks, config
 
 

@@ -1,11 +1,12 @@
 """What a run writes: metrics.jsonl (a line per step), TensorBoard, and the progress lines of train.log. Rank 0 alone.
 
-output_dir/config.yaml  metrics.jsonl  train.log  tensorboard/
+output_dir/config.yaml  metrics.jsonl  samples.jsonl  train.log  tensorboard/
 """
 
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,10 +18,13 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.types import IGNORE_INDEX, PackedRow
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
+from megatron_vlm.training.answers import Prompt
 from megatron_vlm.training.evaluate import EvalResult
 from megatron_vlm.training.step import StepResult
 
 log = get_logger(__name__)
+
+SAMPLES = "samples.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,11 @@ class Metrics:
         (output_dir / name).write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
         path = output_dir / "metrics.jsonl"
         if not evaluation_only:
-            if start:
-                trim(path, start)
-            else:
-                keep_old(path)
+            for old in (path, output_dir / SAMPLES):
+                if start:
+                    trim(old, start)
+                else:
+                    keep_old(old)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
         self.writer: Any = None
         if config.tensorboard:
@@ -134,6 +139,21 @@ class Metrics:
         if self.writer is not None:
             self.writer.add_scalar("eval/loss", result.loss, iteration)
 
+    def answers(self, iteration: int, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
+        """Records the answers to ``evaluate.prompts``: samples.jsonl, TensorBoard and the log."""
+        with open(self.output_dir / SAMPLES, "a", encoding="utf-8") as file:
+            for number, (prompt, answer) in enumerate(zip(prompts, answers)):
+                record = {
+                    "iteration": iteration,
+                    "prompt": prompt.text,
+                    "images": list(prompt.images),
+                    "answer": answer,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                log.info("iteration %d: %r -> %r", iteration, prompt.text, answer)
+                if self.writer is not None:
+                    self.writer.add_text(f"samples/{number}", f"**{prompt.text}**\n\n{answer}", iteration)
+
     def close(self) -> None:
         self.file.close()
         if self.writer is not None:
@@ -180,11 +200,11 @@ def trim(path: Path, iteration: int) -> None:
 
 
 def keep_old(path: Path) -> None:
-    """Moves the metrics of an earlier run in the same directory aside."""
+    """Moves a file of an earlier run in the same directory aside."""
     if not path.exists() or not path.stat().st_size:
         return
     number = 1
-    while (aside := path.with_name(f"metrics.{number}.jsonl")).exists():
+    while (aside := path.with_name(f"{path.stem}.{number}.jsonl")).exists():
         number += 1
     path.replace(aside)
     log.warning(f"{path} is of an earlier run: kept as {aside.name}")

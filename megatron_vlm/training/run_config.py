@@ -13,6 +13,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.parallel.topology import ParallelConfig
+from megatron_vlm.training.answers import EvaluateConfig
 from megatron_vlm.training.checkpoint import CheckpointConfig
 from megatron_vlm.training.metrics import LoggingConfig
 from megatron_vlm.training.optimizer import OptimizerConfig
@@ -123,6 +124,7 @@ class RunConfig(Config):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
         training, data = self.training, self.data
@@ -235,8 +237,9 @@ class RunConfig(Config):
         Raises:
             ConfigError: samples could be longer than the model's positions.
         """
-        positions = model_config.text.max_position_embeddings
-        if self.data.seq_length > positions:
+        text = model_config.text
+        positions, scaling = text.max_position_embeddings, text.rope_scaling
+        if self.data.seq_length > positions and not (scaling is not None and scaling.kind == "dynamic"):
             raise ConfigError(
                 f"data.seq_length {self.data.seq_length} is above the model's max_position_embeddings {positions}: set "
                 f"it to at most {positions}"

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.conversion.source import load_into, open_source
+from megatron_vlm.conversion.source import load_stages, open_source
 from megatron_vlm.data.loader import DataState, RowLoader, StepRows, evaluation_rows
 from megatron_vlm.data.types import PackedRow
-from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger, setup_logging
 from megatron_vlm.models.vlm import ModelOptions, build_model
-from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.batch import any_rank, share_rows, together
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import build_topology, init_process_group
+from megatron_vlm.training.answers import SamplingConfig, answer, check_length, encode_prompt
 from megatron_vlm.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vlm.training.device import start_device
 from megatron_vlm.training.evaluate import EvalResult, evaluate
 from megatron_vlm.training.metrics import Metrics, show_sample
 from megatron_vlm.training.optimizer import (
@@ -53,7 +53,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig):
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
-        self.config, self.device = config, start_device(config)
+        self.config, self.device = config, start_device(config.training.torch_device)
         init_process_group(self.device, config.parallel.distributed_timeout_minutes)
         setup_logging(dist.get_rank(), config.output_dir / "train.log")
         self.closing = ExitStack()
@@ -77,9 +77,10 @@ class Trainer:
     def train(self) -> int:
         """Runs to the end; returns the exit code: 0, or 143 after a signal, everything saved."""
         if self.config.training.skip_train:
-            seed_step(self.topology, self.seed, self.iteration)  # sequence parallel layers ask for seeded generators
             self.evaluate()
+            self.show_answers()
             return 0
+        self.show_answers()
         stopping = False
         while not stopping and not self._finished():
             started = time.monotonic()
@@ -92,6 +93,8 @@ class Trainer:
             self._report(result, rates, time.monotonic() - started)
             if self._evaluation_due():
                 self.evaluate()
+            if self._answers_due():
+                self.show_answers()
             stopping = any_rank(self.stop.requested, self.device)
             if stopping or self._save_due():
                 self.save()
@@ -105,6 +108,7 @@ class Trainer:
     def evaluate(self) -> EvalResult:
         """Loss over ``data.valid``, recorded in the metrics."""
         config, topology, data = self.config, self.topology, self.config.data
+        seed_step(topology, self.seed, self.iteration)  # sequence parallel layers ask for seeded generators
         limit = config.training.eval_iters
         rows = None
         if topology.rank == topology.model_source:
@@ -124,6 +128,16 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.evaluation(self.iteration, result)
         return result
+
+    def show_answers(self) -> None:
+        """Answers ``evaluate.prompts`` as the model now does."""
+        if not self.prompts:
+            return
+        seed_step(self.topology, self.seed, self.iteration)
+        sampling = SamplingConfig(max_new_tokens=self.config.evaluate.max_new_tokens)
+        answers = answer(self.chunks, self.topology, self.processor, self.prompts, sampling)
+        if self.metrics is not None:
+            self.metrics.answers(self.iteration, self.config.evaluate.questions, answers)
 
     def save(self) -> None:
         """Writes a checkpoint, where ``checkpoint.save`` says so."""
@@ -179,6 +193,11 @@ class Trainer:
         config.check_model(self.source.config)
         with together(self.device):
             self.processor = self.source.spec.processor(self.source.hf_dir, config.data)
+            self.prompts = [encode_prompt(self.processor, prompt) for prompt in config.evaluate.questions]
+            positions = self.source.config.text.max_position_embeddings
+            sampling = SamplingConfig(max_new_tokens=config.evaluate.max_new_tokens)
+            for number, sample in enumerate(self.prompts):
+                check_length(sample, positions, sampling, f"evaluate.prompts[{number}]")
 
     def _build(self) -> None:
         """Builds topology and stages (weights loaded unless a checkpoint has them), gradient buffers and optimizer."""
@@ -187,12 +206,12 @@ class Trainer:
         self.topology = build_topology(config.parallel, num_layers=layers, device=self.device)
         options = ModelOptions(**config.model_options())
         with together(self.device):
-            stages = build_model(source.spec, source.config, self.topology, options)
-            self.chunks: list[Any] = [stage.to(self.device) for stage in stages]
+            self.chunks: list[Any]
             if self.found is None:
-                multiple = options.make_vocab_size_divisible_by
-                tp, tp_rank = self.topology.tp, self.topology.tp_rank
-                load_into(source, self.chunks, tp=tp, tp_rank=tp_rank, vocab_multiple=multiple)
+                self.chunks = load_stages(source, self.topology, options)
+            else:
+                stages = build_model(source.spec, source.config, self.topology, options)
+                self.chunks = [stage.to(self.device) for stage in stages]
         self.optimizer = None
         if not config.training.skip_train:
             self.chunks = wrap_model(self.chunks, config.parallel)
@@ -340,6 +359,10 @@ class Trainer:
         every = self.config.training.eval_interval
         return bool(self.config.data.valid) and (self._finished() or bool(every and self.iteration % every == 0))
 
+    def _answers_due(self) -> bool:
+        every = self.config.evaluate.interval or self.config.training.eval_interval
+        return self._finished() or bool(every and self.iteration % every == 0)
+
     def _save_due(self) -> bool:
         checkpoint = self.config.checkpoint
         if checkpoint.save is None:
@@ -347,19 +370,3 @@ class Trainer:
         if checkpoint.save_interval is not None and self.iteration % checkpoint.save_interval == 0:
             return True
         return self._finished() or (checkpoint.save_epochs is not None and self.epoch_ended)
-
-
-def start_device(config: RunConfig) -> torch.device:
-    """Picks this rank's device; on the CPU, installs megatron-core's seams.
-
-    Raises:
-        ConfigError: more ranks on this node than GPUs.
-    """
-    if config.training.torch_device == "cpu":
-        cpu.install()
-        return torch.device("cpu")
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= count:
-        raise ConfigError(f"local rank {local} has no GPU: this node has {count}, start at most that many ranks on it")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)

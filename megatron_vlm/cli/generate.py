@@ -1,0 +1,62 @@
+"""`megatron-vlm generate`: arguments -> GenerateConfig -> answers."""
+
+import argparse
+import warnings
+from collections.abc import Sequence
+
+from megatron_vlm.config import apply_overrides
+from megatron_vlm.log import setup_logging
+
+USAGE = """Answers of a model: to --prompt (with --image) on standard output, or to every record of --input as JSON lines.
+Runs alone on one process, or under torchrun with --tp and --pp; further ranks share the records."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answers and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="megatron-vlm generate", description=USAGE)
+    add = parser.add_argument
+    add("--load", required=True, metavar="DIR", help="Hugging Face model, Megatron weights or a training checkpoint")
+    add("--family", help="checked against what --load holds")
+    add("--prompt", metavar="TEXT", help="a question; <image> marks an image's place, else images come first")
+    add("--image", nargs="+", default=[], metavar="FILE", help="images of --prompt, in order")
+    add("--system", metavar="TEXT", help="a system turn before --prompt")
+    add("--input", nargs="+", default=[], metavar="FILE", help="records with the last answer to be given again")
+    add("--format", default="llava", help="format of --input, as of data build (default: llava)")
+    add("--image-root", default=".", metavar="DIR", help="folder that relative image paths of --input start from")
+    add("--out", metavar="FILE", help="where JSON lines go (default: standard output)")
+    add("--limit", type=int, metavar="N", help="answer the first N records of each input")
+    add("--max-new-tokens", type=int, default=128, metavar="N")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0 (default): the likeliest token each time")
+    add("--top-p", type=float, default=1.0, metavar="P")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts answered together (default: 8)")
+    add("--tp", "--tensor-model-parallel-size", type=int, default=1, metavar="N")
+    add("--pp", "--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="dtype of the weights (default: fp32)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    add("data", nargs="*", metavar="data.key=value", help="how images are treated, as in the training config")
+    args = parser.parse_args(argv)
+    # Both list what megatron-core and torch will change, at every start.
+    warnings.filterwarnings("ignore", module="megatron.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    setup_logging()
+    from megatron_vlm.training.generate import GenerateConfig, run_generate  # imports megatron-core: seconds
+
+    prompt = {"text": args.prompt, "images": args.image, "system": args.system}
+    values = {
+        name: getattr(args, name) for name in ("load", "family", "format", "image_root", "out", "limit", "precision")
+    }
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")}
+    config = GenerateConfig.from_dict(
+        values
+        | {
+            "prompt": prompt if args.prompt is not None or args.image else None,
+            "input": args.input,
+            "device": args.device,
+            "sampling": sampling,
+            "parallel": {"tensor_model_parallel_size": args.tp, "pipeline_model_parallel_size": args.pp},
+            "data": apply_overrides({}, args.data).get("data", {}),
+        }
+    )
+    run_generate(config)
+    return 0

@@ -1,0 +1,162 @@
+"""``megatron-vlm generate``: questions to a checkpoint of any kind, in any layout.
+
+--load (HF, Megatron weights, training checkpoint) --load_stages--> model --answers.answer--> standard output | JSON lines
+--prompt, --image | --input records ------------------------------^
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import torch
+
+from megatron_vlm.config import Config
+from megatron_vlm.conversion.source import load_stages, open_source
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.formats import open_sources, read_source
+from megatron_vlm.data.images import decode_image
+from megatron_vlm.data.shards import load_record
+from megatron_vlm.data.types import EncodedSample
+from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.log import setup_logging
+from megatron_vlm.models.generation import SamplingConfig
+from megatron_vlm.models.vlm import ModelOptions
+from megatron_vlm.parallel.batch import together
+from megatron_vlm.parallel.rng import seed_step
+from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
+from megatron_vlm.training.answers import Prompt, answer, check_length, encode_prompt
+from megatron_vlm.training.device import start_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Config):
+    """What is asked, of which model, and how.
+
+    Attributes:
+        load: HF directory or hub id, Megatron weights, or a training checkpoint.
+        family: checked against what ``load`` holds.
+        prompt: one question, answered on standard output.
+        input: files of records, whose last answer is asked for; the one they have is kept as ``reference``.
+        format: of ``input``, as of ``data build``.
+        image_root: folder that relative image paths of ``input`` start from.
+        out: JSON lines {key, prompt, answer, reference}; None: standard output.
+        limit: most records.
+        sampling: how answers are drawn.
+        parallel: the layout; data parallel ranks share the records.
+        precision: dtype of the weights.
+        device: where to run; None: cuda if there is a GPU.
+        data: how images are treated, as in training (``image_size`` and the like).
+    """
+
+    load: str
+    family: str | None = None
+    prompt: Prompt | None = None
+    input: tuple[str, ...] = ()
+    format: str = "llava"
+    image_root: str = "."
+    out: Path | None = None
+    limit: int | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["cpu", "cuda"] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (not self.input):
+            raise ConfigError("give one of --prompt (with --image) and --input")
+        if self.out is not None and not self.input:
+            raise ConfigError("--out goes with --input: the answer to --prompt is printed")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit must be at least 1, got {self.limit}")
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ConfigError("fp16 does not run on the CPU: use fp32 or bf16 there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt as the model takes it, and what is written beside its answer."""
+
+    sample: EncodedSample
+    record: dict[str, Any]
+
+
+def run_generate(config: GenerateConfig) -> int:
+    """Answers everything; returns the number of answers. Every rank of a job calls it.
+
+    Raises:
+        MegatronVLMError: on every rank, with the record or setting that cannot be used.
+    """
+    device = start_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    init_process_group(device, config.parallel.distributed_timeout_minutes)
+    rank = torch.distributed.get_rank()
+    setup_logging(rank)
+    with together(device):
+        source = open_source(config.load, config.family)
+    with source:
+        text = source.config.text
+        topology = build_topology(config.parallel, num_layers=text.num_layers, device=device)
+        options = ModelOptions(
+            params_dtype=config.precision,
+            sequence_parallel=config.parallel.sequence_parallel,
+            make_vocab_size_divisible_by=1,
+        )
+        with together(device):
+            processor = source.spec.processor(
+                source.hf_dir, DataConfig.from_dict({"seq_length": text.max_position_embeddings, **config.data}, "data")
+            )
+            stages = load_stages(source, topology, options)
+    seed_step(topology, seed=config.sampling.seed, iteration=0)
+    questions, number = _questions(config, processor, text.max_position_embeddings), 0
+    out: TextIO | None = config.out.open("w", encoding="utf-8") if config.out and rank == 0 else None
+    try:
+        while True:
+            with together(device):
+                batch = list(islice(questions, config.sampling.batch_size * topology.dp))
+            if not batch:
+                return number
+            samples = [question.sample for question in batch]
+            answers = answer(stages, topology, processor, samples, config.sampling, number)
+            number += len(batch)
+            for question, said in zip(batch, answers):
+                if rank == 0:
+                    _write(question, said, out)
+    finally:
+        if out is not None:
+            out.close()
+
+
+def _questions(config: GenerateConfig, processor: Any, positions: int) -> Iterator[Question]:
+    if config.prompt is not None:
+        sample = encode_prompt(processor, config.prompt)
+        check_length(sample, positions, config.sampling, "--prompt")
+        yield Question(sample=sample, record={})
+        return
+    for source in open_sources(config.format, config.input, root=config.image_root):
+        for number, _, record in islice(read_source(source), config.limit):
+            if isinstance(record, DataError):
+                raise record
+            turns, files = load_record(source, record)
+            asked, reference = turns[:-1], turns[-1].text
+            images = [decode_image(data, name) for name, data in files]
+            where = f"{source.path}, record {number}"
+            try:
+                sample = processor.encode_prompt(asked, images)
+            except DataError as error:
+                raise DataError(error.message, shard=source.path, key=f"record {number}") from error
+            check_length(sample, positions, config.sampling, where)
+            yield Question(
+                sample=sample,
+                record={"key": record.label or str(number), "prompt": asked[-1].text, "reference": reference},
+            )
+
+
+def _write(question: Question, said: str, out: TextIO | None) -> None:
+    if not question.record:
+        print(said, flush=True)
+        return
+    line = json.dumps(question.record | {"answer": said}, ensure_ascii=False)
+    print(line, file=out, flush=True)

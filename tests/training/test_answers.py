@@ -1,0 +1,148 @@
+"""Sample answers during training, and `generate` on a checkpoint: equal to transformers', at every place they are written."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.testing.distributed import RankError, run_distributed
+from megatron_vlm.testing.runs import train
+from megatron_vlm.training.answers import EvaluateConfig, Prompt
+from megatron_vlm.training.generate import GenerateConfig, run_generate
+
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def hf_answers(directory, prompts):
+    """transformers' greedy answers to (text, image file or None), through its own processor."""
+    from transformers import AutoModelForImageTextToText, Idefics2Processor
+
+    processor = Idefics2Processor.from_pretrained(directory)
+    model = AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="eager")
+    answers = []
+    for text, image in prompts:
+        before, mark, after = text.rpartition("<image>")
+        content = [{"type": "text", "text": before}] * bool(before) + [{"type": "image"}] * bool(mark)
+        content += [{"type": "text", "text": after}]
+        asked = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(text=asked, images=[Image.open(image)] if image else None, return_tensors="pt")
+        stop = processor.tokenizer.convert_tokens_to_ids(["<end_of_utterance>", "</s>"])
+        with torch.no_grad():
+            out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=stop, pad_token_id=0)
+        answers.append(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    return answers
+
+
+def test_answers_of_records_and_prompts_equal_transformers(twin, picture, tmp_path):
+    """Records on 2 x 2 ranks, tensor and data parallel; and one prompt from the command line of one process."""
+    asked = [
+        ("<image>\nWhat digit is this?", picture),
+        ("How many cats are there?", None),
+        ("Describe <image> now", picture),
+    ]
+    records = [
+        {
+            "id": f"r{number}",
+            **({"image": picture.name} if image else {}),
+            "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": f"answer {number}"}],
+        }
+        for number, (text, image) in enumerate(asked)
+    ]
+    path, out = tmp_path / "val.json", tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(records))
+    config = GenerateConfig.from_dict(
+        {
+            "load": str(twin),
+            "input": [str(path)],
+            "image_root": str(picture.parent),
+            "out": str(out),
+            "device": "cpu",
+            "sampling": {"max_new_tokens": NEW, "batch_size": 1},
+            "parallel": {"tensor_model_parallel_size": 2},
+        }
+    )
+    assert run_distributed(run_generate, config, tp=2, dp=2) == [3] * 4
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = hf_answers(twin, asked)
+    assert lines == [
+        {"key": f"r{number}", "prompt": text, "reference": f"answer {number}", "answer": answer}
+        for number, ((text, _), answer) in enumerate(zip(asked, expected))
+    ]
+    command = [sys.executable, "-m", "megatron_vlm", "generate", "--load", str(twin), "--device", "cpu"]
+    said = subprocess.run(
+        [*command, "--prompt", "What digit is this?", "--image", str(picture), "--max-new-tokens", str(NEW)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.rstrip("\n") == expected[0]
+
+
+def test_training_shows_answers(twin, picture, command, tmp_path):
+    """Before the first step, at the interval and at the end, in every layout alike; a resumed run repeats none."""
+    prompts = [{"text": "What digit is this?", "images": [str(picture)]}, "How many cats are there?"]
+    settings = [f"evaluate.prompts={json.dumps(prompts)}", "evaluate.interval=2", f"evaluate.max_new_tokens={NEW}"]
+
+    def run(out, *more, world=1):
+        argv = [*command(out, f"--save {tmp_path / out}", *more), *settings]
+        assert run_distributed(train, argv, dp=world) == [(0, "")] * world
+        return [json.loads(line) for line in (tmp_path / out / "samples.jsonl").read_text().splitlines()]
+
+    alone = run("a", "--train-iters 3")
+    assert [line["iteration"] for line in alone] == [0, 0, 2, 2, 3, 3]
+    assert [line["answer"] for line in alone[:2]] == hf_answers(
+        twin, [("<image>\nWhat digit is this?", picture), ("How many cats are there?", None)]
+    )
+    assert alone[0]["images"] == [str(picture)]
+    assert alone[0]["answer"] != alone[4]["answer"]  # lr 1e-3 on random weights moves the likeliest tokens
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel --train-iters 3"
+    assert run("b", layout, world=4) == alone
+    assert run("a", f"--train-iters 4 --load {tmp_path / 'a'}")[:4] == alone[:4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "one of --prompt"),
+        ({"prompt": {"text": "a"}, "input": ["x.json"]}, "one of --prompt"),
+        ({"prompt": {"text": "a"}, "out": "x"}, "--out goes with --input"),
+        ({"prompt": {"text": "a"}, "sampling": {"top_p": 0.5}}, "no effect at temperature 0"),
+        ({"prompt": {"text": "a"}, "sampling": {"max_new_tokens": 0}}, "max_new_tokens must be at least 1"),
+        ({"prompt": {"text": "a"}, "precision": "fp16", "device": "cpu"}, "fp16 does not run on the CPU"),
+    ],
+)
+def test_settings_that_cannot_be(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        GenerateConfig.from_dict({"load": "x", **settings})
+
+
+def test_prompts_that_cannot_be(twin, picture):
+    def asked(words, **prompt):
+        with pytest.raises(RankError) as error:
+            run_distributed(
+                run_generate, GenerateConfig(load=str(twin), prompt=Prompt(**prompt), device="cpu"), tp=1, timeout=60
+            )
+        assert words in str(error.value)
+
+    asked("cannot read image", text="a", images=("nowhere.png",))
+    asked("2 <image> placeholders for 1 images", text="<image><image>", images=(str(picture),))
+    asked("beyond the model's 1024 positions", text="cats " * 1000)
+    with pytest.raises(ConfigError, match=r"evaluate\.interval has no effect"):
+        EvaluateConfig(interval=3)
+    with pytest.raises(DataError, match="cannot read image"):
+        from megatron_vlm.training.answers import encode_prompt
+
+        encode_prompt(None, Prompt(text="a", images=("nowhere.png",)))

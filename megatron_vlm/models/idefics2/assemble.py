@@ -6,7 +6,6 @@
 Both write the non-weight files (config, generation config, tokenizer, processor, chat template) to a folder.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from megatron_vlm.config import Config, nearest
 from megatron_vlm.conversion.mapping import DerivedTensors, HFModel, TensorInfo, TensorStore
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.log import get_logger
+from megatron_vlm.models.assembling import extended_rows, generator
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 CHAT_TEMPLATE = (
@@ -97,7 +97,7 @@ def assemble(llm: HFModel, vision: HFModel, files: Path, options: AssembleOption
         infos[name] = TensorInfo(dtype=store.infos[source].dtype, shape=shape)
         readers[name] = partial(store.read, source)
         if name in (_EMBEDDING, _HEAD):
-            readers[name] = _extended(readers[name], name, shape[0], new_ids, options)
+            readers[name] = extended_rows(readers[name], name, shape[0], new_ids, options.new_rows, options.seed)
         elif name == _POSITIONS:
             readers[name] = _resized(readers[name], shape)
         elif store.infos[source].shape != shape:
@@ -143,7 +143,7 @@ def add_end_of_utterance(model: HFModel, files: Path, options: AssembleOptions) 
         if name in infos:
             infos[name] = TensorInfo(dtype=infos[name].dtype, shape=(rows, *infos[name].shape[1:]))
             key = _EMBEDDING if config.get("tie_word_embeddings") else name
-            readers[name] = _extended(readers[name], key, rows, [token_id], options)
+            readers[name] = extended_rows(readers[name], key, rows, [token_id], options.new_rows, options.seed)
     return HFModel(directory=files, config=config, tensors=DerivedTensors(infos, readers, (model.tensors,)))
 
 
@@ -273,11 +273,6 @@ def _source_names(
     return found
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 def _fresh(name: str, info: TensorInfo, config: Any, options: AssembleOptions) -> Tensor:
     """A tensor of the connector as HF initialises it: norms and latents ones, linears N(0, initializer_range)."""
     std = config.perceiver_config.initializer_range
@@ -287,29 +282,7 @@ def _fresh(name: str, info: TensorInfo, config: Any, options: AssembleOptions) -
         std = 0.02
     elif "norm" in name:
         return torch.ones(info.shape, dtype=info.dtype)
-    return torch.empty(info.shape).normal_(0.0, std, generator=_generator(options.seed, name)).to(info.dtype)
-
-
-def _extended(
-    read: Callable[[], Tensor], name: str, rows: int, new_ids: Sequence[int], options: AssembleOptions
-) -> Callable[[], Tensor]:
-    """Reads a vocabulary tensor [V, H] with ``rows`` rows: those of ``new_ids`` and all beyond the old ones are new."""
-
-    def read_extended() -> Tensor:
-        old = read()
-        first_new = min([*new_ids, old.shape[0]])
-        fresh = sorted({*new_ids, *range(old.shape[0], rows)})
-        full = torch.empty(rows, old.shape[1], dtype=old.dtype)
-        full[: old.shape[0]] = old
-        if options.new_rows == "mean":
-            blocks = old[:first_new].split(8192)  # a float32 copy of the whole would be the largest tensor of all
-            full[fresh] = (sum(block.double().sum(0) for block in blocks) / first_new).to(old.dtype)
-        else:
-            noise = torch.empty(len(fresh), old.shape[1]).normal_(0.0, 0.02, generator=_generator(options.seed, name))
-            full[fresh] = noise.to(old.dtype)
-        return full
-
-    return read_extended
+    return torch.empty(info.shape).normal_(0.0, std, generator=generator(options.seed, name)).to(info.dtype)
 
 
 def _resized(read: Callable[[], Tensor], shape: tuple[int, ...]) -> Callable[[], Tensor]:

@@ -9,20 +9,22 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFWriter, copy_hf_files, read_json, resolve_directory
-from megatron_vlm.conversion.mapping import Entry, TensorInfo
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFWriter, copy_hf_files, list_names, read_json, resolve_directory
+from megatron_vlm.conversion.mapping import DerivedTensors, Entry, HFModel, TensorInfo
 from megatron_vlm.conversion.megatron_dir import write_config, write_megatron
 from megatron_vlm.conversion.safetensors_io import PARAMS_DTYPES, aligned_order, atomic_directory, cast
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_hf, open_source
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.conversion.torch_files import load_weights_only
+from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models import registry
-from megatron_vlm.models.registry import ExportSpec
+from megatron_vlm.models.registry import ExportSpec, FamilySpec
 
 
 def params_dtype(name: str | None) -> torch.dtype | None:
@@ -41,15 +43,17 @@ def open_model(
     family: str | None = None,
     llm: str | os.PathLike | None = None,
     vision: str | os.PathLike | None = None,
+    projector: str | os.PathLike | None = None,
     end_of_utterance: bool = False,
     assemble: dict[str, Any] | None = None,
 ) -> Iterator[WeightSource]:
     """Opens a whole model, or one assembled from ``llm`` and ``vision``; directories or hub ids.
 
     Args:
-        hf: an HF model, or weights of another layout.
+        hf: an HF model, weights of another layout, or a folder that holds the parts of a model.
         family: needed for assembling; else told by the config.
         llm, vision: parts, instead of ``hf``.
+        projector: trained projector between them (see ``open_projector``), for the families that take one.
         end_of_utterance: add ``<end_of_utterance>`` where the vocabulary lacks it.
         assemble: the family's options for new parts (seed, image_size ...).
 
@@ -60,17 +64,20 @@ def open_model(
     parts = llm is not None or vision is not None
     if (hf is not None) == parts or (parts and (llm is None or vision is None)):
         raise ConfigError("give either --hf DIR, or both --llm DIR and --vision DIR to assemble a model from")
+    if projector is not None and not parts:
+        raise ConfigError("--projector belongs to --llm and --vision: give both")
     with tempfile.TemporaryDirectory(prefix="megatron_vlm_") as files, contextlib.ExitStack() as stack:
+        if hf is not None and (found := _find_parts(hf, family)):
+            family, llm, vision, projector = found
         if llm is not None and vision is not None:
-            offered = [name for name in registry.FAMILIES if registry.get(name).assemble]
-            spec = registry.get(family) if family else None
-            if spec is None or spec.assemble is None:
-                raise ConfigError(f"--llm and --vision need --family {' or '.join(offered)}, got {family}")
-            llm_model = open_hf(resolve_directory(llm))
-            stack.callback(llm_model.tensors.close)
-            vision_model = open_hf(resolve_directory(vision))
-            stack.callback(vision_model.tensors.close)
-            yield HFSource(spec.assemble(llm_model, vision_model, Path(files), assemble or {}), spec)
+            spec = _assembling(family, projector)
+            models = [open_hf(resolve_directory(part)) for part in (llm, vision)]
+            models += [] if projector is None else [open_projector(projector)]
+            for model in models:
+                stack.callback(model.tensors.close)
+            llm_model, vision_model, *more = models
+            assert spec.assemble is not None
+            yield HFSource(spec.assemble(llm_model, vision_model, Path(files), assemble or {}, *more), spec)
             return
         assert hf is not None
         source = stack.enter_context(open_source(hf, family))
@@ -83,6 +90,52 @@ def open_model(
         yield source
 
 
+def _assembling(family: str | None, projector: str | os.PathLike | None) -> FamilySpec:
+    """The family that makes a model out of parts."""
+    specs = [registry.get(name) for name in registry.FAMILIES]
+    offered = [spec.name for spec in specs if spec.assemble and (spec.parts or projector is None)]
+    if family not in offered:
+        flags = "--llm and --vision" if projector is None else "--projector"
+        if family is not None:
+            registry.get(family)  # says so where there is no such family
+        raise ConfigError(f"{flags} need --family {' or '.join(offered)}, got {family}")
+    return registry.get(family)
+
+
+def _find_parts(hf: str | os.PathLike, family: str | None) -> tuple[str, Path, Path, Path] | None:
+    """(family, llm, vision, projector) of a folder that holds them."""
+    for name in registry.FAMILIES if Path(hf).is_dir() else ():
+        spec = registry.get(name)
+        found = spec.parts(Path(hf)) if spec.parts and family in (None, name) else None
+        if found:
+            return name, found["llm"], found["vision"], found["projector"]
+    return None
+
+
+def open_projector(path: str | os.PathLike) -> HFModel:
+    """Opens a projector: a folder of its own, or a ``.pth`` of XTuner, which is read weights-only.
+
+    Raises:
+        ConversionError: the file holds other classes, other trained parts too, or no projector.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return open_hf(path)
+    content = load_weights_only(path)
+    tensors = content.get("state_dict", content)
+    prefix = "projector."
+    others = sorted(name for name in tensors if not name.startswith(prefix))
+    if others:
+        raise ConversionError(
+            f"{path} holds {len(others)} tensors beside a projector's ({list_names(others, 3)}), which would be lost: "
+            "convert it with XTuner's pth_to_hf, merge its adapters, and give the folders"
+        )
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    readers = {name: partial(torch.Tensor.contiguous, tensor) for name, tensor in own.items()}
+    infos = {name: TensorInfo.of(tensor) for name, tensor in own.items()}
+    return HFModel(directory=path, config={}, tensors=DerivedTensors(infos, readers))
+
+
 def hf2mg(
     hf: str | os.PathLike | None,
     out: str | os.PathLike,
@@ -90,6 +143,7 @@ def hf2mg(
     family: str | None = None,
     llm: str | os.PathLike | None = None,
     vision: str | os.PathLike | None = None,
+    projector: str | os.PathLike | None = None,
     end_of_utterance: bool = False,
     assemble: dict[str, Any] | None = None,
     tp: int = 1,
@@ -99,9 +153,8 @@ def hf2mg(
     vocab_extra: int = 0,
 ) -> None:
     """Converts a model (see ``open_model``) to Megatron weights (see ``write_megatron``)."""
-    with open_model(
-        hf, family=family, llm=llm, vision=vision, end_of_utterance=end_of_utterance, assemble=assemble
-    ) as source:
+    parts = dict(llm=llm, vision=vision, projector=projector)
+    with open_model(hf, family=family, **parts, end_of_utterance=end_of_utterance, assemble=assemble) as source:
         write_megatron(
             source,
             Path(out),
@@ -179,8 +232,8 @@ def export_hf(
 
 
 def _other_layout(source: WeightSource, layout: str | None) -> ExportSpec | None:
-    if layout is None:
-        return None
+    if layout is None or layout == getattr(source.config, "layout", None):
+        return None  # the original's
     offered = source.spec.exports
     if layout not in offered:
         known = f"offers {', '.join(offered)}" if offered else "has no other layout than its own"

@@ -117,10 +117,10 @@ def verify(
 def _choose_level(level: str | None, source: WeightSource) -> tuple[str, str]:
     parameters = sum(torch.Size(info.shape).numel() for info in source.infos.values())
     available = available_memory()
-    if source.spec.reference is None:
+    if source.spec.reference is None or source.spec.reference(source.config) is None:
         if level not in (None, "weights"):
             raise ConfigError(f"family {source.spec.name} has no HF model to run beside: use --level weights")
-        return "weights", "the family has no HF model to run beside"
+        return "weights", "transformers has no model of this layout to run beside"
     if level is not None:
         return level, "as asked for"
     need = {name: BYTES_PER_PARAMETER[name] * parameters + _IMPORTS_BYTES for name in ("full", "forward")}

@@ -1,6 +1,7 @@
 """Tokenizer and processor files of an HF folder, read alike by the families' processors."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,24 @@ def chat_template(hf_dir: Path) -> str | None:
     return None
 
 
-def load_tokenizer(hf_dir: Path) -> Any:
-    """Loads the tokenizer as transformers does; no code of the folder is run.
+def load_tokenizer(hf_dir: Path, **options: Any) -> Any:
+    """Loads the tokenizer as transformers does, with ``options`` of its own; no code of the folder is run.
 
     Raises:
         ConfigError: there is none, or only a slow one.
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the tokenizer of {hf_dir}: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="megatron_vlm_") as folder:
+        # transformers would offer to run the model's code that config.json names, which the tokenizer has no need of.
+        for path in hf_dir.iterdir():
+            if path.name != "config.json" or "auto_map" not in read_json(path):
+                (Path(folder) / path.name).symlink_to(path.resolve())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        except (OSError, ValueError) as error:
+            message = str(error).replace(folder, str(hf_dir))
+            raise ConfigError(f"cannot load the tokenizer of {hf_dir}: {message}") from error
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer of {hf_dir} has no tokenizer.json, which exact loss masks need: save it as a fast one"

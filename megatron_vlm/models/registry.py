@@ -37,10 +37,14 @@ class FamilySpec:
         processor: ``processor(hf_dir, data config) -> data.types.Processor``.
         mapping: ``mapping(config, tp=1, vocab_multiple=1, vocab_extra=0) -> conversion.mapping.Mapping``, both directions.
         assemble: ``assemble(llm, vision, files, options) -> HFModel`` makes one model out of two (HFModel) and writes its
-            non-weight files to the folder ``files``; ``options`` is plain data. None: not offered.
+            non-weight files to the folder ``files``; ``options`` is plain data. None: not offered. A family whose trained
+            projector may come with them takes it as a fifth argument.
+        parts: ``parts(directory) -> {"llm", "vision", "projector": folder}`` of a folder that holds the parts to assemble, or
+            None. It says that ``assemble`` takes a projector.
         add_end_of_utterance: ``(model, files, options) -> HFModel`` adds the token that ends a turn to a vocabulary without
             it; ``files`` holds a copy of the model's non-weight files. None: not offered.
-        reference: ``reference(config)`` runs HF's model beside ours for ``convert verify``; None: HF has no such model.
+        reference: ``reference(config)`` runs HF's model beside ours for ``convert verify``; None, or where it returns None: HF
+            has no such model.
         exports: other HF layouts that the family's weights can be written in, by name.
         drop_path: the family's tower takes ``ModelOptions.drop_path_rate``.
     """
@@ -52,6 +56,7 @@ class FamilySpec:
     processor: Callable[..., Any]
     mapping: Callable[..., Any]
     assemble: Callable[..., Any] | None = None
+    parts: Callable[[Path], dict[str, Path] | None] | None = None
     add_end_of_utterance: Callable[..., Any] | None = None
     reference: Callable[[Any], Any] | None = None
     exports: Mapping[str, ExportSpec] = field(default_factory=dict)
@@ -64,6 +69,8 @@ FAMILIES = {
     "idefics2_llama3": "megatron_vlm.models.idefics2:LLAMA3_SPEC",
     "internvl3": "megatron_vlm.models.internvl3:SPEC",
     "internlm2": "megatron_vlm.models.internlm2:SPEC",
+    "xcomposer2": "megatron_vlm.models.xcomposer2:SPEC",
+    "llava_internlm2": "megatron_vlm.models.llava_internlm2:SPEC",
 }
 
 

@@ -123,7 +123,9 @@ class ScaledResidual(nn.Module):
             if drop:
                 tiles = len(update) // self.tile_tokens
                 keep = torch.rand(tiles, device=update.device) >= drop
-                update = update * (keep.to(update.dtype) / (1 - drop)).repeat_interleave(self.tile_tokens)[:, None, None]
+                update = (
+                    update * (keep.to(update.dtype) / (1 - drop)).repeat_interleave(self.tile_tokens)[:, None, None]
+                )
             return residual + update
 
         return add

@@ -32,7 +32,7 @@ def _mapping(*args: Any, **kwargs: Any) -> Any:
 def _reference(config: Any) -> Any:
     from megatron_vlm.models.internvl3.reference import InternVL3Reference
 
-    return InternVL3Reference(config)
+    return InternVL3Reference(config) if config.layout == "hf" else None
 
 
 def _export(layout: str) -> ExportSpec:

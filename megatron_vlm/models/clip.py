@@ -1,20 +1,18 @@
 """CLIP's vision tower for any family: its config, how it is built over tensor parallel ranks, its part of a weight map."""
 
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import torch.nn.functional as F
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.mapping import COLUMN, REPLICATED, ROW, Entry, direct, qkv
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.layers.norm import LayerNorm
-from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu
-from megatron_vlm.models.language import layer_spec, process_groups, transformer_config
 from megatron_vlm.parallel.topology import Topology
 
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+if typing.TYPE_CHECKING:
+    from megatron_vlm.layers.vision.clip import ClipVisionModel
+
+_ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +81,17 @@ class ClipConfig(Config):
 
 
 def build_clip(
-    clip: ClipConfig, topology: Topology, options: Any, tower: type[ClipVisionModel] = ClipVisionModel
-) -> ClipVisionModel:
-    """The tower (of class ``tower``); whole on every rank where its heads do not divide."""
+    clip: ClipConfig, topology: Topology, options: Any, tower: "type[ClipVisionModel] | None" = None
+) -> "ClipVisionModel":
+    """The tower (of a subclass ``tower``, if given); whole on every rank where its heads do not divide."""
+    # Processors read the config in worker processes, which never build: megatron-core is imported here.
+    import torch.nn.functional as F
+    from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+
+    from megatron_vlm.layers.norm import LayerNorm
+    from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu
+    from megatron_vlm.models.language import layer_spec, process_groups, transformer_config
+
     solo = not clip.sharded(topology.tp)
     mcore = transformer_config(
         topology,
@@ -98,14 +104,14 @@ def build_clip(
         num_attention_heads=clip.num_attention_heads,
         normalization="LayerNorm",
         layernorm_epsilon=clip.norm_epsilon,
-        activation_func=_ACTIVATIONS[clip.hidden_act],
+        activation_func=quick_gelu if clip.hidden_act == "quick_gelu" else F.gelu,
         add_bias_linear=True,
     )
     spec = TransformerBlockSubmodules(
         layer_specs=[layer_spec(LayerNorm, causal=False)] * clip.num_layers, layer_norm=LayerNorm
     )
     encoder = TransformerBlock(mcore, spec, post_layer_norm=False, pg_collection=process_groups(solo))
-    return tower(
+    return (tower or ClipVisionModel)(
         encoder,
         num_run_layers=clip.num_run_layers,
         config=mcore,

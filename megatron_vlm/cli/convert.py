@@ -65,6 +65,7 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     source.add_argument("--hf", metavar="DIR", help="a whole model; Megatron weights of another layout work too")
     source.add_argument("--llm", metavar="DIR", help="language model to assemble from, with --vision")
     source.add_argument("--vision", metavar="DIR", help="vision tower to assemble from, with --llm")
+    source.add_argument("--projector", metavar="PATH", help="trained projector for them: a folder, or XTuner's .pth")
     parser.add_argument("--out", required=True, metavar="DIR", help="absent or an empty directory")
     parser.add_argument(
         "--tp", "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="tensor parallel size"
@@ -102,6 +103,9 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     new.add_argument("--latents", choices=("ones", "normal"), help="the perceiver's latents (default: ones, as in HF)")
     new.add_argument(
+        "--template", metavar="NAME", help="prompt format of a LLaVA (default: the one that fits the vocabulary)"
+    )
+    new.add_argument(
         "--perceiver", nargs="+", metavar="KEY=VALUE", help="of HF's perceiver_config, such as resampler_n_latents=64"
     )
     parser.set_defaults(run=_run_hf2mg)
@@ -116,6 +120,7 @@ def _run_hf2mg(args: argparse.Namespace) -> int:
         family=args.family,
         llm=args.llm,
         vision=args.vision,
+        projector=args.projector,
         end_of_utterance=args.end_of_utterance,
         assemble=_assemble_options(args),
         tp=args.tp,
@@ -129,7 +134,9 @@ def _run_hf2mg(args: argparse.Namespace) -> int:
 
 def _assemble_options(args: argparse.Namespace) -> dict[str, Any]:
     """The new parts' options; refused where nothing new is made."""
-    options: dict[str, Any] = {key: getattr(args, key) for key in ("seed", "image_size", "new_rows", "latents")}
+    options: dict[str, Any] = {
+        key: getattr(args, key) for key in ("seed", "image_size", "new_rows", "latents", "template")
+    }
     options = {key: value for key, value in options.items() if value is not None}
     if args.perceiver:
         options["perceiver"] = apply_overrides({}, args.perceiver)

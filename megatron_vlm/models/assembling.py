@@ -2,10 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md")
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -48,3 +51,18 @@ def extended_rows(
         return full
 
     return read_extended
+
+
+def copy_small_files(source: Path, destination: Path) -> None:
+    """Copies the files of a folder that hold neither weights nor its model card; its folders stay behind."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_COPIED):
+            (destination / path.name).write_bytes(path.read_bytes())
+
+
+def copy_licences(source: Path, destination: Path) -> None:
+    """Copies licence and notice files."""
+    for path in source.iterdir():
+        if path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY")):
+            (destination / path.name).write_bytes(path.read_bytes())

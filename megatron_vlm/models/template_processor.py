@@ -24,8 +24,10 @@ from megatron_vlm.data.shards import num_placeholders
 from megatron_vlm.data.templates import IMAGE, TEMPLATES, Template
 from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
 from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.models.processor_files import generation_stops, read_json
+from megatron_vlm.log import get_logger
+from megatron_vlm.models.processor_files import chat_template, generation_stops, read_json
 
+LOGGER = get_logger(__name__)
 ALIASES = {"[UNUSED_TOKEN_146]": "<|im_start|>", "[UNUSED_TOKEN_145]": "<|im_end|>"}
 """Names that InternLM2's chat models give to tokens that its base models leave unused."""
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}  # where tokenizer_config.json does not say
@@ -187,19 +189,25 @@ class TemplateProcessor:
 def prompt_settings(hf_dir: Path, config: DataConfig, family: str, vocab_size: int) -> dict[str, Any]:
     """Fields of the processor that tokenizer files and the data section decide.
 
-    Without ``data.template`` the prompt is ``internlm2_chat`` where the vocabulary has its tokens, else ``vicuna``.
+    Without ``data.template`` the prompt is the one of the folder's chat template, where that is one of ours; else
+    ``internlm2_chat`` where the vocabulary has its tokens, else ``vicuna``.
 
     Raises:
         ConfigError: no tokenizer, a template without its tokens, or tokens beyond the model's vocabulary.
     """
     config.check_template(family, *TEMPLATES)
     tokenizer = load_tokenizer(hf_dir, ALIASES)
-    path = hf_dir / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    bos, eos, pad = (_special_token(settings, *token) for token in _SPECIAL.items())
-    eos = eos or _SPECIAL["eos_token"]
+    bos, eos, pad = special_tokens(hf_dir).values()
+    eos = eos or "</s>"
     fits = all(tokenizer.token_id(token) is not None for token in TEMPLATES["internlm2_chat"].special)
-    template = TEMPLATES[config.template or ("internlm2_chat" if fits else "vicuna")]
+    written = chat_template(hf_dir)
+    own = next((name for name, form in TEMPLATES.items() if form.jinja(bos or "", eos) == written), None)
+    template = TEMPLATES[config.template or own or ("internlm2_chat" if fits else "vicuna")]
+    if own not in (None, template.name):
+        LOGGER.warning(
+            "data.template is %s, the chat template in %s is %s: whoever uses the trained model must write prompts as %s",
+            template.name, hf_dir, own, template.name,
+        )  # fmt: skip
     found = {token: tokenizer.token_id(token) for token in (*template.special, eos)}
     wrong = [token for token, index in found.items() if index is None or index >= vocab_size]
     if wrong:
@@ -213,7 +221,7 @@ def prompt_settings(hf_dir: Path, config: DataConfig, family: str, vocab_size: i
     return dict(
         tokenizer=tokenizer,
         template=template,
-        bos_token_id=ids.get("bos") if settings.get("add_bos_token", True) else None,
+        bos_token_id=ids.get("bos"),
         eos_token_id=found[eos],
         filler_token_id=next(i for i in (ids.get("pad"), found[eos]) if i is not None and i < vocab_size),
         control_tokens=tuple(sorted(control)),
@@ -225,9 +233,48 @@ def prompt_settings(hf_dir: Path, config: DataConfig, family: str, vocab_size: i
     )
 
 
-def _special_token(settings: Mapping[str, Any], name: str, default: str) -> str | None:
-    value = settings.get(name, default)
-    return value.get("content") if isinstance(value, dict) else value
+def special_tokens(hf_dir: Path) -> dict[str, str | None]:
+    """Returns bos_token (None where the tokenizer puts none before a text), eos_token and pad_token by name."""
+    path = hf_dir / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    found = {}
+    for name, default in _SPECIAL.items():
+        value = settings.get(name, default)
+        found[name] = value.get("content") if isinstance(value, dict) else value
+    return found if settings.get("add_bos_token", True) else {**found, "bos_token": None}
+
+
+def write_tokenizer(
+    directory: Path, prompt: TemplateProcessor, special: Mapping[str, str | None], added: Sequence[str] = ()
+) -> Any:
+    """Writes a tokenizer that puts BOS before a text, its chat template and the generation config; returns the tokenizer.
+
+    Args:
+        directory: exists.
+        prompt: a processor's tokenizer, template and ids.
+        special: as of ``special_tokens``.
+        added: special tokens to add.
+    """
+    from tokenizers import AddedToken, Tokenizer, processors
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(prompt.tokenizer.text)
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
+    names = {name: token for name, token in special.items() if token}
+    bos, eos = names.get("bos_token", ""), names.get("eos_token", "</s>")
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, prompt.bos_token_id)]
+        )
+    if backend.token_to_id("<unk>") is not None:
+        names["unk_token"] = "<unk>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = prompt.template.jinja(bos, eos)
+    tokenizer.save_pretrained(directory)
+    GenerationConfig(
+        bos_token_id=prompt.bos_token_id, eos_token_id=list(prompt.stop_ids), pad_token_id=prompt.filler_token_id
+    ).save_pretrained(directory)
+    return tokenizer
 
 
 def _split(piece: Piece, run: tuple[int, ...]) -> list[Piece]:

@@ -43,6 +43,7 @@ def _add_build(commands: Any) -> None:
     add("--video-frames", type=int, nargs=2, default=[1, 32], metavar=("MIN", "MAX"),
         help="frames taken of a video, spread evenly; a shorter one is refused (default: 1 32)")  # fmt: skip
     add("--frame-text", default="Frame-{i}: <image>", metavar="TEXT", help="line of each frame (default: %(default)s)")
+    add("--part", default="train", metavar="NAME", help="part of an Energon folder's split (default: train)")
     build.set_defaults(handler=_build)
 
 
@@ -63,6 +64,7 @@ def _build(args: argparse.Namespace) -> int:
         repeat=args.repeat,
         root=args.image_root or ".",
         prepend=args.missing_placeholder == "prepend",
+        part=args.part,
         video=VideoSettings(min_frames=least, max_frames=most, announce=args.frame_text),
     )
     split = None

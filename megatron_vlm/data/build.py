@@ -26,10 +26,12 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vlm.data.formats import read_source
+from megatron_vlm.data.formats import WEBDATASET, read_source
 from megatron_vlm.data.formats.records import Record, Source
+from megatron_vlm.data.formats.webdataset import open_tars
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION, ShardWriter, load_record
 from megatron_vlm.data.split import SplitSettings, assign
+from megatron_vlm.data.tar_shards import TarJob, index_shard
 from megatron_vlm.data.video import check_settings
 from megatron_vlm.errors import ConfigError, DataError
 
@@ -136,9 +138,12 @@ class _Build:
         self.pending: dict[Future[dict[str, Any]], tuple[_Half, str]] = {}
         self.pool: ProcessPoolExecutor | None = None
         self.report: dict[str, Any] = {}
+        self.layouts: list[dict[str, Any]] = []
 
     def run(self, split: SplitSettings | None) -> list[_Half]:
         """Goes over all records and makes the shards that are missing."""
+        if any(source.format == WEBDATASET for source in self.sources):
+            return self._index_tars(split)
         if split is None:
             halves, chosen = [_Half(name="")], None
         else:
@@ -172,6 +177,34 @@ class _Build:
         self.progress(self.total)
         return halves
 
+    def _index_tars(self, split: SplitSettings | None) -> list[_Half]:
+        """Indexes tars where they lie."""
+        if split is not None:
+            raise ConfigError("--val-fraction cannot cut tars that stay as they are: build other tars for validation")
+        half = _Half(name="")
+        try:
+            for number, source in enumerate(self.sources):
+                layout, tars = open_tars(source)
+                self.layouts.append(dataclasses.asdict(layout))
+                for tar in tars:
+                    name, half.jobs = f"shard-{half.jobs:06d}", half.jobs + 1
+                    job = TarJob(
+                        folder=str(self.folder / "out"),
+                        name=name,
+                        tar=str(tar.resolve()),
+                        layout=layout,
+                        layout_number=number,
+                        source=number,
+                    )
+                    self._submit(half, name, index_shard, job)
+                    self.progress(self.total)
+            while self.pending:
+                self._collect()
+        finally:
+            if self.pool is not None:
+                self.pool.shutdown(cancel_futures=True)
+        return [half]
+
     def _problem(self, source: int, record: int, message: str, file: str | None = None) -> None:
         self.problems.append(
             Problem(source=source, record=record, file=file or self.sources[source].path, message=message)
@@ -190,16 +223,20 @@ class _Build:
         folder = str(self.folder / "out" / half.name)
         job = Job(folder=folder, name=name, sources=self.sources, stems=self.stems, records=tuple(half.records))
         half.records, half.inline = [], 0
+        self._submit(half, name, make_shard, job)
+
+    def _submit(self, half: _Half, name: str, make: Callable[[Any], dict[str, Any]], job: Any) -> None:
+        """Makes a shard, unless it is done: in a worker process if there are any."""
         done = self.folder / "done" / f"{half.name}{name}.json"
         if done.exists():
             self._take(half, name, json.loads(done.read_text(encoding="utf-8")))
         elif not self.workers:
-            self._done(half, name, make_shard(job))
+            self._done(half, name, make(job))
         else:
             if self.pool is None:
                 context = multiprocessing.get_context("spawn")
                 self.pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
-            self.pending[self.pool.submit(make_shard, job)] = half, name
+            self.pending[self.pool.submit(make, job)] = half, name
             if len(self.pending) > self.workers:  # records wait in memory: not too many
                 self._collect()
 
@@ -214,16 +251,20 @@ class _Build:
     def _take(self, half: _Half, name: str, result: dict[str, Any]) -> None:
         self.problems += [Problem(**problem) for problem in result["rejected"]]
         half.shards[name] = result
+        if self.layouts:
+            self.total += result["shard"]["samples"] + len(result["rejected"])
 
     def finish(self, halves: list[_Half], out: Path, split: SplitSettings | None, on_bad_sample: str) -> dict[str, Any]:
         """Writes the manifests and puts the folder in place; raises if the policy says so."""
-        self.problems.sort(key=lambda p: (p.source, p.record < 0, p.record))
+        self.problems.sort(key=lambda p: (p.source, p.file, p.record < 0, p.record))
         names = ", ".join(source.title for source in self.sources) or "the inputs"
         if self.problems and (on_bad_sample == "raise" or self.fatal):
             raise DataError(describe(self.problems, self.total, self.fatal))
         folder = self.folder / "out"
         for half in halves:
             manifest = make_manifest(half.shards, self.sources)
+            if self.layouts:
+                manifest["layouts"] = self.layouts
             if not manifest["samples"]:
                 left = f" ({len(self.problems)} are rejected)" if self.problems else ""
                 raise DataError(f"no records in {names}{left}{f' for {half.name}' if half.name else ''}")

@@ -125,8 +125,8 @@ class TokenCounts:
 
     def _places(self, shard: int) -> tuple[Path, Path]:
         info = self.dataset.shards[shard]
-        name = f"{info.path.stem}.{self._fingerprint}.tokens.npy"
-        return info.path.with_name(name), self._cache / info.sha256[:16] / name
+        path = info.beside(f".{self._fingerprint}.tokens.npy")
+        return path, self._cache / info.sha256[:16] / path.name
 
     def _find(self, shard: int) -> Path | None:
         for path in self._places(shard):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vlm.data.formats.webdataset import Layout
 from megatron_vlm.data.sample import RawSample
 from megatron_vlm.data.shards import (
     IMAGE_DTYPE,
@@ -24,6 +25,7 @@ from megatron_vlm.data.shards import (
     parse_text,
 )
 from megatron_vlm.data.tar import BLOCK, parse_header
+from megatron_vlm.data.tar_shards import read_tar_sample
 from megatron_vlm.errors import DataError
 
 MAX_OPEN = 128  # shards whose file and index stay open in each process
@@ -32,7 +34,11 @@ TEXT_BYTES = 8192  # read at first for a sample's text: most fit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One tar shard, ``name`` in ``folder``; ``num_bytes`` and ``sha256`` as the manifest says."""
+    """One tar shard, ``name`` in ``folder``; ``num_bytes`` and ``sha256`` as the manifest says.
+
+    ``tar`` is where the tar lies if it is one of other tools, used as it is, and ``layout`` what its samples look like;
+    its index lies in ``folder`` all the same.
+    """
 
     folder: str
     name: str
@@ -40,11 +46,17 @@ class Shard:
     num_images: int
     num_bytes: int
     sha256: str
+    tar: str = ""
+    layout: Layout | None = None
 
     @property
     def path(self) -> Path:
         """The tar file. Made when asked for: a run may have a hundred thousand shards."""
-        return Path(self.folder, self.name)
+        return Path(self.tar or os.path.join(self.folder, self.name))
+
+    def beside(self, suffix: str) -> Path:
+        """A file of its index."""
+        return Path(self.folder, self.name.removesuffix(".tar") + suffix)
 
 
 class Recent:
@@ -173,7 +185,10 @@ class Dataset:
     def _text(self, shard: int, row: int, block: bytes) -> RawSample:
         """Reads a sample's text; ``block`` is its span if that is at hand."""
         entry = self.index(shard)[row]
-        span = int(entry["span"])
+        span, layout = int(entry["span"]), self.shards[shard].layout
+        if layout is not None:
+            block = block or self._pread(shard, int(entry["offset"]), span)
+            return read_tar_sample(layout, block, int(entry["num_images"]))
         block = block or self._pread(shard, int(entry["offset"]), min(span, TEXT_BYTES))
         name, size = parse_header(block)
         if size + BLOCK > len(block):
@@ -207,11 +222,11 @@ class Dataset:
 
     def _open_samples(self, shard: int) -> NDArray[Any]:
         info = self.shards[shard]
-        return _open_array(info.path.with_suffix(".samples.npy"), SAMPLE_DTYPE, info.num_samples)
+        return _open_array(info.beside(".samples.npy"), SAMPLE_DTYPE, info.num_samples)
 
     def _open_images(self, shard: int) -> NDArray[Any]:
         info = self.shards[shard]
-        return _open_array(info.path.with_suffix(".images.npy"), IMAGE_DTYPE, info.num_images)
+        return _open_array(info.beside(".images.npy"), IMAGE_DTYPE, info.num_images)
 
 
 def _open_array(path: Path, dtype: np.dtype, length: int) -> NDArray[Any]:
@@ -233,6 +248,7 @@ def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int,
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["version"] != MANIFEST_VERSION:
             raise DataError(f"version {manifest['version']} is not read here, only {MANIFEST_VERSION}", shard=str(path))
+        layouts = [Layout(**layout) for layout in manifest.get("layouts", [])]
         shards = [
             Shard(
                 folder=str(folder),
@@ -241,6 +257,8 @@ def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int,
                 num_images=int(item["images"]),
                 num_bytes=int(item["bytes"]),
                 sha256=str(item["sha256"]),
+                tar=str(item.get("tar", "")),
+                layout=layouts[item["layout"]] if "layout" in item else None,
             )
             for item in manifest["shards"]
         ]
@@ -248,13 +266,13 @@ def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int,
     except FileNotFoundError as error:
         message = "no manifest.json: name a folder made by 'megatron-vlm data build'"
         raise DataError(message, shard=str(folder)) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(f"not a readable manifest: {error!r}", shard=str(path)) from error
     for shard in shards:
         if os.path.basename(shard.name) != shard.name:
             raise DataError(f"shard name {shard.name} leads out of its folder", shard=str(path))
         try:
-            size = os.stat(os.path.join(shard.folder, shard.name)).st_size
+            size = os.stat(shard.tar or os.path.join(shard.folder, shard.name)).st_size
         except OSError:
             size = None
         if size != shard.num_bytes:

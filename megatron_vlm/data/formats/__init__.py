@@ -45,7 +45,11 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def check_format(name: str, known: Sequence[str] = tuple(FORMATS)) -> None:
+WEBDATASET = "webdataset"  # tars stay as they are: there are no records to read from them here
+NAMES = (*FORMATS, WEBDATASET)
+
+
+def check_format(name: str, known: Sequence[str] = NAMES) -> None:
     """Raises ConfigError unless ``name`` is a format."""
     if name not in known:
         raise ConfigError(f"unknown format {name!r}{nearest(name, known)}; known: {', '.join(known)}")
@@ -72,7 +76,7 @@ def open_sources(
     """Returns the sources of some inputs.
 
     Args:
-        format: key of ``FORMATS``.
+        format: one of ``NAMES``.
         inputs: files or globs.
         repeat: of all inputs, or one for each (a glob counts as one).
         settings: fields of Source, the same for all.
@@ -90,7 +94,8 @@ def open_sources(
     for index, item in enumerate(inputs):
         times = repeat[index % len(repeat)] if repeat else None
         for path in expand_inputs([item]):
-            sources += FORMATS[format].expand(Source(path=path, format=format, repeat=times, **settings))
+            source = Source(path=path, format=format, repeat=times, **settings)
+            sources += [source] if format == WEBDATASET else FORMATS[format].expand(source)
     return sources
 
 

@@ -47,6 +47,7 @@ class Source:
         prepend: a record with images and no placeholder gets them before its first user turn; else it is refused.
         options: RawSample.options of every sample.
         video: how videos become frames.
+        part: of an Energon folder's split.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Source:
     prepend: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     video: VideoSettings = field(default_factory=VideoSettings)
+    part: str = "train"
 
     @property
     def title(self) -> str:

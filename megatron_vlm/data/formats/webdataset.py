@@ -1,0 +1,242 @@
+"""Tar shards of other tools, used as they are: which of them to read, and what the parts of a sample say.
+
+    KEY.jpg KEY.1.png KEY.json     an image or several, and LLaVA's, OpenAI's or The Cauldron's record
+    KEY.jpg KEY.txt                a caption
+
+A sample is a run of members that share their name up to the first dot (webdataset's rule); its images are its image
+members, in the order of the tar. A folder with ``.nv-meta`` (Megatron-Energon) says which shards belong to which part
+(split.yaml) and which fields make a sample (dataset.yaml). Nothing in a tar is ever unpickled or run.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron_vlm.data.formats.json_file import MAX_RECORD_BYTES, strict_decoder
+from megatron_vlm.data.formats.parquet import COLUMNS, parse_row
+from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, make_record
+from megatron_vlm.data.sample import Turn
+from megatron_vlm.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+TEXT_SUFFIXES = (".json", ".txt", ".caption", ".cls")
+MAX_SHARDS = 1_000_000
+_FIELDS = {  # Energon's sample classes that are conversations: fields that must be mapped
+    "CaptioningSample": ("image", "caption"),
+    "VQASample": ("image", "context", "answers"),
+    "OCRSample": ("image", "text"),
+    "CrudeWebdataset": (),
+}
+_ACCESS = re.compile(r"^([^\[\]]+)((?:\[[^\[\]]+\])*)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the parts of a sample make a conversation.
+
+    Attributes:
+        kind: Energon's sample class; empty: by the parts themselves.
+        fields: Energon's field map: field -> part with access, as ``json[answers][0]``, alternatives after commas.
+        prepend: see Source.
+    """
+
+    kind: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    prepend: bool = False
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Returns key and part of a member's name: ``dir/0001.seg.png`` -> (``dir/0001``, ``seg.png``)."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, part = base.partition(".")
+    return f"{folder}{slash}{stem}", part.lower()
+
+
+def is_image(part: str) -> bool:
+    """Whether a part (``jpg``, ``1.png``) is an image by its name."""
+    return f".{part}".endswith(IMAGE_SUFFIXES)
+
+
+def is_text(part: str) -> bool:
+    """Whether a part may hold text."""
+    return f".{part}".endswith(TEXT_SUFFIXES)
+
+
+def images_of(layout: Layout, parts: Sequence[str]) -> list[int]:
+    """Returns which parts are the sample's images, in order: what the field map names, else all of them."""
+    if layout.fields and "image" in layout.fields:
+        for option in layout.fields["image"].split(","):
+            if option.strip().lower() in parts:
+                return [parts.index(option.strip().lower())]
+        return []
+    return [index for index, part in enumerate(parts) if is_image(part)]
+
+
+def parse_parts(layout: Layout, texts: Mapping[str, bytes], num_images: int) -> Record:
+    """Makes a record of a sample's text parts.
+
+    Args:
+        layout: of the data set.
+        texts: part -> content.
+        num_images: of the sample.
+
+    Returns:
+        The record; its ``images`` are empty bytes, which only count.
+
+    Raises:
+        DataError: what is wrong with it.
+    """
+    source = Source(path="", format="webdataset", prepend=layout.prepend)
+    images = [b"-"] * num_images
+    if layout.kind in ("", "CrudeWebdataset"):
+        data = _json(texts["json"]) if "json" in texts else None
+        if isinstance(data, Mapping) and any(data.get(column) is not None for column in COLUMNS):
+            return parse_row(source, 0, {**data, "images": images or None, "image": None, "video": None})
+        caption = next((texts[part] for part in ("txt", "caption") if part in texts), None)
+        if caption is None:
+            found = ", ".join(sorted(texts)) or "none"
+            raise DataError(f"no conversation: a json with {', '.join(COLUMNS)}, or a txt, is needed (parts: {found})")
+        return _caption(source, _text(caption), images)
+    if layout.kind == "VQASample":
+        context, answers = _field(layout, texts, "context"), _field(layout, texts, "answers")
+        weights = _field(layout, texts, "answer_weights") if "answer_weights" in layout.fields else None
+        answer = _best(answers, weights)
+        if not isinstance(context, str) or not isinstance(answer, str):
+            raise DataError("'context' must be a text and 'answers' a text or a list of texts")
+        if images and IMAGE_PLACEHOLDER not in context:
+            context = f"{IMAGE_PLACEHOLDER}\n" * num_images + context
+        turns = [Turn(role="user", text=context), Turn(role="assistant", text=answer)]
+        return make_record(source, 0, None, turns, images)
+    text = _field(layout, texts, "caption" if layout.kind == "CaptioningSample" else "text")
+    return _caption(source, text, images)
+
+
+def _caption(source: Source, text: Any, images: list[bytes]) -> Record:
+    if not isinstance(text, str):
+        raise DataError(f"the caption must be a text, this is {type(text).__name__}")
+    marks = "".join(IMAGE_PLACEHOLDER for _ in images)
+    turns = [Turn(role="user", text=marks), Turn(role="assistant", text=text.strip())]
+    return make_record(source, 0, None, turns, images)
+
+
+def _best(answers: Any, weights: Any) -> Any:
+    if not isinstance(answers, list):
+        return answers
+    if not answers:
+        raise DataError("'answers' is empty")
+    if isinstance(weights, list) and len(weights) == len(answers) and all(isinstance(w, int | float) for w in weights):
+        return answers[max(range(len(answers)), key=weights.__getitem__)]
+    return answers[0]
+
+
+def _json(content: bytes) -> Any:
+    if len(content) > MAX_RECORD_BYTES:
+        raise DataError(f"the json has {len(content)} bytes, the limit is {MAX_RECORD_BYTES}")
+    try:
+        return strict_decoder().decode(content.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise DataError("bad json: nested too deeply") from error
+    except ValueError as error:
+        raise DataError(f"bad json: {error}") from error
+
+
+def _text(content: bytes) -> str:
+    if len(content) > MAX_RECORD_BYTES:
+        raise DataError(f"the text has {len(content)} bytes, the limit is {MAX_RECORD_BYTES}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _field(layout: Layout, texts: Mapping[str, bytes], name: str) -> Any:
+    """Follows Energon's field map: the first alternative that is there."""
+    tried = []
+    for option in layout.fields[name].split(","):
+        match = _ACCESS.match(option.strip())
+        if match is None:
+            raise DataError(f"field_map {name}: {option!r} is not PART[key][index]")
+        part, keys = match[1].lower(), re.findall(r"\[([^\[\]]+)\]", match[2])
+        if part not in texts:
+            tried.append(f"no part {part}")
+            continue
+        value = _json(texts[part]) if f".{part}".endswith(".json") else _text(texts[part])
+        try:
+            for key in keys:
+                value = value[int(key)] if isinstance(value, list) else value[key]
+            return value
+        except (KeyError, IndexError, ValueError, TypeError):
+            tried.append(f"{part} has no {match[2]}")
+    raise DataError(f"field {name}: {'; '.join(tried)}")
+
+
+def open_tars(source: Source) -> tuple[Layout, list[Path]]:
+    """Returns the layout and the shards of an input: a tar, a folder of them, or an Energon folder.
+
+    Raises:
+        DataError: none, or metadata that cannot be used.
+    """
+    path = Path(source.path)
+    meta = path / ".nv-meta"
+    if meta.is_dir():
+        return _energon(source, path, meta)
+    tars = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+    if not tars:
+        raise DataError("a folder without .tar files", shard=str(path))
+    return Layout(prepend=source.prepend), tars
+
+
+def _energon(source: Source, path: Path, meta: Path) -> tuple[Layout, list[Path]]:
+    from braceexpand import braceexpand
+
+    dataset, split = _yaml(meta / "dataset.yaml"), _yaml(meta / "split.yaml")
+    kind = dataset.get("sample_type", {}).get("__class__") if isinstance(dataset.get("sample_type"), dict) else None
+    kind = kind or dataset.get("__class__") or ""
+    where: dict[str, Any] = {"shard": str(meta / "dataset.yaml")}
+    if dataset.get("sample_loader"):
+        raise DataError("a sample_loader is code of the data set, which is not run: give a field_map", **where)
+    if kind not in _FIELDS:
+        raise DataError(f"samples of class {kind!r} are not read (known: {', '.join(_FIELDS)})", **where)
+    fields = dataset.get("field_map") or {}
+    if not isinstance(fields, dict) or not all(isinstance(v, str) for v in fields.values()):
+        raise DataError("'field_map' must map fields to parts", **where)
+    missing = [name for name in _FIELDS[kind] if name not in fields]
+    if missing:
+        raise DataError(f"field_map lacks {', '.join(missing)} of {kind}", **where)
+    parts = split.get("split_parts")
+    where["shard"] = str(meta / "split.yaml")
+    if not isinstance(parts, dict) or source.part not in parts:
+        known = ", ".join(parts) if isinstance(parts, dict) else "none"
+        raise DataError(f"no part {source.part!r} in split_parts (known: {known}): set --part", **where)
+    excluded = set(map(str, split.get("exclude") or []))
+    if any("/" in name and not name.endswith(".tar") for name in excluded):
+        raise DataError("single samples under 'exclude' are not left out here: remove them from the shards", **where)
+    names: list[str] = []
+    for pattern in map(str, parts[source.part] or []):
+        names += itertools.islice(braceexpand(pattern), MAX_SHARDS)
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DataError(f"shard {name} leads out of the folder", **where)
+    tars = [path / name for name in names if name not in excluded]
+    if not tars:
+        raise DataError(f"part {source.part!r} has no shards", **where)
+    return Layout(kind=kind, fields=dict(fields), prepend=source.prepend), tars
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        if path.stat().st_size > MAX_RECORD_BYTES * 16:
+            raise DataError("too long", shard=str(path))
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the file: {error.strerror}", shard=str(path)) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"not readable yaml: {str(error)[:200]}", shard=str(path)) from error
+    if not isinstance(value, dict):
+        raise DataError("must be a mapping", shard=str(path))
+    return value

@@ -1,0 +1,167 @@
+"""Tars of other tools: used where they lie, and what each kind of sample becomes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_vlm.data.check import check_folder
+from megatron_vlm.errors import ConfigError, DataError
+from tests.data.formats.make import built, picture, write_tar
+
+TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+
+
+def members(number, text=None):
+    for i in range(number):
+        yield f"{i:04d}.jpg", picture(i, kind="JPEG")
+        yield f"{i:04d}.json", json.dumps({"conversations": text or TALK}).encode()
+
+
+def test_llava_records_in_tars(tmp_path):
+    tars = [write_tar(tmp_path / "in" / f"{i}.tar", members(3 + i)) for i in range(2)]
+    before = [path.read_bytes() for path in tars]
+    manifest, samples = built(tmp_path / "out", "webdataset", tmp_path / "in", repeat=[0.5])
+    assert [shard["samples"] for shard in manifest["shards"]] == [3, 4]
+    assert manifest["sources"] == [{"name": "in", "first_sample": 0, "samples": 7, "repeat": 0.5, "per_epoch": None}]
+    assert [path.read_bytes() for path in tars] == before
+    assert not list((tmp_path / "out").glob("*.tar"))
+    assert [s.key for s in samples] == ["0000", "0001", "0002", "0000", "0001", "0002", "0003"]
+    assert samples[5].images == (picture(2, kind="JPEG"),) and samples[5].image_names == ("0002.jpg",)
+    assert [t.text for t in samples[0].turns] == ["<image>\nWhat?", "Red."]
+    assert list(check_folder(tmp_path / "out")) == [s.key for s in samples]
+    table = np.load(tmp_path / "out" / "shard-000001.images.npy")
+    assert table["width"].tolist() == [20, 21, 22, 23] and table["height"].tolist() == [12] * 4
+
+
+def test_workers_make_the_same_index(tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / "in" / f"{i}.tar", members(2 + i))
+    built(tmp_path / "a", "webdataset", str(tmp_path / "in" / "*.tar"))
+    built(tmp_path / "b", "webdataset", str(tmp_path / "in" / "*.tar"), num_workers=2)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_openai_and_captions_and_folders_and_long_names(tmp_path):
+    parts = [{"type": "image"}, {"type": "text", "text": "Which?"}, {"type": "image"}]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Both."}]
+    long = "d/" * 70 + "long"
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("x/a.0.png", picture(0)),
+            ("x/a.1.png", picture(1)),
+            ("x/a.json", json.dumps({"messages": talk}).encode()),
+            (f"{long}.png", picture(2)),
+            (f"{long}.txt", " a caption\n".encode()),
+        ],
+        format=2,  # pax: the long name needs an extension header
+    )
+    _, samples = built(tmp_path / "out", "webdataset", path)
+    assert [t.text for t in samples[0].turns] == ["<image>Which?<image>", "Both."]
+    assert samples[0].images == (picture(0), picture(1))
+    assert [t.text for t in samples[1].turns] == ["<image>", "a caption"]
+    assert samples[1].key == long and samples[1].images == (picture(2),)
+
+
+ENERGON = {
+    "CaptioningSample": ("field_map: {image: 'png,jpg', caption: 'json[captions][1]'}", ["<image>", "two"]),
+    "VQASample": (
+        "field_map: {image: jpg, context: 'json[q]', answers: 'json[a]', answer_weights: 'json[w]'}",
+        ["<image>\nWhy?", "since"],
+    ),
+    "CrudeWebdataset": ("", ["<image>\nWhat?", "Red."]),
+}
+
+
+@pytest.mark.parametrize("kind", ENERGON)
+def test_energon_folders(tmp_path, kind):
+    fields, texts = ENERGON[kind]
+    record = {"captions": ["one", "two"], "q": "Why?", "a": ["no", "since"], "w": [0.1, 0.9]}
+    if kind == "CrudeWebdataset":
+        record["conversations"] = TALK
+    for name in ("shards/s_0.tar", "shards/s_1.tar", "shards/s_2.tar", "v.tar"):
+        content = [("7.jpg", picture(0, kind="JPEG")), ("7.json", json.dumps(record).encode())]
+        write_tar(tmp_path / "in" / name, content)
+    meta = tmp_path / "in" / ".nv-meta"
+    meta.mkdir()
+    (meta / "dataset.yaml").write_text(
+        f"sample_type:\n  __module__: megatron.energon\n  __class__: {kind}\n{fields}\nsubflavors: {{}}\n"
+    )
+    (meta / "split.yaml").write_text(
+        "exclude: [shards/s_1.tar]\nsplit_parts:\n  train: ['shards/s_{0..2}.tar']\n  val: [v.tar]\n"
+    )
+    manifest, samples = built(tmp_path / "out", "webdataset", tmp_path / "in")
+    assert [s["tar"].rsplit("/", 1)[1] for s in manifest["shards"]] == ["s_0.tar", "s_2.tar"]
+    assert [t.text for t in samples[1].turns] == texts and samples[1].images == (picture(0, kind="JPEG"),)
+    assert len(built(tmp_path / "val", "webdataset", tmp_path / "in", part="val")[1]) == 1
+    with pytest.raises(DataError, match=r"no part 'test' .*known: train, val.*--part"):
+        built(tmp_path / "test", "webdataset", tmp_path / "in", part="test")
+
+
+@pytest.mark.parametrize(
+    "dataset, split, message",
+    [
+        ("sample_type: {__class__: CaptioningSample}", "split_parts: {train: [a.tar]}", "lacks image, caption"),
+        ("sample_type: {__class__: OtherSample}", "split_parts: {train: [a.tar]}", "class 'OtherSample' are not read"),
+        ("{__class__: CrudeWebdataset, sample_loader: 'x.py:f'}", "split_parts: {train: [a.tar]}", "not run"),
+        ("__class__: CrudeWebdataset", "split_parts: {train: [../a.tar]}", "leads out of the folder"),
+        ("__class__: CrudeWebdataset", "split_parts: {train: []}", "has no shards"),
+        ("__class__: CrudeWebdataset", "exclude: [a.tar/7]\nsplit_parts: {train: [a.tar]}", "single samples"),
+        ("__class__: CrudeWebdataset", "[", "not readable yaml"),
+        ("- a", "split_parts: {train: [a.tar]}", "must be a mapping"),
+        ("__class__: !!python/object/apply:os.system ['touch x']", "{}", "not readable yaml"),
+    ],
+)
+def test_bad_energon_metadata_is_named(tmp_path, dataset, split, message):
+    meta = tmp_path / "in" / ".nv-meta"
+    meta.mkdir(parents=True)
+    (meta / "dataset.yaml").write_text(dataset)
+    (meta / "split.yaml").write_text(split)
+    with pytest.raises(DataError, match=message) as caught:
+        built(tmp_path / "out", "webdataset", tmp_path / "in")
+    assert ".yaml" in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_bad_samples_of_a_tar_are_named_or_left_out(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            *members(1),
+            ("b.jpg", picture(0, kind="JPEG")[:300]),
+            ("b.json", json.dumps({"conversations": TALK}).encode()),
+            ("c.json", json.dumps({"conversations": TALK}).encode()),
+            ("d.jpg", picture(0, kind="JPEG")),
+            ("d.jpg", picture(1, kind="JPEG")),
+            ("e.jpg", picture(0, kind="JPEG")),
+            ("f.pickle", b"cos\nsystem\n(S'touch x'\ntR."),
+            *[(f"z{name}", content) for name, content in members(1)],
+        ],
+    )
+    with pytest.raises(DataError) as caught:
+        built(tmp_path / "out", "webdataset", path)
+    text = str(caught.value)
+    for words in ("5 problems in 7 records", "b.jpg", "placeholders for 0 images", "two members of one name",
+                  "no conversation", "f.pickle"):  # fmt: skip
+        assert words in text, words
+    manifest, samples = built(tmp_path / "out", "webdataset", path, on_bad_sample="skip")
+    assert [s.key for s in samples] == ["0000", "z0000"] and manifest["samples"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [line["record"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_a_moved_tar_is_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", members(2))
+    built(tmp_path / "out", "webdataset", path)
+    path.rename(tmp_path / "b.tar")
+    (problem,) = check_folder(tmp_path / "out")
+    assert "is missing" in problem.message and "a.tar" in str(problem)
+
+
+def test_tars_are_not_split(tmp_path):
+    from megatron_vlm.data.split import SplitSettings
+
+    with pytest.raises(ConfigError, match="--val-fraction"):
+        path = write_tar(tmp_path / "a.tar", members(2))
+        built(tmp_path / "out", "webdataset", path, split=SplitSettings(fraction=0.5))

@@ -130,6 +130,27 @@ def layout_logits(hf_dir: str, rows: Sequence[PackedRow], parallel: dict, option
     return {"logits": logits, "loss": loss / sum(row.num_supervised for row in rows), "tp_rank": topology.tp_rank}
 
 
+def layout_answers(
+    hf_dir: str,
+    prompts: Sequence[EncodedSample],
+    layouts: Sequence[dict],
+    sampling: dict,
+    stop_ids: Sequence[int],
+) -> list[list[Any]]:
+    """On a rank: the answers (models.generation.Answer) to ``prompts`` in each layout of its size, batch by batch."""
+    from megatron_vlm.models.generation import SamplingConfig, generate
+
+    found: list[list[Any]] = []
+    for parallel in layouts:
+        topology, _, chunks, _ = build_for_test(hf_dir, parallel, {})
+        config = SamplingConfig(**sampling)
+        found.append([])
+        for first in range(0, len(prompts), config.batch_size):
+            batch = prompts[first : first + config.batch_size]
+            found[-1] += generate(chunks, batch, topology, config, stop_ids=stop_ids, first_number=first)
+    return found
+
+
 def layout_run(
     hf_dir: str, rows: Sequence[PackedRow], parallel: dict, options: dict, steps: int = 0, lr: float = 1e-3
 ) -> dict:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from megatron_vlm.models import registry
-from megatron_vlm.models.generation import Answer, SamplingConfig, generate
+from megatron_vlm.models.generation import Answer
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.parity import build_for_test, hf_inputs, random_samples
+from megatron_vlm.testing.parity import hf_inputs, layout_answers, random_samples
 from megatron_vlm.testing.twins import write_tiny_idefics2
 
 NEW = 12
@@ -19,19 +19,6 @@ LAYOUTS = [
     dict(pp=2, vp=1),
     dict(tp=2, pp=2, sp=True),
 ]
-
-
-def answers(directory, prompts, layouts, sampling, stop_ids):
-    """On a rank: the answers in each layout of its size, batch by batch."""
-    found = []
-    for parallel in layouts:
-        topology, _, chunks, _ = build_for_test(directory, parallel, {})
-        config, size = SamplingConfig(**sampling), sampling["batch_size"]
-        found.append([])
-        for first in range(0, len(prompts), size):
-            batch = prompts[first : first + size]
-            found[-1] += generate(chunks, batch, topology, config, stop_ids=stop_ids, first_number=first)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +65,9 @@ def test_greedy_answers_equal_hf(twin, sizes):
     directory, prompts, stop_ids, expected = twin
     layouts = [parallel_of(**layout) for layout in LAYOUTS if (layout.get("tp", 1), layout.get("pp", 1)) == sizes]
     sampling = dict(max_new_tokens=NEW, batch_size=3)
-    for rank in run_distributed(answers, directory, prompts, layouts, sampling, stop_ids, tp=sizes[0], pp=sizes[1]):
+    for rank in run_distributed(
+        layout_answers, directory, prompts, layouts, sampling, stop_ids, tp=sizes[0], pp=sizes[1]
+    ):
         for found in rank:
             assert found == expected
 
@@ -88,7 +77,7 @@ def test_draws_depend_on_seed_and_prompt_alone(twin):
 
     def draw(**sampling):
         given = dict(max_new_tokens=NEW, temperature=1.0, batch_size=3) | sampling
-        return run_distributed(answers, directory, prompts, [{}], given, stop_ids)[0][0]
+        return run_distributed(layout_answers, directory, prompts, [{}], given, stop_ids)[0][0]
 
     together = draw()
     assert together == draw(batch_size=1) == draw(batch_size=5)
@@ -98,4 +87,4 @@ def test_draws_depend_on_seed_and_prompt_alone(twin):
 def test_a_nucleus_of_nothing_is_greedy(twin):
     directory, prompts, stop_ids, expected = twin
     sampling = dict(max_new_tokens=NEW, temperature=0.7, top_p=1e-6, batch_size=5)
-    assert run_distributed(answers, directory, prompts, [{}], sampling, stop_ids)[0][0] == expected
+    assert run_distributed(layout_answers, directory, prompts, [{}], sampling, stop_ids)[0][0] == expected

@@ -1,31 +1,160 @@
-"""``megatron-vlm data check``: every sample of a folder is read and each problem reported."""
+"""``megatron-vlm data check``, ``stats`` and ``preview``: data as the model will see it, before a run starts."""
 
 import argparse
+import os
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import ConfigError, DataError
 
 
 def add_parsers(commands: Any) -> None:
     """Adds the sub-commands to ``megatron-vlm data``; each sets ``handler(args) -> exit code``."""
-    check = commands.add_parser("check", help="read every sample of a folder and report each problem; exit 1 if any")
-    check.add_argument("dir", metavar="DIR")
+    check = commands.add_parser("check", help="read every record and report each problem; exit 1 if any")
+    _add_common(check, "folder of shards, or with --format an input of `data build`", model_required=False)
+    check.add_argument(
+        "--format", help="format of inputs that are not shards: llava, xcomposer, internvl, openai, parquet"
+    )
+    check.add_argument("--image-root", metavar="DIR", help="folder that relative image paths start from (default: .)")
+    check.add_argument("--missing-placeholder", choices=["refuse", "prepend"], default="refuse",
+        help="as for `data build`")  # fmt: skip
     check.set_defaults(handler=_check)
+
+    stats = commands.add_parser("stats", help="lengths, images, supervised share, packing, steps; as text and PNG")
+    _add_common(stats, "folder of shards", model_required=True)
+    stats.add_argument("--global-batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    stats.add_argument("--out", metavar="FILE.png", help="histograms")
+    stats.set_defaults(handler=_stats)
+
+    preview = commands.add_parser("preview", help="one HTML page: tokens, images and rows as the model gets them")
+    _add_common(preview, "folder of shards", model_required=True)
+    preview.add_argument("--out", required=True, metavar="FILE.html")
+    preview.add_argument("--samples", type=int, default=24, metavar="N", help="(default: %(default)s)")
+    preview.add_argument("--seed", type=int, default=1234, metavar="N", help="training.seed (default: %(default)s)")
+    preview.set_defaults(handler=_preview)
+
+
+def _add_common(parser: argparse.ArgumentParser, what: str, *, model_required: bool) -> None:
+    parser.add_argument("paths", nargs="*", metavar="PATH", help=what)
+    parser.add_argument("--set", action="append", default=[], metavar="data.KEY=VALUE",
+        help="a setting as `train` takes it: data.answer_loss_only=true; may be given several times")  # fmt: skip
+    parser.add_argument("--model", required=model_required, metavar="DIR",
+        help="HF folder, converted weights or checkpoint whose processor is used")  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help="YAML of a run: its data section is used, folders included")
+    parser.add_argument(
+        "--seq-length", type=int, metavar="N", help="data.seq_length (default: the config's, else 4096)"
+    )
 
 
 def _check(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.check import check_folder
+    from megatron_vlm.data.check import DuplicateId, kind_of
 
     kinds: Counter[str] = Counter()
-    sound = 0
-    for found in check_folder(args.dir):
-        if isinstance(found, DataError):
-            kinds[found.message.split(":")[0]] += 1
-            print(found)
-        else:
+    sound = problems = 0
+    for found in _found(args):
+        if isinstance(found, str):
             sound += 1
+            continue
+        kinds[kind_of(found)] += 1
+        warning = isinstance(found, DuplicateId)
+        problems += not warning
+        print(f"{'warning' if warning else kind_of(found)}: {found}")
     for kind, number in kinds.most_common():
         print(f"{number:8d}  {kind}")
-    print(f"{args.dir}: {sound} sound samples, {sum(kinds.values())} problems")
-    return 1 if kinds else 0
+    print(f"{sound} sound samples, {problems} problems, {sum(kinds.values()) - problems} warnings")
+    return 1 if problems else 0
+
+
+def _found(args: argparse.Namespace) -> Iterator[str | DataError]:
+    from megatron_vlm.data.check import check_folder, check_sources
+    from megatron_vlm.data.formats import open_sources
+
+    config, paths = _config(args)
+    processor = _processor(args.model, config) if args.model else None
+    if args.format is None:
+        for path in paths:
+            if not Path(path).is_dir():
+                raise ConfigError(f"{path} is no folder of shards: say what it is with --format")
+            yield from check_folder(path, processor)
+        return
+    prepend = args.missing_placeholder == "prepend"
+    yield from check_sources(open_sources(args.format, paths, root=args.image_root or ".", prepend=prepend), processor)
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from megatron_vlm.data.loader import open_data
+    from megatron_vlm.data.stats import collect, describe, plot
+
+    if args.global_batch_size < 1:
+        raise ConfigError(f"--global-batch-size must be at least 1, got {args.global_batch_size}")
+    config, paths = _config(args)
+    config = config.replace(packing=True, group_by=None)
+    opened = open_data(config, _processor(args.model, config), _sources(config, paths), seed=1234)
+    stats = collect(opened, config, args.global_batch_size)
+    print(describe(stats))
+    if args.out:
+        plot(stats, _writable(args.out))
+        print(f"\nhistograms: {args.out}")
+    return 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from megatron_vlm.data.loader import open_data
+    from megatron_vlm.data.preview import preview_page
+
+    if args.samples < 1:
+        raise ConfigError(f"--samples must be at least 1, got {args.samples}")
+    config, paths = _config(args)
+    processor = _processor(args.model, config)
+    opened = open_data(config, processor, _sources(config, paths), seed=args.seed)
+    page = preview_page(opened, processor, config, seed=args.seed, num_samples=args.samples)
+    _writable(args.out).write_text(page, encoding="utf-8")
+    print(f"{args.out}: {len(page) / 1e6:.1f} MB")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> tuple[Any, list[str]]:
+    """Returns the DataConfig, and the paths that the command line names."""
+    from megatron_vlm.config import apply_overrides, load_yaml
+    from megatron_vlm.data.config import DataConfig
+
+    if wrong := [word for word in args.set if not word.startswith("data.")]:
+        raise ConfigError(f"--set {wrong[0]}: only settings of the data section have a meaning here, data.KEY=VALUE")
+    plain = apply_overrides(load_yaml(args.config) if args.config else {}, args.set)
+    data = {"seq_length": 4096, "packing": True, "num_workers": os.cpu_count() or 1, **(plain.get("data") or {})}
+    if args.seq_length is not None:
+        data["seq_length"] = args.seq_length
+    # What a run would refuse is looked at here: exclusions are counted, not raised.
+    for name, value in (("on_too_long", "drop"), ("on_bad_sample", "skip")):
+        data[name] = value if data.get(name, "raise") == "raise" else data[name]
+    config = DataConfig.from_dict(data, "data")
+    if not args.paths and not config.train:
+        raise ConfigError("no data: name a folder, or a --config whose data.train does")
+    return config, args.paths
+
+
+def _sources(config: Any, paths: Sequence[str]) -> Sequence[Any]:
+    return paths or config.train
+
+
+def _processor(model: str, config: Any) -> Any:
+    """Returns the processor of a model. Weights are needed only where a training folder has to say which checkpoint."""
+    from megatron_vlm.config import load_yaml
+    from megatron_vlm.models.registry import family_of
+
+    for folder in (Path(model), Path(model, "hf")):
+        if (folder / "config.json").is_file():
+            return family_of(load_yaml(folder / "config.json")).processor(folder, config)
+    from megatron_vlm.conversion.source import open_source
+
+    source = open_source(model)
+    return source.spec.processor(source.hf_dir, config)
+
+
+def _writable(path: str) -> Path:
+    parent = Path(path).parent
+    if not parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: {parent} is no folder")
+    return Path(path)

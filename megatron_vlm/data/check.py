@@ -1,34 +1,104 @@
-"""Checks a shard folder: files against the manifest, every sample read, every image decoded."""
+"""Checks data before anybody trains on it: a shard folder, or records in a public format as they are.
+
+folder   files against the manifest, crc32, text, images decoded, sizes against the index
+records  read, images found and decoded
+both     placeholders, roles, answers; with a processor: too long, nothing supervised; duplicate ids (a warning)
+"""
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.data.dataset import Dataset, Shard
-from megatron_vlm.data.shards import check_sample
+from megatron_vlm.data.formats import read_source
+from megatron_vlm.data.formats.records import Source
+from megatron_vlm.data.images import probe_image
+from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.shards import check_sample, load_record
+from megatron_vlm.data.types import NO_OPTIONS, Processor
 from megatron_vlm.errors import DataError
 
+# A kind of problem, by what its message says; the first that fits.
+_KINDS = (
+    ("missing image", r"cannot read image|cannot read video|no such file"),
+    ("damaged shard", r"^damaged|cut short|the shard (is|has)|manifest|the index"),
+    ("bad json", r"^bad |not UTF-8|duplicate key|nested too deeply|text after the json"),
+    ("placeholders", r"placeholder"),
+    ("roles out of order", r"^roles|there is no user turn|unknown role"),
+    ("empty answer", r"^empty answer"),
+    ("nothing supervised", r"^nothing_supervised"),
+    ("too long", r"^too_long"),
+    ("unreadable image", r"^(image|frame|video) "),
+    ("refused by the processor", r"^(control_tokens|max_image_num|too_many_patches|image_too_small)"),
+)
 
-def check_folder(folder: str | Path) -> Iterator[str | DataError]:
+
+class DuplicateId(DataError):
+    """A record with the ``id`` of another one: a warning. Ids are labels; what names a sample is source and number."""
+
+
+def kind_of(problem: DataError) -> str:
+    """Returns what kind of problem this is, for counting."""
+    if isinstance(problem, DuplicateId):
+        return "duplicate id"
+    return next((kind for kind, words in _KINDS if re.search(words, problem.message)), "bad record")
+
+
+def check_folder(folder: str | Path, processor: Processor | None = None) -> Iterator[str | DataError]:
     """Yields the key of each sound sample and a DataError for each problem.
 
-    A folder whose manifest cannot be read gives that one problem.
+    Args:
+        folder: of shards; one whose manifest cannot be read gives that one problem.
+        processor: also finds what it cannot train on; its ``seq_length`` is the limit.
     """
     try:
         dataset = Dataset([folder])
     except DataError as error:
         yield error
         return
+    seen: dict[str, str] = {}
     try:
         for number, shard in enumerate(dataset.shards):
             if _sha256(shard) != shard.sha256:
                 yield DataError("damaged: its sha256 differs from the manifest", shard=str(shard.path))
-            yield from _check_shard(dataset, number)
+            yield from _check_shard(dataset, number, processor, seen)
     finally:
         dataset.close()
 
 
-def _check_shard(dataset: Dataset, number: int) -> Iterator[str | DataError]:
+def check_sources(sources: Sequence[Source], processor: Processor | None = None) -> Iterator[str | DataError]:
+    """Yields the name of each sound record and a DataError for each problem.
+
+    Args:
+        sources: as ``formats.open_sources`` gives them.
+        processor: as in ``check_folder``.
+    """
+    for source in sources:
+        seen: dict[str, str] = {}
+        try:
+            for number, _, record in read_source(source):
+                where: dict[str, Any] = {"shard": source.path, "key": f"record {number}"}
+                if isinstance(record, DataError):
+                    yield record
+                    continue
+                try:
+                    turns, images = load_record(source, record)
+                    sizes = [probe_image(data, f"image {name}")[1:] for name, data in images]
+                    _check_processor(processor, turns, sizes, record.options)
+                except DataError as error:
+                    yield DataError(error.message, **where)
+                else:
+                    yield f"{source.title} record {number}"
+                yield from _check_label(record.label, seen, where)
+        except DataError as error:  # the rest of the file cannot be read
+            yield error
+
+
+def _check_shard(
+    dataset: Dataset, number: int, processor: Processor | None, seen: dict[str, str]
+) -> Iterator[str | DataError]:
     name = str(dataset.shards[number].path)
     try:
         index, sizes = dataset.index(number), dataset.image_sizes(number)
@@ -36,22 +106,46 @@ def _check_shard(dataset: Dataset, number: int) -> Iterator[str | DataError]:
         yield error
         return
     for row, entry in enumerate(index):
-        where = {"shard": name, "offset": int(entry["offset"])}
+        where: dict[str, Any] = {"shard": name, "offset": int(entry["offset"])}
         try:
             sample = dataset.read_row(number, row)
         except DataError as error:
             yield error
             continue
+        where["key"] = sample.key
         try:
             found = check_sample(sample)
             first = int(entry["first_image"])
             expected = [tuple(size) for size in sizes[first : first + int(entry["num_images"])].tolist()]
             if found != expected:
-                raise DataError(f"images of another size: {found}, the index says {expected}")
+                raise DataError(f"the index says {expected} of the images' sizes, they are {found}")
+            _check_processor(processor, sample.turns, found, sample.options)
         except DataError as error:
-            yield DataError(error.message, key=sample.key, **where)  # type: ignore[arg-type]
+            yield DataError(error.message, **where)
         else:
             yield sample.key
+        yield from _check_label(sample.label, seen, where)
+
+
+def _check_processor(
+    processor: Processor | None,
+    turns: Sequence[Turn],
+    sizes: Sequence[tuple[int, int]],
+    options: Mapping[str, Any] = NO_OPTIONS,
+) -> None:
+    if processor is not None:
+        count = processor.count(turns, sizes, options)
+        if count.reason:
+            raise DataError(
+                f"{count.reason}: {count.tokens} tokens, seq_length {processor.seq_length}, {len(sizes)} images"
+            )
+
+
+def _check_label(label: str, seen: dict[str, str], where: Mapping[str, Any]) -> Iterator[DuplicateId]:
+    if label and label in seen:
+        yield DuplicateId(f"the id {label!r} is also that of {seen[label]}", **where)
+    elif label:
+        seen[label] = str(where["key"])
 
 
 def _sha256(shard: Shard) -> str:

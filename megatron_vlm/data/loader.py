@@ -24,7 +24,6 @@ from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
 FEW = 500  # held-out samples that are not worth starting worker processes for
-_EXACT_WINDOWS = 256  # planned to count the rows of an epoch; more are estimated from these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +84,10 @@ class RowLoader:
         check_batch(config, global_batch_size, micro_batch_size, dp_size)
         check_rows(config, micro_batch_size, multiple_of, fill_to)
         self._config, self._batch = config, global_batch_size
-        settings = [p if isinstance(p, SourceConfig) else SourceConfig(path=str(p)) for p in paths]
-        self._dataset = Dataset([setting.path for setting in settings])
-        sources = resolve(self._dataset.folders, settings)
-        counts = _counts(self._dataset, processor, config, cache_dir, dp_rank, dp_size)
-        self._report = survey(counts, config, Path(output_dir) if output_dir and dp_rank == 0 else None, sources)
-        self._mixture = _mixture(sources, seed, config)
-        self._stream = Stream(counts, self._mixture, config)
+        opened = open_data(config, processor, paths, seed=seed, cache_dir=cache_dir, rank=dp_rank, num_ranks=dp_size)
+        self._dataset, self._mixture, self._stream = opened.dataset, opened.mixture, opened.stream
+        report_dir = Path(output_dir) if output_dir and dp_rank == 0 else None
+        self._report = survey(opened.counts, config, report_dir, self._mixture.sources)
         state = self._start(seed, processor, state)
         self._ready: deque[StepPlan] = deque()
         steps = self._stream.steps(
@@ -156,15 +152,9 @@ class RowLoader:
     def steps_per_epoch(self, epochs: float = 1.0) -> int:
         """Returns the steps after which ``epochs`` epochs have been read; the last one may reach into the next epoch.
 
-        With packing, the rows of the first epoch are planned for it (others differ by a row or so a window); beyond 256
-        windows they are estimated from the first 256. The same on every rank.
+        With packing, they are ``Stream.count_rows``'s. The same on every rank.
         """
-        items = self.samples_per_epoch
-        if self._config.packing:
-            windows = self._stream.num_windows
-            planned = min(windows, _EXACT_WINDOWS)
-            rows = sum(len(self._stream.window(0, window)) for window in range(planned))
-            items = round(rows * windows / planned)
+        items = self._stream.count_rows() if self._config.packing else self.samples_per_epoch
         return max(1, math.ceil(epochs * items / self._batch - 1e-9))  # epochs may be a quotient: 96 / 97 x 97 > 96
 
     def report(self) -> dict[str, Any]:
@@ -203,11 +193,9 @@ def evaluation_rows(
         as RowLoader.
     """
     check_rows(config, micro_batch_size, multiple_of, fill_to)
-    dataset = Dataset(paths)
-    counts = _counts(dataset, processor, config, cache_dir, dp_rank, dp_size)
-    survey(counts, config, None)
-    everything = Source(name="", first=0, samples=len(dataset), per_epoch=len(dataset))
-    stream = Stream(counts, _mixture([everything], None, config), config)
+    opened = open_data(config, processor, paths, seed=None, cache_dir=cache_dir, rank=dp_rank, num_ranks=dp_size)
+    dataset, stream = opened.dataset, opened.stream
+    survey(opened.counts, config, None)
     reader = RowReader(dataset, processor, config, seed=0, multiple_of=multiple_of, fill_to=fill_to)
     quarantine = Quarantine(config, output_dir)
     plans = _evaluation_plans(stream, 1 if config.packing else micro_batch_size, dp_rank, dp_size, max_rows)
@@ -250,10 +238,39 @@ def _evaluation_plans(
         yield RowPlan(ids=(), tokens=(), epoch=0)
 
 
-def _counts(
-    dataset: Dataset, processor: Processor, config: DataConfig, cache_dir: str | Path | None, rank: int, num_ranks: int
-) -> TokenCounts:
-    return TokenCounts(
+@dataclass(frozen=True, kw_only=True)
+class OpenedData:
+    """Data folders with what plans their rows."""
+
+    dataset: Dataset
+    counts: TokenCounts
+    mixture: Mixture
+    stream: Stream
+
+
+def open_data(
+    config: DataConfig,
+    processor: Processor,
+    paths: Sequence[SourceConfig | str | Path],
+    *,
+    seed: int | None,
+    cache_dir: str | Path | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> OpenedData:
+    """Opens data folders, counts what is not counted yet and settles the order.
+
+    Args:
+        config, processor, paths, cache_dir: see RowLoader.
+        seed: of the order; None: every sample once, as they lie in the shards.
+        rank, num_ranks: see TokenCounts.
+
+    Raises:
+        DataError, ConfigError: as RowLoader.
+    """
+    settings = [path if isinstance(path, SourceConfig) else SourceConfig(path=str(path)) for path in paths]
+    dataset = Dataset([setting.path for setting in settings])
+    counts = TokenCounts(
         dataset,
         processor,
         cache_dir=cache_dir or config.cache_dir,
@@ -262,16 +279,15 @@ def _counts(
         rank=rank,
         num_ranks=num_ranks,
     )
-
-
-def _mixture(sources: Sequence[Source], seed: int | None, config: DataConfig) -> Mixture:
-    return Mixture(
-        sources,
+    whole = Source(name="", first=0, samples=len(dataset), per_epoch=len(dataset))
+    mixture = Mixture(
+        [whole] if seed is None else resolve(dataset.folders, settings),
         seed=seed,
         window=config.packing_window,
         slice_size=config.slice_size,
         window_slices=config.window_slices,
     )
+    return OpenedData(dataset=dataset, counts=counts, mixture=mixture, stream=Stream(counts, mixture, config))
 
 
 def check_batch(config: DataConfig, global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:

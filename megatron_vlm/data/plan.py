@@ -74,6 +74,7 @@ class Item(NamedTuple):
     truncated: int
 
 
+_EXACT_WINDOWS = 256  # planned to count the rows of an epoch; more are estimated from these
 Place = tuple[int, int, int, Item]  # epoch, window, number in the window
 
 
@@ -122,6 +123,15 @@ class Stream:
         all_ids, all_tokens, all_costs, all_cut = (x[flat].tolist() for x in (ids, tokens, costs, cut))
         ends = list(accumulate(map(len, packed), initial=0))
         return [Item(all_ids[a:b], all_tokens[a:b], sum(all_costs[a:b]), sum(all_cut[a:b])) for a, b in pairwise(ends)]
+
+    def count_rows(self) -> int:
+        """Returns the packed rows of the first epoch (others differ by a row or so a window).
+
+        Beyond 256 windows they are estimated from 256 that are spread over the epoch.
+        """
+        planned = min(self.num_windows, _EXACT_WINDOWS)
+        rows = sum(len(self.window(0, n * self.num_windows // planned)) for n in range(planned))
+        return round(rows * self.num_windows / planned)
 
     def items(self, epoch: int = 0, window: int = 0, item: int = 0, group: int = 0) -> Iterator[Place]:
         """Yields (epoch, window, item number, item) without end, from the given place on, which starts a global batch

@@ -65,7 +65,7 @@ class RowReader(torch.utils.data.Dataset):
         samples, failures, sound = [], [], []
         for sample_id, tokens in zip(plan.ids, plan.tokens):
             try:
-                samples.append(self._sample(sample_id, tokens, plan.epoch))
+                samples.append(self.sample(sample_id, tokens, plan.epoch))
                 sound.append(True)
             except DataError as error:
                 if not self._skip:  # returned, not raised: torch would rebuild it from the text of a traceback
@@ -84,7 +84,12 @@ class RowReader(torch.utils.data.Dataset):
         row = replace(row, truncated=plan.truncated)
         return Fetched(row=row, sound=tuple(sound), failures=tuple(failures))
 
-    def _sample(self, sample_id: int, tokens: int, epoch: int) -> EncodedSample:
+    def sample(self, sample_id: int, tokens: int, epoch: int) -> EncodedSample:
+        """Reads and encodes one sample that its plan gives ``tokens`` tokens.
+
+        Raises:
+            DataError: it cannot be read or encoded, or has another number of tokens.
+        """
         shard, row = self._dataset.locate_one(sample_id)
         path, offset = str(self._dataset.shards[shard].path), int(self._dataset.index(shard)[row]["offset"])
         sample = self._dataset.read(sample_id)

@@ -24,6 +24,7 @@ class RawSample:
         image_names: where each came from.
         options: what the data set's own settings ask of the processor for this sample, known keys in
             ``formats.records.OPTIONS``; a family without the notion (tiles, say) leaves a key unused.
+        label: the record's ``id`` as its author wrote it, unique or not.
     """
 
     key: str
@@ -31,3 +32,4 @@ class RawSample:
     images: tuple[bytes, ...] = ()
     image_names: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""

@@ -211,7 +211,8 @@ def parse_text(name: str, content: bytes) -> RawSample:
     try:
         data = strict_decoder().decode(content.decode("utf-8"))
         turns = tuple(Turn(role=turn["role"], text=turn["text"]) for turn in data["turns"])
-        return RawSample(key=key, turns=turns, image_names=tuple(data["images"]), options=data.get("options", {}))
+        options, label = data.get("options", {}), str(data.get("id", ""))
+        return RawSample(key=key, turns=turns, image_names=tuple(data["images"]), options=options, label=label)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"bad {name}: {error!r}", key=key) from error
 

@@ -156,6 +156,9 @@ class Processor(Protocol):
 
     image_token_id: int
     filler_token_id: int
+    tokenizer: Any  # data.chat.FastTokenizer
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     seq_length: int
     truncate: bool
 

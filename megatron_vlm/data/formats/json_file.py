@@ -57,9 +57,10 @@ def _lines(file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            start = _SPACE.match(line).end()  # type: ignore[union-attr]
+            start = _after_space(line, 0)
             value, end = _decode(decoder, line, start, lambda index, n=line_number: f"line {n} column {index + 1}")
-            if line[end:].strip():
+            end = _after_space(line, end)
+            if end < len(line):
                 raise DataError(f"bad json: text after the json value, line {line_number} column {end + 1}")
             yield number, value
         except DataError as error:
@@ -117,7 +118,7 @@ class _Array:
     def _skip(self) -> str:
         """Moves over white space and returns the next character (empty at the end)."""
         while True:
-            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            self._at = _after_space(self._text, self._at)
             if self._at < len(self._text) or not self._more():
                 return self._text[self._at : self._at + 1]
 
@@ -155,6 +156,10 @@ class _Array:
         return DataError(f"bad json: {message} at {self._where(self._at)}", shard=str(self._path))
 
 
+def _after_space(text: str, index: int) -> int:
+    return _SPACE.match(text, index).end()  # type: ignore[union-attr]
+
+
 def _decode(decoder: json.JSONDecoder, text: str, start: int, where: Any) -> tuple[Any, int]:
     try:
         return decoder.raw_decode(text, start)
@@ -188,9 +193,10 @@ def read_json(path: str | Path, max_bytes: int = MAX_INLINE_BYTES) -> Any:
         return f"line {text.count(chr(10), 0, index) + 1} column {index - text.rfind(chr(10), 0, index)}"
 
     try:
-        start = _SPACE.match(text).end()  # type: ignore[union-attr]
+        start = _after_space(text, 0)
         value, end = _decode(strict_decoder(), text, start, where)
-        if text[end:].strip():
+        end = _after_space(text, end)
+        if end < len(text):
             raise DataError(f"bad json: text after the json value, {where(end)}")
     except DataError as error:
         raise DataError(error.message, shard=str(path)) from error

@@ -54,7 +54,7 @@ def test_openai_and_captions_and_folders_and_long_names(tmp_path):
             ("x/a.1.png", picture(1)),
             ("x/a.json", json.dumps({"messages": talk}).encode()),
             (f"{long}.png", picture(2)),
-            (f"{long}.txt", " a caption\n".encode()),
+            (f"{long}.txt", b" a caption\n"),
         ],
         format=2,  # pax: the long name needs an extension header
     )

@@ -197,11 +197,16 @@ def build_topology(config: ParallelConfig, *, num_layers: int, device: torch.dev
 
 
 def destroy_topology() -> None:
-    """Forgets megatron-core's groups; the process group itself stays."""
+    """Closes megatron-core's groups; the process group itself stays."""
     from megatron.core import parallel_state
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    # It forgets them, and torch keeps them with two threads each: a hundred layouts in one process come to a standstill.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _backend(device: torch.device) -> str:

@@ -273,8 +273,10 @@ def hd_size(width: int, height: int, hd_num: int, tile: int) -> tuple[tuple[int,
 
 def hd_transform(image: Image.Image, hd_num: int, tile: int) -> Image.Image:
     """Resizes an RGB image to its grid and centres it there on white."""
+    if image.width < image.height:  # turned, as in the original: PIL rounds between its two passes
+        turned = hd_transform(image.transpose(Image.Transpose.TRANSPOSE), hd_num, tile)
+        return turned.transpose(Image.Transpose.TRANSPOSE)
     (rows, columns), size = hd_size(*image.size, hd_num, tile)
     canvas = Image.new("RGB", (columns * tile, rows * tile), WHITE)
-    left, top = (columns * tile - size[0]) // 2, (rows * tile - size[1]) // 2
-    canvas.paste(image.resize(size, Image.Resampling.BILINEAR), (left, top))
+    canvas.paste(image.resize(size, Image.Resampling.BILINEAR), (0, (rows * tile - size[1]) // 2))
     return canvas

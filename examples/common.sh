@@ -14,7 +14,7 @@
 #
 # A run whose OUTPUT already holds a checkpoint goes on from it, unless RESUME=0. Arguments are passed on to `megatron-vlm train`.
 
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=${ROOT:-$(cd "$(dirname "$0")/.." && pwd)}
 [ ! -x "$ROOT/.venv/bin/python" ] || PATH="$ROOT/.venv/bin:$PATH"
 
 die() {

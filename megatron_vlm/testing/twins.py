@@ -53,7 +53,7 @@ def tiny_idefics2_config(tokenizer, text: str = "mistral", **options: Any):
     """Returns a tiny Idefics2Config. Options override single values: ``text_hidden``, ``layers``, ``heads``, ``kv_heads``,
     ``ffn``, ``sliding_window``, ``tie``, ``vision_hidden``, ``vision_layers``, ``vision_heads``, ``vision_ffn``,
     ``image_size``, ``patch_size``, ``latents``, ``depth``, ``perceiver_heads``, ``perceiver_kv_heads``,
-    ``perceiver_head_dim``, ``max_positions``, ``vocab_size``."""
+    ``perceiver_head_dim``, ``max_positions``, ``vocab_size``, ``rope`` (rope_parameters of a Llama)."""
     from transformers import Idefics2Config
 
     get = options.get
@@ -77,11 +77,11 @@ def tiny_idefics2_config(tokenizer, text: str = "mistral", **options: Any):
         text_config["sliding_window"] = get("sliding_window")
         text_config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     else:
-        text_config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+        text_config["rope_parameters"] = get("rope", {"rope_type": "default", "rope_theta": 500000.0})
     unknown = set(options) - {
         "text_hidden", "layers", "heads", "kv_heads", "ffn", "sliding_window", "tie", "vision_hidden", "vision_layers",
         "vision_heads", "vision_ffn", "image_size", "patch_size", "latents", "depth", "perceiver_heads",
-        "perceiver_kv_heads", "perceiver_head_dim", "max_positions", "vocab_size",
+        "perceiver_kv_heads", "perceiver_head_dim", "max_positions", "vocab_size", "rope",
     }  # fmt: skip
     if unknown:
         raise TypeError(f"unknown options of a tiny twin: {sorted(unknown)}")

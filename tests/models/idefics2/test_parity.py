@@ -36,12 +36,23 @@ SAMPLES = [
     ([(56, 56), (17, 33), (24, 48)], 9),
     ([(8, 8)], 5),
 ]
+# Trained on 60 positions: of the twin's four wavelengths one stays, one is blended and two are stretched.
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 60,
+}
 TWINS = {
     "mistral": dict(text="mistral"),
     "mistral_window": dict(text="mistral", sliding_window=11),
     "llama": dict(text="llama"),
     "llama_tied": dict(text="llama", tie=True),
     "one_kv_head": dict(text="llama", kv_heads=1, perceiver_kv_heads=1),
+    "llama_3.1": dict(text="llama", rope=LLAMA_3_1),
+    "llama_3.2": dict(text="llama", rope={**LLAMA_3_1, "factor": 32.0}, tie=True),
 }
 
 

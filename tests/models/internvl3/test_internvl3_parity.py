@@ -1,0 +1,223 @@
+"""InternVL3 against transformers: logits, loss and every gradient in fp32, eager attention; and that the bar shows mistakes."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import InternVLForConditionalGeneration
+
+from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.layers.norm import LayerNorm, RMSNorm
+from megatron_vlm.layers.vision import internvit
+from megatron_vlm.models import registry
+from megatron_vlm.models.internvl3 import model as internvl3
+from megatron_vlm.models.internvl3.mapping import file_name
+from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.parity import (
+    build_for_test,
+    gradient_errors,
+    hf_reference,
+    layout_logits,
+    layout_run,
+    merge_gradients,
+)
+from megatron_vlm.testing.twin_internvl3 import hf_inputs, make_samples, write_tiny_internvl3
+
+LOGITS = 1e-5  # of the largest logit; measured 2.7e-6
+LOGITS_OVER_NOISE = 3.0  # times transformers' own distance between fp32 and fp64; measured 2.3
+LOSS = 2e-6  # relative; measured 1.4e-7
+GRADIENT = 1e-4  # of the gradient's norm; measured 5.3e-6
+TIMES = 30
+
+# Tiles of each image, and text tokens: 0, 1 and 3 images in one row.
+SAMPLES = [([3], 14), ([], 23), ([1, 2, 5], 9), ([1], 5)]
+SIX_B = dict(num_attention_heads=3, attention_bias=False, use_qk_norm=True, norm_type="rms_norm")
+TWINS = {
+    "300m": ({}, None),
+    "6b": (dict(vision=SIX_B), None),
+    "tied": (dict(tie=True), None),
+    "interpolated": ({}, 48),  # tiles larger than those that the positions were learned on
+    "deep": (dict(vision=dict(num_hidden_layers=6)), None),
+}
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """Name -> (directory, HF model, model config, samples)."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            options, tile = TWINS[name]
+            directory = str(tmp_path_factory.mktemp(name))
+            hf = write_tiny_internvl3(directory, **options)
+            config = registry.get("internvl3").config(hf.config.to_dict())
+            made[name] = directory, hf, config, make_samples(config, SAMPLES, tile=tile)
+        return made[name]
+
+    return make
+
+
+def no_true_gradient(name):
+    """A constant added to every key changes no attention weight where there is no RoPE."""
+    return name.startswith("vision_tower") and name.endswith("k_proj.bias")
+
+
+@pytest.mark.parametrize("name", [name for name in TWINS if name != "deep"])
+def test_forward_and_gradients_equal_hf(twins, name):
+    directory, hf, config, samples = twins(name)
+    rows = [row_from_samples(samples), *(row_from_samples([sample]) for sample in samples)]
+    loss, logits, grads = hf_reference(hf, samples, inputs=hf_inputs)
+    exact = hf_reference(copy.deepcopy(hf).double(), samples, gradients=False, inputs=hf_inputs)[1]
+    noise, largest = float((logits.double() - exact).abs().max()), float(logits.abs().max())
+
+    (ours,) = run_distributed(layout_logits, directory, rows, {}, {})
+    packed, alone = ours["logits"][0], torch.cat(ours["logits"][1:])
+    difference = float((packed - logits).abs().max())
+    print(f"{name}: logits {difference:.2e}, HF fp32-fp64 {noise:.2e}, largest {largest:.2f}")
+    assert difference <= LOGITS * largest and difference <= LOGITS_OVER_NOISE * noise
+    assert float((packed - alone).abs().max()) <= LOGITS * largest  # a packed row is its samples, one at a time
+
+    results = run_distributed(layout_run, directory, rows[:1], {}, {})
+    mapping = registry.get("internvl3").mapping(config, tp=1, vocab_multiple=8)
+    our_loss, our_grads = merge_gradients(results, mapping, config.text.vocab_size)
+    assert abs(our_loss - loss) <= LOSS * loss
+    errors = gradient_errors(our_grads, {file_name(n): g for n, g in grads.items()})
+    worst = max((e, n) for n, e in errors.items() if not no_true_gradient(n))
+    print(f"{name}: loss {abs(our_loss - loss) / loss:.1e}, worst gradient {worst[0]:.2e} {worst[1]}")
+    assert worst[0] <= GRADIENT
+
+
+def transposed_shuffle(patches, tiles, factor):
+    """Version v1: the grid of features is left transposed."""
+    out = internvit.pixel_shuffle(patches, tiles, factor)
+    side = int((len(out) // tiles) ** 0.5)
+    return out.view(tiles, side, side, -1).transpose(1, 2).reshape(out.shape)
+
+
+def one_segment(counts, device):
+    return torch.tensor([0, sum(counts)], dtype=torch.int32, device=device)
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def norm_per_head(self, x):
+    """Queries and keys normed head by head, as other models do it."""
+    weight = self.weight.view(x.shape[-2:])
+    return weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+def scale_eps(module, kind, factor):
+    for part in module.modules():
+        if isinstance(part, kind):
+            part.eps *= factor
+
+
+def mutate(name, model, batch, patch):
+    """Makes one mistake; returns the batch to run."""
+    layers = model.vision_model.encoder.layers
+    if name == "tower gelu tanh":
+        for layer in layers:
+            layer.mlp.activation_func = gelu_tanh
+    elif name == "connector gelu tanh":
+        model.connector.mlp.activation_func = gelu_tanh
+    elif name == "pixel shuffle v1":
+        patch(internvl3, "pixel_shuffle", transposed_shuffle)
+    elif name == "attention across tiles":
+        patch(internvit, "cumulative", one_segment)
+    elif name == "no layer scale":
+        for layer in layers:
+            layer.mlp_bda.scale.data.fill_(1.0)
+    elif name == "no bias of keys and queries in the decoder":
+        for layer in model.language_model.decoder.layers:
+            layer.self_attention.linear_qkv.bias.data.zero_()
+    elif name == "positions shifted by the class token":
+        model.vision_model.position_embedding.data = model.vision_model.position_embedding.data.roll(1, 1)
+    elif name == "thumbnail first":
+        return dataclasses.replace(batch, pixels=tuple(p.roll(p.shape[2], 1) for p in batch.pixels))
+    elif name == "no norm in the connector":
+        model.connector.layernorm = nn.Identity()
+    elif name == "attention across samples":
+        total = batch.cu_seqlens_host[-1]
+        return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), max_seqlen=total)
+    elif name == "norm per head":
+        patch(internvit.WidthRMSNorm, "forward", norm_per_head)
+    elif name == "tower eps x 10":
+        scale_eps(model.vision_model, LayerNorm, 10)
+    elif name == "connector eps / 10":
+        scale_eps(model.connector, LayerNorm, 0.1)
+    elif name == "decoder eps x 10":
+        scale_eps(model.language_model, RMSNorm, 10)
+    return batch
+
+
+MUTATIONS = [
+    "tower gelu tanh",
+    "connector gelu tanh",
+    "pixel shuffle v1",
+    "attention across tiles",
+    "no layer scale",
+    "no bias of keys and queries in the decoder",
+    "positions shifted by the class token",
+    "thumbnail first",
+    "no norm in the connector",
+    "attention across samples",
+]
+EPS_MUTATIONS = ["tower eps x 10", "connector eps / 10", "decoder eps x 10"]
+
+
+def mutated_logits(directory, row, names):
+    """On a rank: logits of the true model first, then of each mistake, each on a model of its own."""
+    results = []
+    for name in ("none", *names):
+        _, _, (model,), _ = build_for_test(directory, {}, {})
+        undo = []
+
+        def patch(owner, attribute, value, undo=undo):
+            undo.append((owner, attribute, getattr(owner, attribute)))
+            setattr(owner, attribute, value)
+
+        batch = mutate(name, model.eval(), VLMBatch.from_row(row), patch)
+        with torch.no_grad():
+            results.append(model.logits(batch))
+        for owner, attribute, value in undo:
+            setattr(owner, attribute, value)
+    return results
+
+
+def check(directory, hf, samples, names):
+    expected = hf_reference(hf, samples, gradients=False, inputs=hf_inputs)[1]
+    (logits,) = run_distributed(mutated_logits, directory, row_from_samples(samples), names)
+    largest = float(expected.abs().max())
+    found = {name: float((x - expected).abs().max()) / largest for name, x in zip(("none", *names), logits)}
+    print({name: f"{value:.1e}" for name, value in found.items()})
+    assert found.pop("none") <= LOGITS
+    missed = {name: value for name, value in found.items() if value < TIMES * LOGITS}
+    assert not missed, f"the bar of {LOGITS} would not show these {TIMES}-fold: {missed}"
+
+
+def test_mistakes_show(twins):
+    directory, hf, _, samples = twins("deep")
+    check(directory, hf, samples, MUTATIONS)
+    directory, hf, _, samples = twins("6b")
+    check(directory, hf, samples, ["norm per head"])
+
+
+def test_wrong_eps_shows(tmp_path):
+    """On a twin whose residual streams start small: at unit scale nobody can see an epsilon."""
+    hf = write_tiny_internvl3(tmp_path)
+    small = ("embed_tokens.weight", "projection.weight", "projection.bias", "position_embeddings", "cls_token")
+    for name, parameter in hf.named_parameters():
+        if name.endswith(small):
+            parameter.data.mul_(0.005)
+        if "lambda_" in name or "linear_2" in name:  # and stay small
+            parameter.data.mul_(0.02)
+    hf.save_pretrained(tmp_path)
+    hf = InternVLForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")
+    config = registry.get("internvl3").config(hf.config.to_dict())
+    check(str(tmp_path), hf, make_samples(config, SAMPLES), EPS_MUTATIONS)

@@ -38,6 +38,8 @@ VALUES = {
     "conv-style": "data.template",
     "drop-path-rate": "model.drop_path_rate",
     "num-workers": "data.num_workers",
+    "prefetch-mb": "data.prefetch_mb",
+    "max-patches-per-row": "data.max_patches_per_row",
     "on-too-long": "data.on_too_long",
     "on-bad-sample": "data.on_bad_sample",
     # parallel
@@ -121,6 +123,8 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "freeze-backbone": ("model.freeze_vision", True),
     "freeze-mlp": ("model.freeze_connector", True),
     "answer-loss-only": ("data.answer_loss_only", True),
+    "group-by-length": ("data.group_by", "length"),
+    "group-by-modality-length": ("data.group_by", "modality"),
     "packing": ("data.packing", True),
     "no-packing": ("data.packing", False),
     "finetune": ("checkpoint.finetune", True),
@@ -248,7 +252,7 @@ def parse_flags(argv: Sequence[str]) -> ParsedFlags:
         elif flag in LISTS:
             if not values:
                 raise ConfigError(f"--{flag} needs at least one value")
-            parsed.settings.append((LISTS[flag], values))
+            parsed.settings.append((LISTS[flag], _folders(values)))
         elif flag in SWITCHES:
             key, value = SWITCHES[flag]
             said = " ".join(values).lower()
@@ -295,6 +299,22 @@ def _take_values(words: list[str]) -> list[str]:
 def _is_override(word: str) -> bool:
     key, sep, _ = word.partition("=")
     return bool(sep) and all(part.isidentifier() for part in key.split(".")) and "." in key
+
+
+def _folders(values: list[str]) -> list[Any]:
+    """Megatron's blends: ``0.3 A 0.7 B`` gives each folder a weight; folders alone stay as they are."""
+    pairs = list(zip(values[::2], values[1::2]))
+    if len(values) % 2 or not all(_is_number(weight) for weight, _ in pairs) or any(_is_number(p) for _, p in pairs):
+        return list(values)
+    return [{"path": path, "weight": float(weight)} for weight, path in pairs]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _one(word: str, values: list[str]) -> str:

@@ -165,11 +165,12 @@ def _histogram(title: str, values: NDArray[np.float64], limits: Sequence[float] 
         draw.line((left, y, right, y), fill=_GREY)
         draw.text((left - 6, y), f"{round(most * step):,}", fill=_BLACK, font=small, anchor="rm")
     width = (right - left) / len(heights)
-    for number, height in enumerate(heights.tolist()):
+    for number, height in [(n, h) for n, h in enumerate(heights.tolist()) if h]:
         x = left + number * width
         draw.rectangle((x + 1, bottom - height / most * (bottom - top), x + max(2, width - 1), bottom), fill=_BLUE)
     first, last = (edges[0] + 0.5, edges[-1] - 0.5) if whole else (edges[0], edges[-1])
-    for x, value in ((left, first), ((left + right) / 2, (first + last) / 2), (right, last)):
+    inset = width / 2 if whole else 0
+    for x, value in ((left + inset, first), ((left + right) / 2, (first + last) / 2), (right - inset, last)):
         draw.text((x, bottom + 8), f"{value:,.4g}", fill=_BLACK, font=small, anchor="ma")
     draw.text((right, top - 14), f"median {np.median(values):,.4g}", fill=_BLACK, font=small, anchor="rm")
     return panel

@@ -50,6 +50,20 @@ def test_spellings_and_order():
     ]
 
 
+def test_folders_with_megatrons_weights():
+    weighted = [{"path": "a", "weight": 0.3}, {"path": "b", "weight": 1.0}]
+    for words, value in (
+        ("0.3 a 1 b", weighted),
+        ("a b", ["a", "b"]),
+        ("0.3 a b", ["0.3", "a", "b"]),
+        ("1 2", ["1", "2"]),
+    ):
+        assert parse_flags(["--data-path", *words.split()]).settings == [("data.train", value)]
+    assert parse_flags(["data.train=[{path: a, weight: 0.3}, {path: b, weight: 1}]"]).settings == [
+        ("data.train", weighted)
+    ]
+
+
 def test_overrides_are_yaml():
     assert parse_flags(["data.train=[a, b]", "data.packing=true", "training.eval_interval=null"]).settings == [
         ("data.train", ["a", "b"]),

@@ -1,13 +1,17 @@
 """Answers equal those of transformers' ``generate``, token by token, in every layout, alone and together."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from megatron_vlm.models import registry
 from megatron_vlm.models.generation import Answer
+from megatron_vlm.testing import twin_internlm2, twin_internvl3, twin_llava_internlm2, twin_xcomposer2
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_inputs, layout_answers, random_samples
 from megatron_vlm.testing.twins import write_tiny_idefics2
+from tests.models.xcomposer2.reference import Reference
 
 NEW = 12
 PROMPTS = [([(40, 50)], 9), ([], 13), ([(24, 48), (16, 16)], 4), ([], 3), ([(16, 16)], 6)]
@@ -28,7 +32,7 @@ def twin(tmp_path_factory):
     hf = write_tiny_idefics2(directory, "mistral", sliding_window=11)
     config = registry.get("idefics2").config(hf.config.to_dict())
     prompts = random_samples(config, PROMPTS)
-    whole = [hf_answer(hf, prompt, None) for prompt in prompts]
+    whole = [hf_answer(hf, prompt) for prompt in prompts]
     stop_ids = (whole[0][5], whole[3][0])  # one answer ends in the middle, one before its first token
     expected = []
     for ids in whole:
@@ -38,15 +42,10 @@ def twin(tmp_path_factory):
     return directory, prompts, stop_ids, expected
 
 
-def hf_answer(hf, prompt, eos):
+def hf_answer(hf, prompt, inputs=hf_inputs):
     with torch.no_grad():
         out = hf.generate(
-            **hf_inputs(prompt),
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=0,
-            bad_words_ids=None,
+            **inputs(prompt), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, bad_words_ids=None
         )
     return out[0, len(prompt.input_ids) :].tolist()
 
@@ -88,3 +87,53 @@ def test_a_nucleus_of_nothing_is_greedy(twin):
     directory, prompts, stop_ids, expected = twin
     sampling = dict(max_new_tokens=NEW, temperature=0.7, top_p=1e-6, batch_size=5)
     assert run_distributed(layout_answers, directory, prompts, [{}], sampling, stop_ids)[0][0] == expected
+
+
+def internvl3(directory):
+    hf = twin_internvl3.write_tiny_internvl3(directory)
+    config = registry.get("internvl3").config(hf.config.to_dict())
+    prompts = twin_internvl3.make_samples(config, [([2, 1], 9), ([], 13), ([3], 4)])
+    return prompts, [hf_answer(hf, prompt, twin_internvl3.hf_inputs) for prompt in prompts]
+
+
+def internlm2(directory):
+    """Some answers go beyond the trained positions, where dynamic NTK scales with every token."""
+    llama = twin_internlm2.write_tiny_internlm2(directory, max_position_embeddings=20)
+    prompts = twin_internlm2.make_samples(llama.config.vocab_size, [5, 17, 26])
+    return prompts, [hf_answer(llama, prompt, twin_internlm2.llama_inputs) for prompt in prompts]
+
+
+def llava_internlm2(directory):
+    hf = twin_llava_internlm2.write_tiny_llava_internlm2(directory)
+    config = registry.get("llava_internlm2").config(hf.config.to_dict())
+    prompts = twin_llava_internlm2.make_samples(config, [(2, 9), (0, 13), (1, 4)])
+    return prompts, [hf_answer(hf, prompt, twin_llava_internlm2.llava_inputs) for prompt in prompts]
+
+
+def xcomposer2(directory):
+    """No class of transformers: the plain-torch reference, whole prompts anew for every token."""
+    config = twin_xcomposer2.write_tiny_xcomposer2(directory, "7b")
+    prompts = twin_xcomposer2.make_samples(config, [([(1, 1)] * 2, 9), ([], 13), ([(1, 1)], 4)])
+    reference, answers = Reference(directory), []
+    for prompt in prompts:
+        ids = prompt.input_ids
+        for _ in range(NEW):
+            with torch.no_grad():
+                following = reference.logits(dataclasses.replace(prompt, input_ids=ids))[-1].argmax()
+            ids = torch.cat([ids, following[None]])
+        answers.append(ids[len(prompt.input_ids) :].tolist())
+    return prompts, answers
+
+
+@pytest.mark.parametrize("family", [internvl3, internlm2, llava_internlm2, xcomposer2], ids=lambda f: f.__name__)
+def test_families_answer_as_their_references(tmp_path, family):
+    prompts, whole = family(tmp_path)
+    stop_ids = (whole[0][5],)
+    expected = []
+    for ids in whole:
+        end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+        expected.append(Answer(ids=tuple(ids[:end]), finished=end is not None))
+    layout = parallel_of(tp=2, pp=2, sp=True)
+    sampling = dict(max_new_tokens=NEW, batch_size=3)
+    for rank in run_distributed(layout_answers, str(tmp_path), prompts, [layout], sampling, stop_ids, tp=2, pp=2):
+        assert rank == [expected]

@@ -374,7 +374,9 @@ def _partial(out: Path, fingerprint: str) -> Iterator[Path | None]:
     folder = out.parent / f".{out.name}.partial"
     full = out.exists() and (not out.is_dir() or any(out.iterdir()))
     known = folder / "build.json"
-    if full and not (folder.is_dir() and known.is_file() and known.read_text() == fingerprint):
+    if full and not (known.is_file() and known.read_text() == fingerprint):
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # empty: killed at its very last step
         raise ConfigError(f"{out} exists and is not an empty folder: remove it or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -393,7 +395,12 @@ def _partial(out: Path, fingerprint: str) -> Iterator[Path | None]:
                     (folder / name).mkdir(exist_ok=True)
             yield None if full else folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            for name in ("done", "out"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for name in ("lock", "build.json"):  # the last one says whose traces these are
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     finally:
         os.close(lock)
 

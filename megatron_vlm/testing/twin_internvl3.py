@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.data.types import EncodedSample
+from megatron_vlm.models.internvl3.reference import hf_inputs as hf_inputs
 from megatron_vlm.testing.twins import CORPUS, randomise
 
 SPECIAL_TOKENS = (
@@ -263,12 +264,3 @@ def make_samples(
             )
         )
     return samples
-
-
-def hf_inputs(sample: EncodedSample, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """transformers' arguments for one sample: the tiles of all images as one batch."""
-    inputs = {"input_ids": sample.input_ids[None]}
-    if sample.pixels:
-        tiles = [tile for image in sample.pixels for tile in image.split(image.shape[2], 1)]
-        inputs["pixel_values"] = torch.stack(tiles).to(dtype)
-    return inputs

@@ -110,3 +110,28 @@ def test_errors_name_the_culprit(argv, named):
 def test_help_lists_every_flag_that_sets_something():
     text = flags_help()
     assert all(f"--{flag}" in text for flag in (*VALUES, *LISTS, *SWITCHES))
+
+
+def test_flags_of_internvls_own_recipe():
+    """The lines of internvl3_8b_dynamic_res_2nd_finetune_full.sh that speak of the model and its images."""
+    words = """
+        --conv_style internvl2_5 --force_image_size 448 --max_dynamic_patch 12 --down_sample_ratio 0.5 --drop_path_rate 0.0
+        --freeze_llm False --freeze_mlp False --freeze_backbone True --vision_select_layer -1
+        --dynamic_image_size True --use_thumbnail True --ps_version v2"""
+    parsed = parse_flags(words.split())
+    assert dict(parsed.settings) == {
+        "data.template": "internvl2_5",
+        "data.image_size": "448",
+        "data.max_dynamic_patch": "12",
+        "model.drop_path_rate": "0.0",
+        "model.freeze_llm": False,
+        "model.freeze_connector": False,
+        "model.freeze_vision": True,
+        "data.dynamic_image_size": "True",
+        "data.use_thumbnail": "True",
+    }
+    assert [note.split()[0] for note in parsed.notes] == [
+        "--down-sample-ratio",
+        "--vision-select-layer",
+        "--ps-version",
+    ]

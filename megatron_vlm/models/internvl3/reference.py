@@ -11,6 +11,15 @@ from megatron_vlm.models.idefics2.reference import Probe
 from megatron_vlm.models.internvl3.config import InternVL3ModelConfig
 
 
+def hf_inputs(sample: EncodedSample, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """transformers' arguments for one sample: the tiles of all images as one batch."""
+    inputs = {"input_ids": sample.input_ids[None]}
+    if sample.pixels:
+        tiles = [tile for image in sample.pixels for tile in image.split(image.shape[2], 1)]
+        inputs["pixel_values"] = torch.stack(tiles).to(dtype)
+    return inputs
+
+
 class InternVL3Reference:
     """HF's side of a comparison.
 
@@ -36,12 +45,8 @@ class InternVL3Reference:
         return [self._sample(f"verify{i}", tiles, generator) for i, tiles in enumerate(([], [1], [3, 1]))]
 
     def inputs(self, sample: EncodedSample, dtype: torch.dtype) -> dict[str, Tensor]:
-        """HF's arguments for one sample: the tiles of all images as one batch."""
-        inputs = {"input_ids": sample.input_ids[None]}
-        if sample.pixels:
-            tiles = [tile for image in sample.pixels for tile in image.split(image.shape[2], 1)]
-            inputs["pixel_values"] = torch.stack(tiles).to(dtype)
-        return inputs
+        """HF's arguments for one sample."""
+        return hf_inputs(sample, dtype)
 
     def probes(self) -> list[Probe]:
         """Corresponding modules, in the order of the computation."""

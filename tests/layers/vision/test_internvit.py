@@ -21,7 +21,7 @@ CONFIG = types.SimpleNamespace(
 )
 
 
-@pytest.mark.parametrize("side, factor", [(4, 2), (6, 2), (6, 3)])
+@pytest.mark.parametrize("side, factor", [(4, 2), (6, 2), (8, 4)])
 def test_pixel_shuffle_equals_transformers(side, factor):
     patches = torch.randn(3, side, side, 5)
     theirs = InternVLModel.pixel_shuffle(None, patches, scale_factor=1 / factor)
@@ -54,7 +54,7 @@ def test_drop_path_leaves_out_whole_tiles_and_keeps_the_mean():
     out = residual(True, False)((update, bias), x, 0.0)
     per_tile = out.view(tiles, -1)
     assert (per_tile == per_tile[:, :1]).all()
-    assert set(per_tile[:, 0].tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert per_tile[:, 0].unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert abs(float((per_tile[:, 0] == 0).float().mean()) - 0.25) < 0.02
     torch.manual_seed(0)
     assert torch.equal(residual(True, False)((update, bias), x, 0.0), out)

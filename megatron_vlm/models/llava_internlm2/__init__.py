@@ -36,6 +36,12 @@ def _assemble(llm: Any, vision: Any, files: Path, options: dict[str, Any], proje
     return assemble(llm, vision, files, AssembleOptions.from_dict(options), projector)
 
 
+def _reference(config: Any) -> Any:
+    from megatron_vlm.models.llava_internlm2.reference import LlavaReference
+
+    return LlavaReference(config)
+
+
 def _parts(directory: Path) -> dict[str, Path] | None:
     from megatron_vlm.models.llava_internlm2.xtuner import find_parts
 
@@ -63,5 +69,6 @@ SPEC = FamilySpec(
     mapping=_mapping,
     assemble=_assemble,
     parts=_parts,
+    reference=_reference,
     exports={"xtuner": ExportSpec(mapping=_xtuner_mapping, files=_xtuner_files)},
 )

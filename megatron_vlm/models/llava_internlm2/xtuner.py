@@ -13,7 +13,7 @@ from megatron_vlm.models.clip import clip_entries
 from megatron_vlm.models.internlm2.mapping import internlm2_entries
 from megatron_vlm.models.llava_internlm2.assemble import PARTS
 from megatron_vlm.models.llava_internlm2.config import LlavaModelConfig
-from megatron_vlm.models.processor_files import read_json
+from megatron_vlm.models.processor_files import processor_settings
 from megatron_vlm.models.text import llama_entries
 
 VISION, PROJECTOR = "visual_encoder", "projector"
@@ -80,7 +80,7 @@ def write_xtuner_files(hf_dir: Path, hf_config: dict[str, Any], directory: Path)
                 (directory / path.name).write_bytes(path.read_bytes())
     tower = {**hf_config["vision_config"], "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
     _write(directory / VISION / "config.json", {**tower, **dtype})
-    images = read_json(hf_dir / "preprocessor_config.json")
+    _, images = processor_settings(hf_dir)
     left_out = ("image_processor_type", "processor_class", "do_pad")  # XTuner's loader pads before it calls CLIP's
     images = {key: value for key, value in images.items() if key not in left_out}
     images = {"image_processor_type": "CLIPImageProcessor", **images}

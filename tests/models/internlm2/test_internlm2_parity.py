@@ -1,0 +1,187 @@
+"""InternLM2 against LlamaForCausalLM on unfused weights: logits, loss, every gradient; and that the bar shows mistakes.
+
+The reference's weights were fused by the twin, by the published layout; the package's own mapping has no part in it.
+"""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.layers.norm import RMSNorm
+from megatron_vlm.layers.rope import RotaryAngles
+from megatron_vlm.models import registry
+from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.parity import (
+    build_for_test,
+    gradient_errors,
+    hf_reference,
+    layout_logits,
+    layout_run,
+    merge_gradients,
+)
+from megatron_vlm.testing.twin_internlm2 import fuse, llama_inputs, make_samples, write_tiny_internlm2
+
+LOGITS = 1e-5  # of the largest logit; measured 1.5e-6
+LOGITS_OVER_NOISE = 3.0  # times transformers' own distance between fp32 and fp64; measured 0.94
+LOSS = 2e-6  # relative; measured 2e-7
+GRADIENT = 1e-4  # of the gradient's norm; measured 2e-6
+TIMES = 30
+POSITIONS = 64
+LENGTHS = [17, 64, 90, 1, 150]  # two of them beyond the trained positions
+TWINS = {
+    "chat": {},
+    "tied": dict(tie_word_embeddings=True, rope_scaling=None),
+    "factor_1": dict(rope_scaling={"type": "dynamic", "factor": 1.0}, num_key_value_heads=8),
+}
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """Name -> (directory, Llama twin, model config, samples)."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            directory = tmp_path_factory.mktemp(name)
+            llama = write_tiny_internlm2(directory, max_position_embeddings=POSITIONS, **TWINS[name])
+            config = registry.get("internlm2").config(json.loads(Path(directory, "config.json").read_text()))
+            lengths = LENGTHS if config.text.rope_scaling else [17, 64, 5]
+            made[name] = str(directory), llama, config, make_samples(config.text.vocab_size, lengths)
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_forward_and_gradients_equal_llama(twins, name):
+    directory, llama, config, samples = twins(name)
+    rows = [row_from_samples(samples), *(row_from_samples([sample]) for sample in samples)]
+    loss, logits, grads = hf_reference(llama, [s for s in samples if len(s.labels) > 1], inputs=llama_inputs)
+    logits = hf_reference(llama, samples, gradients=False, inputs=llama_inputs)[1]
+    exact = hf_reference(copy.deepcopy(llama).double(), samples, gradients=False, inputs=llama_inputs)[1]
+    noise, largest = float((logits.double() - exact).abs().max()), float(logits.abs().max())
+
+    (ours,) = run_distributed(layout_logits, directory, rows, {}, {})
+    packed, alone = ours["logits"][0], torch.cat(ours["logits"][1:])
+    difference = float((packed - logits).abs().max())
+    print(f"{name}: logits {difference:.2e}, Llama fp32-fp64 {noise:.2e}, largest {largest:.2f}")
+    assert difference <= LOGITS * largest and difference <= LOGITS_OVER_NOISE * noise
+    assert (
+        float((packed - alone).abs().max()) <= LOGITS * largest
+    )  # no attention across samples, each its own RoPE base
+
+    results = run_distributed(layout_run, directory, rows[:1], {}, {})
+    mapping = registry.get("internlm2").mapping(config, tp=1, vocab_multiple=8)
+    our_loss, our_grads = merge_gradients(results, mapping, config.text.vocab_size)
+    assert abs(our_loss - loss) <= LOSS * loss
+    errors = gradient_errors(our_grads, fuse(grads, config.text.num_query_groups))
+    worst = max((e, n) for n, e in errors.items())
+    print(f"{name}: loss {abs(our_loss - loss) / loss:.1e}, worst gradient {worst[0]:.2e} {worst[1]}")
+    assert worst[0] <= GRADIENT
+
+
+def plain_thirds(model, config):
+    """The rows of ``wqkv`` read as [all q, all k, all v]."""
+    groups = config.text.num_query_groups
+    for layer in model.language_model.decoder.layers:
+        weight = layer.self_attention.linear_qkv.weight.data
+        q, k, v = weight.split([len(weight) - 2 * 8 * groups, 8 * groups, 8 * groups])
+        weight.copy_(torch.cat([part.unflatten(0, (groups, -1)) for part in (q, k, v)], 1).flatten(0, 1))
+
+
+def one_length(self, position_ids, cu_q, cu_k, max_k):
+    """Dynamic NTK by the longest sample of the row, for all."""
+    whole = torch.tensor([0, max_k], dtype=cu_k.dtype)
+    freqs = position_ids.float()[:, None] * self._dynamic(whole, whole, max_k)[:1]
+    return torch.cat((freqs, freqs), -1)[:, None, None]
+
+
+def mutate(name, model, config, batch, patch):
+    """Makes one mistake; returns the batch to run."""
+    if name == "wqkv in thirds":
+        plain_thirds(model, config)
+    elif name == "no dynamic NTK":
+        patch(model.language_model.rotary_angles, "scaling", None)
+    elif name == "dynamic NTK by the longest sample":
+        patch(RotaryAngles, "__call__", one_length)
+    elif name == "rope base":
+        patch(model.language_model.rotary_angles, "base", 1e5)
+    elif name == "rope restarts inside a sample":
+        positions = batch.position_ids.clone()
+        positions[0, 30:81] -= positions[0, 30].clone()
+        return dataclasses.replace(batch, position_ids=positions)
+    elif name == "attention across samples":
+        total = batch.cu_seqlens_host[-1]
+        return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), max_seqlen=total)
+    elif name == "w1 and w3 exchanged":
+        for layer in model.language_model.decoder.layers:
+            weight = layer.mlp.linear_fc1.weight.data
+            weight.copy_(weight.roll(len(weight) // 2, 0))
+    elif name == "eps x 10":
+        for part in model.modules():
+            if isinstance(part, RMSNorm):
+                part.eps *= 10
+    return batch
+
+
+MUTATIONS = [
+    "wqkv in thirds",
+    "no dynamic NTK",
+    "dynamic NTK by the longest sample",
+    "rope base",
+    "rope restarts inside a sample",
+    "attention across samples",
+    "w1 and w3 exchanged",
+]
+
+
+def mutated_logits(directory, row, names):
+    """On a rank: logits of the true model first, then of each mistake, each on a model of its own."""
+    results = []
+    for name in ("none", *names):
+        _, source, (model,), _ = build_for_test(directory, {}, {})
+        undo = []
+
+        def patch(owner, attribute, value, undo=undo):
+            undo.append((owner, attribute, getattr(owner, attribute)))
+            setattr(owner, attribute, value)
+
+        batch = mutate(name, model.eval(), source.config, VLMBatch.from_row(row), patch)
+        with torch.no_grad():
+            results.append(model.logits(batch))
+        for owner, attribute, value in undo:
+            setattr(owner, attribute, value)
+    return results
+
+
+def check(directory, llama, samples, names):
+    expected = hf_reference(llama, samples, gradients=False, inputs=llama_inputs)[1]
+    (logits,) = run_distributed(mutated_logits, directory, row_from_samples(samples), names)
+    largest = float(expected.abs().max())
+    found = {name: float((x - expected).abs().max()) / largest for name, x in zip(("none", *names), logits)}
+    print({name: f"{value:.1e}" for name, value in found.items()})
+    assert found.pop("none") <= LOGITS
+    missed = {name: value for name, value in found.items() if value < TIMES * LOGITS}
+    assert not missed, f"the bar of {LOGITS} would not show these {TIMES}-fold: {missed}"
+
+
+def test_mistakes_show(twins):
+    directory, llama, _, samples = twins("chat")
+    check(directory, llama, samples, MUTATIONS)
+
+
+def test_wrong_eps_shows(tmp_path):
+    """On a twin whose residual stream starts small: at unit scale nobody can see an epsilon."""
+    from safetensors.torch import load_file, save_file
+
+    llama = write_tiny_internlm2(tmp_path)
+    llama.model.embed_tokens.weight.data.mul_(0.02)
+    state = load_file(tmp_path / "model.safetensors")
+    state["model.tok_embeddings.weight"] *= 0.02
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    check(str(tmp_path), llama, make_samples(llama.config.vocab_size, [17, 40]), ["eps x 10"])

@@ -14,7 +14,7 @@ from megatron_vlm.testing.parity import gradient_errors, layout_logits, layout_r
 from megatron_vlm.testing.twin_xcomposer2 import make_samples, write_tiny_xcomposer2
 from tests.models.xcomposer2.reference import LINEARS, Reference
 
-LOGITS = 2e-5  # of the largest logit; measured 2e-6
+LOGITS = 1e-5  # of the largest logit; measured 2e-6
 LOGITS_OVER_NOISE = 3.0  # times the reference's own distance between fp32 and fp64; measured 1.1
 LOSS = 2e-6  # relative; measured below 1e-6
 GRADIENT = 1e-4  # of the gradient's norm; measured 4e-6

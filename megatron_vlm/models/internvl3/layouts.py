@@ -66,13 +66,14 @@ def _write_native(model: InternVL3ModelConfig, hf_dir: Path, hf_config: dict[str
         architectures=["InternVLForConditionalGeneration"],
         dtype=hf_config.get("dtype") or hf_config.get("torch_dtype"),
     )
+    dynamic = bool(hf_config.get("dynamic_image_size"))
     # to_dict, not to_diff_dict: a default of the class (a tied head) must not be left to the reader's version.
     _write(directory / "config.json", config.to_dict())
     images = {
         "image_processor_type": "GotOcr2ImageProcessor",
-        "crop_to_patches": bool(hf_config.get("dynamic_image_size")),
-        "min_patches": hf_config.get("min_dynamic_patch", 1),
-        "max_patches": hf_config.get("max_dynamic_patch", 6) if hf_config.get("dynamic_image_size") else 1,
+        "crop_to_patches": dynamic,
+        "min_patches": hf_config.get("min_dynamic_patch", 1) if dynamic else 1,
+        "max_patches": hf_config.get("max_dynamic_patch", 6) if dynamic else 1,
         "size": {"height": side, "width": side},
         "resample": 3,
         "image_mean": [0.485, 0.456, 0.406],

@@ -59,7 +59,8 @@ class InternVL3Processor:
         stop_ids: tokens that end an answer.
         side: of a tile, in pixels.
         tile_tokens, tile_patches: ``<IMG_CONTEXT>`` tokens, and patches of the tower, of one tile.
-        min_tiles, max_tiles: of an image without its thumbnail.
+        dynamic: images are cut into tiles; else each is one.
+        min_tiles, max_tiles: of an image without its thumbnail; a data set may have its own ``max_tiles``.
         thumbnail: an image of several tiles is seen as a whole, too.
         resample: PIL's code of the resampling filter.
         rescale, mean, std: normalisation, per channel.
@@ -75,6 +76,7 @@ class InternVL3Processor:
     side: int
     tile_tokens: int
     tile_patches: int
+    dynamic: bool
     min_tiles: int
     max_tiles: int
     thumbnail: bool
@@ -107,8 +109,9 @@ class InternVL3Processor:
         if side % unit:
             raise ConfigError(f"tiles of {side} pixels are not a multiple of {unit}: change data.image_size")
         asked = {
+            "dynamic": config.dynamic_image_size,
             "min_tiles": config.min_dynamic_patch,
-            "max_tiles": 1 if config.dynamic_image_size is False else config.max_dynamic_patch,
+            "max_tiles": config.max_dynamic_patch,
             "thumbnail": config.use_thumbnail,
         }
         settings |= {name: value for name, value in asked.items() if value is not None} | {"side": side}
@@ -186,9 +189,8 @@ class InternVL3Processor:
 
     def limits(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> list[int]:
         """Most tiles of each image, in order: images share the limit, a frame of a video is one tile."""
-        frames = [
-            bool(_FRAME.search(before)) for turn in turns for before in turn.text.split(IMAGE)[:-1]
-        ]  # text before each placeholder
+        before = [text for turn in turns for text in turn.text.split(IMAGE)[:-1]]  # of each placeholder
+        frames = [not self.dynamic or bool(_FRAME.search(text)) for text in before]
         most = int(options.get("max_dynamic_patch", self.max_tiles)) // max(1, frames.count(False))
         return [1 if frame else max(1, most) for frame in frames]
 
@@ -284,7 +286,8 @@ def _chat_settings(hf_dir: Path, content: dict[str, Any], model: InternVL3ModelC
     return {
         "side": content.get("force_image_size") or model.vision.image_size,
         "min_tiles": content.get("min_dynamic_patch", 1),
-        "max_tiles": content.get("max_dynamic_patch", 6) if content.get("dynamic_image_size") else 1,
+        "max_tiles": content.get("max_dynamic_patch", 6),
+        "dynamic": bool(content.get("dynamic_image_size")),
         "thumbnail": bool(content.get("use_thumbnail")),
         "resample": int(Image.Resampling.BICUBIC),
         "rescale": 1 / 255,
@@ -312,6 +315,7 @@ def _native_settings(hf_dir: Path, content: dict[str, Any], model: InternVL3Mode
         "side": size["height"],
         "min_tiles": images.get("min_patches", 1),
         "max_tiles": images.get("max_patches", 12),
+        "dynamic": True,
         "thumbnail": True,
         "resample": int(images.get("resample", Image.Resampling.BICUBIC)),
         "rescale": float(images.get("rescale_factor", 1 / 255)),

@@ -72,7 +72,8 @@ class InternVL3Reference:
             # Special tokens lie at the end. transformers gives the padding token's embedding no gradient, which we do.
             return torch.randint(0, image_id // 2, (count,), generator=generator).tolist()
 
-        ids, positions = draw(1), []
+        ids = draw(1)
+        positions: list[int] = []
         for tiles in images:
             ids += draw(1)
             count = tiles * self.config.tile_tokens()

@@ -191,7 +191,7 @@ def test_images_share_the_limit_of_tiles_and_frames_are_one_tile(folders):
     assert tiles("<image>" * 13, 13) == [1] * 13
     assert tiles("<image>", 1, {"max_dynamic_patch": 2}) == [3]  # the data set's own limit
     assert tiles("<image>", 1, max_dynamic_patch=1) == [1]
-    assert tiles("<image>", 1, dynamic_image_size=False) == [1]
+    assert tiles("<image>", 1, {"max_dynamic_patch": 2}, dynamic_image_size=False) == [1]
     assert tiles("<image>", 1, use_thumbnail=False) == [4]
     assert tiles("<image>", 1, min_dynamic_patch=5, max_dynamic_patch=8) == [6]
     assert tiles("Frame-1: <image>\nFrame-2: <image>\nWhat?", 2) == [1, 1]

@@ -91,7 +91,20 @@ def test_greedy_answers_equal_transformers(tmp_path):
 def test_the_recipe_fits_the_published_model(tp, pp):
     sizes = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp), "--world-size", "8"]
     config, _ = resolve(
-        ["--config", RECIPE, "--load", "x", "--dry-run", "--device", "cpu", *sizes, "--global-batch-size", "128"]
+        [
+            "--config",
+            RECIPE,
+            "--load",
+            "x",
+            "--save",
+            "y",
+            "--dry-run",
+            "--device",
+            "cpu",
+            *sizes,
+            "--global-batch-size",
+            "128",
+        ]
     )
     spec = registry.get("internvl3")
     model = spec.config(PUBLISHED_8B)

@@ -59,6 +59,9 @@ class RowLoader:
         cache_dir: see ``DataConfig.cache_dir``, which it overrides.
         output_dir: gets ``excluded.jsonl`` and ``quarantine.jsonl``.
 
+    Attributes:
+        samples_per_epoch: samples that an epoch trains on, excluded ones left out.
+
     Raises:
         ConfigError: sizes that do not divide, or a state of other data (unless ``allow_data_change``).
         DataError: unreadable data, or samples that are too long under ``on_too_long: raise``.
@@ -88,6 +91,7 @@ class RowLoader:
         self._dataset, self._mixture, self._stream = opened.dataset, opened.mixture, opened.stream
         report_dir = Path(output_dir) if output_dir and dp_rank == 0 else None
         self._report = survey(opened.counts, config, report_dir, self._mixture.sources)
+        self.samples_per_epoch = self._count_samples()
         state = self._start(seed, processor, state)
         self._ready: deque[StepPlan] = deque()
         steps = self._stream.steps(
@@ -144,9 +148,15 @@ class RowLoader:
         rows = tuple(item.row for item in fetched if item.row is not None)
         return StepRows(rows=rows, state=step.state, sample_ids=step.sample_ids, num_samples=len(step.sample_ids))
 
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples that an epoch trains on: what it reads of each source but the excluded ones (see ``shares``)."""
+    def _count_samples(self) -> int:
+        """Counts what an epoch reads of each source but the excluded ones.
+
+        Where that differs between epochs (part of a source, and some of it excluded) it is the first epoch's, or the mean if
+        the first one is too long to go through.
+        """
+        if self._report["excluded"] and any(source.per_epoch % source.samples for source in self._mixture.sources):
+            if (number := self._stream.count_samples()) is not None:
+                return number
         return sum(source["samples"] for source in self._report["mixture"].values())
 
     def steps_per_epoch(self, epochs: float = 1.0) -> int:

@@ -124,6 +124,12 @@ class Stream:
         ends = list(accumulate(map(len, packed), initial=0))
         return [Item(all_ids[a:b], all_tokens[a:b], sum(all_costs[a:b]), sum(all_cut[a:b])) for a, b in pairwise(ends)]
 
+    def count_samples(self) -> int | None:
+        """Returns the usable samples of the first epoch; None if it has too many windows to go through."""
+        if self.num_windows > _EXACT_WINDOWS:
+            return None
+        return sum(int((self._counts(self._mixture.ids(0, n))["reason"] == 0).sum()) for n in range(self.num_windows))
+
     def count_rows(self) -> int:
         """Returns the packed rows of the first epoch (others differ by a row or so a window).
 

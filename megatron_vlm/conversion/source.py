@@ -223,6 +223,12 @@ def open_source(path_or_id: str | os.PathLike, family: str | None = None) -> Wei
             f"{directory} is neither an HF model (config.json), nor Megatron weights ({MANIFEST}), nor a training "
             f"checkpoint ({TRACKER}, or an iteration's state.json)"
         )
+    whole = _parts_family(directory)
+    if whole and family is None:
+        raise ConversionError(
+            f"{directory} holds a {whole} in parts: put them together with `convert hf2mg --hf {directory}` first (or set the "
+            "family, to take the language model alone)"
+        )
     spec = choose_family(read_json(directory / CONFIG_NAME), directory, family)
     model = open_hf(directory)
     try:
@@ -230,6 +236,12 @@ def open_source(path_or_id: str | os.PathLike, family: str | None = None) -> Wei
     except BaseException:
         model.tensors.close()
         raise
+
+
+def _parts_family(directory: Path) -> str | None:
+    """The family whose parts a folder holds, beside the config of one of them."""
+    specs = [registry.get(name) for name in registry.FAMILIES]
+    return next((spec.name for spec in specs if spec.parts and spec.parts(directory)), None)
 
 
 def open_hf(directory: Path) -> HFModel:

@@ -83,6 +83,8 @@ def assemble(
     )
     tokenizer = write_tokenizer(files, TemplateProcessor(**settings), special, [IMAGE])
     image_token = tokenizer.convert_tokens_to_ids(IMAGE)
+    known = settings["tokenizer"].token_id(IMAGE)
+    new_ids = [image_token] if known is None or known >= rows else []
     total = max(rows, image_token + 1)
     config = _write_config(files, llm, tower, image_token, total, dtype)
     _write_processor_files(files, vision, tower)
@@ -92,7 +94,7 @@ def assemble(
         if name in infos:
             infos[name] = TensorInfo(dtype=infos[name].dtype, shape=(total, *infos[name].shape[1:]))
             key = embedding if config["tie_word_embeddings"] else name
-            readers[name] = extended_rows(readers[name], key, total, [image_token], options.new_rows, options.seed)
+            readers[name] = extended_rows(readers[name], key, total, new_ids, options.new_rows, options.seed)
     for name in vision.tensors.infos:
         target = VISION + name.removeprefix("vision_model.")
         if not name.startswith(_LEFT_OUT) and "position_ids" not in name:

@@ -1,6 +1,6 @@
 """LLaVA out of its parts, XTuner's folders and native files, through every layout, and back into both forms."""
 
-import argparse
+import fractions
 import json
 import logging
 import shutil
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import hf2mg, mg2hf, open_model
+from megatron_vlm.conversion.source import open_source
 from megatron_vlm.conversion.verify import verify
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models.llava_internlm2.mapping import file_name
@@ -88,6 +89,14 @@ def test_xtuners_folders_are_read(native, tmp_path):
     CLIPVisionModel.from_pretrained(tmp_path / "xtuner" / "visual_encoder")
     projector = json.loads((tmp_path / "xtuner" / "projector" / "config.json").read_text())
     assert (projector["visual_hidden_size"], projector["llm_hidden_size"], projector["depth"]) == (48, 64, 2)
+
+
+def test_a_folder_of_parts_is_not_mistaken_for_its_language_model(native, tmp_path):
+    mg2hf(native, tmp_path / "xtuner", layout="xtuner")
+    with pytest.raises(ConversionError, match=r"holds a llava_internlm2 in parts: .*hf2mg --hf"):
+        open_source(tmp_path / "xtuner")
+    with open_source(tmp_path / "xtuner", "internlm2") as source:
+        assert source.spec.name == "internlm2"
 
 
 def test_what_xtuner_did_not_train_is_asked_for(native, tmp_path):
@@ -174,8 +183,8 @@ def test_a_projector_from_a_pth(parts, native, tmp_path):
         convert({name: tensor for name, tensor in state.items() if name != "projector.model.2.bias"}, "missing")
     with pytest.raises(ConversionError, match=r"holds 1 tensors beside a projector's \(llm\.lora\)"):
         convert(state | {"llm.lora": torch.zeros(1)}, "adapters")
-    with pytest.raises(ConversionError, match=r"objects of class argparse\.Namespace.*weights_only=False"):
-        convert({"state_dict": state, "meta": argparse.Namespace(epoch=1)}, "classes")
+    with pytest.raises(ConversionError, match=r"objects of class fractions\.Fraction.*weights_only=False"):
+        convert({"state_dict": state, "meta": fractions.Fraction(1, 2)}, "classes")
     with pytest.raises(
         ConversionError, match=r"linear_1 has shape \[64, 7\], language model and tower need \[64, 48\]"
     ):

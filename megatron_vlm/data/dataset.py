@@ -36,6 +36,7 @@ TEXT_BYTES = 8192  # read at first for a sample's text: most fit
 class Shard:
     """One tar shard, ``name`` in ``folder``; ``num_bytes`` and ``sha256`` as the manifest says.
 
+    ``index`` are the crc32 of the rows of its sample table and of its image table.
     ``tar`` is where the tar lies if it is one of other tools, used as it is, and ``layout`` what its samples look like;
     its index lies in ``folder`` all the same.
     """
@@ -46,6 +47,7 @@ class Shard:
     num_images: int
     num_bytes: int
     sha256: str
+    index: tuple[int, int] | None = None
     tar: str = ""
     layout: Layout | None = None
 
@@ -222,14 +224,14 @@ class Dataset:
 
     def _open_samples(self, shard: int) -> NDArray[Any]:
         info = self.shards[shard]
-        return _open_array(info.beside(".samples.npy"), SAMPLE_DTYPE, info.num_samples)
+        return _open_array(info.beside(".samples.npy"), SAMPLE_DTYPE, info.num_samples, info.index and info.index[0])
 
     def _open_images(self, shard: int) -> NDArray[Any]:
         info = self.shards[shard]
-        return _open_array(info.beside(".images.npy"), IMAGE_DTYPE, info.num_images)
+        return _open_array(info.beside(".images.npy"), IMAGE_DTYPE, info.num_images, info.index and info.index[1])
 
 
-def _open_array(path: Path, dtype: np.dtype, length: int) -> NDArray[Any]:
+def _open_array(path: Path, dtype: np.dtype, length: int, crc32: int | None) -> NDArray[Any]:
     try:
         # An empty array cannot be mapped, and a text-only shard has one.
         array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
@@ -239,6 +241,8 @@ def _open_array(path: Path, dtype: np.dtype, length: int) -> NDArray[Any]:
         raise DataError(
             f"the index has {len(array)} rows of {array.dtype}, expected {length} of {dtype}", shard=str(path)
         )
+    if crc32 is not None and zlib.crc32(array.view(np.uint8)) != crc32:
+        raise DataError("damaged: the crc32 of the index differs from the manifest", shard=str(path))
     return array
 
 
@@ -257,6 +261,7 @@ def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int,
                 num_images=int(item["images"]),
                 num_bytes=int(item["bytes"]),
                 sha256=str(item["sha256"]),
+                index=tuple(item["index"]) if "index" in item else None,
                 tar=str(item.get("tar", "")),
                 layout=layouts[item["layout"]] if "layout" in item else None,
             )

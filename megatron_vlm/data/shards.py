@@ -153,13 +153,14 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        save_index(self.path.with_suffix(""), self._samples, self._images)
+        index = save_index(self.path.with_suffix(""), self._samples, self._images)
         return {
             "name": self.path.name,
             "samples": self.num_samples,
             "images": len(self._images),
             "bytes": self._size,
             "sha256": self._hash.hexdigest(),
+            "index": index,
         }
 
     def _write(self, data: bytes) -> None:
@@ -175,13 +176,17 @@ def member(name: str, data: bytes) -> bytes:
     return b"".join((header.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)))
 
 
-def save_index(stem: Path, samples: Sequence[tuple[int, ...]], images: Sequence[tuple[int, ...]]) -> None:
-    """Writes ``STEM.samples.npy`` and ``STEM.images.npy``, synced to disk."""
+def save_index(stem: Path, samples: Sequence[tuple[int, ...]], images: Sequence[tuple[int, ...]]) -> list[int]:
+    """Writes ``STEM.samples.npy`` and ``STEM.images.npy``, synced to disk, and returns the crc32 of each one's rows."""
+    sums = []
     for suffix, rows, dtype in ((".samples.npy", samples, SAMPLE_DTYPE), (".images.npy", images, IMAGE_DTYPE)):
+        table = np.array(rows, dtype=dtype)
         with stem.with_name(stem.name + suffix).open("wb") as file:
-            np.save(file, np.array(rows, dtype=dtype), allow_pickle=False)
+            np.save(file, table, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
+        sums.append(zlib.crc32(table.tobytes()))
+    return sums
 
 
 def parse_sample(block: bytes) -> RawSample:

@@ -68,10 +68,16 @@ def index_shard(job: TarJob) -> dict[str, Any]:
     except DataError as error:
         samples, images = [], []
         reject(-1, error.message)
-    if samples:
-        save_index(Path(job.folder, job.name), samples, images)
-    line = {"name": f"{job.name}.tar", "samples": len(samples), "images": len(images), "bytes": size, "sha256": digest}
+    line: dict[str, Any] = {
+        "name": f"{job.name}.tar",
+        "samples": len(samples),
+        "images": len(images),
+        "bytes": size,
+        "sha256": digest,
+    }
     line |= {"tar": job.tar, "layout": job.layout_number}
+    if samples:
+        line["index"] = save_index(Path(job.folder, job.name), samples, images)
     return {"shard": line, "by_source": [(job.source, len(samples))], "rejected": rejected}
 
 

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -47,6 +49,12 @@ def digits_dir(tmp_path_factory):
     sources = open_sources("llava", [path], root=str(folder / "images"))
     build_shards(sources, folder / "shards", samples_per_shard=20)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def memory_dir():
+    """A folder on a file system in memory where there is one; else the usual one."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 
 
 @pytest.fixture(scope="session")

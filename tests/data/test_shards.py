@@ -214,6 +214,9 @@ def test_check_finds_an_image_that_does_not_decode(tmp_path, make_digits):
 
     damage(shard, cut_pixels)
     np.save(shard.with_suffix(".samples.npy"), table)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["shards"][0]["index"][0] = zlib.crc32(table.tobytes())
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     found = list(check_folder(tmp_path / "out"))
     problems = [f for f in found if isinstance(f, DataError)]
     assert len(problems) == 3 and "sha256" in problems[0].message

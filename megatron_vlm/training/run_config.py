@@ -232,10 +232,10 @@ class RunConfig(Config):
         return dp
 
     def check_model(self, model_config: Any) -> None:
-        """Checks the data against the model.
+        """Checks the settings against the model.
 
         Raises:
-            ConfigError: samples could be longer than the model's positions.
+            ConfigError: samples could be longer than the model's positions, or a setting of a tower that a text model lacks.
         """
         text = model_config.text
         positions, scaling = text.max_position_embeddings, text.rope_scaling
@@ -244,3 +244,12 @@ class RunConfig(Config):
                 f"data.seq_length {self.data.seq_length} is above the model's max_position_embeddings {positions}: set "
                 f"it to at most {positions}"
             )
+        if not hasattr(model_config, "vision"):
+            for section, name in (
+                (self.model, "freeze_vision"),
+                (self.model, "freeze_connector"),
+                (self.optimizer, "vision_lr"),
+                (self.optimizer, "connector_lr"),
+            ):
+                if getattr(section, name):
+                    raise ConfigError(f"{name} has no effect on a text model, which has no tower: leave it out")

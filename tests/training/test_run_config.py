@@ -99,6 +99,27 @@ def test_rows_under_virtual_stages_and_sequence_parallelism_must_divide():
 
 
 def test_samples_must_fit_the_positions():
-    model = SimpleNamespace(text=SimpleNamespace(max_position_embeddings=32))
+    text = SimpleNamespace(max_position_embeddings=32, rope_scaling=None)
     with pytest.raises(ConfigError, match="seq_length 64 is above the model's max_position_embeddings 32"):
-        config().check_model(model)
+        config().check_model(SimpleNamespace(text=text, vision=None))
+    dynamic = SimpleNamespace(max_position_embeddings=32, rope_scaling=SimpleNamespace(kind="dynamic"))
+    config().check_model(SimpleNamespace(text=dynamic, vision=None))  # its base grows with a sample's length
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"freeze_vision": True}},
+        {"model": {"freeze_connector": True}},
+        {"optimizer": {"vision_lr": 1e-5}},
+        {"optimizer": {"connector_lr": 1e-5}},
+    ],
+)
+def test_settings_of_a_tower_are_refused_for_a_text_model(sections):
+    text = SimpleNamespace(max_position_embeddings=64, rope_scaling=None)
+    ((_, values),) = sections.items()
+    (name,) = values
+    config().check_model(SimpleNamespace(text=text))
+    config(**sections).check_model(SimpleNamespace(text=text, vision=None))
+    with pytest.raises(ConfigError, match=f"{name} has no effect on a text model"):
+        config(**sections).check_model(SimpleNamespace(text=text))

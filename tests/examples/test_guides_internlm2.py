@@ -13,7 +13,7 @@ from tests.examples.guides import run_guide
 
 STEPS = (
     "training.train_epochs=null training.train_iters=100 training.precision=fp32 data.seq_length=256 data.num_workers=1 "
-    "optimizer.lr=3e-3 training.global_batch_size=8 checkpoint.save_interval=null"
+    "optimizer.lr=3e-3 training.global_batch_size=4 checkpoint.save_interval=null"
 )
 
 

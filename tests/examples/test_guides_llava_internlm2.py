@@ -21,7 +21,7 @@ from tests.examples.shell import EXAMPLES, environment
 
 SHARED = (
     "training.train_epochs=null training.precision=fp32 data.seq_length=256 data.num_workers=1 data.packing=true "
-    "data.group_by=null training.micro_batch_size=1 checkpoint.save_interval=null training.global_batch_size=8"
+    "data.group_by=null training.micro_batch_size=1 checkpoint.save_interval=null training.global_batch_size=4"
 )
 
 

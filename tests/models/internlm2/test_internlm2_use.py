@@ -25,7 +25,17 @@ PUBLISHED_1_8B = {
 @pytest.mark.parametrize("tp, pp", [(1, 1), (2, 2)])
 def test_the_recipe_fits_the_published_model(tp, pp):
     sizes = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp), "--world-size", "8"]
-    recipe = ["--config", str(EXAMPLES / "finetune_internlm2.yaml"), "--load", "x", "--dry-run", "--device", "cpu"]
+    recipe = [
+        "--config",
+        str(EXAMPLES / "finetune_internlm2.yaml"),
+        "--load",
+        "x",
+        "--save",
+        "y",
+        "--dry-run",
+        "--device",
+        "cpu",
+    ]
     config, _ = resolve([*recipe, *sizes, "--global-batch-size", "16"])
     model = registry.get("internlm2").config(PUBLISHED_1_8B)
     config.check_model(model)
@@ -41,7 +51,8 @@ def test_the_recipe_fits_the_published_model(tp, pp):
 
 def test_identity_data(tmp_path):
     """As many records as asked for, all distinct until every pair was used, the name in each answer; read as openai's format."""
-    from megatron_vlm.data.formats import READERS
+    from megatron_vlm.data.formats import open_sources, read_source
+    from megatron_vlm.data.formats.records import Record
 
     make = [
         sys.executable,
@@ -57,6 +68,8 @@ def test_identity_data(tmp_path):
     assert len(records) == 30 and all("Nova" in answer for _, answer in turns)
     assert len(set(turns)) == 23 and turns[23:] == turns[:7]  # 5 x 3 pairs of English, 4 x 2 of Chinese
     assert any("你" in question for question, _ in turns)
-    assert len(list(READERS["openai"](str(tmp_path / "a.json")))) == 30
+    (source,) = open_sources("openai", [tmp_path / "a.json"])
+    read = [record for _, _, record in read_source(source) if isinstance(record, Record)]
+    assert [tuple(turn.text for turn in record.turns) for record in read] == turns
     failed = subprocess.run([*make, "--n", "0"], capture_output=True, text=True, timeout=60)
     assert failed.returncode == 2 and "at least 1 is needed" in failed.stderr

@@ -263,10 +263,15 @@ def test_configs_that_are_not_built(native, change, message):
 
 
 def test_tower_of_another_depth_keeps_its_unused_layers(tmp_path, parts):
+    """Through the command line, with a template that is written as the model's chat template."""
     write_tiny_clip(tmp_path / "clip", num_hidden_layers=5)
-    hf2mg(None, tmp_path / "mg", family=FAMILY, llm=parts["llm"], vision=tmp_path / "clip", tp=2)
+    models = ["--llm", str(parts["llm"]), "--vision", str(tmp_path / "clip"), "--projector", str(parts["projector"])]
+    command = ["hf2mg", "--family", FAMILY, *models, "--template", "default", "--tp", "2"]
+    assert main([*command, "--out", str(tmp_path / "mg")]) == 0
     mg2hf(tmp_path / "mg", tmp_path / "xtuner", layout="xtuner")
     assert_equal(tensors(tmp_path / "clip"), tensors(tmp_path / "xtuner" / "visual_encoder"))
+    assert_equal(tensors(parts["projector"]), tensors(tmp_path / "xtuner" / "projector"))
+    assert "<|User|>:" in (tmp_path / "mg" / "hf" / "chat_template.jinja").read_text()
 
 
 def test_text_logits_are_internlm2s(parts, native):

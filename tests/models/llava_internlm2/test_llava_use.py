@@ -36,7 +36,17 @@ CLIP_LAYER = 4 * (1024 * 1024 + 1024) + 2 * 4096 * 1024 + 4096 + 1024 + 4 * 1024
 def test_the_recipes_fit_the_published_model(recipe, rows, per_device):
     """As the scripts start them on 8 GPUs: tp 4, dp 2."""
     settings = [
-        *("--config", str(EXAMPLES / f"{recipe}_llava_internlm2.yaml"), "--load", "x", "--dry-run", "--device", "cpu"),
+        *(
+            "--config",
+            str(EXAMPLES / f"{recipe}_llava_internlm2.yaml"),
+            "--load",
+            "x",
+            "--save",
+            "y",
+            "--dry-run",
+            "--device",
+            "cpu",
+        ),
         *("--tensor-model-parallel-size", "4", "--sequence-parallel", "--world-size", "8"),
         *("--global-batch-size", str(rows), "--micro-batch-size", str(per_device), "--no-packing"),
     ]
@@ -60,7 +70,17 @@ def test_the_recipes_fit_the_published_model(recipe, rows, per_device):
 
 def test_a_trained_tower_leaves_its_last_layer_alone():
     """The features are those of the layer before the last: that layer and the norm after it have nothing to learn."""
-    flags = ["--config", str(EXAMPLES / "finetune_llava_internlm2.yaml"), "--load", "x", "--dry-run", "--device", "cpu"]
+    flags = [
+        "--config",
+        str(EXAMPLES / "finetune_llava_internlm2.yaml"),
+        "--load",
+        "x",
+        "--save",
+        "y",
+        "--dry-run",
+        "--device",
+        "cpu",
+    ]
     config, _ = resolve([*flags, "model.freeze_vision=false", "optimizer.vision_lr=2e-6"])
     spec = registry.get("llava_internlm2")
     (stage,) = stage_reports(config, spec, spec.config(PUBLISHED), 1)

@@ -73,8 +73,6 @@ def index_tar(path: str | Path) -> TarIndex:
             if size < BLOCK:
                 raise DataError("not a tar archive: it has no header")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                if hasattr(mmap, "MADV_RANDOM"):
-                    data.madvise(mmap.MADV_RANDOM)
                 return _index(path, data, size)
     except OSError as error:
         raise DataError(f"cannot read: {error.strerror}", shard=str(path)) from error
@@ -190,17 +188,19 @@ def _check_sums(part: NDArray[np.uint64], headers: NDArray[np.int64]) -> None:
 def _groups(names: NDArray[np.bytes_]) -> NDArray[np.int64]:
     """Returns the first of each run of names that agree up to the first dot after the last slash."""
     width = names.dtype.itemsize
+    columns = np.arange(width, dtype=np.uint16 if width > 255 else np.uint8)
     first = np.ones(len(names), dtype=bool)
     for start in range(0, len(names), _CHUNK):
-        part = names[max(start - 1, 0) : start + _CHUNK]
-        text = np.ascontiguousarray(part).view(np.uint8).reshape(-1, width)
+        begin = max(start - 1, 0)
+        text = np.ascontiguousarray(names[begin : start + _CHUNK]).view(np.uint8).reshape(-1, width)
+        dots = text == ord(".")
         slashes = text == ord("/")
-        after = np.where(slashes.any(axis=1), width - slashes[:, ::-1].argmax(axis=1), 0)
-        dots = (text == ord(".")) & (np.arange(width) >= after[:, None])
-        length = np.where(dots.any(axis=1), dots.argmax(axis=1), width)
-        same = (text[1:] == text[:-1]) | (np.arange(width) >= length[1:, None])
-        alike = same.all(axis=1) & (length[1:] == length[:-1])
-        first[max(start - 1, 0) + 1 : start + _CHUNK] = ~alike
+        if slashes.any():
+            after = np.where(slashes.any(axis=1), width - slashes[:, ::-1].argmax(axis=1), 0)
+            dots &= columns >= after[:, None]
+        ends = np.where(dots.any(axis=1), dots.argmax(axis=1), width - 1).astype(columns.dtype)
+        keys = np.where(columns <= ends[:, None], text, 0).view(f"V{width}")[:, 0]
+        first[begin + 1 : start + _CHUNK] = keys[1:] != keys[:-1]
     return np.flatnonzero(first)
 
 

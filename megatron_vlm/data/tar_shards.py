@@ -98,7 +98,7 @@ def _sample(
     chosen = [first + i for i in images_of(layout, parts)]
     if len(chosen) > MAX_IMAGES:
         raise DataError(f"{len(chosen)} images, the limit is {MAX_IMAGES}")
-    rows = []
+    rows: list[tuple[int, ...]] = []
     for at in chosen:
         start, size = int(index.offsets[at]), int(index.sizes[at])
         if size > MAX_BYTES:

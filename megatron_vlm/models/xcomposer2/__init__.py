@@ -31,7 +31,7 @@ def _mapping(*args: Any, **kwargs: Any) -> Any:
 
 SPEC = FamilySpec(
     name="xcomposer2",
-    model_types=("internlmxcomposer2",),
+    model_types=("internlmxcomposer2", "internlm"),
     config=_config,
     build=_build,
     processor=_processor,

@@ -13,6 +13,7 @@ from megatron_vlm.models.clip import ClipConfig
 from megatron_vlm.models.internlm2.config import internlm2_text_config
 from megatron_vlm.models.text import TextConfig
 
+MODEL_TYPES = ("internlmxcomposer2", "internlm")
 _TOWER = dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14, hidden_act="quick_gelu"
 )  # fmt: skip
@@ -64,7 +65,12 @@ class XComposer2Config(Config):
         Raises:
             ConfigError: another model, a missing key, or a feature that is not built.
         """
-        text = internlm2_text_config(hf_config, model_types=("internlmxcomposer2",))
+        if hf_config.get("model_type") == "internlm" and "xcomposer2" not in str(hf_config.get("auto_map")).lower():
+            raise ConfigError(
+                "model_type 'internlm' is read where auto_map names InternLM-XComposer2's code, as in some of its releases; "
+                "the first InternLM is not built"
+            )
+        text = internlm2_text_config(hf_config, model_types=MODEL_TYPES)
         if text.tie_word_embeddings:
             raise ConfigError("InternLM-XComposer2 with tie_word_embeddings true is not built")
         tower = {**_TOWER, **hf_config.get("vision_config", {})}

@@ -259,6 +259,11 @@ def test_variants_are_told_apart_and_their_tokens():
     assert {name: model.variant for name, model in shapes.items()} == {name: name for name in OF_VARIANT}
     assert [shapes["7b"].tokens(), shapes["vl-7b"].tokens()] == [256, 1225]
     assert [model.feature_size for model in shapes.values()] == [1024, 1024, 4096]
+    derivative = {**PUBLISHED, **OF_VARIANT["vl-7b"], "model_type": "internlm"}
+    code = {"AutoModelForCausalLM": "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"}
+    assert XComposer2Config.from_hf({**derivative, "auto_map": code}) == shapes["vl-7b"]
+    with pytest.raises(ConfigError, match="the first InternLM is not built"):
+        XComposer2Config.from_hf(derivative)
     with pytest.raises(ConfigError, match="internlmxcomposer2"):
         XComposer2Config.from_hf({**PUBLISHED, "model_type": "internlm2"})
 

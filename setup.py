@@ -18,6 +18,7 @@ INSTALL = [
     "huggingface_hub==2.4.0",
     "peft==0.21.2",
     "webdataset==1.0.2",
+    "braceexpand==0.1.7",
     "pillow==13.0.0",
     "numpy==2.4.6",
     "pyyaml==6.0.3",
@@ -32,6 +33,8 @@ EXTRAS = {
         "flash-attn==2.8.3.post2",
         "transformer-engine[pytorch]==2.20.2",
     ],
+    "video": ["av==18.1.0"],  # video files in data build; folders of frames need nothing
+    "parquet": ["pyarrow==26.0.1"],  # data build --format parquet
     "dev": [
         "pytest==9.2.0",
         "ruff==0.17.6",
@@ -39,6 +42,8 @@ EXTRAS = {
         "types-PyYAML==6.0.12.20261113",
         "scikit-learn==1.9.1",
         "matplotlib==3.11.2",
+        "av==18.1.0",
+        "pyarrow==26.0.1",
     ],
 }
 

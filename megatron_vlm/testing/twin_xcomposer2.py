@@ -71,10 +71,11 @@ def write_tiny_xcomposer2(
     clip = CLIPVisionModel(CLIPVisionConfig(**{**tower, "image_size": config.get("img_size", tower["image_size"])}))
     state = {
         name: p.detach()
-        for name, p in fuse(dict(randomise(llama, seed).named_parameters()), config["num_key_value_heads"]).items()
+        for name, p in fuse(dict(randomise(llama, seed, std).named_parameters()), config["num_key_value_heads"]).items()
     }
     own = {
-        f"vit.vision_tower.vision_model.{name}": p.detach() for name, p in randomise(clip, seed + 1).named_parameters()
+        f"vit.vision_tower.vision_model.{name}": p.detach()
+        for name, p in randomise(clip, seed + 1, std).named_parameters()
     }
     generator = torch.Generator().manual_seed(seed + 2)
     for name, shape in _other_shapes(state, config, tower).items():

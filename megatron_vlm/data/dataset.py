@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,8 +134,8 @@ class Dataset:
 
     def locate_one(self, sample_id: int) -> tuple[int, int]:
         """Returns the shard and the row in it of one id."""
-        shards, rows = self.locate(np.array([sample_id], dtype=np.int64))
-        return int(shards[0]), int(rows[0])
+        shard = bisect_right(self._ends, sample_id)
+        return shard, sample_id - self.first_id(shard)
 
     def first_id(self, shard: int) -> int:
         """Returns the id of a shard's first sample."""

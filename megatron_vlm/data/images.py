@@ -86,7 +86,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Their ``load_image`` drops an alpha channel without blending; a transparent colour (of a palette, say) outlives it and
     is then blended with white by ``convert_to_rgb``.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # without an orientation this would copy every pixel
     if image.mode != "RGB":
         image = image.convert("RGB")
     if image.info.get("transparency") is not None:

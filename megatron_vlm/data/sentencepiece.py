@@ -17,7 +17,7 @@ from megatron_vlm.errors import ConfigError
 
 _SPACE = "\u2581"  # SentencePiece writes a space so
 _BPE = 2  # TrainerSpec.ModelType
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # SentencePiece.Type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # SentencePiece.Type
 
 
 def load_tokenizer(directory: str | Path, aliases: Mapping[str, str] | None = None) -> FastTokenizer:
@@ -120,13 +120,13 @@ def _read(path: str | Path) -> Any:
 
 
 def _merges(vocab: Mapping[str, int], pieces: Any) -> list[tuple[str, str]]:
-    """Every pair of pieces that join to a piece: best score first, then the pair that is first in the vocabulary."""
+    """Every pair of pieces that join to a normal one: best score first, then the pair that is first in the vocabulary."""
     found = []
     for piece in pieces:
         text = piece.piece
-        for cut in range(1, len(text)):
+        for cut in range(1, len(text)) if piece.type == _NORMAL and text in vocab else ():
             left, right = text[:cut], text[cut:]
-            if left in vocab and right in vocab and text in vocab:
+            if left in vocab and right in vocab:
                 found.append((-piece.score, vocab[left], vocab[right], left, right))
     return [(left, right) for *_, left, right in sorted(found)]
 

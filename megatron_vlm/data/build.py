@@ -8,24 +8,21 @@ What a shard holds depends on the records alone, so a shard that is done stays d
 kill, goes over the records and makes only what is missing. OUT is whole or absent.
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vlm.data.build_folder import fingerprint_of, partial_folder, sync_folder, write_synced
 from megatron_vlm.data.formats import WEBDATASET, read_source
 from megatron_vlm.data.formats.records import Record, Source
 from megatron_vlm.data.formats.webdataset import open_tars
@@ -112,7 +109,7 @@ def build_shards(
         check_settings(source.video)
     settings: dict[str, Any] = {"samples_per_shard": samples_per_shard, "on_bad_sample": on_bad_sample}
     settings["split"] = dataclasses.asdict(split) if split else None
-    with _partial(out, _fingerprint(sources, settings)) as folder:
+    with partial_folder(out, fingerprint_of(sources, settings)) as folder:
         if folder is None:  # killed between its last step and the removal of its traces
             return json.loads((out / ("split.json" if split else MANIFEST)).read_text(encoding="utf-8"))
         build = _Build(sources, folder, samples_per_shard, num_workers, progress)
@@ -365,58 +362,6 @@ def kind_of(message: str) -> str:
     return re.sub(r"\d+", "N", text.split("(")[0].split(";")[0]).strip(" :")
 
 
-@contextlib.contextmanager
-def _partial(out: Path, fingerprint: str) -> Iterator[Path | None]:
-    """Gives the folder to build in, with what an earlier build of the same fingerprint has done; None: all is done.
-
-    The folder stays if this process is killed and goes away if it ends in any other way.
-    """
-    folder = out.parent / f".{out.name}.partial"
-    full = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    known = folder / "build.json"
-    if full and not (known.is_file() and known.read_text() == fingerprint):
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # empty: killed at its very last step
-        raise ConfigError(f"{out} exists and is not an empty folder: remove it or choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another process builds {out} at this moment") from error
-        try:
-            if not full:
-                if not known.is_file() or known.read_text() != fingerprint:
-                    for name in ("build.json", "done", "out"):
-                        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(True)
-                    write_synced(known, fingerprint.encode())
-                for name in ("done", "out"):
-                    (folder / name).mkdir(exist_ok=True)
-            yield None if full else folder
-        finally:
-            for name in ("done", "out"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            for name in ("lock", "build.json"):  # the last one says whose traces these are
-                (folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-    finally:
-        os.close(lock)
-
-
-def _fingerprint(sources: Sequence[Source], settings: Mapping[str, Any]) -> str:
-    """Returns a text that is the same for the same inputs and settings. Images are taken not to change meanwhile."""
-    inputs = []
-    for source in sources:
-        path = Path(source.path)
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
-        inputs.append([dataclasses.asdict(source), stats])
-    text = json.dumps([MANIFEST_VERSION, inputs, settings], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _end_with_parent() -> None:
     """Ends a worker when its parent is gone: a killed build leaves no process behind."""
     parent = multiprocessing.parent_process()
@@ -427,22 +372,3 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file that appears whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sync_folder(path: Path) -> None:
-    """Syncs the names in a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

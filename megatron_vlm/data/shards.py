@@ -10,7 +10,6 @@ tar members of a sample's images. The same records give the same bytes: member h
 this machine. Tars of other tools are indexed where they lie (``tar`` in the manifest) and read by their own layout.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -32,7 +31,7 @@ from megatron_vlm.data.formats.records import (
 )
 from megatron_vlm.data.images import probe_image, read_image_file
 from megatron_vlm.data.sample import RawSample, Turn
-from megatron_vlm.data.tar import BLOCK, parse_members
+from megatron_vlm.data.tar import BLOCK
 from megatron_vlm.data.video import announce, read_frames
 from megatron_vlm.errors import DataError
 
@@ -187,21 +186,6 @@ def save_index(stem: Path, samples: Sequence[tuple[int, ...]], images: Sequence[
             os.fsync(file.fileno())
         sums.append(zlib.crc32(table.tobytes()))
     return sums
-
-
-def parse_sample(block: bytes) -> RawSample:
-    """Reads one sample of our own shards from its span; images that another sample stores are left out.
-
-    Raises:
-        DataError: what is wrong with it.
-    """
-    members = list(parse_members(block))
-    if not members:
-        raise DataError("an empty sample")
-    sample = parse_text(*members[0])
-    if any(not name.startswith(f"{sample.key}.") for name, _ in members):
-        raise DataError(f"members {[name for name, _ in members]} are not one sample's", key=sample.key)
-    return dataclasses.replace(sample, images=tuple(data for _, data in members[1:]))
 
 
 def parse_text(name: str, content: bytes) -> RawSample:

@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,7 +189,7 @@ def _check_sums(part: NDArray[np.uint64], headers: NDArray[np.int64]) -> None:
 def _groups(names: NDArray[np.bytes_]) -> NDArray[np.int64]:
     """Returns the first of each run of names that agree up to the first dot after the last slash."""
     width = names.dtype.itemsize
-    columns = np.arange(width, dtype=np.uint16 if width > 255 else np.uint8)
+    columns: NDArray[Any] = np.arange(width, dtype=np.uint16 if width > 255 else np.uint8)
     first = np.ones(len(names), dtype=bool)
     for start in range(0, len(names), _CHUNK):
         begin = max(start - 1, 0)

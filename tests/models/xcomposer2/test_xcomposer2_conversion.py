@@ -10,6 +10,7 @@ from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.conversion.source import check_entry, open_source
+from megatron_vlm.conversion.torch_files import load_weights_only
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models import registry
 from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
@@ -32,7 +33,7 @@ def tensors_of(directory):
     for path in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(path)
     for path in sorted(directory.glob("*.bin")):
-        tensors |= torch.load(path, weights_only=True)
+        tensors |= load_weights_only(path)
     tensors.pop(BUFFER, None)
     return tensors
 

@@ -105,6 +105,11 @@ def read_source(source: Source) -> Iterator[tuple[int, Any, Record | DataError]]
     Raises:
         DataError: what makes the rest of the file unreadable.
     """
+    if source.format == WEBDATASET:
+        message = (
+            "tars are checked as they are indexed: run 'data build --format webdataset', which reports each problem"
+        )
+        raise DataError(message, shard=source.path)
     format = FORMATS[source.format]
     for number, value in format.rows(source):
         where: dict[str, Any] = {"shard": source.path, "key": f"record {number}"}

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data.check import check_folder
+from megatron_vlm.data.split import SplitSettings
 from megatron_vlm.errors import ConfigError, DataError
-from tests.data.formats.make import built, picture, write_tar
+from tests.data.formats.make import built, picture, records_of, write_tar
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
 
@@ -159,9 +160,9 @@ def test_a_moved_tar_is_named(tmp_path):
     assert "is missing" in problem.message and "a.tar" in str(problem)
 
 
-def test_tars_are_not_split(tmp_path):
-    from megatron_vlm.data.split import SplitSettings
-
+def test_tars_are_not_split_and_not_read_as_records(tmp_path):
+    with pytest.raises(DataError, match="data build --format webdataset"):
+        records_of("webdataset", write_tar(tmp_path / "a.tar", members(2)))
     with pytest.raises(ConfigError, match="--val-fraction"):
         path = write_tar(tmp_path / "a.tar", members(2))
         built(tmp_path / "out", "webdataset", path, split=SplitSettings(fraction=0.5))

@@ -1,4 +1,4 @@
-"""The main job, as the README gives it: one seed here; docs/numerics.md has three."""
+"""The main job, as the README gives it: a quarter of it by default; docs/numerics.md has the whole of it on three seeds."""
 
 import json
 import subprocess
@@ -10,22 +10,35 @@ from PIL import Image
 from tests.examples.shell import EXAMPLES, environment, free_port, start
 
 HELD_OUT = 0.90  # measured on seeds 0, 1, 2: see docs/numerics.md
+HELD_OUT_EARLY = 0.60  # after a quarter of the updates; measured 75.8 % on seed 0
 BLIND = 0.15
 
 
-@pytest.mark.slow
-def test_quickstart_reads_handwritten_digits(tmp_path):
-    process = start("quickstart.sh", OUTPUT=tmp_path, SEED=0, MASTER_PORT=free_port())
+def answers(folder, *settings):
+    """Share of right answers on held-out scans, by who gives them, as the script's last step writes it."""
+    process = start("quickstart.sh", *settings, OUTPUT=folder, SEED=0, MASTER_PORT=free_port())
     output = process.communicate(timeout=1500)[0]
     assert process.returncode == 0, output[-6000:]
-    results = json.loads((tmp_path / "results.json").read_text())
     print(output[-700:])
-    assert results["this model"] >= HELD_OUT
+    for picture in ("loss.png", "predictions.png"):
+        with Image.open(folder / picture) as image:
+            assert image.width > 400
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_quarter_of_the_quickstart(tmp_path):
+    results = answers(tmp_path, "training.train_iters=200")
+    assert results["this model"] >= HELD_OUT_EARLY
     assert results["blind: this model shown a grey picture"] < BLIND
     assert results["majority class"] < BLIND
-    for picture in ("loss.png", "predictions.png"):
-        with Image.open(tmp_path / picture) as image:
-            assert image.width > 400
+
+
+@pytest.mark.full
+def test_quickstart_reads_handwritten_digits(tmp_path):
+    results = answers(tmp_path)
+    assert results["this model"] >= HELD_OUT
+    assert results["blind: this model shown a grey picture"] < BLIND
 
 
 def test_held_out_scans_stay_out_of_training(tmp_path):

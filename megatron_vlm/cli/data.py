@@ -79,6 +79,8 @@ def _build(args: argparse.Namespace) -> int:
         num_workers=min(os.cpu_count() or 1, 8) if args.workers is None else args.workers,
         progress=_progress() if sys.stderr.isatty() else None,
     )
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     for name in ("train", "val") if split else ("",):
         manifest = report[name] if split else report
         shards = manifest["shards"]
@@ -89,9 +91,9 @@ def _build(args: argparse.Namespace) -> int:
                 often = f"{source['per_epoch']} samples" if source["per_epoch"] else f"{source['repeat']:g} times"
                 print(f"  {source['name']}: {source['samples']} samples, an epoch reads {often}")
     if split:
-        names = {"id": "id", "image": "image"}.get(args.split_by, args.split_by)
-        print(f"{Path(args.out, 'split.json')}: {report['realised_fraction']:.4f} of the records for validation, "
-              f"by {names}: {report['components']} groups, the largest of {report['largest_component']} records")  # fmt: skip
+        share = f"{report['realised_fraction']:.4f} of the records for validation, by {args.split_by}"
+        groups = f"{report['components']} groups, the largest of {report['largest_component']} records"
+        print(f"{Path(args.out, 'split.json')}: {share}: {groups}")
     rejected = Path(args.out, "rejected.jsonl")
     if rejected.is_file():
         with rejected.open("rb") as lines:

@@ -20,7 +20,7 @@ from tests.examples.shell import EXAMPLES, ROOT, environment
 
 STEPS = (
     "training.train_epochs=null training.train_iters=100 training.precision=fp32 data.seq_length=256 data.num_workers=1 "
-    "optimizer.lr=3e-3 training.global_batch_size=32 checkpoint.save_interval=null"
+    "optimizer.lr=3e-3 training.global_batch_size=16 training.micro_batch_size=16 checkpoint.save_interval=null"
 )
 
 

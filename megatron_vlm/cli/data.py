@@ -38,12 +38,12 @@ def _add_build(commands: Any) -> None:
     add("--on-bad-sample", choices=["raise", "skip"], default="raise",
         help="records that cannot be used: report them all and make nothing, or leave them out and list them")  # fmt: skip
     add("--val-fraction", type=float, metavar="F", help="share of the records that goes to DIR/val")
-    add("--split-by", default="image", metavar="id|image|KEY", help="what the halves must not share besides images")
-    add("--split-seed", type=int, default=1234, metavar="N")
+    add("--split-by", metavar="id|image|KEY", help="what the halves must not share besides images (default: image)")
+    add("--split-seed", type=int, metavar="N", help="another draw of the halves")
     add("--video-frames", type=int, nargs=2, default=[1, 32], metavar=("MIN", "MAX"),
         help="frames taken of a video, spread evenly; a shorter one is refused (default: 1 32)")  # fmt: skip
     add("--frame-text", default="Frame-{i}: <image>", metavar="TEXT", help="line of each frame (default: %(default)s)")
-    add("--part", default="train", metavar="NAME", help="part of an Energon folder's split (default: train)")
+    add("--part", metavar="NAME", help="part of an Energon folder's split (default: train)")
     build.set_defaults(handler=_build)
 
 
@@ -57,6 +57,10 @@ def _build(args: argparse.Namespace) -> int:
         raise ConfigError(f"--image-root {args.image_root} is not a folder")
     if args.workers is not None and args.workers < 0:
         raise ConfigError(f"--workers must be at least 0, got {args.workers}")
+    if args.part is not None and args.format != "webdataset":
+        raise ConfigError("--part chooses of an Energon folder's split: it goes with --format webdataset")
+    if args.val_fraction is None and (args.split_by is not None or args.split_seed is not None):
+        raise ConfigError("--split-by and --split-seed go with --val-fraction")
     least, most = args.video_frames
     sources = open_sources(
         args.format,
@@ -64,12 +68,13 @@ def _build(args: argparse.Namespace) -> int:
         repeat=args.repeat,
         root=args.image_root or ".",
         prepend=args.missing_placeholder == "prepend",
-        part=args.part,
+        part=args.part or "train",
         video=VideoSettings(min_frames=least, max_frames=most, announce=args.frame_text),
     )
     split = None
     if args.val_fraction is not None:
-        split = SplitSettings(fraction=args.val_fraction, by=args.split_by, seed=args.split_seed)
+        given = {"by": args.split_by, "seed": args.split_seed}
+        split = SplitSettings(fraction=args.val_fraction, **{k: v for k, v in given.items() if v is not None})
     report = build_shards(
         sources,
         args.out,
@@ -91,7 +96,7 @@ def _build(args: argparse.Namespace) -> int:
                 often = f"{source['per_epoch']} samples" if source["per_epoch"] else f"{source['repeat']:g} times"
                 print(f"  {source['name']}: {source['samples']} samples, an epoch reads {often}")
     if split:
-        share = f"{report['realised_fraction']:.4f} of the records for validation, by {args.split_by}"
+        share = f"{report['realised_fraction']:.4f} of the records for validation, by {split.by}"
         groups = f"{report['components']} groups, the largest of {report['largest_component']} records"
         print(f"{Path(args.out, 'split.json')}: {share}: {groups}")
     rejected = Path(args.out, "rejected.jsonl")

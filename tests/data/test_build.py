@@ -294,6 +294,8 @@ def test_repeat_globs_and_split_from_the_command_line(inputs, tmp_path, capsys):
         (["--input", str(tmp_path / "y.json"), "--video-frames", "4", "2"], "1 <= MIN <= MAX"),
         (["--input", str(tmp_path / "y.json"), "--frame-text", "no"], "must hold <image> once"),
         (["--input", str(tmp_path / "y.json"), "--workers", "-1"], "--workers must be at least 0"),
+        (["--input", str(tmp_path / "y.json"), "--split-by", "id"], "go with --val-fraction"),
+        (["--input", str(tmp_path / "y.json"), "--part", "val"], "goes with --format webdataset"),
     ):
         assert main([*words[:5], str(tmp_path / "new"), *bad]) == 1
         assert message in capsys.readouterr().err

@@ -20,8 +20,9 @@ from tests.models.xcomposer2.reference import Reference
 
 STEPS = (
     "training.train_epochs=null training.precision=fp32 data.seq_length=256 data.num_workers=1 optimizer.lr=3e-3 "
-    "training.global_batch_size=16 checkpoint.save_interval=null"
+    "data.packing=true training.global_batch_size=4 checkpoint.save_interval=null"
 )
+REPLICAS = "parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false"
 
 
 @pytest.mark.slow
@@ -52,7 +53,7 @@ def test_guide(tmp_path):
             "WORK": work,
         },
         {
-            "finetune_xcomposer2.sh": f"training.train_iters=100 {STEPS}",
+            "finetune_xcomposer2.sh": f"training.train_iters=100 {REPLICAS} {STEPS}",
             "finetune_xcomposer2_4khd.sh": f"training.train_iters=4 {STEPS}",
         },
     )

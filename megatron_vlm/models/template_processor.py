@@ -260,7 +260,7 @@ def write_tokenizer(
 
     backend = Tokenizer.from_str(prompt.tokenizer.text)
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
-    names = {name: token for name, token in special.items() if token}
+    names = {name: token for name, token in special.items() if token and backend.token_to_id(token) is not None}
     bos, eos = names.get("bos_token", ""), names.get("eos_token", "</s>")
     if bos:
         backend.post_processor = processors.TemplateProcessing(

@@ -17,8 +17,9 @@ from megatron_vlm.data.counts import TokenCounts, digest_of, survey
 from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.mixture import Mixture, Source, resolve
 from megatron_vlm.data.plan import DataState, RowPlan, StepPlan, Stream, row_plan
-from megatron_vlm.data.reader import Quarantine, RowReader, Rows
+from megatron_vlm.data.reader import Quarantine, RowReader
 from megatron_vlm.data.types import PackedRow, Processor
+from megatron_vlm.data.workers import Rows
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
 
@@ -154,9 +155,9 @@ class RowLoader:
         Where that differs between epochs (part of a source, and some of it excluded) it is the first epoch's, or the mean if
         the first one is too long to go through.
         """
-        if self._report["excluded"] and any(source.per_epoch % source.samples for source in self._mixture.sources):
-            if (number := self._stream.count_samples()) is not None:
-                return number
+        partly = self._report["excluded"] and any(s.per_epoch % s.samples for s in self._mixture.sources)
+        if partly and (number := self._stream.count_samples()) is not None:
+            return number
         return sum(source["samples"] for source in self._report["mixture"].values())
 
     def steps_per_epoch(self, epochs: float = 1.0) -> int:

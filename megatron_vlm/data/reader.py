@@ -1,24 +1,11 @@
-"""Planned rows read and encoded, in this process or in workers, and what happens to bad samples.
+"""Planned rows read and encoded, in whichever process, and what happens to bad samples."""
 
-A worker gets a RowPlan and gives back a row; it holds nothing but open files. Workers are spawned, not forked: a
-training process has threads and device handles that do not survive a fork. They end with their parent, however it ends.
-"""
-
-import atexit
 import json
-import multiprocessing
 import os
-import signal
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.counts import digest_of
@@ -43,7 +30,7 @@ class Fetched:
     error: DataError | None = None
 
 
-class RowReader(torch.utils.data.Dataset):
+class RowReader:
     """Reads and encodes planned rows, in whichever process.
 
     Args:
@@ -108,91 +95,6 @@ class RowReader(torch.utils.data.Dataset):
         return encoded
 
 
-class Rows(Iterator[Fetched]):
-    """What ``reader`` makes of each plan, in order, from ``config.num_workers`` processes (0: this one).
-
-    ``close`` ends the processes; it is called at the end of the program if nobody else does.
-    """
-
-    def __init__(self, reader: RowReader, plans: Iterable[RowPlan], config: DataConfig):
-        self._workers: set[BaseProcess] = set()
-        self._items: Iterator[Any] | None = None
-        if config.num_workers == 0:
-            self._items = ((reader[plan], ()) for plan in plans)
-            return
-        loader = DataLoader(
-            reader,
-            sampler=plans,  # type: ignore[arg-type]
-            batch_size=None,
-            collate_fn=_flatten,  # type: ignore[arg-type]
-            num_workers=config.num_workers,
-            prefetch_factor=config.prefetch_rows,
-            multiprocessing_context="spawn",
-            worker_init_fn=_start_worker,
-        )
-        others = set(multiprocessing.active_children())
-        self._items = iter(loader)
-        self._workers = set(multiprocessing.active_children()) - others
-        # multiprocessing would send its children a SIGTERM, which these do not heed, and wait.
-        atexit.register(self.close)
-
-    def __next__(self) -> Fetched:
-        if self._items is None:
-            raise StopIteration
-        item, tensors = next(self._items)
-        if item.error is not None:
-            raise item.error
-        return _restore(item, tensors) if tensors else item
-
-    def close(self) -> None:
-        """Ends the worker processes."""
-        self._items = None  # torch asks them to end
-        for worker in self._workers:
-            worker.kill()
-        atexit.unregister(self.close)
-
-
-def _start_worker(_: int) -> None:
-    """Leaves signals to the parent: a scheduler signals every process, and the parent needs rows to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-_FIELDS = ("input_ids", "position_ids", "labels", "cu_seqlens", "image_positions")
-
-
-def _flatten(item: Fetched) -> tuple[Fetched, tuple[Tensor, ...]]:
-    """Joins a row's tensors by dtype: each tensor that leaves a worker takes a file descriptor of shared memory."""
-    row = item.row
-    if row is None:
-        return item, ()
-    fields = [getattr(row, name) for name in _FIELDS]
-    lengths = torch.tensor([len(f) for f in fields])
-    shapes = torch.tensor([p.shape for p in row.pixels], dtype=torch.int64).reshape(-1, 3)
-    pixels = torch.cat([p.reshape(-1) for p in row.pixels]) if row.pixels else torch.empty(0)
-    none = torch.empty(0, dtype=torch.int64)
-    bare = PackedRow(input_ids=none, position_ids=none, labels=none, cu_seqlens=none)
-    bare = replace(bare, keys=row.keys, num_filler=row.num_filler, holes=row.holes, truncated=row.truncated)
-    return replace(item, row=bare), (lengths, torch.cat([f.to(torch.int64) for f in fields]), shapes, pixels)
-
-
-def _restore(item: Fetched, tensors: tuple[Tensor, ...]) -> Fetched:
-    assert item.row is not None
-    lengths, values, shapes, pixels = tensors
-    ids, positions, labels, cu_seqlens, image_positions = values.split(lengths.tolist())
-    parts = pixels.split(shapes.prod(1).tolist()) if len(shapes) else ()
-    row = replace(
-        item.row,
-        input_ids=ids,
-        position_ids=positions,
-        labels=labels,
-        cu_seqlens=cu_seqlens.to(torch.int32),
-        image_positions=image_positions,
-        pixels=tuple(part.view(*shape) for part, shape in zip(parts, shapes.tolist())),
-    )
-    return replace(item, row=row)
-
-
 class Quarantine:
     """Counts holes, writes ``quarantine.jsonl`` and stops a run whose data is worse than the budget."""
 
@@ -200,6 +102,7 @@ class Quarantine:
         self._config = config
         self._path = Path(output_dir) / "quarantine.jsonl" if output_dir else None
         self.holes = self._samples = self._row = self._worst = 0
+        self._names: list[str] = []  # the last few, for the error
 
     def add(self, item: Fetched) -> None:
         """Takes note of one row.
@@ -214,6 +117,7 @@ class Quarantine:
             self._worst = max(self._worst, self._row)
         for failure in item.failures:
             LOGGER.warning("a sample is skipped: %s", failure)
+            self._names = [*self._names[-4:], f"{failure['shard']} at {failure['offset']} ({failure['reason']})"]
             if self._path is not None:
                 line = json.dumps({"time": round(time.time(), 3), **failure}) + "\n"
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +131,6 @@ class Quarantine:
             raise DataError(
                 f"{self.holes} of {self._samples} samples could not be used, {self._worst} of them in a row: "
                 f"data.bad_sample_rate {self._config.bad_sample_rate} and data.bad_sample_consecutive "
-                f"{self._config.bad_sample_consecutive} allow fewer. They are listed in {self._path or 'the log'}; "
-                "'megatron-vlm data check' names all of them"
+                f"{self._config.bad_sample_consecutive} allow fewer. They are listed in {self._path or 'the log'}, the last of "
+                f"them {', '.join(self._names)}; 'megatron-vlm data check' names all"
             )

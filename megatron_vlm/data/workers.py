@@ -1,0 +1,183 @@
+"""Rows made ahead of their use by worker processes, in order and within a bound of memory.
+
+    plans --numbered--> tasks --> workers: RowReader --> results --put in order--> rows
+
+A worker gets a RowPlan and gives back a row; it holds nothing but open files. Workers are spawned, not forked: a
+training process has threads and device handles that do not survive a fork. They end with their parent, however it ends.
+"""
+
+import atexit
+import os
+import queue
+import signal
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.plan import RowPlan
+from megatron_vlm.data.reader import Fetched, RowReader
+from megatron_vlm.data.types import PackedRow
+
+_POLL_SECONDS = 2.0  # between looks at whether the other side still lives
+
+
+class Rows(Iterator[Fetched]):
+    """What ``reader`` makes of each plan, in order, from ``config.num_workers`` processes (0: this one).
+
+    Each worker makes up to ``prefetch_rows`` rows ahead, as long as those that wait and those being made (each taken for as
+    large as the largest so far) stay within ``prefetch_mb``; at first each makes one. ``close`` ends the processes; it is
+    called at the end of the program if nobody else does.
+    """
+
+    def __init__(self, reader: RowReader, plans: Iterable[RowPlan], config: DataConfig):
+        self._reader, self._plans = reader, iter(plans)
+        self._open, self._workers = True, []
+        if config.num_workers == 0:
+            return
+        self._most_rows = config.num_workers * config.prefetch_rows
+        self._most_bytes = config.prefetch_mb * 2**20
+        self._sent = self._taken = 0  # plans given to workers, rows given to the caller
+        self._ready: dict[int, tuple[Fetched, tuple[Tensor, ...]]] = {}
+        self._held = self._largest = 0  # bytes of the rows that are ready; of the largest row so far
+        context = torch.multiprocessing.get_context("spawn")
+        self._tasks, self._results = context.Queue(), context.Queue()
+        self._tasks.cancel_join_thread()
+        self._workers = [
+            context.Process(target=_work, args=(reader, self._tasks, self._results, os.getpid()), daemon=True)
+            for _ in range(config.num_workers)
+        ]
+        for worker in self._workers:
+            worker.start()
+        # multiprocessing would send its children a SIGTERM, which these do not heed, and wait.
+        atexit.register(self.close)
+        self._send()
+
+    def __next__(self) -> Fetched:
+        if not self._open:
+            raise StopIteration
+        if not self._workers:
+            item: Fetched = self._reader[next(self._plans)]
+        else:
+            self._send()
+            if self._taken == self._sent:
+                raise StopIteration
+            while self._taken not in self._ready:
+                self._receive()
+                self._send()
+            bare, tensors = self._ready.pop(self._taken)
+            self._taken += 1
+            self._held -= _size(tensors)
+            self._send()
+            item = _restore(bare, tensors) if tensors else bare
+        if item.error is not None:
+            raise item.error
+        return item
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._open = False
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join()
+        atexit.unregister(self.close)
+
+    def _send(self) -> None:
+        """Gives out plans as far as rows and bytes allow."""
+        while (ahead := self._sent - self._taken) < self._most_rows:
+            making = ahead - len(self._ready)
+            if not self._largest and ahead >= len(self._workers):  # nothing is known of the size of a row yet
+                return
+            if ahead and self._held + (making + 1) * self._largest > self._most_bytes:
+                return
+            plan = next(self._plans, None)
+            if plan is None:
+                return
+            self._tasks.put((self._sent, plan))
+            self._sent += 1
+
+    def _receive(self) -> None:
+        """Waits for a row."""
+        while True:
+            try:
+                number, item, tensors, failure = self._results.get(timeout=_POLL_SECONDS)
+                break
+            except queue.Empty:
+                dead = [worker for worker in self._workers if not worker.is_alive()]
+                if dead:
+                    raise RuntimeError(
+                        f"data worker {dead[0].pid} ended with exit code {dead[0].exitcode}; killed for want of memory? "
+                        "lower data.num_workers or data.prefetch_mb"
+                    ) from None
+        if failure:
+            raise RuntimeError(f"in a data worker:\n{failure}")
+        self._ready[number] = (item, tensors)
+        size = _size(tensors)
+        self._held += size
+        self._largest = max(self._largest, size)
+
+
+def _work(
+    reader: RowReader, tasks: "torch.multiprocessing.Queue", results: "torch.multiprocessing.Queue", parent: int
+) -> None:
+    """A worker. Signals are left to the parent: a scheduler signals every process, and the parent needs rows to finish its
+    step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    results.cancel_join_thread()
+    while os.getppid() == parent:  # from the parent itself: it may have ended before this process looked
+        try:
+            number, plan = tasks.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            continue
+        try:
+            item, tensors, failure = *_flatten(reader[plan]), ""
+        except Exception:  # goes to the parent as text: not every exception can be sent
+            item, tensors, failure = Fetched(), (), traceback.format_exc()
+        results.put((number, item, tensors, failure))
+    os._exit(0)  # a row that nobody takes any more would hold up an orderly exit
+
+
+_FIELDS = ("input_ids", "position_ids", "labels", "cu_seqlens", "image_positions")
+
+
+def _flatten(item: Fetched) -> tuple[Fetched, tuple[Tensor, ...]]:
+    """Joins a row's tensors by dtype: each tensor that leaves a worker takes a file descriptor of shared memory."""
+    row = item.row
+    if row is None:
+        return item, ()
+    fields = [getattr(row, name) for name in _FIELDS]
+    lengths = torch.tensor([len(f) for f in fields])
+    shapes = torch.tensor([p.shape for p in row.pixels], dtype=torch.int64).reshape(-1, 3)
+    pixels = torch.cat([p.reshape(-1) for p in row.pixels]) if row.pixels else torch.empty(0)
+    none = torch.empty(0, dtype=torch.int64)
+    bare = PackedRow(input_ids=none, position_ids=none, labels=none, cu_seqlens=none)
+    bare = replace(bare, keys=row.keys, num_filler=row.num_filler, holes=row.holes, truncated=row.truncated)
+    return replace(item, row=bare), (lengths, torch.cat([f.to(torch.int64) for f in fields]), shapes, pixels)
+
+
+def _restore(item: Fetched, tensors: tuple[Tensor, ...]) -> Fetched:
+    assert item.row is not None
+    lengths, values, shapes, pixels = tensors
+    ids, positions, labels, cu_seqlens, image_positions = values.split(lengths.tolist())
+    parts = pixels.split(shapes.prod(1).tolist()) if len(shapes) else ()
+    row = replace(
+        item.row,
+        input_ids=ids,
+        position_ids=positions,
+        labels=labels,
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        image_positions=image_positions,
+        pixels=tuple(part.view(*shape) for part, shape in zip(parts, shapes.tolist())),
+    )
+    return replace(item, row=row)
+
+
+def _size(tensors: tuple[Tensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

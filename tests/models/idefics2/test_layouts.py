@@ -22,7 +22,9 @@ TWINS = {
     "mistral": dict(text="mistral", sliding_window=11),
     "tied": dict(text="llama", tie=True),
     # Heads that no tensor parallel size divides: tower and perceiver attention run whole on every rank.
-    "odd_heads": dict(text="llama", vision_heads=3, perceiver_heads=3, perceiver_kv_heads=3),
+    # With seed 0 a change of all weights in the last bit moves the loss after 10 updates by 1.5e-5 to 1.4e-4 on one process
+    # already: such a twin cannot tell layouts apart at 1e-5. With seed 1 it moves by 1.5e-6.
+    "odd_heads": dict(text="llama", vision_heads=3, perceiver_heads=3, perceiver_kv_heads=3, seed=1),
     "one_kv_head": dict(text="llama", kv_heads=2, perceiver_kv_heads=1),
 }
 PAIRWISE = [

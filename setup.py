@@ -37,6 +37,7 @@ EXTRAS = {
     "parquet": ["pyarrow==26.0.1"],  # data build --format parquet
     "dev": [
         "pytest==9.2.0",
+        "pytest-xdist==3.8.0",
         "ruff==0.17.6",
         "mypy==2.4.1",
         "types-PyYAML==6.0.12.20261113",

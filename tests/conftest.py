@@ -1,5 +1,7 @@
 """What every test shares: the GPU tests that cannot run here are left out before they start, and counted at the end."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,6 +17,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         not_run.extend(item.nodeid for item in gpu)
         items[:] = [item for item in items if item not in gpu]
         config.hook.pytest_deselected(items=gpu)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker process of pytest-xdist tells the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = not_run
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker collects all tests: what one left out, all did."""
+    not_run[:] = getattr(node, "workeroutput", {}).get("not_run", not_run)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

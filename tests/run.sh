@@ -4,6 +4,7 @@
 #   --fast    the same without the tests marked slow (about 3 minutes)
 #   --full    the whole matrix, before a capability is called done
 # Tests that need a GPU run where there is one; elsewhere they are counted, not hidden.
+# MEGATRON_VLM_TEST_PROCESSES (default 2) test files run at a time; 0: one after the other, in one process.
 set -eu
 cd "$(dirname "$0")/.."
 . toolkits/setup_env.sh
@@ -20,5 +21,6 @@ status=0
 ruff check . || status=1
 ruff format --check . || status=1
 mypy || status=1
-if ! python -m pytest -m "$marks" --durations=15 "$@"; then status=1; fi
+# Two processes, a test file in one of them: most tests wait for one core.
+if ! python -m pytest -n "${MEGATRON_VLM_TEST_PROCESSES:-2}" --dist loadfile -m "$marks" --durations=15 "$@"; then status=1; fi
 exit $status

@@ -123,6 +123,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "freeze-backbone": ("model.freeze_vision", True),
     "freeze-mlp": ("model.freeze_connector", True),
     "answer-loss-only": ("data.answer_loss_only", True),
+    "allow-data-change": ("data.allow_data_change", True),
     "group-by-length": ("data.group_by", "length"),
     "group-by-modality-length": ("data.group_by", "modality"),
     "packing": ("data.packing", True),

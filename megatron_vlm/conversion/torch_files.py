@@ -62,6 +62,9 @@ def load_weights_only(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise ConversionError(f"weights file {path} does not exist")
+    # Libraries declare classes of theirs safe for the whole process (megatron-core does): here none is.
+    declared = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -81,6 +84,8 @@ def load_weights_only(path: str | os.PathLike) -> dict[str, Any]:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(f"weights file {path} is truncated or damaged, fetch it again ({reason})") from error
+    finally:
+        torch.serialization.add_safe_globals(declared)
     if not isinstance(content, dict):
         raise ConversionError(f"{path} must hold a dictionary of tensors, found {type(content).__name__}")
     return content

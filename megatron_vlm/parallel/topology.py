@@ -140,7 +140,8 @@ def init_process_group(device: torch.device, timeout_minutes: float = 30.0) -> N
     """Joins the process group that torchrun's variables describe (a group of one without them)."""
     if dist.is_initialized():
         return
-    if "RANK" not in os.environ:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and "MASTER_ADDR" not in os.environ
+    if "RANK" not in os.environ or alone:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         store = dist.HashStore()
         dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import fcntl
 import functools
 import gc
 import importlib
@@ -29,7 +30,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,18 @@ class _Pool:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def run(self, world: int, fn: Callable[..., Any], args: tuple, kwargs: dict, timeout: float) -> list[Any]:
+        with self._turn(world):
+            return self._run(world, fn, args, kwargs, timeout)
+
+    @contextlib.contextmanager
+    def _turn(self, world: int) -> Iterator[None]:
+        """Several ranks compute for one pool at a time on a machine: two pools on few cores would slow each other down."""
+        with open(Path(tempfile.gettempdir()) / f"megatron_vlm_ranks_{os.getuid()}.lock", "w") as file:
+            if world > 1:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _run(self, world: int, fn: Callable[..., Any], args: tuple, kwargs: dict, timeout: float) -> list[Any]:
         self._start(world)
         if self.group is None or self.group[0] != world:
             self.serial += 1

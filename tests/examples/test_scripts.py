@@ -61,6 +61,16 @@ def both_stages(folder: Path, nodes: int, llm: Path, vision: Path, data: Path) -
 
 
 @pytest.mark.slow
+def test_pretraining_from_parts(tmp_path, llm, vision, data):
+    """LLM + tower -> stage 1, on one node of two ranks."""
+    shared = dict(DATA=data / "shards", VAL_DATA=data / "shards", PER_DEVICE_BATCH_SIZE=2, BATCH_SIZE=4)
+    run("pretrain_idefics2_llama3.sh", OUTPUT=tmp_path / "one", LLM=llm, VISION=vision, **shared)
+    first, *_, last = losses(tmp_path / "one")
+    assert last < first
+    assert (tmp_path / "one" / "latest_checkpointed_iteration.txt").exists()
+
+
+@pytest.mark.full
 def test_pretrain_finetune_export_inference(tmp_path, llm, vision, data, val_data):
     """LLM + tower -> stage 1 -> stage 2 -> mg2hf -> plain transformers; two nodes give the losses of one."""
     one = both_stages(tmp_path / "one_node", 1, llm, vision, data)

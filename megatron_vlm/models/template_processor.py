@@ -4,11 +4,8 @@ turns --data.templates--> pieces --each tokenised on its own--> ids, labels
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vlm.data.chat import FastTokenizer, Piece, Tokens, encode_pieces, encode_separately, fit
+from megatron_vlm.data.chat import Piece, Tokens, encode_pieces, encode_separately
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images import upright_rgb
 from megatron_vlm.data.sentencepiece import load_tokenizer
-from megatron_vlm.data.shards import num_placeholders
 from megatron_vlm.data.templates import IMAGE, TEMPLATES, Template
-from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
+from megatron_vlm.data.types import EncodedSample, Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.log import get_logger
+from megatron_vlm.models.conversation import ConversationProcessor, Size
 from megatron_vlm.models.processor_files import chat_template, generation_stops, read_json
 
 LOGGER = get_logger(__name__)
@@ -34,34 +30,22 @@ _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}  # whe
 
 
 @dataclass(frozen=True, kw_only=True)
-class TemplateProcessor:
+class TemplateProcessor(ConversationProcessor):
     """Encodes conversations. Plain values only: it travels to worker processes.
 
     A family whose images are seen gives ``tokens_per_image``, ``patches_per_image`` and ``pixels``.
 
     Attributes:
-        tokenizer: of the model; it adds nothing around a text.
         template: prompt format.
         bos_token_id: begins a conversation, never supervised; None: nothing does.
-        eos_token_id, filler_token_id: ids of EOS and filler.
+        eos_token_id: id of EOS.
         control_tokens: no turn may hold their text.
-        stop_ids: tokens that end an answer.
-        image_token_id: holds the place of image features; -1: the model has no images.
-        seq_length, truncate, answer_loss_only, max_image_num: see DataConfig.
     """
 
-    tokenizer: FastTokenizer
     template: Template
     bos_token_id: int | None
     eos_token_id: int
-    filler_token_id: int
     control_tokens: tuple[str, ...]
-    stop_ids: tuple[int, ...]
-    image_token_id: int = -1
-    seq_length: int
-    truncate: bool
-    answer_loss_only: bool
-    max_image_num: int | None
 
     @property
     def tokens_per_image(self) -> int:
@@ -77,88 +61,24 @@ class TemplateProcessor:
         """Prepares an RGB image: float32 [3, H, W]."""
         raise NotImplementedError
 
-    @cached_property
-    def fingerprint(self) -> str:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer"}
-        text = json.dumps([1, self.tokenizer.text, values], sort_keys=True, default=dataclasses.asdict)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
+        if sizes and self.image_token_id < 0:
+            return "images_for_a_text_model"
+        return "control_tokens" if any(t in turn.text for turn in turns for t in self.control_tokens) else ""
 
-    def count(
-        self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any] = NO_OPTIONS
-    ) -> TokenCount:
-        """See data.types.Processor. Every image takes as many tokens, whatever its size; ``options`` have no effect."""
-        return self._count(turns, len(image_sizes))[0]
+    def patches(self, plan: Size) -> int:
+        return self.patches_per_image
 
-    def encode(
-        self,
-        key: str,
-        turns: Sequence[Turn],
-        images: Sequence[Image.Image],
-        seed: int = 0,
-        options: Mapping[str, Any] = NO_OPTIONS,
-    ) -> EncodedSample:
-        """See data.types.Processor. There is no augmentation and no tile, so ``seed`` and ``options`` have no effect."""
-        count, tokens = self._count(turns, len(images))
-        if tokens is None or count.reason:
-            limits = f"{count.tokens} tokens, seq_length {self.seq_length}, {len(images)} images"
-            raise DataError(f"cannot be trained on: {count.reason} ({limits})", key=key)
-        ids = torch.from_numpy(tokens.ids)
-        labels = ids.where(torch.from_numpy(tokens.supervised), torch.tensor(IGNORE_INDEX))
-        return self._sample(key, ids, labels, images)
+    def views(self, image: Image.Image, plan: Size, draw: Any) -> list[torch.Tensor]:
+        return [self.pixels(image)]
 
     def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
-        """Encodes a conversation up to where the assistant answers; every label is -100.
-
-        Raises:
-            DataError: as many images as placeholders are needed.
-        """
-        if num_placeholders(turns) != len(images):
-            raise DataError(f"{num_placeholders(turns)} {IMAGE} placeholders for {len(images)} images")
         if images and self.image_token_id < 0:
             raise DataError("this model has no vision tower: ask it without images")
-        ids = torch.from_numpy(self._tokenise(turns).ids)
-        return self._sample("prompt", ids, torch.full_like(ids, IGNORE_INDEX), images)
+        return super().encode_prompt(turns, images)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of an answer's ids, without the tokens that end it."""
-        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
-
-    def _sample(
-        self, key: str, ids: torch.Tensor, labels: torch.Tensor, images: Sequence[Image.Image]
-    ) -> EncodedSample:
-        positions = (ids == self.image_token_id).nonzero()[:, 0]
-        kept = images[: len(positions) // self.tokens_per_image] if len(positions) else ()
-        pixels = tuple(self.pixels(upright_rgb(image)) for image in kept)
-        return EncodedSample(key=key, input_ids=ids, labels=labels, pixels=pixels, image_positions=positions)
-
-    def _count(self, turns: Sequence[Turn], num_images: int) -> tuple[TokenCount, Tokens | None]:
-        reason = ""
-        if num_placeholders(turns) != num_images:
-            reason = "placeholders"
-        elif num_images and self.image_token_id < 0:
-            reason = "images_for_a_text_model"
-        elif self.max_image_num is not None and num_images > self.max_image_num:
-            reason = "max_image_num"
-        elif any(token in turn.text for turn in turns for token in self.control_tokens):
-            reason = "control_tokens"
-        if reason:
-            return TokenCount(tokens=0, supervised=0, image_tokens=0, patches=0, reason=reason), None
-        tokens = fit(self._tokenise, turns, self.seq_length, truncate=self.truncate, keep=[self.image_token_id])
-        if tokens is None:
-            length = len(self._tokenise(turns).ids)
-            return TokenCount(tokens=length, supervised=0, image_tokens=0, patches=0, reason="too_long"), None
-        image_tokens = int((tokens.ids == self.image_token_id).sum())
-        count = TokenCount(
-            tokens=len(tokens.ids),
-            supervised=tokens.num_supervised,
-            image_tokens=image_tokens,
-            patches=image_tokens // max(self.tokens_per_image, 1) * self.patches_per_image,
-            reason="" if tokens.num_supervised else "nothing_supervised",
-            truncated=tokens.truncated,
-        )
-        return count, tokens
-
-    def _tokenise(self, turns: Sequence[Turn]) -> Tokens:
+    def tokenise(self, turns: Sequence[Turn], plans: Sequence[Size], prompt: bool = False) -> Tokens:
+        """A template ends in the assistant's header by itself where the last turn is the user's."""
         pieces = self.template.pieces([self._placed(turn) for turn in turns], self.bos_token_id, self.eos_token_id)
         never = [self.image_token_id, *([] if self.bos_token_id is None else [self.bos_token_id])]
         run = (self.image_token_id,) * self.tokens_per_image

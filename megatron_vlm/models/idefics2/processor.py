@@ -11,10 +11,8 @@ a turn begins with an image. A model whose vocabulary has no ``<end_of_utterance
 token in that place: transformers' processor would add the token with an id beyond the model's embedding.
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +22,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vlm.data.chat import FastTokenizer, Piece, Tokens, encode_pieces, fit, plain_tokenizer
+from megatron_vlm.data.chat import Piece, Tokens, encode_pieces, plain_tokenizer
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images import normalise_table, upright_rgb
-from megatron_vlm.data.shards import num_placeholders
-from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.data.images import normalise_table
+from megatron_vlm.data.types import Turn
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
+from megatron_vlm.models.conversation import ConversationProcessor, Size
 from megatron_vlm.models.processor_files import (
     chat_template,
     check_image_settings,
@@ -52,31 +50,24 @@ _PROBE = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Idefics2Processor:
+class Idefics2Processor(ConversationProcessor):
     """Encodes samples for Idefics2. Plain values only: it travels to worker processes.
 
     Attributes:
-        tokenizer: of the model, special tokens added.
-        image_token_id, fake_token_id, filler_token_id: ids of ``<image>``, ``<fake_token_around_image>`` and filler.
+        fake_token_id: id of ``<fake_token_around_image>``.
         bos_token_id: never supervised; None: the tokenizer adds none.
         end: text that ends a turn.
-        stop_ids: tokens that end an answer.
         image_seq_len: ``<image>`` tokens per view of an image, the perceiver's latents.
         splitting: the model sees each image as five views: its four quarters, and the whole.
         longest_edge, shortest_edge: of a resized image, in pixels.
         resample: PIL's code of the resampling filter.
         rescale, mean, std: normalisation, per channel.
         patch_size: of the vision tower, for the cost of an image.
-        seq_length, truncate, answer_loss_only, max_image_num: see DataConfig.
     """
 
-    tokenizer: FastTokenizer
-    image_token_id: int
     fake_token_id: int
-    filler_token_id: int
     bos_token_id: int | None
     end: str
-    stop_ids: tuple[int, ...]
     image_seq_len: int
     splitting: bool
     longest_edge: int
@@ -86,10 +77,6 @@ class Idefics2Processor:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     patch_size: int
-    seq_length: int
-    truncate: bool
-    answer_loss_only: bool
-    max_image_num: int | None
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "Idefics2Processor":
@@ -147,67 +134,28 @@ class Idefics2Processor:
         )
 
     @cached_property
-    def fingerprint(self) -> str:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer"}
-        return hashlib.sha256(json.dumps([2, self.tokenizer.text, values], sort_keys=True).encode()).hexdigest()
-
-    @cached_property
     def _table(self) -> np.ndarray:
         return normalise_table(self.rescale, self.mean, self.std)
 
-    def count(
-        self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any] = NO_OPTIONS
-    ) -> TokenCount:
-        """See data.types.Processor. ``options`` speak of tiles and augmentation, which Idefics2 has none of."""
-        return self._count(turns, image_sizes)[0]
-
-    def encode(
-        self,
-        key: str,
-        turns: Sequence[Turn],
-        images: Sequence[Image.Image],
-        seed: int = 0,
-        options: Mapping[str, Any] = NO_OPTIONS,
-    ) -> EncodedSample:
-        """See data.types.Processor. There is no augmentation and no tile, so ``seed`` and ``options`` have no effect."""
-        images = [upright_rgb(image) for image in images]
-        count, tokens = self._count(turns, [image.size for image in images])
-        if tokens is None or count.reason:
-            limits = f"{count.tokens} tokens, seq_length {self.seq_length}, {len(images)} images"
-            raise DataError(f"cannot be trained on: {count.reason} ({limits})", key=key)
-        ids = torch.from_numpy(tokens.ids)
-        labels = ids.where(torch.from_numpy(tokens.supervised), torch.tensor(IGNORE_INDEX))
-        return self._sample(key, ids, labels, images)
-
-    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
-        """Encodes a conversation up to where the assistant answers; every label is -100.
-
-        Raises:
-            DataError: as many images as placeholders are needed.
-        """
-        if num_placeholders(turns) != len(images):
-            raise DataError(f"{num_placeholders(turns)} {IMAGE} placeholders for {len(images)} images")
-        ids = torch.from_numpy(self._tokenise(turns, prompt=True).ids)
-        labels = torch.full_like(ids, IGNORE_INDEX)
-        return self._sample("prompt", ids, labels, [upright_rgb(image) for image in images])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of an answer's ids, without the tokens that end it."""
-        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
-
-    def _sample(
-        self, key: str, ids: torch.Tensor, labels: torch.Tensor, images: Sequence[Image.Image]
-    ) -> EncodedSample:
-        positions = (ids == self.image_token_id).nonzero()[:, 0]
-        kept = images[: len(positions) // self._tokens_per_image]
-        pixels = tuple(self.pixels(image.crop(box)) for image in kept for box in self.views(*image.size))
-        return EncodedSample(key=key, input_ids=ids, labels=labels, pixels=pixels, image_positions=positions)
-
     @property
-    def _tokens_per_image(self) -> int:
-        return self.image_seq_len * (5 if self.splitting else 1)
+    def never_cut(self) -> tuple[int, ...]:
+        return (self.image_token_id, self.fake_token_id)
 
-    def views(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
+    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
+        if any(FAKE in turn.text or self.end in turn.text for turn in turns):
+            return "control_tokens"
+        if self.splitting and any(min(size) < 2 for size in sizes):
+            return "image_too_small"  # it has no four quarters
+        return ""
+
+    def patches(self, plan: Size) -> int:
+        sizes = [self.resized(right - left, low - top) for left, top, right, low in self.boxes(*plan)]
+        return sum((width // self.patch_size) * (height // self.patch_size) for width, height in sizes)
+
+    def views(self, image: Image.Image, plan: Size, draw: Any) -> list[torch.Tensor]:
+        return [self.pixels(image.crop(box)) for box in self.boxes(*plan)]
+
+    def boxes(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
         """Returns the boxes (left, top, right, bottom) of an image that the model sees, in order."""
         whole, x, y = (0, 0, width, height), width // 2, height // 2
         if not self.splitting:
@@ -231,37 +179,7 @@ class Idefics2Processor:
             width, height = int(self.longest_edge * aspect_ratio), self.longest_edge
         return max(width, self.shortest_edge), max(height, self.shortest_edge)
 
-    def _count(self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]]) -> tuple[TokenCount, Tokens | None]:
-        reason = ""
-        if num_placeholders(turns) != len(image_sizes):
-            reason = "placeholders"
-        elif self.max_image_num is not None and len(image_sizes) > self.max_image_num:
-            reason = "max_image_num"
-        elif any(FAKE in turn.text or self.end in turn.text for turn in turns):
-            reason = "control_tokens"
-        elif self.splitting and any(min(size) < 2 for size in image_sizes):
-            reason = "image_too_small"  # it has no four quarters
-        if reason:
-            return TokenCount(tokens=0, supervised=0, image_tokens=0, patches=0, reason=reason), None
-        keep = (self.image_token_id, self.fake_token_id)
-        tokens = fit(self._tokenise, turns, self.seq_length, truncate=self.truncate, keep=keep)
-        if tokens is None:
-            length = len(self._tokenise(turns).ids)
-            return TokenCount(tokens=length, supervised=0, image_tokens=0, patches=0, reason="too_long"), None
-        image_tokens = int((tokens.ids == self.image_token_id).sum())
-        kept = image_sizes[: image_tokens // self._tokens_per_image]
-        views = [self.resized(right - left, low - top) for s in kept for left, top, right, low in self.views(*s)]
-        count = TokenCount(
-            tokens=len(tokens.ids),
-            supervised=tokens.num_supervised,
-            image_tokens=image_tokens,
-            patches=sum((width // self.patch_size) * (height // self.patch_size) for width, height in views),
-            reason="" if tokens.num_supervised else "nothing_supervised",
-            truncated=tokens.truncated,
-        )
-        return count, tokens
-
-    def _tokenise(self, turns: Sequence[Turn], prompt: bool = False) -> Tokens:
+    def tokenise(self, turns: Sequence[Turn], plans: Sequence[Size], prompt: bool = False) -> Tokens:
         pieces = []
         for turn in turns:
             answer = turn.role == "assistant"

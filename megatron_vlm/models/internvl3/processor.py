@@ -9,8 +9,6 @@ Every conversation begins with a system line, the original's unless the first tu
 internvl_chat_finetune.py.
 """
 
-import hashlib
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -23,11 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vlm.data.chat import FastTokenizer, Piece, Tokens, encode_separately, fit, plain_tokenizer
+from megatron_vlm.data.chat import Piece, Tokens, encode_separately, plain_tokenizer
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images import normalise_table, upright_rgb
-from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.data.images import normalise_table
+from megatron_vlm.data.types import Turn
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.conversation import ConversationProcessor, Size
 from megatron_vlm.models.internvl3 import tiling
 from megatron_vlm.models.internvl3.config import LAYOUTS, InternVL3ModelConfig
 from megatron_vlm.models.processor_files import (
@@ -45,18 +44,17 @@ TEMPLATE = "internvl2_5"
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 ASSISTANT = f"{OPEN}assistant\n"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TilePlan = tuple[int, int]
+"""Of an image: most tiles it may be cut into, and the tiles it becomes, with its thumbnail."""
 _FRAME = re.compile(r"Frame-?\d+: $")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InternVL3Processor:
+class InternVL3Processor(ConversationProcessor):
     """Encodes samples for InternVL3. Plain values only: it travels to worker processes.
 
     Attributes:
-        tokenizer: of the model.
-        image_token_id, start_token_id, stop_token_id, filler_token_id: ids of ``<IMG_CONTEXT>``, ``<img>``, ``</img>`` and
-            filler.
-        stop_ids: tokens that end an answer.
+        start_token_id, stop_token_id: ids of ``<img>`` and ``</img>``.
         side: of a tile, in pixels.
         tile_tokens, tile_patches: ``<IMG_CONTEXT>`` tokens, and patches of the tower, of one tile.
         dynamic: images are cut into tiles; else each is one.
@@ -64,15 +62,10 @@ class InternVL3Processor:
         thumbnail: an image of several tiles is seen as a whole, too.
         resample: PIL's code of the resampling filter.
         rescale, mean, std: normalisation, per channel.
-        seq_length, truncate, answer_loss_only, max_image_num: see DataConfig.
     """
 
-    tokenizer: FastTokenizer
-    image_token_id: int
     start_token_id: int
     stop_token_id: int
-    filler_token_id: int
-    stop_ids: tuple[int, ...]
     side: int
     tile_tokens: int
     tile_patches: int
@@ -84,10 +77,6 @@ class InternVL3Processor:
     rescale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    seq_length: int
-    truncate: bool
-    answer_loss_only: bool
-    max_image_num: int | None
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "InternVL3Processor":
@@ -132,11 +121,6 @@ class InternVL3Processor:
         )
 
     @cached_property
-    def fingerprint(self) -> str:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer"}
-        return hashlib.sha256(json.dumps([1, self.tokenizer.text, values], sort_keys=True).encode()).hexdigest()
-
-    @cached_property
     def _table(self) -> np.ndarray:
         return normalise_table(self.rescale, self.mean, self.std)
 
@@ -145,47 +129,29 @@ class InternVL3Processor:
         """Tokens of an answer's header."""
         return len(self.tokenizer.ids(ASSISTANT))
 
-    def count(
-        self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any] = NO_OPTIONS
-    ) -> TokenCount:
-        """See data.types.Processor."""
-        return self._count(turns, image_sizes, options)[0]
+    @property
+    def never_cut(self) -> tuple[int, ...]:
+        return (self.image_token_id, self.start_token_id, self.stop_token_id)
 
-    def encode(
-        self,
-        key: str,
-        turns: Sequence[Turn],
-        images: Sequence[Image.Image],
-        seed: int = 0,
-        options: Mapping[str, Any] = NO_OPTIONS,
-    ) -> EncodedSample:
-        """See data.types.Processor. ``seed`` keys the JPEG compression that the option ``data_augment`` asks for."""
-        images = [upright_rgb(image) for image in images]
-        count, tokens = self._count(turns, [image.size for image in images], options)
-        if tokens is None or count.reason:
-            limits = f"{count.tokens} tokens, seq_length {self.seq_length}, {len(images)} images"
-            raise DataError(f"cannot be trained on: {count.reason} ({limits})", key=key)
-        ids = torch.from_numpy(tokens.ids)
-        labels = ids.where(torch.from_numpy(tokens.supervised), torch.tensor(IGNORE_INDEX))
-        draw = random.Random(seed) if options.get("data_augment") else None
-        return self._sample(key, ids, labels, images, self.limits(turns, options), draw)
+    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
+        marks = (START, CONTEXT, STOP, OPEN, CLOSE)
+        return "control_tokens" if any(mark in turn.text for turn in turns for mark in marks) else ""
 
-    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
-        """Encodes a conversation up to where the assistant answers; every label is -100.
+    def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> list[TilePlan]:
+        return [
+            (most, tiling.num_tiles(*size, self.side, min(self.min_tiles, most), most, self.thumbnail))
+            for size, most in zip(sizes, self.limits(turns, options))
+        ]
 
-        Raises:
-            DataError: as many images as placeholders are needed.
-        """
-        images, limits = [upright_rgb(image) for image in images], self.limits(turns, NO_OPTIONS)
-        if len(limits) != len(images):
-            raise DataError(f"{len(limits)} {IMAGE} placeholders for {len(images)} images")
-        tokens = self._tokenise(turns, self._tiles([image.size for image in images], limits), prompt=True)
-        ids = torch.from_numpy(tokens.ids)
-        return self._sample("prompt", ids, torch.full_like(ids, IGNORE_INDEX), images, limits, None)
+    def patches(self, plan: TilePlan) -> int:
+        return plan[1] * self.tile_patches
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of an answer's ids, without the tokens that end it."""
-        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
+    def views(self, image: Image.Image, plan: TilePlan, draw: random.Random | None) -> list[torch.Tensor]:
+        most = plan[0]
+        cut = tiling.tiles(image, self.side, min(self.min_tiles, most), most, self.thumbnail, self.resample)
+        if draw:
+            cut = [tiling.degrade(tile, draw) for tile in cut]
+        return [tiling.stack(cut, self._table)]
 
     def limits(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> list[int]:
         """Most tiles of each image, in order: images share the limit, a frame of a video is one tile."""
@@ -194,66 +160,9 @@ class InternVL3Processor:
         most = int(options.get("max_dynamic_patch", self.max_tiles)) // max(1, frames.count(False))
         return [1 if frame else max(1, most) for frame in frames]
 
-    def _tiles(self, sizes: Sequence[tuple[int, int]], limits: Sequence[int]) -> list[int]:
-        return [
-            tiling.num_tiles(*size, self.side, min(self.min_tiles, most), most, self.thumbnail)
-            for size, most in zip(sizes, limits)
-        ]
-
-    def _sample(
-        self,
-        key: str,
-        ids: torch.Tensor,
-        labels: torch.Tensor,
-        images: Sequence[Image.Image],
-        limits: Sequence[int],
-        draw: random.Random | None,
-    ) -> EncodedSample:
-        kept = int((ids == self.start_token_id).sum())  # the too-long policy may have taken turns with their images
-        pixels = []
-        for image, most in zip(images[:kept], limits):
-            least = min(self.min_tiles, most)
-            cut = tiling.tiles(image, self.side, least, most, self.thumbnail, self.resample)
-            if draw:
-                cut = [tiling.degrade(tile, draw) for tile in cut]
-            pixels.append(tiling.stack(cut, self._table))
-        positions = (ids == self.image_token_id).nonzero()[:, 0]
-        return EncodedSample(key=key, input_ids=ids, labels=labels, pixels=tuple(pixels), image_positions=positions)
-
-    def _count(
-        self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any]
-    ) -> tuple[TokenCount, Tokens | None]:
-        limits, reason = self.limits(turns, options), ""
-        if len(limits) != len(image_sizes):
-            reason = "placeholders"
-        elif self.max_image_num is not None and len(image_sizes) > self.max_image_num:
-            reason = "max_image_num"
-        elif any(mark in turn.text for turn in turns for mark in (START, CONTEXT, STOP, OPEN, CLOSE)):
-            reason = "control_tokens"
-        if reason:
-            return TokenCount(tokens=0, supervised=0, image_tokens=0, patches=0, reason=reason), None
-        numbers = self._tiles(image_sizes, limits)
-        keep = (self.image_token_id, self.start_token_id, self.stop_token_id)
-        tokens = fit(
-            lambda some: self._tokenise(some, numbers), turns, self.seq_length, truncate=self.truncate, keep=keep
-        )
-        if tokens is None:
-            length = len(self._tokenise(turns, numbers).ids)
-            return TokenCount(tokens=length, supervised=0, image_tokens=0, patches=0, reason="too_long"), None
-        image_tokens = int((tokens.ids == self.image_token_id).sum())
-        count = TokenCount(
-            tokens=len(tokens.ids),
-            supervised=tokens.num_supervised,
-            image_tokens=image_tokens,
-            patches=image_tokens // self.tile_tokens * self.tile_patches,
-            reason="" if tokens.num_supervised else "nothing_supervised",
-            truncated=tokens.truncated,
-        )
-        return count, tokens
-
-    def _tokenise(self, turns: Sequence[Turn], tiles: Sequence[int], prompt: bool = False) -> Tokens:
+    def tokenise(self, turns: Sequence[Turn], plans: Sequence[TilePlan], prompt: bool = False) -> Tokens:
         """Each turn is tokenised on its own, header and end included; images within it stand for themselves."""
-        numbers = iter(tiles)
+        numbers = (tiles for _, tiles in plans)
         lines = list(turns) if turns and turns[0].role == "system" else [Turn(role="system", text=SYSTEM), *turns]
         pieces: list[Piece] = []
         for turn in lines:

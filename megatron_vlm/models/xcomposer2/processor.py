@@ -8,8 +8,6 @@ their end token, and after the last one the line break and EOS too, as in the or
 modeling_internlm_xcomposer2.py (``interleav_wrap``, ``mask_human_targets``) and finetune/ixc_utils.py.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vlm.data.chat import FastTokenizer, Piece, Tokens, encode_separately, fit
+from megatron_vlm.data.chat import Piece, Tokens, encode_separately
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images import normalise_table, upright_rgb
+from megatron_vlm.data.images import normalise_table
 from megatron_vlm.data.sentencepiece import load_tokenizer
-from megatron_vlm.data.shards import num_placeholders
-from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.data.types import Turn
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
+from megatron_vlm.models.conversation import ConversationProcessor, Size
 from megatron_vlm.models.processor_files import check_image_settings, generation_stops, read_json
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
 
@@ -40,35 +38,23 @@ WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True, kw_only=True)
-class XComposer2Processor:
+class XComposer2Processor(ConversationProcessor):
     """Encodes samples for InternLM-XComposer2. Plain values only: it travels to worker processes.
 
     Attributes:
-        tokenizer: of the model; it adds nothing around a text.
         model: gives the tokens of an image.
         hd_num: most tiles of an image in the 4khd variant; 0 in the others.
-        image_token_id: holds the place of image features.
-        open_id, close_id, bos_token_id, eos_token_id, filler_token_id: ids of the prompt.
+        open_id, close_id, bos_token_id, eos_token_id: ids of the prompt.
         control_tokens: no turn may hold their text.
-        stop_ids: tokens that end an answer.
-        seq_length, truncate, answer_loss_only, max_image_num: see DataConfig.
     """
 
-    tokenizer: FastTokenizer
     model: XComposer2Config
     hd_num: int
-    image_token_id: int
     open_id: int
     close_id: int
     bos_token_id: int
     eos_token_id: int
-    filler_token_id: int
     control_tokens: tuple[str, ...]
-    stop_ids: tuple[int, ...]
-    seq_length: int
-    truncate: bool
-    answer_loss_only: bool
-    max_image_num: int | None
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "XComposer2Processor":
@@ -107,54 +93,20 @@ class XComposer2Processor:
         )
 
     @cached_property
-    def fingerprint(self) -> str:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("tokenizer", "model")}
-        content = [1, self.tokenizer.text, self.model.to_dict(), values]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    @cached_property
     def _table(self) -> np.ndarray:
         return normalise_table(1 / 255, CLIP_MEAN, CLIP_STD)
 
-    def count(
-        self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any] = NO_OPTIONS
-    ) -> TokenCount:
-        """See data.types.Processor. ``options`` speak of augmentation and of InternVL's tiles, which are none here."""
-        return self._count(turns, image_sizes)[0]
+    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
+        return "control_tokens" if any(t in turn.text for turn in turns for t in self.control_tokens) else ""
 
-    def encode(
-        self,
-        key: str,
-        turns: Sequence[Turn],
-        images: Sequence[Image.Image],
-        seed: int = 0,
-        options: Mapping[str, Any] = NO_OPTIONS,
-    ) -> EncodedSample:
-        """See data.types.Processor. There is no augmentation, so ``seed`` has no effect."""
-        images = [upright_rgb(image) for image in images]
-        count, tokens = self._count(turns, [image.size for image in images])
-        if tokens is None or count.reason:
-            limits = f"{count.tokens} tokens, seq_length {self.seq_length}, {len(images)} images"
-            raise DataError(f"cannot be trained on: {count.reason} ({limits})", key=key)
-        ids = torch.from_numpy(tokens.ids)
-        labels = ids.where(torch.from_numpy(tokens.supervised), torch.tensor(IGNORE_INDEX))
-        return self._sample(key, ids, labels, images[: num_placeholders(turns[: tokens.num_turns])])
+    def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> list[Size]:
+        return [self.grid(size) for size in sizes]
 
-    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
-        """Encodes a conversation up to where the assistant answers; every label is -100.
+    def patches(self, plan: Size) -> int:
+        return (plan[0] * plan[1] + 1 if self.hd_num else 1) * self.model.vision.side**2
 
-        Raises:
-            DataError: as many images as placeholders are needed.
-        """
-        if num_placeholders(turns) != len(images):
-            raise DataError(f"{num_placeholders(turns)} {IMAGE} placeholders for {len(images)} images")
-        images = [upright_rgb(image) for image in images]
-        ids = torch.from_numpy(self._tokenise(turns, [image.size for image in images], prompt=True).ids)
-        return self._sample("prompt", ids, torch.full_like(ids, IGNORE_INDEX), images)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of an answer's ids, without the tokens that end it."""
-        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
+    def views(self, image: Image.Image, plan: Size, draw: Any) -> list[torch.Tensor]:
+        return [self.pixels(image)]
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """Prepares an RGB image: float32 [3, H, W]."""
@@ -170,45 +122,9 @@ class XComposer2Processor:
         """(rows, columns) of tiles of an image of (width, height)."""
         return hd_size(*size, self.hd_num, self.model.vision.image_size)[0] if self.hd_num else (1, 1)
 
-    def _sample(
-        self, key: str, ids: torch.Tensor, labels: torch.Tensor, images: Sequence[Image.Image]
-    ) -> EncodedSample:
-        positions = (ids == self.image_token_id).nonzero()[:, 0]
-        pixels = tuple(self.pixels(image) for image in images)
-        return EncodedSample(key=key, input_ids=ids, labels=labels, pixels=pixels, image_positions=positions)
-
-    def _count(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> tuple[TokenCount, Tokens | None]:
-        reason = ""
-        if num_placeholders(turns) != len(sizes):
-            reason = "placeholders"
-        elif self.max_image_num is not None and len(sizes) > self.max_image_num:
-            reason = "max_image_num"
-        elif any(token in turn.text for turn in turns for token in self.control_tokens):
-            reason = "control_tokens"
-        if reason:
-            return TokenCount(tokens=0, supervised=0, image_tokens=0, patches=0, reason=reason), None
-        keep = [self.image_token_id]
-        tokens = fit(
-            lambda some: self._tokenise(some, sizes), turns, self.seq_length, truncate=self.truncate, keep=keep
-        )
-        if tokens is None:
-            length = len(self._tokenise(turns, sizes).ids)
-            return TokenCount(tokens=length, supervised=0, image_tokens=0, patches=0, reason="too_long"), None
-        grids = [self.grid(size) for size in sizes[: num_placeholders(turns[: tokens.num_turns])]]
-        views = sum(rows * columns + 1 if self.hd_num else 1 for rows, columns in grids)
-        count = TokenCount(
-            tokens=len(tokens.ids),
-            supervised=tokens.num_supervised,
-            image_tokens=int((tokens.ids == self.image_token_id).sum()),
-            patches=views * self.model.vision.side**2,
-            reason="" if tokens.num_supervised else "nothing_supervised",
-            truncated=tokens.truncated,
-        )
-        return count, tokens
-
-    def _tokenise(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]], prompt: bool = False) -> Tokens:
+    def tokenise(self, turns: Sequence[Turn], plans: Sequence[Size], prompt: bool = False) -> Tokens:
         """The end of the last answer, its line break and EOS are one piece, so that the answer starts where ``fit`` cuts."""
-        remaining = iter(sizes)
+        remaining = iter(plans)
         pieces = [Piece(ids=(self.bos_token_id,))]
         for number, turn in enumerate(turns):
             answer, last = turn.role == "assistant", number == len(turns) - 1 and not prompt
@@ -216,7 +132,7 @@ class XComposer2Processor:
             ids: list[int] = []
             for part, text in enumerate(turn.text.strip().split(IMAGE)):
                 if part:
-                    ids += [self.image_token_id] * self.model.tokens(*self.grid(next(remaining)))
+                    ids += [self.image_token_id] * self.model.tokens(*next(remaining))
                 ids += self.tokenizer.ids(text)
             end = [*self.tokenizer.ids("\n"), *([self.eos_token_id] if last else [])]
             whole = (*ids, self.close_id, *(end if answer and last else ()))

@@ -1,0 +1,171 @@
+"""What the families' processors share: a conversation is counted and encoded in one way, whatever its prompt and images.
+
+    turns, image sizes --plans--> one plan an image --tokenise, fit--> ids, labels --> TokenCount | EncodedSample
+                                          +--views--> pixels
+
+A family gives the prompt (``tokenise``) and what the model sees of an image (``plans``, ``patches``, ``views``).
+"""
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_vlm.data.chat import FastTokenizer, Tokens, fit
+from megatron_vlm.data.images import upright_rgb
+from megatron_vlm.data.shards import num_placeholders
+from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
+from megatron_vlm.errors import DataError
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationProcessor:
+    """Encodes conversations. Plain values only: it travels to worker processes.
+
+    Attributes:
+        tokenizer: of the model.
+        image_token_id: holds the place of image features; -1: the model has no images.
+        filler_token_id: of filler.
+        stop_ids: tokens that end an answer.
+        seq_length, truncate, answer_loss_only, max_image_num: see DataConfig.
+    """
+
+    tokenizer: FastTokenizer
+    image_token_id: int = -1
+    filler_token_id: int
+    stop_ids: tuple[int, ...]
+    seq_length: int
+    truncate: bool
+    answer_loss_only: bool
+    max_image_num: int | None
+
+    # ---- what a family gives ----
+
+    @property
+    def never_cut(self) -> tuple[int, ...]:
+        """Ids that the too-long policy does not cut off: of an image's tokens."""
+        return (self.image_token_id,)
+
+    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
+        """Why a sample is left out, by a reason of ``data.counts.REASONS``; empty if it is not."""
+        return ""
+
+    def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> Sequence[Any]:
+        """How each image is seen, from its (width, height): what the next three are given."""
+        return sizes
+
+    def tokenise(self, turns: Sequence[Turn], plans: Sequence[Any], prompt: bool = False) -> Tokens:
+        """Writes and tokenises the prompt; ``prompt`` ends it where the assistant answers."""
+        raise NotImplementedError
+
+    def patches(self, plan: Any) -> int:
+        """Patches that the tower sees of an image."""
+        raise NotImplementedError
+
+    def views(self, image: Image.Image, plan: Any, draw: random.Random | None) -> Sequence[Tensor]:
+        """Pixels of an upright RGB image, float32 [3, H, W] each; ``draw`` where it is augmented."""
+        raise NotImplementedError
+
+    # ---- what they share ----
+
+    @cached_property
+    def fingerprint(self) -> str:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer"}
+        text = json.dumps([3, self.tokenizer.text, values], sort_keys=True, default=dataclasses.asdict)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def count(
+        self, turns: Sequence[Turn], image_sizes: Sequence[Size], options: Mapping[str, Any] = NO_OPTIONS
+    ) -> TokenCount:
+        """See data.types.Processor."""
+        return self._count(turns, image_sizes, options)[0]
+
+    def encode(
+        self,
+        key: str,
+        turns: Sequence[Turn],
+        images: Sequence[Image.Image],
+        seed: int = 0,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> EncodedSample:
+        """See data.types.Processor. ``seed`` keys the augmentation that the option ``data_augment`` asks for."""
+        images = [upright_rgb(image) for image in images]
+        count, tokens, plans = self._count(turns, [image.size for image in images], options)
+        if tokens is None or count.reason:
+            limits = f"{count.tokens} tokens, seq_length {self.seq_length}, {len(images)} images"
+            raise DataError(f"cannot be trained on: {count.reason} ({limits})", key=key)
+        ids = torch.from_numpy(tokens.ids)
+        labels = ids.where(torch.from_numpy(tokens.supervised), torch.tensor(IGNORE_INDEX))
+        return self._sample(
+            key, ids, labels, images, plans, random.Random(seed) if options.get("data_augment") else None
+        )
+
+    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
+        """Encodes a conversation up to where the assistant answers; every label is -100.
+
+        Raises:
+            DataError: as many images as placeholders are needed.
+        """
+        if num_placeholders(turns) != len(images):
+            raise DataError(f"{num_placeholders(turns)} <image> placeholders for {len(images)} images")
+        images = [upright_rgb(image) for image in images]
+        plans = self.plans(turns, [image.size for image in images], NO_OPTIONS)
+        ids = torch.from_numpy(self.tokenise(turns, plans, prompt=True).ids)
+        return self._sample("prompt", ids, torch.full_like(ids, IGNORE_INDEX), images, plans, None)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of an answer's ids, without the tokens that end it."""
+        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
+
+    def _sample(
+        self,
+        key: str,
+        ids: Tensor,
+        labels: Tensor,
+        images: Sequence[Image.Image],
+        plans: Sequence[Any],
+        draw: random.Random | None,
+    ) -> EncodedSample:
+        positions = (ids == self.image_token_id).nonzero()[:, 0]
+        pixels = tuple(view for image, plan in zip(images, plans) for view in self.views(image, plan, draw))
+        return EncodedSample(key=key, input_ids=ids, labels=labels, pixels=pixels, image_positions=positions)
+
+    def _count(
+        self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]
+    ) -> tuple[TokenCount, Tokens | None, Sequence[Any]]:
+        """Counts, tokens, and plans of the images that the too-long policy leaves."""
+        reason = ""
+        if num_placeholders(turns) != len(sizes):
+            reason = "placeholders"
+        elif self.max_image_num is not None and len(sizes) > self.max_image_num:
+            reason = "max_image_num"
+        reason = reason or self.unusable(turns, sizes)
+        if reason:
+            return TokenCount(tokens=0, supervised=0, image_tokens=0, patches=0, reason=reason), None, ()
+        plans = self.plans(turns, sizes, options)
+        tokens = fit(
+            lambda some: self.tokenise(some, plans), turns, self.seq_length, truncate=self.truncate, keep=self.never_cut
+        )
+        if tokens is None:
+            length = len(self.tokenise(turns, plans).ids)
+            return TokenCount(tokens=length, supervised=0, image_tokens=0, patches=0, reason="too_long"), None, ()
+        plans = plans[: num_placeholders(turns[: tokens.num_turns])]
+        count = TokenCount(
+            tokens=len(tokens.ids),
+            supervised=tokens.num_supervised,
+            image_tokens=int((tokens.ids == self.image_token_id).sum()),
+            patches=sum(self.patches(plan) for plan in plans),
+            reason="" if tokens.num_supervised else "nothing_supervised",
+            truncated=tokens.truncated,
+        )
+        return count, tokens, plans

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from transformers import Idefics2ForConditionalGeneration
 
-from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.data.types import row_from_samples
 from megatron_vlm.layers import perceiver
 from megatron_vlm.layers.core_attention import CoreAttention
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 from megatron_vlm.layers.vision import siglip
 from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.parity import build_for_test, hf_reference, random_samples
+from megatron_vlm.testing.mutations import mutated_logits
+from megatron_vlm.testing.parity import hf_reference, random_samples
 from megatron_vlm.testing.twins import write_tiny_idefics2
 
 LOGITS = 2e-5  # the bar of test_parity.py, of the largest logit
@@ -105,30 +106,15 @@ MUTATIONS = [
 EPS_MUTATIONS = ["tower eps x 10", "perceiver eps x 10", "decoder eps / 10"]
 
 
-def mutated_logits(directory, row, names):
-    """On a rank: logits of the true model first, then of each mistake, each on a model of its own."""
-    results = []
-    for name in ("none", *names):
-        _, _, (model,), _ = build_for_test(directory, {}, {})
-        undo = []
-
-        def patch(module, attribute, value, undo=undo):
-            undo.append((module, attribute, getattr(module, attribute)))
-            setattr(module, attribute, value)
-
-        batch = mutate(name, model.eval(), VLMBatch.from_row(row), patch)
-        with torch.no_grad():
-            results.append(model.logits(batch))
-        for module, attribute, value in undo:
-            setattr(module, attribute, value)
-    return results
+def mutated(directory, row, names):
+    return mutated_logits(mutate, directory, row, names)
 
 
 def differences(directory, hf, names):
     config = registry.get("idefics2").config(hf.config.to_dict())
     samples = random_samples(config, SAMPLES)
     expected = hf_reference(hf, samples, gradients=False)[1]
-    (logits,) = run_distributed(mutated_logits, directory, row_from_samples(samples), names)
+    (logits,) = run_distributed(mutated, directory, row_from_samples(samples), names)
     largest = float(expected.abs().max())
     found = {name: float((x - expected).abs().max()) / largest for name, x in zip(("none", *names), logits)}
     print({name: f"{value:.1e}" for name, value in found.items()})

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.data.types import row_from_samples
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.rope import RotaryAngles
 from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import (
-    build_for_test,
     gradient_errors,
     hf_reference,
     layout_logits,
@@ -85,9 +85,9 @@ def test_forward_and_gradients_equal_llama(twins, name):
     assert worst[0] <= GRADIENT
 
 
-def plain_thirds(model, config):
+def plain_thirds(model):
     """The rows of ``wqkv`` read as [all q, all k, all v]."""
-    groups = config.text.num_query_groups
+    groups = model.config.num_query_groups
     for layer in model.language_model.decoder.layers:
         weight = layer.self_attention.linear_qkv.weight.data
         q, k, v = weight.split([len(weight) - 2 * 8 * groups, 8 * groups, 8 * groups])
@@ -101,10 +101,10 @@ def one_length(self, position_ids, cu_q, cu_k, max_k):
     return torch.cat((freqs, freqs), -1)[:, None, None]
 
 
-def mutate(name, model, config, batch, patch):
+def mutate(name, model, batch, patch):
     """Makes one mistake; returns the batch to run."""
     if name == "wqkv in thirds":
-        plain_thirds(model, config)
+        plain_thirds(model)
     elif name == "no dynamic NTK":
         patch(model.language_model.rotary_angles, "scaling", None)
     elif name == "dynamic NTK by the longest sample":
@@ -140,34 +140,14 @@ MUTATIONS = [
 ]
 
 
-def mutated_logits(directory, row, names):
-    """On a rank: logits of the true model first, then of each mistake, each on a model of its own."""
-    results = []
-    for name in ("none", *names):
-        _, source, (model,), _ = build_for_test(directory, {}, {})
-        undo = []
-
-        def patch(owner, attribute, value, undo=undo):
-            undo.append((owner, attribute, getattr(owner, attribute)))
-            setattr(owner, attribute, value)
-
-        batch = mutate(name, model.eval(), source.config, VLMBatch.from_row(row), patch)
-        with torch.no_grad():
-            results.append(model.logits(batch))
-        for owner, attribute, value in undo:
-            setattr(owner, attribute, value)
-    return results
+def mutated(directory, row, names):
+    return mutated_logits(mutate, directory, row, names)
 
 
 def check(directory, llama, samples, names):
     expected = hf_reference(llama, samples, gradients=False, inputs=llama_inputs)[1]
-    (logits,) = run_distributed(mutated_logits, directory, row_from_samples(samples), names)
-    largest = float(expected.abs().max())
-    found = {name: float((x - expected).abs().max()) / largest for name, x in zip(("none", *names), logits)}
-    print({name: f"{value:.1e}" for name, value in found.items()})
-    assert found.pop("none") <= LOGITS
-    missed = {name: value for name, value in found.items() if value < TIMES * LOGITS}
-    assert not missed, f"the bar of {LOGITS} would not show these {TIMES}-fold: {missed}"
+    (logits,) = run_distributed(mutated, directory, row_from_samples(samples), names)
+    assert_noticed(logits, expected, names, bar=LOGITS, times=TIMES)
 
 
 def test_mistakes_show(twins):

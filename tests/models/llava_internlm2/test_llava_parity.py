@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.data.types import row_from_samples
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 from megatron_vlm.layers.vision import clip
 from megatron_vlm.models import registry
 from megatron_vlm.models.llava_internlm2.mapping import file_name
 from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import (
-    build_for_test,
     gradient_errors,
     hf_reference,
     layout_logits,
@@ -168,34 +168,14 @@ MUTATIONS = [
 EPS_MUTATIONS = ["tower eps x 10", "decoder eps x 10"]
 
 
-def mutated_logits(directory, row, names):
-    """On a rank: logits of the true model first, then of each mistake, each on a model of its own."""
-    results = []
-    for name in ("none", *names):
-        _, _, (model,), _ = build_for_test(directory, {}, {})
-        undo = []
-
-        def patch(owner, attribute, value, undo=undo):
-            undo.append((owner, attribute, getattr(owner, attribute)))
-            setattr(owner, attribute, value)
-
-        batch = mutate(name, model.eval(), VLMBatch.from_row(row), patch)
-        with torch.no_grad():
-            results.append(model.logits(batch))
-        for owner, attribute, value in undo:
-            setattr(owner, attribute, value)
-    return results
+def mutated(directory, row, names):
+    return mutated_logits(mutate, directory, row, names)
 
 
 def check(directory, hf, samples, names):
     expected = hf_reference(hf, samples, gradients=False, inputs=llava_inputs)[1]
-    (logits,) = run_distributed(mutated_logits, directory, row_from_samples(samples), names)
-    largest = float(expected.abs().max())
-    found = {name: float((x - expected).abs().max()) / largest for name, x in zip(("none", *names), logits)}
-    print({name: f"{value:.1e}" for name, value in found.items()})
-    assert found.pop("none") <= LOGITS
-    missed = {name: value for name, value in found.items() if value < TIMES * LOGITS}
-    assert not missed, f"the bar of {LOGITS} would not show these {TIMES}-fold: {missed}"
+    (logits,) = run_distributed(mutated, directory, row_from_samples(samples), names)
+    assert_noticed(logits, expected, names, bar=LOGITS, times=TIMES)
 
 
 def test_mistakes_show(twins):

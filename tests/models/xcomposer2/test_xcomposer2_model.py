@@ -10,6 +10,7 @@ from megatron_vlm.errors import DataError
 from megatron_vlm.models.xcomposer2 import model as xcomposer2
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
 from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import build_for_test, layout_logits, layout_run
 from megatron_vlm.testing.twin_xcomposer2 import make_samples, write_tiny_xcomposer2
 from tests.models.xcomposer2.reference import Reference
@@ -223,34 +224,14 @@ MUTATIONS = [
 EPS_MUTATIONS = ["tower eps x 10", "decoder eps / 10"]
 
 
-def mutated_logits(directory, row, names):
-    """On a rank: logits of the true model first, then of each mistake, each on a model of its own."""
-    results = []
-    for name in ("none", *names):
-        _, _, (model,), _ = build_for_test(directory, {}, {})
-        undo = []
-
-        def patch(module, attribute, value, undo=undo):
-            undo.append((module, attribute, getattr(module, attribute)))
-            setattr(module, attribute, value)
-
-        batch = mutate(name, model.eval(), VLMBatch.from_row(row), patch)
-        with torch.no_grad():
-            results.append(model.logits(batch))
-        for module, attribute, value in undo:
-            setattr(module, attribute, value)
-    return results
+def mutated(directory, row, names):
+    return mutated_logits(mutate, directory, row, names)
 
 
 def check(directory, samples, names):
     expected = Reference(directory).run(samples, gradients=False)[1]
-    (logits,) = run_distributed(mutated_logits, directory, row_from_samples(samples), names)
-    largest = float(expected.abs().max())
-    found = {name: float((x - expected).abs().max()) / largest for name, x in zip(("none", *names), logits)}
-    print({name: f"{value:.1e}" for name, value in found.items()})
-    assert found.pop("none") <= LOGITS
-    missed = {name: value for name, value in found.items() if value < TIMES * LOGITS}
-    assert not missed, f"the bar of {LOGITS} would not show these {TIMES}-fold: {missed}"
+    (logits,) = run_distributed(mutated, directory, row_from_samples(samples), names)
+    assert_noticed(logits, expected, names, bar=LOGITS, times=TIMES)
 
 
 def test_mistakes_show(twin):

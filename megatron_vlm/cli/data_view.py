@@ -49,7 +49,8 @@ def _add_common(parser: argparse.ArgumentParser, what: str, *, model_required: b
 
 
 def _check(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.check import DuplicateId, kind_of
+    from megatron_vlm.data.check import DuplicateId
+    from megatron_vlm.data.kinds import kind_of
 
     kinds: Counter[str] = Counter()
     sound = problems = 0
@@ -57,10 +58,11 @@ def _check(args: argparse.Namespace) -> int:
         if isinstance(found, str):
             sound += 1
             continue
-        kinds[kind_of(found)] += 1
+        kind = kind_of(found.message)
+        kinds[kind] += 1
         warning = isinstance(found, DuplicateId)
         problems += not warning
-        print(f"{'warning' if warning else kind_of(found)}: {found}")
+        print(f"{'warning' if warning else kind}: {found}")
     for kind, number in kinds.most_common():
         print(f"{number:8d}  {kind}")
     print(f"{sound} sound samples, {problems} problems, {sum(kinds.values()) - problems} warnings")

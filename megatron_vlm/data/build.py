@@ -26,6 +26,7 @@ from megatron_vlm.data.build_folder import fingerprint_of, partial_folder, sync_
 from megatron_vlm.data.formats import WEBDATASET, read_source
 from megatron_vlm.data.formats.records import Record, Source
 from megatron_vlm.data.formats.webdataset import open_tars
+from megatron_vlm.data.kinds import kind_of
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION, ShardWriter, load_record
 from megatron_vlm.data.split import SplitSettings, assign
 from megatron_vlm.data.tar_shards import TarJob, index_shard
@@ -354,12 +355,6 @@ def describe(problems: Sequence[Problem], total: int, fatal: bool) -> str:
         f"correct them, or set --on-bad-sample skip to leave them out and list them in {REJECTED}"
     )  # fmt: skip
     return f"{len(problems)} problems in {total} records:\n{shown}{more}\nby kind:\n{counts}\n{advice}"
-
-
-def kind_of(message: str) -> str:
-    """Returns what problems of one kind have in common: the message without names and numbers."""
-    text = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S+|\S+\.(png|jpe?g|webp|gif|bmp|jsonl?|tar|mp4)\b", "...", message[:200])
-    return re.sub(r"\d+", "N", text.split("(")[0].split(";")[0]).strip(" :")
 
 
 def _end_with_parent() -> None:

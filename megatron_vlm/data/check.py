@@ -6,7 +6,6 @@ both     placeholders, roles, answers; with a processor: too long, nothing super
 """
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,30 +19,9 @@ from megatron_vlm.data.shards import check_sample, load_record
 from megatron_vlm.data.types import NO_OPTIONS, Processor
 from megatron_vlm.errors import DataError
 
-# A kind of problem, by what its message says; the first that fits.
-_KINDS = (
-    ("missing image", r"cannot read image|cannot read video|no such file"),
-    ("damaged shard", r"^damaged|cut short|the shard (is|has)|manifest|the index"),
-    ("bad json", r"^bad |not UTF-8|duplicate key|nested too deeply|text after the json"),
-    ("placeholders", r"placeholder"),
-    ("roles out of order", r"^roles|there is no user turn|unknown role"),
-    ("empty answer", r"^empty answer"),
-    ("nothing supervised", r"^nothing_supervised"),
-    ("too long", r"^too_long"),
-    ("unreadable image", r"^(image|frame|video) "),
-    ("refused by the processor", r"^(control_tokens|max_image_num|too_many_patches|image_too_small)"),
-)
-
 
 class DuplicateId(DataError):
     """A record with the ``id`` of another one: a warning. Ids are labels; what names a sample is source and number."""
-
-
-def kind_of(problem: DataError) -> str:
-    """Returns what kind of problem this is, for counting."""
-    if isinstance(problem, DuplicateId):
-        return "duplicate id"
-    return next((kind for kind, words in _KINDS if re.search(words, problem.message)), "bad record")
 
 
 def check_folder(folder: str | Path, processor: Processor | None = None) -> Iterator[str | DataError]:

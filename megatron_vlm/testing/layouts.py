@@ -1,6 +1,6 @@
 """Every layout trains as one process does: the cases, and the check that a family's test runs over them.
 
-rows --one process--> loss, gradients, 10 updates
+rows --one process--> loss, gradients, up to 10 updates
 rows --tp, pp, dp, sp, vp ... on gloo ranks--> the same, within LOSS, GRADIENT, NORM
 """
 
@@ -22,7 +22,7 @@ VOCAB_MULTIPLE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One layout: sizes, what runs in it, frozen groups, and the name of the twin."""
+    """One layout: sizes, what runs in it, frozen groups, the name of the twin, and updates after the first gradients."""
 
     tp: int = 1
     pp: int = 1
@@ -34,6 +34,7 @@ class Case:
     recompute: bool = False
     freeze: tuple[str, ...] = ()
     twin: str = ""
+    updates: int = STEPS
 
     def __str__(self) -> str:
         flags = dict(sp=self.sp, vp=self.vp, do=self.do, overlap=self.overlap, recompute=self.recompute)
@@ -56,7 +57,7 @@ class Case:
 
 PAIRWISE_SMALL = [
     Case(tp=2, dp=2, sp=True, do=True, overlap=True),
-    Case(tp=4, sp=True, recompute=True),
+    Case(tp=4, sp=True, recompute=True, updates=3),  # 4 ranks on 2 cores: half a minute for 10
     Case(pp=2, dp=2, overlap=True),
     Case(tp=2, pp=2, sp=True, vp=1, recompute=True),
     Case(pp=2, dp=2, do=True, vp=1, freeze=("vision", "connector")),
@@ -128,12 +129,12 @@ class LayoutCheck:
         steps = [
             (abs(x - y) / y, abs(m - n) / n)
             for result in results
-            for (x, m), (y, n) in zip(result["history"], history, strict=True)
+            for (x, m), (y, n) in zip(result["history"], history[: case.updates], strict=True)
         ]
         step_loss, step_norm = (max(column) for column in zip(*steps))
         print(f"{case}: loss {loss_error:.1e}, worst gradient {worst[0]:.1e} {worst[1]}")
         print(
-            f"{STEPS} updates: loss {history[0][0]:.4f} -> {history[-1][0]:.4f}, off {step_loss:.1e}; norm {step_norm:.1e}"
+            f"{case.updates} updates: loss {history[0][0]:.4f} -> {history[-1][0]:.4f}, off {step_loss:.1e}; norm {step_norm:.1e}"
         )
         if not any(float(g.norm()) > 0 for g in grads.values()):
             raise AssertionError("no gradient at all")
@@ -144,8 +145,16 @@ class LayoutCheck:
         multiple, fill = case.tp if case.sp else 1, self.fill if case.vp else 0
         rows = [row_from_samples(samples, multiple_of=multiple, fill_to=fill) for samples in self.batches]
         results = run_distributed(
-            layout_run, self.directory, rows, case.parallel, {"freeze": case.freeze}, STEPS, tp=case.tp, pp=case.pp, dp=case.dp
-        )  # fmt: skip
+            layout_run,
+            self.directory,
+            rows,
+            case.parallel,
+            {"freeze": case.freeze},
+            case.updates,
+            tp=case.tp,
+            pp=case.pp,
+            dp=case.dp,
+        )
         mapping = self.spec.mapping(self.config, tp=case.tp, vocab_multiple=VOCAB_MULTIPLE)
         loss, grads = merge_gradients(results, mapping, self.config.text.vocab_size)
         return loss, grads, results[0]["history"], results

@@ -30,8 +30,8 @@ TWINS = {
 PAIRWISE = [
     Case(tp=2, twin="odd_heads"),
     Case(tp=2, dp=2, sp=True, do=True, overlap=True, twin="mistral"),
-    Case(tp=4, sp=True, recompute=True, twin="mistral"),
-    Case(tp=4, twin="one_kv_head", freeze=("vision",)),
+    Case(tp=4, sp=True, recompute=True, twin="mistral", updates=3),
+    Case(tp=4, twin="one_kv_head", freeze=("vision",), updates=3),
     Case(pp=2, dp=2, overlap=True, twin="tied"),
     Case(pp=2, vp=1, recompute=True, twin="mistral"),
     Case(pp=4, twin="mistral"),

@@ -13,6 +13,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.parallel.topology import ParallelConfig
+from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.training.answers import EvaluateConfig
 from megatron_vlm.training.checkpoint import CheckpointConfig
 from megatron_vlm.training.metrics import LoggingConfig
@@ -119,6 +120,7 @@ class RunConfig(Config):
 
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -131,6 +133,11 @@ class RunConfig(Config):
         if self.checkpoint.load is None:
             raise ConfigError(
                 "checkpoint.load is not set: name a Hugging Face, Megatron or training checkpoint (--load)"
+            )
+        if self.peft.active and self.model.freeze:
+            raise ConfigError(
+                f"model.freeze_{self.model.freeze[0]} together with peft: everything but adapters and peft.modules_to_save is "
+                "frozen there; leave it out"
             )
         if data.packing and training.micro_batch_size != 1:
             raise ConfigError(

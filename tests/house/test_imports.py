@@ -24,9 +24,10 @@ LEVELS = {
     "conversion": 4,
     "peft": 4,
     "training": 5,
-    "cli": 6,
-    "__main__": 6,
-    "testing": 7,
+    "launch": 6,
+    "cli": 7,
+    "__main__": 7,
+    "testing": 8,
 }
 # Neighbours on one level that must stay apart all the same.
 APART = {("data", "layers"), ("layers", "data"), ("data", "conversion.mapping"), ("conversion.mapping", "data")}

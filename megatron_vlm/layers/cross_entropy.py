@@ -5,7 +5,8 @@
 
 The gradients are made in the forward pass and scaled in the backward pass, so that no logits are kept or recomputed
 (the idea of Liger Kernel, arXiv 2410.10989; here over a vocabulary split over tensor parallel ranks). Rows of ``weight``
-that only pad the vocabulary take no part: the result is that of the true vocabulary.
+that only pad the vocabulary take no part: their logits are -inf, and the result is that of the true vocabulary. They are
+multiplied all the same: an odd number of rows costs a GPU several times what the padding does.
 """
 
 from typing import Any
@@ -39,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any) -> Tensor:
         rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
         start = rank * weight.shape[0]
-        rows = weight[: max(0, min(weight.shape[0], vocab_size - start))]
+        real = max(0, min(weight.shape[0], vocab_size - start))  # this rank's rows that are no padding
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         # fp32 until the backward pass has scaled them: fp16 gradients before loss scaling would underflow.
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
@@ -49,21 +50,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         boost = 1024.0 if hidden.dtype == torch.float16 else 1.0
         for first in range(0, hidden.shape[0], step):
             h, target = hidden[first : first + step], targets[first : first + step] - start
-            logits = (h @ rows.t()).float()
+            logits = (h @ weight.t()).float()
+            logits[:, real:] = -torch.inf
             index = torch.arange(len(target), device=target.device)
-            mine = (target >= 0) & (target < rows.shape[0])
-            column = target.clamp(0, max(0, rows.shape[0] - 1))
+            mine = (target >= 0) & (target < real)
+            column = target.clamp(0, max(0, real - 1))
             total += _loss_to_probabilities(logits, index, column, mine, group, size)
             if not (need_hidden or need_weight):
                 continue
-            if rows.shape[0]:
-                logits[index, column] -= mine.float()  # now the gradient of the logits
+            logits[index, column] -= mine.float()  # now the gradient of the logits
             gradient = (logits * boost).to(h.dtype) if boost != 1.0 else logits.to(h.dtype)
             del logits
             if grad_hidden is not None:
-                grad_hidden[first : first + step] = (gradient @ rows).float() / boost
+                grad_hidden[first : first + step] = (gradient @ weight).float() / boost
             if grad_weight is not None:
-                grad_weight[: rows.shape[0]] += (gradient.t() @ h).float() / boost
+                grad_weight += (gradient.t() @ h).float() / boost
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total
@@ -81,14 +82,11 @@ def _loss_to_probabilities(
     logits: Tensor, index: Tensor, column: Tensor, mine: Tensor, group: Any, size: int
 ) -> Tensor:
     """Turns fp32 logits [n, v] into probabilities in place and returns the sum of the n token losses."""
-    if logits.shape[1]:
-        peak = logits.amax(1)
-    else:  # this rank holds padding only
-        peak = torch.full((logits.shape[0],), -torch.inf, device=logits.device)
+    peak = logits.amax(1)  # -inf where this rank holds padding only
     if size > 1:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     logits -= peak[:, None]
-    picked = logits[index, column].masked_fill(~mine, 0.0) if logits.shape[1] else torch.zeros_like(peak)
+    picked = logits[index, column].masked_fill(~mine, 0.0)
     logits.exp_()
     sums = torch.stack([picked, logits.sum(1)])
     if size > 1:

@@ -258,6 +258,8 @@ class Mapping:
         hf_tied: HF names that repeat another tensor of the model (a tied head): name -> the name it repeats.
             Read from a source only to check that they are equal; written on export only if the source had them.
         hf_aliases: ``rename(hf name found in a file) -> hf name of the entries`` for other spellings on disk.
+        module_name: ``rename(hf name of an entry, or of its module) -> name in memory`` of the class that loads the files:
+            transformers' where it has one, else the original's. Adapters name modules so.
         vocab_size: true rows of the tensors whose layout pads the vocabulary.
     """
 
@@ -266,6 +268,7 @@ class Mapping:
     ignored: frozenset[str] = frozenset()
     hf_tied: dict[str, str] = field(default_factory=dict)
     hf_aliases: Callable[[str], str] = str
+    module_name: Callable[[str], str] = str
 
     def __post_init__(self) -> None:
         seen: set[str] = set()

@@ -61,7 +61,7 @@ _IN_MEMORY = (
     ("model.language_model.", "language_model.model."),
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("lm_head.", "language_model.lm_head."),
+    ("lm_head", "language_model.lm_head"),
 )
 
 
@@ -70,6 +70,14 @@ def file_name(name: str) -> str:
     for memory, disk in _IN_MEMORY:
         if name.startswith(memory):
             return disk + name.removeprefix(memory)
+    return name
+
+
+def module_name(name: str) -> str:
+    """The inverse: transformers' name of a tensor, or of its module, in its files -> in memory."""
+    for memory, disk in _IN_MEMORY:
+        if name.startswith(disk):
+            return memory + name.removeprefix(disk)
     return name
 
 
@@ -101,6 +109,7 @@ def internvl3_mapping(
         vocab_size=config.text.vocab_size,
         hf_tied=tied if config.text.tie_word_embeddings else {},
         hf_aliases=file_name,
+        module_name=module_name if names is NAMES["hf"] else str,
     )
 
 

@@ -12,7 +12,7 @@ _RENAMED = {  # spellings of transformers 5 in memory; its files have the older 
     "model.language_model.": TEXT,
     "model.vision_tower.": "vision_tower.",
     "model.multi_modal_projector.": PROJECTOR,
-    "lm_head.": "language_model.lm_head.",
+    "lm_head": "language_model.lm_head",
 }
 
 
@@ -37,6 +37,7 @@ def llava_mapping(config: LlavaModelConfig, tp: int = 1, vocab_multiple: int = 1
         hf_tied={HEAD: f"{TEXT}embed_tokens.weight"} if text.tie_word_embeddings else {},
         ignored=frozenset([f"{VISION}embeddings.position_ids", *rotary]),  # buffers in files of old versions
         hf_aliases=file_name,
+        module_name=module_name,
     )
 
 
@@ -47,4 +48,13 @@ def file_name(name: str) -> str:
             name = renamed + name.removeprefix(prefix)
     if name.startswith("vision_tower.") and not name.startswith(VISION):
         name = VISION + name.removeprefix("vision_tower.")
+    return name
+
+
+def module_name(name: str) -> str:
+    """The inverse: the published name of a tensor, or of its module, -> transformers 5's in memory."""
+    for memory, disk in _RENAMED.items():
+        disk = VISION if disk == "vision_tower." else disk
+        if name.startswith(disk):
+            return memory + name.removeprefix(disk)
     return name

@@ -8,6 +8,7 @@ The schedule is a pure function of the number of updates done, so a resumed run 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -228,8 +229,28 @@ def build_optimizer(
         belongs = ParamPredicate(name=group, fn=lambda p, group=group: groups[id(p)] == group)
         overrides[ParamKey(predicate=belongs)] = {"group": group}
     optimizer = get_megatron_optimizer(mcore_config, list(chunks), overrides, use_gloo_process_groups=False)
+    optimizer.get_grad_norm = partial(gradient_norm, optimizer)
+    for group in optimizer.param_groups:
+        # torch's AdamW, where neither apex nor Transformer Engine is installed: one kernel instead of a dozen.
+        if group["params"] and group["params"][0].is_cuda:
+            group["fused"] = True
     connect(chunks, optimizer)
     return optimizer
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Norm of all gradients of the model, each counted once; in place of megatron-core's, a collective of the same ranks.
+
+    Without apex and Transformer Engine, megatron-core 0.16.1 asks the GPU for the norm of each parameter in turn: 279 waits, a
+    tenth of the step of a model of 1.2B.
+    """
+    grads = [grad for part in optimizer.chained_optimizers for grad in part.get_main_grads_for_grad_norm()]
+    if grads:
+        square = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) ** 2
+    else:
+        square = torch.zeros((), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return square.item() ** 0.5
 
 
 def set_learning_rates(optimizer: Any, rates: dict[str, float], weight_decay: float) -> None:

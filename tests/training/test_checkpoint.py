@@ -61,6 +61,8 @@ CHAINS = {
     ),
 }
 
+BY_DEFAULT = ("plain", "sharded", "virtual_tied")
+
 
 def mapping_of(hf_dir, tp):
     spec = registry.get("idefics2")
@@ -89,7 +91,9 @@ def assert_continued(resumed, uninterrupted, bar):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in BY_DEFAULT else pytest.mark.full) for name in CHAINS]
+)
 def test_chain(twins, tmp_path, name):
     """Each leg loads what the one before saved, and takes the same three steps that the other took after saving."""
     twin, legs = CHAINS[name]

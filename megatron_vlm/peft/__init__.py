@@ -1,7 +1,8 @@
 """Training few parameters: LoRA and QLoRA on any layout, and adapters in and out of PEFT's files.
 
 config.py   PeftConfig, the section ``peft`` of a run
-select.py   names -> PeftPlan: which linears get a pair A, B; which modules train in full; adapters as entries of the weight map
+select.py   names -> PeftPlan: which linears get a pair A, B; which modules train in full
+plan.py     PeftPlan; pairs as entries of the weight map
 lora.py     PeftPlan -> the pairs in a model's stages, everything else frozen
 
 Adapters are more entries of the family's weight map, derived from those of the linears they belong to; so sharding marks,

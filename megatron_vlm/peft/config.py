@@ -20,7 +20,7 @@ class PeftConfig(Config):
         target_modules: linears that get a pair A, B: a list of names (the whole name, or what follows its last dots),
             ``all-linear``, or one regular expression that matches whole names. Names are those of transformers' modules in
             memory, or of the family's own files where transformers has no such model.
-        exclude_modules: names, as in the list above, that get none after all.
+        exclude_modules: linears that get none after all, by a list or a regular expression as above.
         modules_to_save: modules (all that lies under a name) that are trained in full.
         r, alpha: rank of A and B, and the scale of their product: alpha / r.
         dropout: probability, in training, that an input of A is left out; each linear draws its own.
@@ -39,7 +39,7 @@ class PeftConfig(Config):
     """
 
     target_modules: str | tuple[str, ...] | None = None
-    exclude_modules: tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     r: int = 8
     alpha: float = 16.0

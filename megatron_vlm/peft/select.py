@@ -108,6 +108,16 @@ def _is_linear(name: str, info: TensorInfo) -> bool:
     return kind == "weight" and len(info.shape) == 2 and module.rpartition(".")[2] not in _EMBEDDINGS
 
 
+def quantised_names(mapping: Mapping, infos: Dict[str, TensorInfo], groups: Iterable[str]) -> set[str]:
+    """Global names of the linears' weights of whole parts of the model, the LM head left out."""
+    groups = set(groups)
+    return {
+        entry.name
+        for entry in mapping
+        if _is_linear(entry.name, infos[entry.name]) and entry.name != HEAD and group_of(entry.name) in groups
+    }
+
+
 def last_name(module: str) -> str:
     """The last part of a module's name; a number takes the part before it along (``mlp1.1``)."""
     *parents, name = re.split(r"[./]", module)

@@ -36,7 +36,7 @@ def make_plan(spec: FamilySpec, model_config: Any, config: PeftConfig, infos: Di
     Raises:
         ConfigError: names that match nothing (with those that could be matched), a tied head, settings without effect.
     """
-    mapping = _named_mapping(spec, model_config, config.names)
+    mapping = named_mapping(spec, model_config, config.names)
     modules = _Modules(mapping, infos)
     saved = _saved(modules, config.modules_to_save)
     targets = _targets(modules, config, set(saved))
@@ -124,7 +124,8 @@ def last_name(module: str) -> str:
     return f"{parents[-1]}.{name}" if name.isdecimal() and parents else name
 
 
-def _named_mapping(spec: FamilySpec, model_config: Any, names: str | None) -> Mapping:
+def named_mapping(spec: FamilySpec, model_config: Any, names: str | None) -> Mapping:
+    """The map whose names a run goes by: the model's own, or that of one of the family's exports."""
     if names is None:
         return spec.mapping(model_config)
     if names not in spec.exports:

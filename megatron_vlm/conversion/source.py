@@ -7,10 +7,11 @@ RankFiles (checkpoint) ------+                                 --Entry.from_full
 
 import abc
 import copy
+import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.log import get_logger
 from megatron_vlm.models import registry
 from megatron_vlm.models.registry import FamilySpec
+
+if TYPE_CHECKING:
+    from megatron_vlm.peft.nf4 import Nf4Tensor, Quantization
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _OUTPUT, _EMBEDDING = "language_model.output_layer.weight", "language_model.embedding.word_embeddings.weight"
@@ -39,11 +43,13 @@ class WeightSource(abc.ABC):
         mapping: the family's map (layouts as for one rank).
         infos: name -> dtype and shape of the full tensor, without vocabulary padding.
         stored_ties: HF names of tied copies that the original files store.
+        quantization: how some of the weights are stored in 4 bits; None: all are in full.
     """
 
     kind: str
     infos: dict[str, TensorInfo]
     stored_ties: Sequence[str] = ()
+    quantization: "Quantization | None" = None
 
     def __init__(self, hf_dir: Path, hf_config: dict[str, Any], spec: FamilySpec):
         self.hf_dir, self.hf_config, self.spec = hf_dir, hf_config, spec
@@ -78,6 +84,15 @@ class WeightSource(abc.ABC):
     def read_hf_pieces(self, entry: Entry) -> list[list[Tensor]]:
         """Reads the entry's HF tensors, each in pieces along dim 0."""
         return [[part] for part in entry.from_full(self.read(entry.name))]
+
+    def read_hf_tensors(self, entry: Entry) -> Iterator[Tensor]:
+        """Reads the entry's HF tensors whole, one at a time."""
+        for pieces in self.read_hf_pieces(entry):
+            yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def read_nf4(self, entry: Entry) -> "Iterator[Nf4Tensor]":
+        """Reads the entry's HF tensors as they are stored in 4 bits, one at a time."""
+        raise ConversionError(f"{self.hf_dir}: {entry.name} is not stored in 4 bits")
 
     def check_digests(self) -> None:
         """Compares files with their recorded digests; cheap after everything was read in order.
@@ -125,6 +140,9 @@ class HFSource(WeightSource):
             return super().read_shards(entry, tp)
         parts = [self.read_hf(hf) for hf in entry.hf]
         return [[part.chunk(tp)[rank] for part in parts] for rank in range(tp)]
+
+    def read_hf_tensors(self, entry: Entry) -> Iterator[Tensor]:
+        return map(self.read_hf, entry.hf)
 
     def read_hf(self, hf_name: str) -> Tensor:
         """Reads one tensor as the files hold it, by the mapping's HF name."""
@@ -276,18 +294,42 @@ def choose_family(
     )
 
 
-def load_stages(source: WeightSource, topology: Any, options: Any) -> list[Any]:
-    """Builds this rank's stages on its device and fills them; arguments as of ``models.vlm.build_model``.
+def load_stages(
+    source: WeightSource,
+    topology: Any,
+    options: Any,
+    quantize: "Quantization | None" = None,
+    keep: Collection[str] = (),
+) -> list[Any]:
+    """Builds this rank's stages on its device and fills them.
+
+    Args:
+        source: of the weights.
+        topology, options: as of ``models.vlm.build_model``.
+        quantize: linears to keep in 4 bits; None: those that ``source`` stores so. Their weights never lie on the device in full.
+        keep: global names of weights that train, and so are not quantised.
 
     Raises:
-        ConfigError: the model does not divide over the topology.
+        ConfigError: the model does not divide over the topology, or is stored in 4 bits otherwise than asked for.
         ConversionError: the weights do not fit the model.
     """
     from megatron_vlm.models.vlm import build_model
 
-    stages = [stage.to(topology.device) for stage in build_model(source.spec, source.config, topology, options)]
-    multiple = options.make_vocab_size_divisible_by
-    load_into(source, stages, tp=topology.tp, tp_rank=topology.tp_rank, vocab_multiple=multiple)
+    place = dict(tp=topology.tp, tp_rank=topology.tp_rank)
+    if quantize is None and source.quantization is None:
+        stages = [stage.to(topology.device) for stage in build_model(source.spec, source.config, topology, options)]
+        load_into(source, stages, **place, vocab_multiple=options.make_vocab_size_divisible_by)
+        return stages
+    from megatron_vlm.peft import qlora
+
+    quantization = qlora.agree(source, quantize, options.params_dtype)
+    assert quantization is not None
+    options = dataclasses.replace(options, build_on_cpu=True)
+    stages = build_model(source.spec, source.config, topology, options)
+    linears = qlora.take_weights(stages, source, quantization, keep)
+    stages = [stage.to(topology.device) for stage in stages]
+    load_into(source, stages, **place, vocab_multiple=options.make_vocab_size_divisible_by)
+    qlora.fill(linears, source, quantization, **place, device=topology.device)
     return stages
 
 

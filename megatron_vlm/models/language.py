@@ -95,7 +95,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        use_cpu_initialization=topology.device.type == "cpu",
+        use_cpu_initialization=topology.device.type == "cpu" or options.build_on_cpu,
         perform_initialization=False,  # every parameter is loaded; conversion checks that none is left out
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,

@@ -46,6 +46,8 @@ class ModelOptions(Config):
         extra_vocab_size: rows added to the vocabulary before that padding; like the padding they take no part.
         freeze: parameter groups that do not train: llm, vision, connector.
         drop_path_rate: probability that the tower's last layer leaves out an image's update in training (stochastic depth).
+        build_on_cpu: parameters are made in the CPU's memory, which takes none before they are filled; the caller moves what
+            it keeps to the device.
     """
 
     params_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -55,6 +57,7 @@ class ModelOptions(Config):
     extra_vocab_size: int = 0
     freeze: tuple[str, ...] = ()
     drop_path_rate: float = 0.0
+    build_on_cpu: bool = False
 
     def __post_init__(self) -> None:
         for group in self.freeze:

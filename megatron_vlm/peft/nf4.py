@@ -114,7 +114,7 @@ class Nf4Tensor:
 class Backend(Protocol):
     """What computes NF4."""
 
-    name: Literal["bitsandbytes", "torch"]
+    name: str
 
     def quantise(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Floating point [n] -> codes uint8 [n / 2], absmax fp32 [n / 64], both rounded up."""
@@ -129,7 +129,7 @@ class Backend(Protocol):
 class TorchBackend:
     """Plain torch."""
 
-    name: Literal["torch"] = "torch"
+    name = "torch"
 
     def quantise(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """See ``Backend``. The rules are those of bitsandbytes' backends/default/ops.py."""
@@ -172,7 +172,7 @@ class BitsAndBytesBackend:
         ImportError: it is not installed.
     """
 
-    name: Literal["bitsandbytes"] = "bitsandbytes"
+    name = "bitsandbytes"
 
     def __init__(self) -> None:
         import bitsandbytes.functional
@@ -222,8 +222,8 @@ def get_backend(device_type: str, wanted: str | None = None) -> Backend:
             problem = f"{type(error).__name__}: {error}"
         if wanted is not None:
             raise ConfigError(
-                f"peft.quantize_backend is bitsandbytes, which does not run on {device_type} ({problem}): install it (pip install "
-                "'megatron_vlm[qlora]'), or leave the setting out to quantise with plain torch"
+                f"peft.quantize_backend is bitsandbytes, which does not run on {device_type} ({problem}): install it (pip "
+                "install 'megatron_vlm[qlora]'), or leave the setting out to quantise with plain torch"
             )
     get_logger(__name__).info("NF4 on %s: plain torch (%s)", device_type, problem)
     return TorchBackend()

@@ -13,6 +13,7 @@ Legend: L lines, K blocks that a line touches, G groups of 256 blocks of all HF 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Lines:
             raise ValueError(f"{entry.name} is no linear that can be quantised: {layout}")
         bounds = torch.tensor([0, *(shape[0] for shape in shapes)]).cumsum(0)
         # The entry's own rule of fusing, applied to the numbers of the rows.
-        rows = entry.to_full([torch.arange(int(a), int(b)) for a, b in zip(bounds, bounds[1:])])
+        rows = entry.to_full([torch.arange(int(a), int(b)) for a, b in itertools.pairwise(bounds)])
         if layout.dim == 0:
             rows = layout.shard(rows, tp, tp_rank)
         tensor = torch.bucketize(rows, bounds[1:], right=True)

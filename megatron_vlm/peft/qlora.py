@@ -1,0 +1,219 @@
+"""QLoRA (arXiv 2305.14314): linears whose frozen weight stays in NF4 and is dequantised for each product.
+
+    source --HF tensor by HF tensor--> quantise whole --> this rank's blocks --> linear.weight (codes), linear.nf4 (scales)
+    forward   y = x @ values(codes).T (+ bias)      backward   dx = dy @ values(codes), summed as megatron-core does
+
+Codes and scales are buffers: no gradient, no optimizer state, no part of a checkpoint. megatron-core's linears only hand
+``weight`` on to ``_forward_impl``, so their classes, forward passes and other parameters stay as they are. Embedding, head,
+norms, biases and the branches of partial LoRA keep the dtype of the run.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+from megatron_vlm.conversion.mapping import Entry
+from megatron_vlm.conversion.source import WeightSource
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.log import get_logger
+from megatron_vlm.models.vlm import DTYPES, global_named_modules
+from megatron_vlm.peft.config import PeftConfig
+from megatron_vlm.peft.nf4 import Backend, Nf4Tensor, Quantization, get_backend, quantise
+from megatron_vlm.peft.nf4_shard import Lines, Nf4Weight, shard
+from megatron_vlm.peft.select import quantised_names
+
+log = get_logger(__name__)
+
+
+def quantization_of(peft: PeftConfig, dtype: Literal["fp32", "bf16", "fp16"]) -> Quantization | None:
+    """What a run's config asks for; ``dtype`` is its precision."""
+    if peft.quantize is None:
+        return None
+    return Quantization(
+        format=peft.quantize,
+        double_quant=peft.double_quant,
+        groups=peft.quantize_groups,
+        dtype=dtype,
+        backend=peft.quantize_backend,
+    )
+
+
+def agree(source: WeightSource, wanted: Quantization | None, dtype: str) -> Quantization | None:
+    """How the linears of a run are quantised: as the weights are stored, else as is wanted.
+
+    Args:
+        source: of the weights.
+        wanted: by the run's config.
+        dtype: of the run: fp32, bf16 or fp16.
+
+    Raises:
+        ConfigError: stored otherwise than the run needs.
+    """
+    stored = source.quantization
+    if stored is None:
+        return wanted
+    if stored.dtype != dtype:
+        raise ConfigError(
+            f"the 4-bit weights were quantised from {stored.dtype}, the run computes in {dtype}: set the run's precision to "
+            f"{stored.dtype}, or make them again with `convert hf2mg --quantize nf4 --dtype {dtype}`"
+        )
+    if wanted is not None and wanted != stored:
+        ours, theirs = wanted.to_dict(), stored.to_dict()
+        differing = ", ".join(
+            f"{key} {ours[key]!r} against {theirs[key]!r}"
+            for key in ours
+            if key != "backend" and ours[key] != theirs[key]
+        )
+        raise ConfigError(
+            f"the run's settings differ from those that the 4-bit weights were made with: {differing}; set them alike, or "
+            "leave peft.quantize out, which takes what is stored"
+        )
+    return dataclasses.replace(stored, backend=wanted.backend if wanted else None)
+
+
+def take_weights(
+    stages: Sequence[nn.Module], source: WeightSource, quantization: Quantization, keep: Collection[str] = ()
+) -> dict[str, nn.Module]:
+    """Removes the weights of the linears that are to be quantised, before the stages go to their device.
+
+    Args:
+        stages: this rank's, not wrapped.
+        source: tells which weights are linears.
+        quantization: which groups.
+        keep: global names of weights that train in full, and so stay.
+
+    Returns:
+        Global name of the weight -> its linear, which cannot run until ``fill`` has been called.
+
+    Raises:
+        ConfigError: one to keep is stored in 4 bits.
+    """
+    names = quantised_names(source.mapping, source.infos, quantization.groups)
+    trained = sorted(names & set(keep))
+    if trained and source.quantization is not None:
+        raise ConfigError(
+            f"{trained[0]} trains in full (peft.modules_to_save), but is stored in 4 bits: start from weights whose "
+            f"--quantize-groups leave its part of the model out"
+        )
+    if trained:
+        log.info("%d linears train in full and are not quantised: %s ...", len(trained), trained[0])
+    taken: dict[str, nn.Module] = {}
+    for stage in stages:
+        for module_name, module in global_named_modules(stage):
+            name = f"{module_name}.weight"
+            if name not in names or name in trained:
+                continue
+            if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                raise TypeError(f"{module_name} is a {type(module).__name__}, which cannot be quantised")
+            del module.weight
+            module.register_buffer("weight", torch.empty(0, dtype=torch.uint8), persistent=False)
+            taken[name] = module
+    return taken
+
+
+def fill(
+    linears: dict[str, nn.Module],
+    source: WeightSource,
+    quantization: Quantization,
+    *,
+    tp: int,
+    tp_rank: int,
+    device: Any,
+) -> None:
+    """Gives each of ``take_weights``' linears its NF4 weight, one HF tensor in memory at a time.
+
+    Args:
+        linears: global name of the weight -> linear.
+        source: of full-precision weights, or of stored codes.
+        quantization: how.
+        tp, tp_rank: this rank's place.
+        device: where HF tensors are quantised and the codes stay.
+    """
+    backend = get_backend(torch.device(device).type, quantization.backend)
+    entries = source.spec.mapping(source.config, tp=tp).by_name()
+    for name, linear in linears.items():
+        entry = entries[name]
+        shapes = [tuple(part.shape) for part in entry.from_full(source.infos[name].meta())]
+        lines = Lines.of(entry, shapes, tp, tp_rank)
+        tensors = nf4_tensors(source, entry, quantization, backend, device)
+        install(linear, *shard(lines, tensors, backend, DTYPES[quantization.dtype]))
+
+
+def nf4_tensors(
+    source: WeightSource, entry: Entry, quantization: Quantization, backend: Backend, device: Any
+) -> Iterator[Nf4Tensor]:
+    """The HF tensors of an entry in NF4, one at a time: as stored, or quantised on ``device`` after the cast."""
+    if source.quantization is not None:
+        for stored in source.read_nf4(entry):
+            yield stored.to(device)
+        return
+    for tensor in source.read_hf_tensors(entry):
+        on_device = tensor.to(DTYPES[quantization.dtype]).to(device)
+        yield quantise(on_device, backend, double=quantization.double_quant)
+
+
+def install(linear: nn.Module, codes: Tensor, weight: Nf4Weight) -> None:
+    """Makes a linear without weight one whose weight is in NF4."""
+    linear.weight = codes
+    linear.nf4 = weight
+    linear._forward_impl = partial(_linear, weight)  # type: ignore[assignment]
+
+
+def _linear(
+    nf4: Nf4Weight,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradient_accumulation_fusion: bool,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    tp_group: Any,
+    grad_output_buffer: list[Tensor] | None = None,
+    wgrad_deferral_limit: int | None = None,
+) -> Tensor:
+    """megatron-core's ``linear_with_frozen_weight`` for codes: as there, a bias gets no gradient here (peft/lora.py sees to it).
+
+    The fusion and the last two arguments are about the weight's gradient, and there is none.
+    """
+    if sequence_parallel:
+        input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+    output = Nf4Product.apply(input, weight, nf4, tp_group if allreduce_dgrad else None)
+    return output if bias is None else output + bias.detach()
+
+
+class Nf4Product(torch.autograd.Function):
+    """x @ W.T, W dequantised in each pass: between them only the codes are kept, which the model holds anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, nf4: Nf4Weight, group: Any) -> Tensor:
+        """
+        Args:
+            x: [..., columns].
+            codes: uint8, of the shard.
+            nf4: what makes values of them.
+            group: the gradient of x is summed over its ranks; None: it is not.
+
+        Returns:
+            [..., rows], in x's dtype.
+        """
+        ctx.save_for_backward(codes)
+        ctx.nf4, ctx.group = nf4, group
+        return x @ nf4.values(codes).to(x.dtype).t()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        (codes,) = ctx.saved_tensors
+        grad_x = grad @ ctx.nf4.values(codes).to(grad.dtype)
+        if ctx.group is not None:
+            dist.all_reduce(grad_x, group=ctx.group)
+        return grad_x, None, None, None

@@ -19,8 +19,15 @@ CHUNK_ELEMENTS = 1 << 24
 """Logits of one chunk on one rank: 64 MiB in fp32."""
 
 
-def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any) -> Tensor:
-    """Returns sum_n -log softmax(hidden_n @ weight.T)[target_n].
+def linear_cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    group: Any,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Returns sum_n -log softmax(hidden_n @ weight.T + low_n @ b.T)[target_n].
 
     Args:
         hidden: [N, H], equal on all ranks of ``group``; its gradient comes out as this rank's partial sum.
@@ -28,45 +35,65 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, vo
         targets: int64 [N], ids in the true vocabulary.
         vocab_size: true vocabulary; rows from there on are padding.
         group: tensor parallel group.
+        low_rank: ``low`` [N, r], equal on all ranks of ``group``, its gradient this rank's partial sum like that of ``hidden``;
+            and ``b`` [V_padded / tp, r]: a low-rank addition to ``weight``. None: none.
 
     Returns:
         fp32 scalar, equal on all ranks of ``group``.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, group)
+    return _LinearCrossEntropy.apply(hidden, weight, *(low_rank or (None, None)), targets, vocab_size, group)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        low: Tensor | None,
+        b: Tensor | None,
+        targets: Tensor,
+        vocab_size: int,
+        group: Any,
+    ) -> Tensor:
         rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
         start = rank * weight.shape[0]
         real = max(0, min(weight.shape[0], vocab_size - start))  # this rank's rows that are no padding
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        inputs = (hidden, weight, low, b)
         # fp32 until the backward pass has scaled them: fp16 gradients before loss scaling would underflow.
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grads = [
+            torch.zeros_like(x, dtype=torch.float32) if x is not None and needed else None
+            for x, needed in zip(inputs, ctx.needs_input_grad)
+        ]
+        grad_hidden, grad_weight, grad_low, grad_b = grads
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[0]))
         boost = 1024.0 if hidden.dtype == torch.float16 else 1.0
         for first in range(0, hidden.shape[0], step):
             h, target = hidden[first : first + step], targets[first : first + step] - start
             logits = (h @ weight.t()).float()
+            if low is not None and b is not None:
+                logits += low[first : first + step] @ b.t()
             logits[:, real:] = -torch.inf
             index = torch.arange(len(target), device=target.device)
             mine = (target >= 0) & (target < real)
             column = target.clamp(0, max(0, real - 1))
             total += _loss_to_probabilities(logits, index, column, mine, group, size)
-            if not (need_hidden or need_weight):
+            if all(grad is None for grad in grads):
                 continue
             logits[index, column] -= mine.float()  # now the gradient of the logits
+            if grad_low is not None and b is not None:
+                grad_low[first : first + step] = logits @ b.float()
+            if grad_b is not None and low is not None:
+                grad_b += logits.t() @ low[first : first + step].float()
             gradient = (logits * boost).to(h.dtype) if boost != 1.0 else logits.to(h.dtype)
             del logits
             if grad_hidden is not None:
                 grad_hidden[first : first + step] = (gradient @ weight).float() / boost
             if grad_weight is not None:
                 grad_weight += (gradient.t() @ h).float() / boost
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return total
 
     @staticmethod

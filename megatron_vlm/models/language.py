@@ -185,24 +185,39 @@ class Decoder(GPTModel):
 
     def loss(self, hidden: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Sum of token losses at ``positions`` (int64 [N]) with shifted ``labels`` (int64 [T]): fp32 scalar."""
+        low_rank = self._low_rank(hidden, positions)
         hidden = self._whole(hidden)[:, 0].index_select(0, positions)
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
+        targets = labels[positions]
+        return linear_cross_entropy_sum(
+            hidden, self._head, targets, self.true_vocab_size, self.tp_group, low_rank=low_rank
         )
-        return linear_cross_entropy_sum(hidden, weight, labels[positions], self.true_vocab_size, self.tp_group)
 
     def logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
         """[T, true V] (at int64 ``positions`` only), gathered over tensor parallel ranks: never for training."""
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
+        low_rank = self._low_rank(hidden, positions)
         hidden = self._whole(hidden)[:, 0]
-        local = F.linear(hidden if positions is None else hidden.index_select(0, positions), weight)
+        local = F.linear(hidden if positions is None else hidden.index_select(0, positions), self._head)
+        if low_rank is not None:
+            local = (local + F.linear(*low_rank)).to(local.dtype)
         return gather_from_tensor_model_parallel_region(local, group=self.tp_group)[:, : self.true_vocab_size]
+
+    @property
+    def _head(self) -> Tensor:
+        """This rank's rows of the head."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    def _low_rank(self, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """(A x at ``positions`` on every rank, this rank's rows of B) of an adapter on the head (peft/lora.py).
+
+        The head is never called as a module, so that its logits need not be held whole.
+        """
+        adapter = getattr(self.output_layer, "lora", None)
+        if adapter is None:
+            return None
+        low, b = adapter.head_factors(hidden)
+        low = low[:, 0]
+        return (low if positions is None else low.index_select(0, positions)), b
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """The whole row on every rank; gradients of the ranks' shares of the vocabulary are summed on the way back."""

@@ -222,15 +222,31 @@ _LAYER = re.compile(r"^language_model\.decoder\.layers\.(\d+)\.")
 
 def global_named_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields (global name, parameter) of a stage, wrapped in DDP or not: decoder layers count over the whole model."""
+    model = unwrapped(chunk)
+    for name, parameter in model.named_parameters():
+        yield _global_name(model, name), parameter
+
+
+def global_named_modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The same of modules."""
+    model = unwrapped(chunk)
+    for name, module in model.named_modules():
+        yield _global_name(model, name), module
+
+
+def unwrapped(chunk: nn.Module) -> VisionLanguageModel:
+    """The stage inside megatron-core's DDP."""
     while not isinstance(chunk, VisionLanguageModel):
         chunk = chunk.module  # type: ignore[assignment]
-    layers: Any = chunk.language_model.decoder.layers
-    for name, parameter in chunk.named_parameters():
-        match = _LAYER.match(name)
-        if match:
-            number = layers[int(match[1])].layer_number - 1
-            name = f"language_model.decoder.layers.{number}.{name[match.end() :]}"
-        yield name, parameter
+    return chunk
+
+
+def _global_name(model: VisionLanguageModel, name: str) -> str:
+    match = _LAYER.match(name)
+    if match is None:
+        return name
+    layers: Any = model.language_model.decoder.layers
+    return f"language_model.decoder.layers.{layers[int(match[1])].layer_number - 1}.{name[match.end() :]}"
 
 
 def global_parameters(chunks: Iterable[nn.Module]) -> dict[str, nn.Parameter]:

@@ -99,8 +99,13 @@ def hf_reference(
     return float(loss), torch.cat(logits), grads
 
 
-def build_for_test(hf_dir: str, parallel: dict, options: dict) -> tuple[Any, Any, list[Any], Any]:
-    """On a rank: topology, model config, stages with the weights of ``hf_dir`` loaded, and the family."""
+def build_for_test(
+    hf_dir: str, parallel: dict, options: dict, peft: dict | None = None
+) -> tuple[Any, Any, list[Any], Any]:
+    """On a rank: topology, model config, stages with the weights of ``hf_dir`` loaded, and the family.
+
+    ``peft``: of the section of that name of a run, and ``tensors`` of adapters by the names in PEFT's files.
+    """
     from megatron_vlm.conversion.source import load_stages, open_source
     from megatron_vlm.models.vlm import ModelOptions
     from megatron_vlm.parallel.rng import seed_step
@@ -116,12 +121,42 @@ def build_for_test(hf_dir: str, parallel: dict, options: dict) -> tuple[Any, Any
         **{"make_vocab_size_divisible_by": 8, **options},
     )
     chunks = load_stages(source, topology, model_options)
+    if peft is not None:
+        adapt(source, chunks, topology, **peft)
     return topology, source, chunks, config
 
 
-def layout_logits(hf_dir: str, rows: Sequence[PackedRow], parallel: dict, options: dict) -> dict:
+def adapt(source: Any, chunks: Sequence[Any], topology: Any, tensors: dict[str, Tensor], **settings: Any) -> None:
+    """On a rank: adds pairs to stages built with vocabularies padded to 8, filled from ``tensors`` by PEFT's names."""
+    from megatron_vlm.peft.lora import apply_lora, fill
+
+    mapping = adapted_mapping(source, settings, topology.tp)
+    apply_lora(chunks, adapted_plan(source, settings), mapping, topology, seed=0)
+    entries = [entry for entry in mapping if entry.hf[0] in tensors]
+    fill(chunks, mapping, topology, {entry.name: entry.to_full([tensors[hf] for hf in entry.hf]) for entry in entries})
+
+
+def adapted_plan(source: Any, settings: dict[str, Any]) -> Any:
+    """The plan of a section ``peft``."""
+    from megatron_vlm.peft.config import PeftConfig
+    from megatron_vlm.peft.select import make_plan
+
+    return make_plan(source.spec, source.config, PeftConfig(**settings), source.infos)
+
+
+def adapted_mapping(source: Any, settings: dict[str, Any], tp: int) -> Mapping:
+    """The weight map with pairs, vocabularies padded to 8."""
+    from megatron_vlm.peft.plan import adapter_mapping
+
+    base = source.spec.mapping(source.config, tp=tp, vocab_multiple=8)
+    return adapter_mapping(base, adapted_plan(source, settings), tp)
+
+
+def layout_logits(
+    hf_dir: str, rows: Sequence[PackedRow], parallel: dict, options: dict, peft: dict | None = None
+) -> dict:
     """On a rank of a layout without pipeline: logits of each row [T, V], loss sum and supervised tokens."""
-    topology, _, (model,), _ = build_for_test(hf_dir, parallel, options)
+    topology, _, (model,), _ = build_for_test(hf_dir, parallel, options, peft)
     model.eval()
     with torch.no_grad():
         batches = [VLMBatch.from_row(row) for row in rows]
@@ -152,7 +187,13 @@ def layout_answers(
 
 
 def layout_run(
-    hf_dir: str, rows: Sequence[PackedRow], parallel: dict, options: dict, steps: int = 0, lr: float = 1e-3
+    hf_dir: str,
+    rows: Sequence[PackedRow],
+    parallel: dict,
+    options: dict,
+    steps: int = 0,
+    lr: float = 1e-3,
+    peft: dict | None = None,
 ) -> dict:
     """On a rank: gradients of one global batch of ``rows`` (dealt round robin over data parallel ranks), then training on it.
 
@@ -164,7 +205,7 @@ def layout_run(
     from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
     from megatron_vlm.training.step import reduce_over_job, run_schedule, train_step
 
-    topology, _, chunks, config = build_for_test(hf_dir, parallel, options)
+    topology, _, chunks, config = build_for_test(hf_dir, parallel, options, peft)
     models = wrap_model(chunks, config)
     optimizer_config = OptimizerConfig(lr=lr)
     dtype = chunks[0].config.params_dtype

@@ -1,0 +1,258 @@
+"""LoRA in a model's stages: a pair A, B beside each adapted linear, everything else frozen.
+
+    y = base(x) + scaling * B A dropout(x)          in the adapter's dtype (fp32), cast once to that of base(x)
+
+    column parallel     a = A x of what this rank has of x; gathered under sequence parallelism, else the same on every rank
+                        y_rank += B_rank a
+    row parallel        a = sum over ranks of A_rank x_rank (scattered over tokens under sequence parallelism); y += B a
+
+So what is exchanged is as wide as the rank, once. Gradients of A (column) and B (row) are sums over tokens, of which a rank sees
+its own under sequence parallelism: marked like norms, megatron-core's finalize_model_grads sums them. Several pairs of a fused
+linear (q, k, v; gate, up) go through together, each with its own dropout, and their outputs are laid out like the linear's.
+
+The pairs hang in the linear as its submodule ``lora`` and add themselves in a forward hook: classes of modules and names of base
+weights stay as they are. The head is never called as a module (models/language.py takes its factors).
+Sources: LoRA (arXiv 2106.09685); peft 0.21.2, tuners/lora/layer.py.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+
+from megatron_vlm.conversion.mapping import Entry
+from megatron_vlm.conversion.mapping import Mapping as WeightMap
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.vlm import global_named_modules, global_named_parameters, mark_sharding, unwrapped
+from megatron_vlm.parallel.rng import derive_seed
+from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.peft.plan import PeftPlan, Target, local_rows, shared_evenly
+
+NEVER_RUN = "vision_model.unused_"
+"""Layers of a tower behind the one whose output is read: their pairs are kept as they start, as PEFT keeps them."""
+
+
+class Pair(nn.Module):
+    """A [r, in(/tp)], to be filled, and B [out(/tp), r], zero, of one HF linear.
+
+    Args:
+        target: what it belongs to.
+        inputs, outputs: of A and B on this rank.
+        device: of both; they are fp32.
+        source: B is whole on every rank, and these of its rows are in use here; None: all that it has.
+    """
+
+    source: Tensor | None
+
+    def __init__(self, target: Target, inputs: int, outputs: int, device: Any, source: Tensor | None):
+        super().__init__()
+        self.r, self.scaling, self.dropout = target.r, target.scaling, target.dropout
+        self.a = nn.Parameter(torch.empty(target.r, inputs, device=device))
+        self.b = nn.Parameter(torch.zeros(outputs, target.r, device=device))
+        self.register_buffer("source", None if source is None else source.to(device), persistent=False)
+
+
+class LowRank(nn.ModuleDict):
+    """All pairs of one linear, by the last name of their HF linear.
+
+    Args:
+        linear: which gets them.
+        pairs: in any order.
+        places: int64, where the outputs of each pair lie among those of the linear on this rank.
+        outputs: of the linear on this rank.
+    """
+
+    order: Tensor | None
+
+    def __init__(self, linear: Any, pairs: Mapping[str, Pair], places: Sequence[Tensor], outputs: int):
+        super().__init__(pairs)
+        self.row = isinstance(linear, RowParallelLinear)
+        self.sequence_parallel, self.group = bool(linear.sequence_parallel), linear.tp_group
+        place = torch.cat(list(places))
+        rest = torch.ones(outputs, dtype=torch.bool)
+        rest[place] = False
+        order = torch.cat([place, rest.nonzero()[:, 0]]).argsort()
+        straight = torch.equal(order, torch.arange(outputs))
+        self.num_rest = int(rest.sum())
+        self.register_buffer("order", None if straight else order.to(linear.weight.device), persistent=False)
+        for pair in pairs.values():
+            # Its gradient is a sum over tokens, of which this rank sees its own.
+            summed = pair.b if self.row else pair.a
+            setattr(summed, "sequence_parallel", self.sequence_parallel)  # noqa: B010 - megatron-core reads it
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Adds the pairs to what the linear made of ``x``."""
+        return (output + self.up(self.down(x))).to(output.dtype)
+
+    def down(self, x: Tensor) -> Tensor:
+        """scaling * A dropout(x) of all pairs: [T, 1, sum of r], whole where B needs it."""
+        low = torch.cat([self._drop(x, pair) @ pair.a.t() * pair.scaling for pair in self._pairs()], -1)
+        if self.row and self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(low, group=self.group)
+        if self.row:
+            return reduce_from_tensor_model_parallel_region(low, group=self.group)
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self.group)
+        return copy_to_tensor_model_parallel_region(low, group=self.group)
+
+    def up(self, low: Tensor) -> Tensor:
+        """B of all pairs: [T, 1, sum of r] -> [T, 1, outputs of this rank]; zero where no pair is."""
+        pairs = list(self._pairs())
+        parts = [part @ self._b(pair).t() for part, pair in zip(low.split([p.r for p in pairs], -1), pairs)]
+        if self.num_rest:
+            parts.append(low.new_zeros(*low.shape[:-1], self.num_rest))
+        delta = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return delta if self.order is None else delta.index_select(-1, self.order)
+
+    def head_factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(low [T, 1, r] of the whole row, B [V / tp, r]) of a linear with one pair, the head."""
+        (pair,) = self._pairs()
+        return self.down(hidden), pair.b
+
+    def _pairs(self) -> Iterator[Any]:
+        return iter(self.values())
+
+    def _b(self, pair: Any) -> Tensor:
+        if pair.source is None:
+            return pair.b
+        # Other ranks use other rows: their gradients are summed.
+        return copy_to_tensor_model_parallel_region(pair.b, group=self.group)[pair.source]
+
+    def _drop(self, x: Tensor, pair: Any) -> Tensor:
+        x = x.to(pair.a.dtype)
+        if not (pair.dropout and self.training):
+            return x
+        # Ranks draw alike where they hold the same, and apart where they hold other features or tokens.
+        apart = self.group.size() > 1 and (self.row or self.sequence_parallel)
+        with get_cuda_rng_tracker().fork() if apart else nullcontext():
+            return F.dropout(x, pair.dropout)
+
+
+def apply_lora(stages: Sequence[nn.Module], plan: PeftPlan, mapping: WeightMap, topology: Topology, seed: int) -> None:
+    """Adds the plan's pairs to this rank's stages and freezes everything that the plan does not train.
+
+    To be called between ``load_stages`` and ``wrap_model``. A is drawn whole from a generator of its own, keyed by ``seed`` and
+    the HF name, and then cut: what a model starts from does not depend on the layout. B is zero.
+
+    Args:
+        stages: as built, weights loaded or not.
+        plan: of ``make_plan``.
+        mapping: ``adapter_mapping`` for this layout.
+        topology: the layout.
+        seed: of the run.
+    """
+    by_linear: dict[str, list[Target]] = defaultdict(list)
+    for target in plan.targets:
+        by_linear[target.linear].append(target)
+    entries = mapping.by_name()
+    vocab = next(entry.layout for entry in mapping if entry.layout.vocab_multiple)
+    for stage in stages:
+        stage.requires_grad_(False)
+        for name, linear in list(global_named_modules(stage)):
+            if name in by_linear:
+                _add_pairs(linear, by_linear[name], entries, topology, plan.init, seed)
+        for name, parameter in global_named_parameters(stage):
+            if name in plan.names and not name.startswith(NEVER_RUN):
+                parameter.requires_grad_()
+                _train_parts(parameter, entries[name], plan.biases.get(name), topology)
+        for linear in unwrapped(stage).modules():
+            if isinstance(linear, ColumnParallelLinear) and not linear.skip_bias_add and _trains_bias_alone(linear):
+                linear.register_forward_hook(_let_gradient_into_bias)
+        mark_sharding(stage, mapping, vocab)
+        _let_gradients_into_tower(unwrapped(stage).vision_model)
+
+
+def fill(stages: Sequence[nn.Module], mapping: WeightMap, topology: Topology, tensors: Mapping[str, Tensor]) -> None:
+    """Copies full tensors (by global name, in the order of rows of ``mapping``) into this rank's parameters of those names."""
+    entries = mapping.by_name()
+    with torch.no_grad():
+        for stage in stages:
+            for name, parameter in global_named_parameters(stage):
+                if name in tensors:
+                    parameter.copy_(entries[name].layout.shard(tensors[name], topology.tp, topology.tp_rank))
+
+
+def _add_pairs(
+    linear: Any, targets: Sequence[Target], entries: Mapping[str, Entry], topology: Topology, init: str, seed: int
+) -> None:
+    """Makes the pairs of one linear and hooks them in."""
+    if not isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+        raise ConfigError(
+            f"peft.target_modules: {targets[0].hf_module} is a {type(linear).__name__}, which takes no pair"
+        )
+    tp, rank, device = topology.tp, topology.tp_rank, linear.weight.device
+    layout = entries[targets[0].entry.name].layout
+    pairs, places = {}, []
+    for target in targets:
+        rows = local_rows(target, layout, tp, rank)
+        whole = not shared_evenly(target, layout, tp)
+        inputs = target.inputs // tp if layout.dim == 1 else target.inputs
+        outputs = target.shape[0] if whole else len(rows.place)
+        pair = pairs[target.key] = Pair(target, inputs, outputs, device, rows.source if whole else None)
+        places.append(rows.place)
+        if device.type != "meta":
+            pair.a.data.copy_(entries[f"{target.name}.a"].layout.shard(draw(target, init, seed), tp, rank))
+    full = layout.padded(targets[0].full_rows, tp)
+    linear.lora = LowRank(linear, pairs, places, full // tp if layout.dim == 0 else full)
+    linear.register_forward_hook(_add_to_output)
+
+
+def _add_to_output(linear: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    return linear.lora(inputs[0], output[0]), output[1]
+
+
+def draw(target: Target, init: str, seed: int) -> Tensor:
+    """A whole A [r, in], fp32: PEFT's distributions (``kaiming_uniform_`` with a = sqrt 5, or N(0, 1 / r))."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "lora", target.hf_module))
+    shape = target.r, target.inputs
+    if init == "gaussian":
+        return torch.randn(shape, generator=generator) / target.r
+    return (2 * torch.rand(shape, generator=generator) - 1) / target.inputs**0.5
+
+
+def _train_parts(parameter: Tensor, entry: Entry, parts: Sequence[str] | None, topology: Topology) -> None:
+    """Keeps those rows of a fused bias fixed whose HF bias does not train."""
+    if parts is None or len(parts) == len(entry.hf):
+        return
+    rows = parameter.shape[0] * (topology.tp if entry.layout.dim == 0 else 1)
+    sizes = [len(part) for part in entry.from_full(torch.empty(rows, device="meta"))]
+    full = entry.to_full([torch.full((size,), float(hf in parts)) for hf, size in zip(entry.hf, sizes)])
+    mask = entry.layout.shard(full, topology.tp, topology.tp_rank).to(parameter.device, parameter.dtype)
+    parameter.register_hook(lambda gradient: gradient * mask)
+
+
+def _trains_bias_alone(linear: Any) -> bool:
+    return linear.bias is not None and linear.bias.requires_grad and not linear.weight.requires_grad
+
+
+def _let_gradient_into_bias(linear: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    """megatron-core's product with a frozen weight gives its bias no gradient: a zero that has one."""
+    return output[0] + (linear.bias - linear.bias.detach()), output[1]
+
+
+def _let_gradients_into_tower(tower: nn.Module | None) -> None:
+    """megatron-core's recomputation gives no gradient at all to layers whose input needs none, as behind frozen embeddings."""
+    if tower is None or not any(parameter.requires_grad for parameter in tower.parameters()):
+        return
+    for block in tower.modules():
+        if isinstance(block, TransformerBlock) and block.config.recompute_granularity is not None:
+            block.register_forward_pre_hook(_require_gradient)
+
+
+def _require_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    if torch.is_grad_enabled() and not inputs[0].requires_grad:
+        return inputs[0].detach().requires_grad_(), *inputs[1:]
+    return inputs

@@ -1,0 +1,64 @@
+"""PEFT on an HF twin: the same pairs as ours, its gradients and its training, under the names that our weight map has."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.testing.parity import hf_inputs, hf_reference
+
+_WORDS = {"alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
+
+
+def peft_twin(model: Any, settings: dict[str, Any], seed: int = 0) -> tuple[Any, dict[str, Tensor]]:
+    """Wraps a copy of ``model`` by a section ``peft`` (its fields that PEFT has) and draws every A and B: B = 0 hides mistakes.
+
+    Returns:
+        (PEFT's model, all A and B by the names in PEFT's files).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    values = {_WORDS.get(key, key): list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
+    wrapped: Any = get_peft_model(copy.deepcopy(model), LoraConfig(**{"lora_alpha": 16, **values}))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, parameter in sorted(wrapped.named_parameters()):
+        if ".lora_" in name:
+            parameter.data.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+            tensors[our_name(name)] = parameter.detach().clone()
+    return wrapped.eval(), tensors
+
+
+def our_name(name: str) -> str:
+    """A parameter's name in PEFT's model -> the HF name of our weight map."""
+    name = name.replace(".default", "")
+    if ".lora_" in name:
+        return name
+    return name.removeprefix("base_model.model.").replace(".modules_to_save", "").replace(".base_layer", "")
+
+
+def peft_gradients(model: Any, samples: Any, inputs: Any = hf_inputs) -> tuple[float, Tensor, dict[str, Tensor]]:
+    """(loss, logits, gradients of what trains by our names), as ``hf_reference``."""
+    loss, logits, grads = hf_reference(model, samples, inputs=inputs)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return loss, logits, {our_name(name): grad for name, grad in grads.items() if name in trained}
+
+
+def peft_training(
+    model: Any, samples: Any, steps: int, lr: float, inputs: Any = hf_inputs
+) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each of ``steps`` updates with our default AdamW: clipping at 1, no decay of biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=lr)
+    history = []
+    for _ in range(steps):
+        loss, _, _ = hf_reference(model, samples, inputs=inputs)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        history.append((loss, float(norm)))
+        adam.step()
+    return history

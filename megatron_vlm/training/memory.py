@@ -1,12 +1,33 @@
 """Memory of one rank of each pipeline stage, before anything runs.
 
-RunConfig + model config --fake process group, real stage modules on meta--> weights, gradients, optimizer, activations
+    RunConfig + model config --fake process group, real stage modules on meta--> weights, gradients, optimizer
+        + row --memory_trace: real forward and backward pass without data--> activations of the microbatches in flight
+
+So a family, a layout or an adapter is never described twice: what is counted is what the training code makes.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm.data.types import VLMBatch
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.registry import FamilySpec
+from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.rng import seed_step
+from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology, destroy_topology
+from megatron_vlm.training.memory_trace import ChunkBytes, measure_chunk
 from megatron_vlm.training.run_config import RunConfig
+
+TEXT_PER_IMAGE = 512
+"""Tokens of text that an expected row has for each image (LLaVA's instruction data: about 300)."""
+_CUDA_CONTEXT = 600 << 20  # CUDA's context and loaded kernels
+_NCCL_GROUP = 150 << 20  # buffers of a communicator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +42,26 @@ class RowShape:
     segments: tuple[int, ...]
     images: tuple[tuple[int, int, int], ...] = ()
 
+    @classmethod
+    def expected(cls, config: RunConfig, model_config: Any) -> "RowShape":
+        """A full row: images of the largest size that ``config.data`` lets through, one to each ``TEXT_PER_IMAGE`` tokens of text
+        in a packed row and one to each sample else, no more than ``max_image_num`` and ``max_patches_per_row`` allow."""
+        data, samples = config.data, config.training.micro_batch_size
+        segments = (data.seq_length,) * samples
+        if not hasattr(model_config, "vision") or data.max_image_num == 0:
+            return cls(segments=segments)
+        image = model_config.expected_image(data)
+        cost = model_config.image_cost(image)
+        count = max(1, data.seq_length // (cost.features + TEXT_PER_IMAGE)) if data.packing else samples
+        if data.max_patches_per_row is not None:
+            count = min(count, data.max_patches_per_row // cost.patches)
+        return cls(segments=segments, images=(image,) * count)
+
+    def __str__(self) -> str:
+        sizes = {image: self.images.count(image) for image in self.images}
+        images = " and ".join(f"{count} images of {w} x {h} pixels" for (_, h, w), count in sizes.items())
+        return f"{sum(self.segments):,} tokens" + (f" with {images}" if images else ", no images")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
@@ -32,7 +73,7 @@ class StageMemory:
         parameters, trainable: numbers held by one rank, by parameter group (llm, vision, connector).
         weights, gradients, optimizer: what stays between steps.
         activations: kept for the backward pass by all microbatches in flight.
-        temporary: on top of these at the worst moment.
+        temporary: on top of these at the worst moment of a step.
         constant: of the device's context and libraries, outside the allocator.
     """
 
@@ -48,64 +89,212 @@ class StageMemory:
     constant: int
 
     @property
+    def allocated(self) -> int:
+        """Bytes of tensors at the worst moment."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
+
+    @property
     def total(self) -> int:
         """Bytes that the device must have."""
-        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.temporary, self.constant)
-        return sum(parts)
+        return self.allocated + self.constant
 
     @property
     def largest(self) -> str:
         """Name of what takes most."""
-        names = ("weights", "gradients", "optimizer", "activations", "temporary", "constant")
-        return max(names, key=lambda name: getattr(self, name))
+        return max(_SIZES, key=lambda name: getattr(self, name))
+
+
+_SIZES = ("weights", "gradients", "optimizer", "activations", "temporary", "constant")
 
 
 def estimate(
     config: RunConfig,
-    spec: Any,
+    spec: FamilySpec,
     model_config: Any,
     world_size: int,
     device_kind: Literal["cpu", "cuda"],
     *,
     row: RowShape | None = None,
+    stages: Sequence[int] | None = None,
 ) -> list[StageMemory]:
-    """Estimates one rank of each pipeline stage; needs a process without a process group.
+    """Estimates one rank of each pipeline stage.
+
+    The process must be without a process group; it gets the CPU seams, so it cannot train on a GPU afterwards.
 
     Args:
-        config: the run; its model is not read.
+        config: the run; ``checkpoint.load`` is not read.
         spec, model_config: the model's family and configuration.
         world_size: ranks of the run.
         device_kind: where the run would be.
-        row: a microbatch; None: a full row with the images that ``config.data`` leads to expect.
+        row: a microbatch; None: ``RowShape.expected``.
+        stages: numbers of those to estimate; None: all.
 
     Raises:
         ConfigError: the sizes do not fit the world or the model.
     """
-    from megatron_vlm.training.dry_run import stage_reports
+    if dist.is_initialized():
+        raise ConfigError("memory is estimated in a process without a process group: start it alone, without torchrun")
+    cpu.install()
+    config.check_world(world_size)
+    row = row or RowShape.expected(config, model_config)
+    pp, reports = config.parallel.pipeline_model_parallel_size, []
+    for stage in range(pp) if stages is None else stages:
+        with _World(config.parallel, model_config, world_size, stage * (world_size // pp)) as topology:
+            chunks = build_on_meta(config, spec, model_config, topology)
+            reports.append(_report(config, model_config, topology, chunks, row, device_kind))
+    return reports
 
-    return [
-        StageMemory(
-            stage=number,
-            ranks=stage.ranks,
-            parameters=stage.parameters,
-            trainable=stage.trainable,
-            weights=stage.weights,
-            gradients=stage.gradients,
-            optimizer=stage.optimizer,
-            activations=stage.activations,
-            temporary=0,
-            constant=1 << 30 if device_kind == "cuda" else 0,
+
+class _World:
+    """A topology of ``world_size`` ranks, of which this process is one and the others are not there."""
+
+    def __init__(self, parallel: ParallelConfig, model_config: Any, world_size: int, rank: int):
+        self.parallel, self.layers, self.size, self.rank = parallel, model_config.text.num_layers, world_size, rank
+
+    def __enter__(self) -> Topology:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.size)
+        try:
+            topology = build_topology(self.parallel, num_layers=self.layers, device=torch.device("cpu"))
+            seed_step(topology, 0, 0)
+            return topology
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *unused: Any) -> None:
+        destroy_topology()
+        dist.destroy_process_group()
+
+
+def build_on_meta(config: RunConfig, spec: FamilySpec, model_config: Any, topology: Topology) -> list[Any]:
+    """This rank's stages as the trainer builds them, without data."""
+    from megatron_vlm.models.vlm import ModelOptions, build_model
+
+    with torch.device("meta"):
+        chunks: list[Any] = build_model(spec, model_config, topology, ModelOptions(**config.model_options()))
+    for chunk in chunks:
+        chunk.train()
+    return chunks
+
+
+def full_shapes(spec: FamilySpec, model_config: Any) -> dict[str, TensorInfo]:
+    """Infos of the model's whole tensors by global name, as of a WeightSource, without one."""
+    from megatron_vlm.models.vlm import ModelOptions, build_model, global_parameters
+
+    with _World(ParallelConfig(), model_config, 1, 0) as topology, torch.device("meta"):
+        chunks = build_model(spec, model_config, topology, ModelOptions(make_vocab_size_divisible_by=1))
+        return {name: TensorInfo.of(parameter) for name, parameter in global_parameters(chunks).items()}
+
+
+def _report(
+    config: RunConfig, model_config: Any, topology: Topology, chunks: Sequence[Any], row: RowShape, device_kind: Any
+) -> StageMemory:
+    from megatron_vlm.models.vlm import GROUPS, global_named_parameters, group_of
+
+    parallel = config.parallel
+    held, trained = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0)
+    weights = gradients = states = copied = largest = 0
+    grad_width = None if parallel.accumulate_allreduce_grads_in_fp32 else "own"
+    for chunk in chunks:
+        weights += sum(buffer.nbytes for buffer in chunk.buffers())
+        for name, p in global_named_parameters(chunk):
+            held[group_of(name)] += p.numel()
+            weights += p.nbytes
+            if p.requires_grad:
+                trained[group_of(name)] += p.numel()
+                half = p.dtype.itemsize < 4
+                gradients += p.numel() * (p.dtype.itemsize if grad_width else 4)
+                states += p.numel() * (
+                    12 if half else 8
+                )  # AdamW's moments, and fp32 main parameters beside 16-bit ones
+                copied += 4 * p.numel() if half and grad_width else 0  # the optimizer's own fp32 gradients
+                largest = max(largest, 4 * p.numel())
+    shards = topology.dp if parallel.use_distributed_optimizer else 1
+    optimizer_peak = -(-copied // shards) + largest * (1 if device_kind == "cuda" else 2)
+    bytes_of = [_chunk_bytes(config, model_config, topology, chunk, row, device_kind) for chunk in chunks]
+    activations = sum(n * part.kept for n, part in zip(in_flight(config, topology), bytes_of))
+    step_peak = activations + max(part.peak - part.kept for part in bytes_of)
+    return StageMemory(
+        stage=topology.pp_rank,
+        ranks=(topology.rank, topology.rank + topology.tp * topology.dp - 1),
+        parameters=held,
+        trainable=trained,
+        weights=weights,
+        gradients=gradients,
+        optimizer=-(-states // shards),
+        activations=activations,
+        temporary=max(step_peak, optimizer_peak) - activations,
+        constant=_constant(topology) if device_kind == "cuda" else 0,
+    )
+
+
+def _chunk_bytes(
+    config: RunConfig, model_config: Any, topology: Topology, chunk: Any, row: RowShape, device_kind: Any
+) -> ChunkBytes:
+    tokens = max(sum(row.segments), config.row_fill)
+    tokens = -(-tokens // config.row_multiple) * config.row_multiple
+    local = tokens // topology.tp if config.parallel.sequence_parallel else tokens
+    batch = functools.partial(make_batch, row, tokens, model_config, pixels=chunk.pre_process)
+    return measure_chunk(chunk, batch, (local, 1, model_config.text.hidden_size), device_kind)
+
+
+def make_batch(row: RowShape, tokens: int, model_config: Any, *, pixels: bool) -> VLMBatch:
+    """A batch of ``row``, filled to ``tokens``, with a loss on every token; image features come first.
+
+    Raises:
+        ConfigError: the images take more tokens than there are.
+    """
+    segments = [*row.segments, tokens - sum(row.segments)] if tokens > sum(row.segments) else list(row.segments)
+    features = sum(model_config.image_cost(image).features for image in row.images)
+    if features > tokens:
+        raise ConfigError(
+            f"a row of {row} needs {features} tokens for its images: raise data.seq_length, or lower data.image_size, "
+            "max_dynamic_patch or hd_num"
         )
-        for number, stage in enumerate(stage_reports(config, spec, model_config, world_size))
-    ]
+    starts = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return VLMBatch(
+        input_ids=torch.zeros(1, tokens, dtype=torch.int64),
+        position_ids=torch.cat([torch.arange(n) for n in segments])[None],
+        labels=torch.zeros(1, tokens, dtype=torch.int64),
+        cu_seqlens=starts,
+        cu_seqlens_host=tuple(starts.tolist()),
+        max_seqlen=max(segments),
+        loss_positions=torch.arange(tokens),
+        pixels=tuple(torch.empty(image, device="meta") for image in row.images) if pixels else (),
+        image_positions=torch.arange(features),
+        num_images=len(row.images),
+    )
 
 
-def table(stages: list[StageMemory]) -> list[str]:
-    """Lines of a table, one row per stage."""
-    names = ("weights", "gradients", "optimizer", "activations", "temporary", "constant", "total")
-    rows = [("stage", "ranks", *names, "largest")]
+def in_flight(config: RunConfig, topology: Topology) -> list[int]:
+    """Microbatches whose activations each chunk of a rank keeps at the worst moment.
+
+    Source: megatron-core 0.16.1, pipeline_parallel/schedules.py: forward passes before the first backward pass.
+    """
+    microbatches = config.num_microbatches_per_batch // topology.dp
+    behind = topology.pp - topology.pp_rank - 1
+    if topology.vp == 1:
+        return [min(microbatches, behind + 1)]
+    group = topology.pp
+    passes = [chunk for _ in range(microbatches // group) for chunk in range(topology.vp) for _ in range(group)]
+    warmup = len(passes) if microbatches == group else 2 * behind + (topology.vp - 1) * group
+    started = passes[: warmup + 1]
+    return [started.count(chunk) for chunk in range(topology.vp)]
+
+
+def _constant(topology: Topology) -> int:
+    groups = sum(size > 1 for size in (topology.tp, topology.pp, topology.dp)) + (topology.world_size > 1)
+    return _CUDA_CONTEXT + groups * _NCCL_GROUP
+
+
+def table(stages: Sequence[StageMemory]) -> list[str]:
+    """Lines of a table in GiB (MiB where all is small), one per stage."""
+    unit, name = (2**30, "GiB") if max(stage.total for stage in stages) > 2**29 else (2**20, "MiB")
+    rows: list[tuple[str, ...]] = [("stage", "ranks", *_SIZES, f"total {name}", "most")]
     for stage in stages:
-        sizes = [f"{getattr(stage, name) / 2**30:.2f}" for name in names]
+        sizes = [f"{getattr(stage, size) / unit:.2f}" for size in (*_SIZES, "total")]
         rows.append((str(stage.stage), f"{stage.ranks[0]}-{stage.ranks[1]}", *sizes, stage.largest))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config import Config
+from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.image_cost import ImageCost
 from megatron_vlm.models.text import TextConfig, text_config
 
 
@@ -57,6 +59,24 @@ class Idefics2ModelConfig(Config):
             getattr(self.perceiver, n) for n in ("num_attention_heads", "num_query_groups", "head_dim")
         )
         return heads % tp == 0 and (groups % tp == 0 or tp % groups == 0) and groups * width % tp == 0
+
+    def expected_image(self, data: DataConfig) -> tuple[int, int, int]:
+        """[C, H, W] of the largest image that ``data`` lets through."""
+        size = data.image_size or self.vision.image_size
+        return self.vision.num_channels, size, size
+
+    def image_cost(self, image: tuple[int, int, int]) -> ImageCost:
+        """Cost of one image [C, H, W]."""
+        perceiver, h = self.perceiver, self.text.hidden_size
+        patches = (image[1] // self.vision.patch_size) * (image[2] // self.vision.patch_size)
+        n, keys = perceiver.num_latents, patches + perceiver.num_latents
+        q, kv = perceiver.num_attention_heads * perceiver.head_dim, perceiver.num_query_groups * perceiver.head_dim
+        projection = 2 * patches * self.text.ffn_hidden_size * (2 * self.vision.hidden_size + h)
+        # Queries and output; keys and values; scores and their product with the values; gated MLP of width 4 h.
+        layer = 4 * n * h * q + 4 * keys * h * kv + 4 * n * keys * q + 24 * n * h**2
+        return ImageCost(
+            patches=patches, segments=(patches,), features=n, connector=float(projection + perceiver.depth * layer)
+        )
 
     @classmethod
     def from_hf(cls, hf_config: dict[str, Any]) -> "Idefics2ModelConfig":

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_vlm.config import Config
+from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.image_cost import ImageCost, projector_flops
 from megatron_vlm.models.text import TextConfig, text_config
 
+_MAX_TILES = 12  # of an image where the data section does not say: InternVL's scripts
 LAYOUTS: dict[str, Literal["chat", "hf"]] = {"internvl_chat": "chat", "internvl": "hf"}
 # Defaults of the original's InternVisionConfig, for keys that a config.json leaves out.
 CHAT_VISION = {
@@ -77,6 +80,25 @@ class InternVL3ModelConfig(Config):
     def tile_tokens(self, size: int | None = None) -> int:
         """Tokens of a tile of ``size`` pixels a side (None: as the tower was trained)."""
         return ((size or self.vision.image_size) // self.vision.patch_size // self.shuffle) ** 2
+
+    def expected_image(self, data: DataConfig) -> tuple[int, int, int]:
+        """[C, n * s, s] of the largest image that ``data`` lets through: n tiles of side s."""
+        tiles = 1 if data.dynamic_image_size is False else (data.max_dynamic_patch or _MAX_TILES)
+        tiles += tiles > 1 and data.use_thumbnail is not False
+        size = data.image_size or self.vision.image_size
+        tiles = max(1, min(tiles, (data.seq_length - 1) // self.tile_tokens(size)))
+        return self.vision.num_channels, tiles * size, size
+
+    def image_cost(self, image: tuple[int, int, int]) -> ImageCost:
+        """Cost of one image [C, n * s, s]."""
+        tiles, side = image[1] // image[2], image[2] // self.vision.patch_size
+        features, width = tiles * self.tile_tokens(image[2]), self.vision.hidden_size * self.shuffle**2
+        return ImageCost(
+            patches=tiles * side**2,
+            segments=(side**2 + 1,) * tiles,
+            features=features,
+            connector=projector_flops(features, width, self.text.hidden_size),
+        )
 
     @classmethod
     def from_hf(cls, hf_config: dict[str, Any]) -> "InternVL3ModelConfig":

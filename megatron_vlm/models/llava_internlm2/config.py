@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config import Config
+from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.clip import ClipConfig
+from megatron_vlm.models.image_cost import ImageCost, projector_flops
 from megatron_vlm.models.text import TextConfig, text_config
 
 SOURCE = "language_model_source"
@@ -27,6 +29,20 @@ class LlavaModelConfig(Config):
     image_token_id: int
     source_type: str
     source_vocab_size: int
+
+    def expected_image(self, data: DataConfig) -> tuple[int, int, int]:
+        """[C, S, S]: all images are of the tower's size."""
+        return self.vision.num_channels, self.vision.image_size, self.vision.image_size
+
+    def image_cost(self, image: tuple[int, int, int]) -> ImageCost:
+        """Cost of one image."""
+        patches = self.vision.side**2
+        return ImageCost(
+            patches=patches,
+            segments=(patches + 1,),
+            features=patches,
+            connector=projector_flops(patches, self.vision.hidden_size, self.text.hidden_size),
+        )
 
     @classmethod
     def from_hf(cls, hf_config: dict[str, Any]) -> "LlavaModelConfig":

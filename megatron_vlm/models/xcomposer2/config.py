@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config import Config
+from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.clip import ClipConfig
+from megatron_vlm.models.image_cost import ImageCost, projector_flops
 from megatron_vlm.models.internlm2.config import internlm2_text_config
 from megatron_vlm.models.text import TextConfig
 
@@ -55,6 +57,27 @@ class XComposer2Config(Config):
             return side * side
         side //= 2
         return side * (side + 1) + 1 + rows * side * (columns * side + 1)
+
+    def expected_image(self, data: DataConfig) -> tuple[int, int, int]:
+        """[C, rows * S, columns * S] of the largest image that ``data`` lets through: as square as its tiles allow."""
+        tiles = max(1, data.hd_num or 1) if self.hd else 1
+        while tiles > 1 and self.tokens(int(tiles**0.5), tiles // int(tiles**0.5)) >= data.seq_length:
+            tiles -= 1
+        rows = int(tiles**0.5)
+        size = self.vision.image_size
+        return self.vision.num_channels, rows * size, tiles // rows * size
+
+    def image_cost(self, image: tuple[int, int, int]) -> ImageCost:
+        """Cost of one image [C, rows * S, columns * S]."""
+        size, patches = self.vision.image_size, self.vision.side**2
+        rows, columns = image[1] // size, image[2] // size
+        views, features = 1 + rows * columns if self.hd else 1, self.tokens(rows, columns)
+        return ImageCost(
+            patches=views * patches,
+            segments=(patches + 1,) * views,
+            features=features,
+            connector=projector_flops(features, self.feature_size, self.text.hidden_size),
+        )
 
     @classmethod
     def from_hf(cls, hf_config: dict[str, Any]) -> "XComposer2Config":

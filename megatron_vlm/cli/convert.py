@@ -11,7 +11,7 @@ from megatron_vlm.log import setup_logging
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``hf2mg``, ``mg2hf`` and ``verify``; each sets ``run(args) -> exit code``."""
+    """Adds ``hf2mg``, ``mg2hf``, ``merge`` and ``verify``; each sets ``run(args) -> exit code``."""
     _add_hf2mg(commands)
     parser = commands.add_parser("mg2hf", help="Megatron weights or a training checkpoint -> Hugging Face directory")
     parser.add_argument(
@@ -19,6 +19,24 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="absent or an empty directory")
     parser.add_argument("--family", help="checked against what --load holds (default: taken from it)")
+    _add_output(parser)
+    adapter = parser.add_argument_group("adapters (a checkpoint of a run with peft settings, or an adapter's folder)")
+    adapter.add_argument("--adapter-only", action="store_true", help="write the adapter, for PEFT")
+    adapter.add_argument("--merge", action="store_true", help="write the model with the adapter merged into its base")
+    adapter.add_argument(
+        "--base", metavar="DIR", help="the base, where it has moved; with --adapter-only, what is named as the base"
+    )
+    parser.set_defaults(run=_run_mg2hf)
+    parser = commands.add_parser("merge", help="a model and an adapter of it -> the merged Hugging Face directory")
+    parser.add_argument("--base", required=True, metavar="DIR", help="the model that the adapter was trained on")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="PEFT's folder, or XTuner's with its adapters")
+    parser.add_argument("--out", required=True, metavar="DIR", help="absent or an empty directory")
+    _add_output(parser)
+    parser.set_defaults(run=_run_merge)
+    _add_verify(commands)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     _add_dtype(parser)
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: 5GB)"
@@ -29,8 +47,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="LAYOUT",
         help="another of the family's Hugging Face layouts (default: the one the model came in)",
     )
-    parser.set_defaults(run=_run_mg2hf)
-    _add_verify(commands)
 
 
 def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -159,7 +175,17 @@ def _run_mg2hf(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         layout=args.layout,
+        adapter_only=args.adapter_only,
+        merge=args.merge,
+        base=args.base,
     )
+    return 0
+
+
+def _run_merge(args: argparse.Namespace) -> int:
+    from megatron_vlm.conversion.convert import merge
+
+    merge(args.base, args.adapter, args.out, dtype=args.dtype, max_shard_size=args.max_shard_size, layout=args.layout)
     return 0
 
 
@@ -174,7 +200,7 @@ def run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="convert", description="Converts weights between Hugging Face and Megatron layouts."
     )
-    add_parser(parser.add_subparsers(dest="command", required=True, metavar="hf2mg | mg2hf | verify"))
+    add_parser(parser.add_subparsers(dest="command", required=True, metavar="hf2mg | mg2hf | merge | verify"))
     args = parser.parse_args(argv)
     setup_logging(rank=0)
     return args.run(args)

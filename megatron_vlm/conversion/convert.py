@@ -174,10 +174,61 @@ def mg2hf(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     layout: str | None = None,
+    adapter_only: bool = False,
+    merge: bool = False,
+    base: str | os.PathLike | None = None,
 ) -> None:
-    """Converts Megatron weights, a training checkpoint or an HF directory to an HF directory (see ``export_hf``)."""
-    with open_source(load, family) as source:
+    """Converts Megatron weights, a training checkpoint or an HF directory to an HF directory (see ``export_hf``).
+
+    Args:
+        load, out, family, dtype, max_shard_size, layout: see there.
+        adapter_only: write what LoRA trained, for PEFT (see ``export_adapter``).
+        merge: write it merged into its base.
+        base: where the base is (``merge``), or the HF model that is named as the base (``adapter_only``).
+
+    Raises:
+        ConfigError: an adapter, and not said what to do with it; or no adapter.
+    """
+    if adapter_only and merge:
+        raise ConfigError("--adapter-only writes the adapter, --merge the merged model: give one of them")
+    with _open_for(load, family, base, adapter_only) as source:
+        if source.kind != "adapted" and (adapter_only or merge):
+            raise ConfigError(f"--{'merge' if merge else 'adapter-only'}: {load} holds a whole model, and no adapter")
+        if adapter_only:
+            from megatron_vlm.peft.export import export_adapter
+
+            export_adapter(source, out, base=base, layout=layout, dtype=params_dtype(dtype))
+            return
+        if source.kind == "adapted" and not merge:
+            raise ConfigError(
+                f"{load} holds an adapter: --merge writes it merged into its base, --adapter-only as it is"
+            )
         export_hf(source, out, dtype=params_dtype(dtype), max_shard_size=max_shard_size, layout=layout)
+
+
+def _open_for(
+    load: str | os.PathLike, family: str | None, base: str | os.PathLike | None, adapter_only: bool
+) -> WeightSource:
+    """Opens what is converted; for an adapter alone with the base it was trained on, where that is still there."""
+    if not adapter_only or base is None:
+        return open_source(load, family, base)
+    try:
+        return open_source(load, family)
+    except ConversionError:
+        return open_source(load, family, base)
+
+
+def merge(
+    base: str | os.PathLike,
+    adapter: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    layout: str | None = None,
+) -> None:
+    """Merges an adapter (PEFT's folder, XTuner's folders or a checkpoint) into a model, and writes that (see ``export_hf``)."""
+    mg2hf(adapter, out, dtype=dtype, max_shard_size=max_shard_size, layout=layout, merge=True, base=base)
 
 
 def export_hf(

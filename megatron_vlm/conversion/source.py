@@ -35,7 +35,7 @@ class WeightSource(abc.ABC):
     """Full tensors of a model by global name, read one at a time.
 
     Attributes:
-        kind: ``hf``, ``megatron`` or ``training``.
+        kind: ``hf``, ``megatron``, ``training`` or ``adapted`` (a base with an adapter).
         spec: the model family.
         hf_config: content of config.json.
         config: the family's model config.
@@ -212,17 +212,30 @@ def check_entry(entry: Entry, infos: Sequence[TensorInfo], vocab_size: int) -> T
     return TensorInfo.of(full)
 
 
-def open_source(path_or_id: str | os.PathLike, family: str | None = None) -> WeightSource:
+def open_source(
+    path_or_id: str | os.PathLike, family: str | None = None, base: str | os.PathLike | None = None
+) -> WeightSource:
     """Opens an HF directory or hub id, Megatron weights, or a training checkpoint (its folder or one iteration's).
+
+    An adapter's folder, and the checkpoint of a run that trained one, are opened together with their base (peft/merge.py).
 
     Args:
         path_or_id: what to open.
         family: what the caller expects; None takes what the files say.
+        base: where the base of an adapter is; None: where its files say.
 
     Raises:
         ConversionError: not weights of that family, or damaged ones; the message names the culprit.
+        ConfigError: a base is given for a whole model.
     """
-    directory = resolve_directory(path_or_id)
+    source = _open(resolve_directory(path_or_id), family, base)
+    if base is not None and source.kind != "adapted":
+        source.close()
+        raise ConfigError(f"--base {base}: {path_or_id} is a whole model, which has no base: leave it out")
+    return source
+
+
+def _open(directory: Path, family: str | None, base: str | os.PathLike | None) -> WeightSource:
     if (directory / MANIFEST).exists():
         from megatron_vlm.conversion.megatron_source import MegatronSource
 
@@ -231,15 +244,19 @@ def open_source(path_or_id: str | os.PathLike, family: str | None = None) -> Wei
             directory, choose_family(read_json(directory / "hf" / CONFIG_NAME), directory, family, recorded)
         )
     if (directory / TRACKER).exists() or (directory / "state.json").exists():
-        from megatron_vlm.conversion.training_source import TrainingSource, tracked_folder
+        from megatron_vlm.conversion.training_source import open_iteration, tracked_folder
 
         if (directory / "state.json").exists():
-            return TrainingSource(directory, family)
-        return open_source(tracked_folder(directory), family)
+            return open_iteration(directory, family, base)
+        return _open(tracked_folder(directory), family, base)
+    if _is_adapter(directory):
+        from megatron_vlm.peft.merge import adapted
+
+        return adapted(directory, base, family)
     if not (directory / CONFIG_NAME).exists():
         raise ConversionError(
             f"{directory} is neither an HF model (config.json), nor Megatron weights ({MANIFEST}), nor a training "
-            f"checkpoint ({TRACKER}, or an iteration's state.json)"
+            f"checkpoint ({TRACKER}, or an iteration's state.json), nor an adapter (adapter_config.json)"
         )
     whole = _parts_family(directory)
     if whole and family is None:
@@ -250,10 +267,21 @@ def open_source(path_or_id: str | os.PathLike, family: str | None = None) -> Wei
     spec = choose_family(read_json(directory / CONFIG_NAME), directory, family)
     model = open_hf(directory)
     try:
+        if any(".base_model.model." in name for name in model.tensors.infos):  # PEFT's layers are still in it
+            from megatron_vlm.peft.merge import open_wrapped
+
+            return open_wrapped(model, spec)
         return HFSource(model, spec)
     except BaseException:
         model.tensors.close()
         raise
+
+
+def _is_adapter(directory: Path) -> bool:
+    """Adapters of PEFT, or of the parts of a model, and no whole model beside them."""
+    whole = any(directory.glob("model*.safetensors*")) or any(directory.glob("pytorch_model*.bin*"))
+    found = [directory / "adapter_config.json", *directory.glob("*_adapter/adapter_config.json")]
+    return not whole and any(path.is_file() for path in found)
 
 
 def _parts_family(directory: Path) -> str | None:

@@ -4,6 +4,8 @@ DIR/latest_checkpointed_iteration.txt: "100" --> DIR/iter_0000100/{manifest.json
                                        "release" --> DIR/release/, a checkpoint or Megatron weights
 """
 
+import os
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +18,7 @@ from megatron_vlm.conversion.source import TRACKER, WeightSource, check_entry, c
 from megatron_vlm.errors import CheckpointError, ConversionError
 from megatron_vlm.log import get_logger
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 RELEASE = "release"
 
 
@@ -36,6 +38,52 @@ def tracked_folder(root: Path) -> Path:
     return folder
 
 
+def checked_files(directory: Path) -> dict[str, dict]:
+    """The files of a checkpoint, as its manifest lists them, of the sizes that it says.
+
+    Raises:
+        CheckpointError: files absent or damaged.
+    """
+    if not (directory / MANIFEST).exists():
+        raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}")
+    files: dict[str, dict] = read_json(directory / MANIFEST)["files"]
+    for name, entry in files.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
+            raise CheckpointError(f"{path}: {size}, {MANIFEST} says {entry['size']:,} bytes")
+    return files
+
+
+def check_file_digests(directory: Path, files: dict[str, dict]) -> None:
+    """Compares the files of a checkpoint with the digests in its manifest.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    get_logger(__name__).info("checking the digests of %d files in %s", len(files), directory)
+    for name, entry in files.items():
+        if file_digest(directory / name)["sha256"] != entry["sha256"]:
+            raise CheckpointError(f"{directory / name} is damaged: its sha256 is not the one in {MANIFEST}")
+
+
+def open_iteration(directory: Path, family: str | None = None, base: str | os.PathLike | None = None) -> WeightSource:
+    """Opens one iteration's folder: all weights of a model, or what a run trained of it together with its base.
+
+    Args:
+        directory: of the iteration.
+        family: as of ``open_source``.
+        base: where the base of such a run is now; None: where it was.
+    """
+    record = read_json(directory / STATE).get("peft")
+    if record is None:
+        return TrainingSource(directory, family)
+    from megatron_vlm.peft.merge import open_run
+
+    check = partial(check_file_digests, directory, checked_files(directory))
+    return open_run(directory, record, base=base, family=family, check=check)
+
+
 class TrainingSource(WeightSource):
     """The weights of one iteration, whatever layout it was trained in. File sizes are checked when it is opened.
 
@@ -48,14 +96,7 @@ class TrainingSource(WeightSource):
 
     def __init__(self, directory: Path, family: str | None = None):
         self.directory = directory
-        if not (directory / MANIFEST).exists():
-            raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}")
-        self._files: dict[str, dict] = read_json(directory / MANIFEST)["files"]
-        for name, entry in self._files.items():
-            path = directory / name
-            if not path.is_file() or path.stat().st_size != entry["size"]:
-                size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
-                raise CheckpointError(f"{path}: {size}, {MANIFEST} says {entry['size']:,} bytes")
+        self._files = checked_files(directory)
         hf_config = read_json(directory / "hf" / CONFIG_NAME)
         super().__init__(directory / "hf", hf_config, choose_family(hf_config, directory, family))
         self._tensors = RankFiles(directory)
@@ -81,10 +122,7 @@ class TrainingSource(WeightSource):
         return self._tensors.read_shard(name, layout, tp, tp_rank)
 
     def check_digests(self) -> None:
-        get_logger(__name__).info("checking the digests of %d files in %s", len(self._files), self.directory)
-        for name, entry in self._files.items():
-            if file_digest(self.directory / name)["sha256"] != entry["sha256"]:
-                raise CheckpointError(f"{self.directory / name} is damaged: its sha256 is not the one in {MANIFEST}")
+        check_file_digests(self.directory, self._files)
 
     def close(self) -> None:
         self._tensors.close()

@@ -19,10 +19,13 @@ class ExportSpec:
             ``folder/name`` goes to a folder beside the others.
         files: ``files(hf_dir, hf_config, directory)`` writes every non-weight file, config.json among them; ``hf_dir`` and
             ``hf_config`` are the family's own.
+        adapters: folder of the mapping's names -> folder that takes an adapter of what lies there; the layout's other folders
+            are written whole beside them. None: one adapter for all.
     """
 
     mapping: Callable[[Any], Any]
     files: Callable[[Path, dict[str, Any], Path], None]
+    adapters: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

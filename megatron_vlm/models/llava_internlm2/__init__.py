@@ -70,5 +70,11 @@ SPEC = FamilySpec(
     assemble=_assemble,
     parts=_parts,
     reference=_reference,
-    exports={"xtuner": ExportSpec(mapping=_xtuner_mapping, files=_xtuner_files)},
+    exports={
+        "xtuner": ExportSpec(
+            mapping=_xtuner_mapping,
+            files=_xtuner_files,
+            adapters={"": "llm_adapter", "visual_encoder": "visual_encoder_adapter"},
+        )
+    },
 )

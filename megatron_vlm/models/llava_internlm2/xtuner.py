@@ -32,15 +32,15 @@ def find_parts(directory: Path) -> dict[str, Path] | None:
     """The parts of a folder that XTuner wrote after training them all; None: it is another folder.
 
     Raises:
-        ConversionError: XTuner wrote adapters, or left out a part that was not trained.
+        ConversionError: XTuner wrote adapters (see peft/adapter_folders.py), or left out a part that was not trained.
     """
     if not (directory / PROJECTOR / "config.json").is_file():
         return None
     adapters = [name for name in ("llm_adapter", "visual_encoder_adapter") if (directory / name).is_dir()]
     if adapters:
         raise ConversionError(
-            f"{directory} holds adapters ({', '.join(adapters)}): merge each into its base model first, then give the "
-            f"merged folders as --llm and --vision, with --projector {directory / PROJECTOR}"
+            f"{directory} holds adapters ({', '.join(adapters)}): make one model of those they were trained on (hf2mg with "
+            f"--llm and --vision, then mg2hf), and merge them into it (convert merge --base DIR --adapter {directory})"
         )
     parts = {"llm": directory, "vision": directory / VISION}
     absent = [f"--{part}" for part, path in parts.items() if not (path / "config.json").is_file()]
@@ -63,7 +63,15 @@ def xtuner_mapping(config: LlavaModelConfig) -> Mapping:
         *projector_entries("connector.", [f"{PROJECTOR}/model.0", f"{PROJECTOR}/model.2"]),
         *(_without_added_rows(entry, config.source_vocab_size) for entry in language),
     ]
-    return Mapping(entries=tuple(entries), vocab_size=text.vocab_size)
+    return Mapping(entries=tuple(entries), vocab_size=text.vocab_size, hf_aliases=_file_name)
+
+
+def _file_name(name: str) -> str:
+    """The tower's tensors carry a prefix that transformers 5 has no more."""
+    tower = f"{VISION}/"
+    if name.startswith(tower) and not name.startswith(f"{tower}vision_model."):
+        return f"{tower}vision_model.{name.removeprefix(tower)}"
+    return name
 
 
 def write_xtuner_files(hf_dir: Path, hf_config: dict[str, Any], directory: Path) -> None:

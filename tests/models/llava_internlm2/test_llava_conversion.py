@@ -105,7 +105,7 @@ def test_what_xtuner_did_not_train_is_asked_for(native, tmp_path):
     with pytest.raises(ConversionError, match=r"--llm DIR --vision DIR --projector .*\(absent here: --vision\)"):
         hf2mg(tmp_path / "xtuner", tmp_path / "mg")
     (tmp_path / "xtuner" / "llm_adapter").mkdir()
-    with pytest.raises(ConversionError, match=r"holds adapters \(llm_adapter\): merge each"):
+    with pytest.raises(ConversionError, match=r"holds adapters \(llm_adapter\): make one model"):
         hf2mg(tmp_path / "xtuner", tmp_path / "mg")
 
 

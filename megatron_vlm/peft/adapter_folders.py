@@ -1,0 +1,132 @@
+"""Adapters on disk: PEFT's folder, or XTuner's with one for each part of the model; and the base that they belong to."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.conversion.hf_io import HFTensors
+from megatron_vlm.conversion.mapping import Mapping
+from megatron_vlm.conversion.source import WeightSource
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.log import get_logger
+from megatron_vlm.peft.adapter import Adapter, hf_infos
+from megatron_vlm.peft.adapter_io import CONFIG, is_adapter, read_adapter, unknown_modules
+from megatron_vlm.peft.select import named_mapping
+
+log = get_logger(__name__)
+_MARKED = 64
+"""Values of each of three weights by which a base is known."""
+_SAME = 2.0**-7
+"""Relative distance of a weight from its copy in bf16 or fp16."""
+
+
+def open_adapter(directory: Path, source: WeightSource) -> tuple[Adapter, str | None]:
+    """Reads an adapter of a base: PEFT's folder, or XTuner's with one for each part.
+
+    Returns:
+        The adapter, and the layout that it names modules of (None: the model's own).
+
+    Raises:
+        ConversionError: no adapter, one that does not fit the base, or one that was trained on another.
+    """
+    adapter, names = _read_folders(directory, source) or _read_folder(directory, source)
+    check_base(adapter, source, named_mapping(source.spec, source.config, names), directory)
+    return dataclasses.replace(adapter, copies={}), names
+
+
+def _layouts(source: WeightSource) -> Iterator[tuple[str | None, Mapping]]:
+    yield None, source.mapping
+    for name, export in source.spec.exports.items():
+        yield name, export.mapping(source.config)
+
+
+def _read_folder(directory: Path, source: WeightSource) -> tuple[Adapter, str | None]:
+    if not is_adapter(directory):
+        raise ConversionError(f"{directory} holds no adapter: there is no {CONFIG}")
+    # The layout that knows all of its modules; of several the model's own.
+    names, mapping = min(_layouts(source), key=lambda layout: unknown_modules(directory, layout[1]))
+    return read_adapter(directory, mapping, source.infos), names
+
+
+def _read_folders(directory: Path, source: WeightSource) -> tuple[Adapter, str] | None:
+    for names, export in source.spec.exports.items():
+        folders = {weights: directory / folder for weights, folder in (export.adapters or {}).items()}
+        found = [
+            (weights, read_adapter(path, export.mapping(source.config), source.infos, weights))
+            for weights, path in folders.items()
+            if is_adapter(path)
+        ]
+        if not found:
+            continue
+        mapping, adapters = export.mapping(source.config), [adapter for _, adapter in found]
+        full = {name: tensor for adapter in adapters for name, tensor in adapter.full.items()}
+        whole = {name.rpartition("/")[0] for name in mapping.hf_names()} - set(folders)
+        for folder in sorted(whole):
+            if (directory / folder).is_dir():
+                full |= _read_whole(directory / folder, folder, mapping, source)
+        first = adapters[0]
+        dropouts = {adapter.dropout for adapter in adapters}
+        joined = dataclasses.replace(
+            first,
+            pairs={module: pair for adapter in adapters for module, pair in adapter.pairs.items()},
+            full=full,
+            copies={name: tensor for adapter in adapters for name, tensor in adapter.copies.items()},
+            bias=next((adapter.bias for adapter in adapters if adapter.bias != "none"), "none"),
+            dropout=max(dropouts),
+            base=None,
+        )
+        if len(dropouts) > 1:
+            log.warning("%s: the adapters' dropouts differ (%s): the largest is taken", directory, sorted(dropouts))
+        return joined, names
+    return None
+
+
+def _read_whole(directory: Path, folder: str, mapping: Mapping, source: WeightSource) -> dict[str, Tensor]:
+    """A part that was trained in full, from its own folder."""
+    tensors, infos = HFTensors(directory), hf_infos(mapping, source.infos)
+    found = {f"{folder}/{name}": tensors.read(name) for name in tensors.infos}
+    tensors.close()
+    wanted = {name for name in infos if name.rpartition("/")[0] == folder}
+    if found.keys() != wanted or any(tuple(found[name].shape) != infos[name].shape for name in wanted):
+        shapes = ", ".join(f"{name} {list(infos[name].shape)}" for name in sorted(wanted))
+        raise ConversionError(f"{directory} does not hold what the model has there: {shapes}")
+    return found
+
+
+def base_mark(source: WeightSource) -> tuple[float, ...]:
+    """A few values of a model's weights, spread over it: the same in any layout, nearly so in any dtype."""
+    names = [name for name, info in source.infos.items() if len(info.shape) == 2 and ".decoder.layers." in name]
+    values: list[float] = []
+    for name in (names[0], names[len(names) // 2], names[-1]):
+        flat = source.read(name).reshape(-1)
+        values += flat[:: max(1, flat.numel() // _MARKED)][:_MARKED].double().tolist()
+    return tuple(float(f"{value:.5g}") for value in values)
+
+
+def check_base(adapter: Adapter, source: WeightSource, mapping: Mapping, what: Path) -> None:
+    """Checks that an adapter was trained on these weights, as far as its files tell.
+
+    Raises:
+        ConversionError: it was not.
+    """
+    for entry in mapping if adapter.copies else ():
+        for name, part in zip(entry.hf, entry.from_full(source.read(entry.name)), strict=True):
+            copy = adapter.copies.get(name)
+            if copy is not None and not torch.equal(copy, part.to(copy.dtype)):
+                raise ConversionError(
+                    f"{what} holds a copy of the base's {name}, which differs from that of {source.hf_dir}: it was trained on "
+                    "another base, or with other rows of added tokens"
+                )
+    if adapter.mark is None:
+        return
+    ours = base_mark(source)
+    apart = [i for i, (a, b) in enumerate(zip(adapter.mark, ours)) if abs(a - b) > _SAME * max(abs(a), abs(b)) + 1e-7]
+    if apart or len(adapter.mark) != len(ours):
+        trained_on = f" ({adapter.base})" if adapter.base else ""
+        raise ConversionError(
+            f"{what} was trained on another base{trained_on} than {source.hf_dir}: {len(apart)} of {len(ours)} of its weights "
+            "differ: give the one it was trained on"
+        )

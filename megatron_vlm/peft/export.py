@@ -1,0 +1,192 @@
+"""Writing adapters: ``convert mg2hf --adapter-only`` and, of XTuner's form, its folders.
+
+MergedSource --renamed (adapter.py)--> Adapter in the wanted layout --write_adapter--> OUT/adapter_config.json
+                                                                                      OUT/adapter_model.safetensors
+                                                                                      OUT/tokenizer and processor files
+"""
+
+import copy
+import dataclasses
+import fnmatch
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping as Dict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.config import nearest
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFWriter, read_json
+from megatron_vlm.conversion.mapping import Mapping, TensorInfo
+from megatron_vlm.conversion.safetensors_io import atomic_directory, cast
+from megatron_vlm.conversion.source import WeightSource, open_source
+from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.models.registry import ExportSpec
+from megatron_vlm.peft.adapter import Adapter, Pair, renamed
+from megatron_vlm.peft.adapter_folders import base_mark
+from megatron_vlm.peft.adapter_io import write_adapter
+from megatron_vlm.peft.merge import MergedSource, absolute
+
+_BESIDE = (
+    "tokenizer*", "special_tokens_map*", "added_tokens*", "vocab*", "merges*", "chat_template*", "*processor_config*",
+    "processor_config*", "tokenization_*.py", "processing_*.py", "image_processing_*.py", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""Files that an adapter is used with; its base has the others."""
+_VOCABULARY = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
+
+
+def export_adapter(
+    source: WeightSource,
+    out: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    layout: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes the adapter of a source for PEFT, with tokenizer and processor files beside it.
+
+    Args:
+        source: a base with an adapter.
+        out: absent or an empty directory.
+        base: HF model to be named as the base (directory or hub id), in the adapter's layout; None: the one it was trained on.
+            With fewer rows in its vocabulary, as before tokens were added, embedding and head are written along.
+        layout: one of the family's exports; None: the model's own.
+        dtype: of what is written; None: as trained.
+
+    Raises:
+        ConfigError: nothing was adapted, or a layout that the family does not offer.
+        ConversionError: no base to name, or another model.
+    """
+    if not isinstance(source, MergedSource):
+        raise ConfigError(f"--adapter-only: {source.hf_dir} holds a whole model, and no adapter")
+    names, mapping, export = _layout(source, layout)
+    adapter = source.adapter
+    if names != source.layout:
+        adapter = renamed(adapter, source.named, mapping, source.base.read)
+    name = _base_name(source, names, base)
+    parts = export.adapters if export is not None else None
+    if base is not None and Path(base).is_dir() and parts is None:
+        adapter = _with_added_rows(adapter, source, mapping, Path(base))
+    adapter = _cast(dataclasses.replace(adapter, mark=base_mark(source.base), base=name), dtype)
+    with atomic_directory(out) as directory, tempfile.TemporaryDirectory(prefix="megatron_vlm_") as work:
+        files = Path(work)
+        if export is None:
+            files, hf_config = source.hf_dir, source.hf_config
+        else:
+            export.files(source.hf_dir, copy.deepcopy(source.hf_config), files)
+            hf_config = read_json(files / CONFIG_NAME)
+        if parts is not None:
+            _write_parts(directory, adapter, mapping, parts, files, source)
+        else:
+            write_adapter(directory, adapter, mapping, base=name, hf_config=hf_config)
+        copy_beside(files, directory)
+
+
+def copy_beside(source: Path, directory: Path) -> None:
+    """Copies tokenizer, processor and licence files, but no config of the model."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _BESIDE):
+            shutil.copyfile(path, directory / path.name)
+
+
+def _layout(source: MergedSource, layout: str | None) -> tuple[str | None, Mapping, ExportSpec | None]:
+    """The name that the layout has among exports, its map and its ExportSpec; nothing of these for the model's own."""
+    offered = source.spec.exports
+    if layout is None or layout == getattr(source.config, "layout", None):
+        return None, source.mapping, None
+    if layout not in offered:
+        known = f"offers {', '.join(offered)}" if offered else "has no other layout than its own"
+        raise ConfigError(f"--as {layout}{nearest(layout, offered)}: family {source.spec.name} {known}")
+    return layout, offered[layout].mapping(source.config), offered[layout]
+
+
+def _base_name(source: MergedSource, names: str | None, base: str | os.PathLike | None) -> str:
+    """What the base is called in the adapter's config."""
+    if base is not None:
+        return absolute(base)
+    if names is not None:
+        raise ConversionError(
+            f"--as {names}: an adapter names a base of its own layout: give the model in that layout with --base DIR (or its hub "
+            "id); convert mg2hf --as writes one"
+        )
+    if source.base.kind != "hf" or source.base_name is None:
+        raise ConversionError(
+            f"the base of {source.directory} is no Hugging Face directory that PEFT could load: give the model that it came from "
+            "with --base DIR (or its hub id); convert mg2hf writes one"
+        )
+    return str(source.base_name)
+
+
+def _with_added_rows(adapter: Adapter, source: MergedSource, mapping: Mapping, base: Path) -> Adapter:
+    """Checks the model that is to be named, and takes along rows that it lacks.
+
+    Raises:
+        ConversionError: it is another model.
+    """
+    with open_source(base) as other:
+        ours, theirs = source.base.infos, other.infos
+        if other.spec.name != source.spec.name or ours.keys() != theirs.keys():
+            raise ConversionError(
+                f"--base {base} is a model of family {other.spec.name}, which the adapter does not belong to"
+            )
+        apart = [name for name in ours if ours[name].shape != theirs[name].shape]
+        if set(apart) - set(_VOCABULARY):
+            raise ConversionError(
+                f"--base {base} is another model than the adapter's: "
+                + ", ".join(f"{n} is {list(theirs[n].shape)}, not {list(ours[n].shape)}" for n in apart[:3])
+            )
+        if base_mark(other) != base_mark(source.base):
+            raise ConversionError(f"--base {base} has other weights than the model that the adapter was trained on")
+    rows = {name for name in apart if ours[name].shape[0] > theirs[name].shape[0]}
+    if rows != set(apart):
+        raise ConversionError(
+            f"--base {base} has more rows in its vocabulary than the model that the adapter was trained on"
+        )
+    copies: dict[str, Tensor] = {}
+    for entry in mapping:
+        if entry.name in rows:
+            parts = zip(entry.hf, entry.from_full(source.base.read(entry.name)), strict=True)
+            copies |= {hf: part for hf, part in parts if hf not in adapter.full}
+    return dataclasses.replace(adapter, copies=copies)
+
+
+def _cast(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
+    pairs = {
+        module: Pair(a=cast(pair.a, dtype), b=cast(pair.b, dtype), alpha=pair.alpha, rslora=pair.rslora)
+        for module, pair in adapter.pairs.items()
+    }
+    full = {name: cast(tensor, dtype) for name, tensor in adapter.full.items()}
+    return dataclasses.replace(adapter, pairs=pairs, full=full)
+
+
+def _write_parts(
+    directory: Path, adapter: Adapter, mapping: Mapping, adapters: Dict[str, str], files: Path, source: MergedSource
+) -> None:
+    """An adapter for each part of the model, and the other parts whole, as trained or as they were."""
+    for part, folder in adapters.items():
+        if not any(module.rpartition("/")[0] == part for module in (*adapter.pairs, *adapter.full)):
+            continue
+        config: dict[str, Any] = read_json(files / part / CONFIG_NAME)
+        (directory / folder).mkdir()
+        base = Path(str(adapter.base), part)
+        name = str(base) if not part or base.is_dir() else None  # XTuner is told the tower's place when it loads
+        write_adapter(directory / folder, adapter, mapping, base=name, hf_config=config, folder=part)
+    whole: dict[str, dict[str, Tensor]] = {}
+    for entry in mapping:
+        for name in entry.hf:
+            part, _, tensor = name.rpartition("/")
+            if part not in adapters:
+                parts = dict(zip(entry.hf, entry.from_full(source.read(entry.name)), strict=True))
+                whole.setdefault(part, {})[tensor] = parts[name]
+    for part, tensors in whole.items():
+        (directory / part).mkdir()
+        for path in (files / part).iterdir():
+            shutil.copyfile(path, directory / part / path.name)
+        infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
+        with HFWriter(directory / part, infos) as writer:
+            for key, value in tensors.items():
+                writer.write(key, value)
+            writer.close()

@@ -1,9 +1,10 @@
 """Tar headers: read fast and with suspicion. Only regular members, whole, with plain names.
 
-    file --walk: a jump from header to header--> offsets --numpy: checksums and types of all at once--> TarIndex
+    file --_tar.c, where it was built: archives without a fault--> TarIndex
+         --walk: a jump from header to header--> offsets --numpy: checksums and types of all at once--> TarIndex
 
-Archives with pax or GNU extension headers (long names) get their names from ``tarfile``; their places are checked all
-the same.
+The walk in C gives up on whatever is odd, so errors come from the one here, and both list the same. Archives with pax or
+GNU extension headers (long names) get their names from ``tarfile`` here; their places are checked all the same.
 """
 
 import io
@@ -18,6 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.errors import DataError
+
+try:
+    from megatron_vlm.data import _tar as _native
+except ImportError:  # installed without a C compiler
+    _native = None  # type: ignore[assignment]
 
 BLOCK = 512
 MAX_MEMBER = 2**30
@@ -42,7 +48,7 @@ class TarIndex:
         groups: int64 [samples], the first member of each run of members that share a webdataset key: the name up to
             the first dot after the last slash.
         end: where the last member's padding ends.
-        raw_names: bytes [N], as stored.
+        raw_names: the names as stored, each ended by a NUL.
     """
 
     starts: NDArray[np.int64]
@@ -50,7 +56,7 @@ class TarIndex:
     sizes: NDArray[np.int64]
     groups: NDArray[np.int64]
     end: int
-    raw_names: NDArray[np.bytes_]
+    raw_names: bytes
 
     def names(self) -> list[str]:
         """Returns the names of all members.
@@ -58,7 +64,13 @@ class TarIndex:
         Raises:
             DataError: one that is not UTF-8, or leads out of the archive.
         """
-        return [_plain_name(name) for name in self.raw_names.tolist()]
+        raw = self.raw_names
+        if not (b".." in raw or raw.startswith(b"/") or b"\0/" in raw):
+            try:
+                return raw.decode().split("\0")[:-1]
+            except UnicodeDecodeError:
+                pass  # told by name below
+        return [_plain_name(name) for name in raw.split(b"\0")[:-1]]
 
 
 def index_tar(path: str | Path) -> TarIndex:
@@ -73,6 +85,11 @@ def index_tar(path: str | Path) -> TarIndex:
             size = file.seek(0, 2)
             if size < BLOCK:
                 raise DataError("not a tar archive: it has no header")
+            found = _native.walk(file.fileno(), size, MAX_MEMBER) if _native else None
+            if found is not None:
+                *numbers, names, end = found
+                starts, offsets, sizes, groups = (np.frombuffer(part, dtype=np.int64) for part in numbers)
+                return TarIndex(starts=starts, offsets=offsets, sizes=sizes, groups=groups, end=end, raw_names=names)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _index(path, data, size)
     except OSError as error:
@@ -119,7 +136,8 @@ def _index(path: Path, data: mmap.mmap, size: int) -> TarIndex:
     offsets = starts + BLOCK
     if extension.any():
         starts, names = _named_by_tarfile(path, offsets, sizes)
-    return TarIndex(starts=starts, offsets=offsets, sizes=sizes, groups=_groups(names), end=end, raw_names=names)
+    raw = b"".join(name.split(b"\0")[0] + b"\0" for name in names.tolist())
+    return TarIndex(starts=starts, offsets=offsets, sizes=sizes, groups=_groups(names), end=end, raw_names=raw)
 
 
 class _Steps(dict[bytes, int]):
@@ -207,7 +225,7 @@ def _groups(names: NDArray[np.bytes_]) -> NDArray[np.int64]:
 
 def _plain_name(name: bytes) -> str:
     try:
-        text = name.split(b"\0")[0].decode()
+        text = name.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"tar member {name!r}: its name is not UTF-8") from error
     if text.startswith("/") or (".." in text and ".." in text.split("/")):

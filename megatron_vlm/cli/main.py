@@ -11,10 +11,12 @@ from megatron_vlm.errors import MegatronVLMError
 
 # command -> (module with run(argv) -> exit code, what it does)
 COMMANDS = {
+    "launch": ("megatron_vlm.cli.launch", "raw data to a trained model on this machine: check, plan, start, export"),
     "train": ("megatron_vlm.cli.train", "train, evaluate (--skip-train) or describe (--dry-run) a model"),
     "data": ("megatron_vlm.cli.data", "build, check and preview training data"),
     "generate": ("megatron_vlm.cli.generate", "answer prompts with a checkpoint of any kind"),
     "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf and verify"),
+    "recipe": ("megatron_vlm.cli.recipe", "list, show and copy the packaged recipes"),
 }
 
 

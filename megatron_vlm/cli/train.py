@@ -1,16 +1,20 @@
 """`megatron-vlm train`: YAML, overrides and flags -> RunConfig -> Trainer."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_vlm.cli.flags import flags_help, parse_flags
-from megatron_vlm.config import load_yaml, set_dotted
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.launch.arguments import Request, read_request
+from megatron_vlm.launch.recipes import load_config
 from megatron_vlm.log import get_logger, setup_logging
 
 USAGE = """usage: megatron-vlm train [--config FILE] [section.key=value ...] [--flag VALUE ...]
 
-Runs alone on one process, or under torchrun. Sections: model, data, parallel, optimizer, training, checkpoint, logging.
+Runs alone on one process, or under torchrun. Sections: model, data, parallel, optimizer, training,
+peft, checkpoint, logging, evaluate.
 A later setting wins. Exit code: 0 done, 1 error, 143 saved and stopped by SIGTERM or SIGUSR1.
 
 """
@@ -23,12 +27,39 @@ def resolve(argv: Sequence[str]) -> tuple[Any, list[str]]:
         ConfigError: what is wrong, by name.
     """
     parsed = parse_flags(argv)
-    data = load_yaml(parsed.config) if parsed.config else {}
-    for key, value in parsed.settings:
-        set_dotted(data, key, value)
+    file = load_config(parsed.config) if parsed.config else {}
+    request = read_request(file, parsed.settings, parsed.notes, command="train")
+    refusal = request.sharding.refusal(adapts=request.adapts)
+    if refusal is not None:
+        raise ConfigError(refusal)
+    hf_config, family = _model_of(request) if request.needs_model else ({}, "")
+    completed = request.complete(hf_config, family, _replicas(request))
     from megatron_vlm.training.run_config import RunConfig  # imports megatron-core: seconds
 
-    return RunConfig.from_dict(data), parsed.notes
+    return RunConfig.from_dict(completed.run), list(completed.notes)
+
+
+def _model_of(request: Request) -> tuple[dict[str, Any], str]:
+    """config.json and family of the model that a run starts from."""
+    from megatron_vlm.conversion.source import open_source
+
+    load = (request.run.get("checkpoint") or {}).get("load")
+    if load is None:
+        raise ConfigError("no model is named: --model_name_or_path DIR (or --load)")
+    with open_source(load, (request.run.get("model") or {}).get("family")) as source:
+        return source.hf_config, source.spec.name
+
+
+def _replicas(request: Request) -> int:
+    """Data parallel replicas of this start: ranks by tp x pp; at least 1, as RunConfig tells what does not divide."""
+    parallel, training = (request.run.get(name) or {} for name in ("parallel", "training"))
+    model = 1
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        size = str(parallel.get(name) or 1)
+        model *= int(size) if size.isdecimal() and int(size) else 1
+    assumed = str(training.get("dry_run_world_size") or "") if training.get("dry_run") else ""
+    world = int(assumed) if assumed.isdecimal() else max(int(os.environ.get("WORLD_SIZE", "1")), 1)
+    return max(1, world // model)
 
 
 def run(argv: Sequence[str]) -> int:

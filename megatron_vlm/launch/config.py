@@ -1,6 +1,6 @@
 """LaunchConfig: what `megatron-vlm launch` is told beside the run itself: raw data in, processes, what is left behind.
 
-    flags, YAML section ``launch`` --launch/arguments.py--> Request(run settings, LaunchConfig, ...)
+flags, YAML section ``launch`` --launch/arguments.py--> Request(run settings, LaunchConfig, ...)
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,9 @@ class LaunchConfig(Config):
         meta_path: InternVL's meta.json.
         image_root: folder that relative image paths start from; None: the folder of the file that names them.
         data_format: how the files are to be read (as in ``data build --format``); None: told by their content.
+        missing_placeholder: records with images and no place for them: ``refuse``, or ``prepend`` the images to the first
+            question; None: as the format's own program does (InternVL prepends).
+        min_num_frame, max_num_frame: frames taken of a video; None: as ``data build`` does.
         given_num: the numbers of a list file are thousands of samples; False: they are shares of each file. None: thousands.
         output_dir: everything the run leaves; None: ``logging.output_dir``, ``checkpoint.save``, or ``runs/<name>``.
         overwrite_output_dir: start anew although ``output_dir`` holds checkpoints; False: go on from them.
@@ -45,6 +48,9 @@ class LaunchConfig(Config):
     meta_path: str | None = None
     image_root: str | None = None
     data_format: Literal["llava", "xcomposer", "internvl", "openai", "webdataset", "parquet"] | None = None
+    missing_placeholder: Literal["refuse", "prepend"] | None = None
+    min_num_frame: int | None = None
+    max_num_frame: int | None = None
     given_num: bool | None = None
     output_dir: str | None = None
     overwrite_output_dir: bool = False

@@ -67,7 +67,9 @@ class TrainingConfig(Config):
         precision: dtype of weights and activations; bf16 and fp16 keep fp32 main parameters.
         device: where to run; None: cuda if there is a GPU.
         eval_interval: iterations between evaluations on ``data.valid``; None: at the end only.
+        eval_epochs: epochs between them; excludes ``eval_interval``.
         eval_iters: global batches of one evaluation; None: all held-out samples.
+        tf32: on GPUs, products of fp32 matrices in TF32, which keeps 10 bits of each factor. For precision fp32.
         skip_train: only evaluate on ``data.valid``.
         dry_run: print the resolved config, topology, parameters and memory of each stage, and stop.
         dry_run_world_size: number of ranks to assume then; None: WORLD_SIZE, else tp x pp.
@@ -82,7 +84,9 @@ class TrainingConfig(Config):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["cpu", "cuda"] | None = None
     eval_interval: int | None = None
+    eval_epochs: float | None = None
     eval_iters: int | None = None
+    tf32: bool = False
     skip_train: bool = False
     dry_run: bool = False
     dry_run_world_size: int | None = None
@@ -98,6 +102,7 @@ class TrainingConfig(Config):
             "global_batch_size",
             "micro_batch_size",
             "eval_interval",
+            "eval_epochs",
             "eval_iters",
             "dry_run_world_size",
             *lengths,
@@ -106,6 +111,10 @@ class TrainingConfig(Config):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"training.{name} must be above 0, got {value}")
+        if self.eval_interval is not None and self.eval_epochs is not None:
+            raise ConfigError("set training.eval_interval or eval_epochs, not both")
+        if self.tf32 and self.precision != "fp32":
+            raise ConfigError(f"training.tf32 has no effect with training.precision {self.precision}: leave it out")
         if self.seed < 0:
             raise ConfigError(f"training.seed must not be negative, got {self.seed}")
 
@@ -163,9 +172,11 @@ class RunConfig(Config):
             raise ConfigError(
                 "data.train is empty: name the folders that `megatron-vlm data build` wrote (--data-path)"
             )
-        if not data.valid and (training.skip_train or training.eval_interval or training.eval_iters):
+        if not data.valid and (
+            training.skip_train or training.eval_interval or training.eval_epochs or training.eval_iters
+        ):
             raise ConfigError(
-                "data.valid is empty, but training.skip_train, eval_interval or eval_iters is set: name held-out "
+                "data.valid is empty, but training.skip_train, eval_interval, eval_epochs or eval_iters is set: name held-out "
                 "folders (--valid-data-path) or leave these out"
             )
 

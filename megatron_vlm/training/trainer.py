@@ -54,6 +54,8 @@ class Trainer:
     def __init__(self, config: RunConfig):
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
         self.config, self.device = config, start_device(config.training.torch_device)
+        if config.training.tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
         init_process_group(self.device, config.parallel.distributed_timeout_minutes)
         setup_logging(dist.get_rank(), config.output_dir / "train.log")
         self.closing = ExitStack()
@@ -341,8 +343,12 @@ class Trainer:
         self.iteration += 1
         self.num_skipped += result.skipped
         self.data_state = self.next_state
-        every = self.samples_per_epoch * (self.config.checkpoint.save_epochs or 1.0)
-        self.epoch_ended = previous // every < self.consumed_samples // every
+        self.previous_samples = previous
+
+    def _passed(self, epochs: float | None) -> bool:
+        """The last step went past a multiple of ``epochs``."""
+        every = self.samples_per_epoch * (epochs or 0.0)
+        return bool(every) and self.previous_samples // every < self.consumed_samples // every
 
     def _report(self, result: StepResult, rates: dict[str, float], seconds: float) -> None:
         if self.metrics is not None:
@@ -356,12 +362,17 @@ class Trainer:
         return self.consumed_samples >= wanted
 
     def _evaluation_due(self) -> bool:
-        every = self.config.training.eval_interval
-        return bool(self.config.data.valid) and (self._finished() or bool(every and self.iteration % every == 0))
+        return bool(self.config.data.valid) and (self._finished() or self._evaluation_interval())
+
+    def _evaluation_interval(self) -> bool:
+        training = self.config.training
+        every = training.eval_interval
+        return bool(every and self.iteration % every == 0) or self._passed(training.eval_epochs)
 
     def _answers_due(self) -> bool:
-        every = self.config.evaluate.interval or self.config.training.eval_interval
-        return self._finished() or bool(every and self.iteration % every == 0)
+        every = self.config.evaluate.interval
+        due = self.iteration % every == 0 if every else self._evaluation_interval()
+        return self._finished() or due
 
     def _save_due(self) -> bool:
         checkpoint = self.config.checkpoint
@@ -369,4 +380,4 @@ class Trainer:
             return False
         if checkpoint.save_interval is not None and self.iteration % checkpoint.save_interval == 0:
             return True
-        return self._finished() or (checkpoint.save_epochs is not None and self.epoch_ended)
+        return self._finished() or self._passed(checkpoint.save_epochs)

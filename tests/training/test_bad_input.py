@@ -35,7 +35,7 @@ CASES = {
     "wrong family": (["--family idefics2_llama3"], "ConversionError: .*idefics2.*not idefics2_llama3"),
     "unknown family": (["--family idefics3"], "did you mean 'idefics2'"),
     "unknown key": (["optimizer.learning_rate=1"], "unknown config key 'optimizer.learning_rate'"),
-    "unknown flag": (["--learning-rate 1"], "unknown flag --learning-rate"),
+    "unknown flag": (["--learning-rat 1"], "unknown flag --learning-rat"),
     "wrong type": (["--lr fast"], "optimizer.lr must be float, got 'fast'"),
     "world size": (["--tensor-model-parallel-size 4"], "world size 2 is not a multiple of .* 4 x 1 = 4: start 4 ranks"),
     "batch size": (["--global-batch-size 6"], "global_batch_size 6 is not a multiple of .* 2 x .* 2 = 4: set it to 8"),

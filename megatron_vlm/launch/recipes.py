@@ -1,0 +1,149 @@
+"""The packaged recipes: every YAML file of examples/, by name; and which of them is a family's default.
+
+examples/internvl3/lora_internvl3.yaml  <->  "internvl3/lora_internvl3"
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_vlm.config import load_yaml, nearest
+from megatron_vlm.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+# (family or variant, what trains) -> (recipe, the published batch: rows of an update, or accumulation as of FT.py)
+_DEFAULTS: dict[tuple[str, str], tuple[str, dict[str, int]]] = {
+    ("idefics2", "full"): ("finetune_idefics2", {"global": 128}),
+    ("idefics2", "lora"): ("lora_idefics2", {"global": 16}),
+    ("idefics2", "qlora"): ("qlora_idefics2", {"global": 16}),
+    ("idefics2_llama3", "full"): ("finetune_idefics2_llama3", {"global": 128}),
+    ("idefics2_llama3", "lora"): ("lora_idefics2", {"global": 16}),
+    ("idefics2_llama3", "qlora"): ("qlora_idefics2", {"global": 16}),
+    ("internvl3", "full"): ("internvl3/finetune_internvl3", {"global": 128}),
+    ("internvl3", "lora"): ("internvl3/lora_internvl3", {"global": 32}),
+    ("internvl3", "qlora"): ("internvl3/qlora_internvl3", {"global": 32}),
+    ("internlm2", "full"): ("internlm2/finetune_internlm2", {"global": 16}),
+    ("internlm2", "lora"): ("internlm2/qlora_internlm2", {"global": 16}),
+    ("internlm2", "qlora"): ("internlm2/qlora_internlm2", {"global": 16}),
+    ("llava_internlm2", "full"): ("llava_internlm2/finetune_llava_internlm2", {"global": 128}),
+    ("llava_internlm2", "lora"): ("llava_internlm2/qlora_llava_internlm2", {"global": 128}),
+    ("llava_internlm2", "qlora"): ("llava_internlm2/qlora_llava_internlm2", {"global": 128}),
+    ("xcomposer2", "full"): ("xcomposer2/finetune_xcomposer2", {"accumulation": 8}),
+    ("xcomposer2", "lora"): ("xcomposer2/lora_xcomposer2", {"accumulation": 8}),
+    ("xcomposer2", "qlora"): ("xcomposer2/lora_xcomposer2", {"accumulation": 8}),
+    ("xcomposer2-4khd", "full"): ("xcomposer2/finetune_xcomposer2_4khd", {"accumulation": 8}),
+    ("xcomposer2-4khd", "lora"): ("xcomposer2/lora_xcomposer2_4khd", {"accumulation": 8}),
+    ("xcomposer2-4khd", "qlora"): ("xcomposer2/lora_xcomposer2_4khd", {"accumulation": 8}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """``name``; its sections; ``batch``: {"global": rows} or {"accumulation": times}, where nobody says another."""
+
+    name: str
+    settings: dict[str, Any]
+    batch: dict[str, int]
+
+
+def root() -> Path:
+    """The folder of recipes: beside the package in a checkout, inside it in an installed wheel.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for folder in (_PACKAGE / "examples", _PACKAGE.parent / "examples"):
+        if (folder / "common.sh").is_file() or any(folder.glob("*.yaml")):
+            return folder
+    raise ConfigError(
+        f"no recipes found beside {_PACKAGE}: this installation lacks its examples; install the wheel again"
+    )
+
+
+def names(pattern: str | None = None) -> list[str]:
+    """All names in order; ``pattern``: only those that contain it, or match it as a shell pattern."""
+    folder = root()
+    found = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    if pattern is None:
+        return found
+    return [name for name in found if pattern.lower() in name.lower() or fnmatch(name.lower(), pattern.lower())]
+
+
+def path_of(name: str) -> Path:
+    """The file of a recipe, by its name or the last part of it.
+
+    Raises:
+        ConfigError: unknown or ambiguous name.
+    """
+    known = names()
+    wanted = name.removesuffix(".yaml")
+    found = [wanted] if wanted in known else [other for other in known if other.rpartition("/")[2] == wanted]
+    if len(found) > 1:
+        raise ConfigError(f"recipe {name!r} is one of {', '.join(found)}: give the whole name")
+    if not found:
+        raise ConfigError(f"unknown recipe {name!r}{nearest(wanted, known)}; `megatron-vlm recipe list` shows all")
+    return root() / f"{found[0]}.yaml"
+
+
+def title_of(name: str) -> str:
+    """What a recipe is for: the comment that it starts with, up to its first full stop or colon."""
+    words = []
+    for line in path_of(name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        words.append(line.lstrip("# ").strip())
+    text = " ".join(words)
+    end = min((place for mark in (". ", ": ", "; ") if (place := text.find(mark)) >= 0), default=len(text))
+    return text[:end].rstrip(".")
+
+
+def copy(name: str, directory: str | Path) -> Path:
+    """Copies a recipe's file into a folder, which is made; returns where it lies.
+
+    Raises:
+        ConfigError: the file is there already.
+    """
+    source = path_of(name)
+    target = Path(directory) / source.name
+    if target.exists():
+        raise ConfigError(f"{target} exists already: name another folder, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target
+
+
+def load_config(config: str) -> dict[str, Any]:
+    """Reads what ``--config`` names: a file, or a packaged recipe.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if Path(config).exists() or Path(config).suffix:
+        return load_yaml(config)
+    return load_yaml(path_of(config))
+
+
+def defaults_of(family: str, hf_config: Mapping[str, Any], kind: Literal["full", "lora", "qlora"]) -> Recipe:
+    """The recipe whose settings hold where a command of an original program names none.
+
+    Raises:
+        ConfigError: the family has none.
+    """
+    variant = f"{family}-4khd" if family == "xcomposer2" and "img_size" not in hf_config else family
+    if family == "xcomposer2" and hf_config.get("max_length") == 16384:
+        variant = "xcomposer2-4khd"
+    if (variant, kind) not in _DEFAULTS:
+        raise ConfigError(f"family {family} has no recipe to take settings from: give a config file (--config)")
+    name, batch = _DEFAULTS[variant, kind]
+    settings = load_yaml(path_of(name))
+    if kind == "lora":
+        # QLoRA's recipe serves LoRA on whole weights too: the same settings without 4 bits.
+        for key in ("quantize", "double_quant", "quantize_groups"):
+            settings["peft"].pop(key, None)
+    elif kind == "qlora":
+        settings["peft"].setdefault("quantize", "nf4")
+    return Recipe(name=name, settings=settings, batch=dict(batch))

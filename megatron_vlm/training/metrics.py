@@ -6,7 +6,7 @@ output_dir/config.yaml  metrics.jsonl  samples.jsonl  train.log  tensorboard/
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +20,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
 from megatron_vlm.training.answers import Prompt
 from megatron_vlm.training.evaluate import EvalResult
+from megatron_vlm.training.progress import LINE, Bar
 from megatron_vlm.training.step import StepResult
 
 log = get_logger(__name__)
@@ -95,6 +96,7 @@ class Metrics:
             where = config.tensorboard_dir or output_dir / "tensorboard"
             self.writer = SummaryWriter(str(where), purge_step=start + 1 if start and not evaluation_only else None)
         self.seconds_per_step = 0.0
+        self.bar = Bar("training", total, done=start) if not evaluation_only else None
 
     def step(
         self, iteration: int, result: StepResult, rates: dict[str, float], *, seconds: float, consumed_samples: int
@@ -121,9 +123,11 @@ class Metrics:
         }
         self._write(record)
         self.seconds_per_step = seconds if not self.seconds_per_step else 0.9 * self.seconds_per_step + 0.1 * seconds
+        if self.bar is not None:
+            self.bar.show(iteration, f"loss {result.loss:.4f} | {_rates(record)}")
         if iteration % self.config.log_interval and iteration not in (1, self.total):
             return
-        log.info(self._progress(record, result))
+        log.info(self._progress(record, result), extra=LINE)
         if self.writer is not None:
             for key, value in record.items():
                 if key not in ("iteration", "consumed_samples"):
@@ -155,6 +159,8 @@ class Metrics:
                     self.writer.add_text(f"samples/{number}", f"**{prompt.text}**\n\n{answer}", iteration)
 
     def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
         self.file.close()
         if self.writer is not None:
             self.writer.close()
@@ -177,10 +183,15 @@ class Metrics:
             notes += f" | SKIPPED, gradients overflowed at loss scale {result.loss_scale:g}"
         return (
             f"iteration {record['iteration']}/{self.total} | loss {result.loss:.6f} | lr {record['lr']:.3e} | "
-            f"grad norm {result.grad_norm:.4f} | {record['tokens_per_second']:.0f} tokens/s | "
-            f"{result.images / record['step_seconds']:.1f} images/s | {record['step_seconds']:.3f} s/step | "
-            f"ETA {f'{days}d ' if days else ''}{left} | {result.memory_gib:.2f} GiB{notes}"
+            f"grad norm {result.grad_norm:.4f} | {_rates(record)} | {record['step_seconds']:.3f} s/step | "
+            f"ETA {f'{days}d ' if days else ''}{left}{notes}"
         )
+
+
+def _rates(record: Mapping[str, Any]) -> str:
+    """Real tokens and images a second over all ranks, and the largest rank's peak memory."""
+    images = record["images"] / record["step_seconds"]
+    return f"{record['tokens_per_second']:.0f} tokens/s | {images:.1f} images/s | {record['memory_gib']:.2f} GiB"
 
 
 def trim(path: Path, iteration: int) -> None:

@@ -1,0 +1,33 @@
+"""`megatron-vlm launch`: flags, or a YAML file and flags, from raw data to a trained model."""
+
+import os
+import warnings
+from collections.abc import Sequence
+
+from megatron_vlm.cli.flags import flags_help, parse_flags
+from megatron_vlm.launch.arguments import read_request
+from megatron_vlm.launch.recipes import load_config
+
+USAGE = """usage: megatron-vlm launch [--config FILE | RECIPE] [section.key=value ...] [--flag VALUE ...]
+
+Checks packages, model, data, GPUs, memory, disk and port; builds shards of raw data, once; picks a layout; starts the
+run (torchrun, or one process; none where RANK or Slurm's variables are set); leaves the adapter or hf/ and loss.png in
+--output_dir. Flags of the original programs work as they are. `--no-launch` stops after the checks.
+Exit code: 0 done, 1 a check or the run failed, 143 saved and stopped by Ctrl-C or SIGTERM.
+
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Launches; returns the exit code."""
+    if "-h" in argv or "--help" in argv:
+        print(USAGE + flags_help("launch"))
+        return 0
+    parsed = parse_flags(argv, "launch")
+    file = load_config(parsed.config) if parsed.config else {}
+    request = read_request(file, parsed.settings, parsed.notes, command="launch")
+    warnings.filterwarnings("ignore", module="megatron.core")  # it lists what is not installed, at every start
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from megatron_vlm.launch.run import launch  # imports megatron-core: seconds
+
+    return launch(request)

@@ -1,0 +1,304 @@
+"""From what was asked to a run that can start: every check in order, the layout by memory, the numbers in words.
+
+Request --packages, model--> config.json, family --complete--> sections of RunConfig
+        --processor, devices, inputs--> RunConfig --choose_layout--> Plan --disk, port--> text
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.conversion.source import WeightSource
+from megatron_vlm.conversion.training_source import TRACKER
+from megatron_vlm.data.types import Processor
+from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.launch import checks
+from megatron_vlm.launch.arguments import Request
+from megatron_vlm.launch.checks import GIB, Devices, Report
+from megatron_vlm.launch.finish import HF, LOSS, MERGED
+from megatron_vlm.launch.layout import USABLE, choose_layout
+from megatron_vlm.launch.prepare import Inputs, cache_folder, open_inputs
+from megatron_vlm.launch.start import Place, command
+from megatron_vlm.training.memory import StageMemory, estimate, table
+from megatron_vlm.training.run_config import RunConfig
+
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+CONFIG = "config.yaml"
+"""The resolved config in the output folder: what the processes of the run read, and what its Metrics write again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that passed its checks.
+
+    Attributes:
+        config: the run.
+        adapts: adapters train, the base does not.
+        world: ranks of the run.
+        here: ranks on this machine.
+        devices, port: of this machine; port 0 where it is not ours to choose.
+        train, valid: the data.
+        processor: of the model.
+        lines: the plan in words.
+    """
+
+    config: RunConfig
+    adapts: bool
+    world: int
+    here: int
+    devices: Devices
+    port: int
+    train: Inputs
+    valid: Inputs
+    processor: Processor
+    lines: tuple[str, ...]
+
+
+def make_plan(request: Request, place: Place, report: Report) -> Plan | None:
+    """Runs the checks that need no pass over the data; None where one of them failed."""
+    launch, run = request.launch, request.run
+    load = _start_from(request, report)
+    checks.check_packages(report, *_packages(run))
+    if report.failed or load is None:
+        return None
+    source = checks.check_model(report, load, (run.get("model") or {}).get("family"))
+    if source is None:
+        return None
+    with source:
+        training = run.get("training") or {}
+        devices = checks.check_devices(
+            report,
+            device=training.get("device"),
+            precision=training.get("precision") or "fp32",
+            visible=launch.cuda_visible_devices,
+            ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if not place.alone
+            else launch.num_processes or _model_ranks(run),
+            single=launch.single_process,
+            memory_gib=launch.memory_gib,
+        )
+        if devices is None:
+            return None
+        world = place.world or devices.ranks
+        try:
+            return _plan(request, place, report, source, devices, world, load)
+        except (ConfigError, DataError) as error:
+            report.fail("data" if isinstance(error, DataError) else "settings", str(error), "")
+            return None
+
+
+def _plan(
+    request: Request, place: Place, report: Report, source: WeightSource, devices: Devices, world: int, load: str
+) -> Plan | None:
+    launch, family = request.launch, source.spec.name
+    train = open_inputs("train", launch.train_inputs or _folders(request.run, "train"), launch, family)
+    valid = open_inputs("valid", launch.valid_inputs or _folders(request.run, "valid"), launch, family)
+    adapts = request.adapts
+
+    def config_for(dp: int) -> tuple[RunConfig, tuple[str, ...]]:
+        completed = request.complete(source.hf_config, family, dp)
+        sections = completed.run
+        sections.setdefault("checkpoint", {})["load"] = load
+        data = sections.setdefault("data", {})
+        if launch.train_inputs:
+            data["train"] = train.paths
+        if launch.valid_inputs:
+            data["valid"] = valid.paths
+        if launch.export_each_epoch and not sections["checkpoint"].get("save_epochs"):
+            if sections["checkpoint"].get("save_interval"):
+                raise ConfigError("launch.export_each_epoch needs checkpoints at epochs: leave save_interval out")
+            sections["checkpoint"]["save_epochs"] = 1.0
+        return RunConfig.from_dict(sections), completed.notes
+
+    config, notes = config_for(_replicas(request.run, world))
+    for note in notes:
+        print(f"note     {note}", flush=True)
+    processor = checks.check_processor(report, source, config.data)
+    try:
+        config, stages, reason = _lay_out(request.run, config, source, devices, world, lambda dp: config_for(dp)[0])
+    except ConfigError as error:
+        advice = (
+            "take more or larger GPUs, --use_lora (with --quantize nf4), a shorter --max_length, or fewer images a row"
+        )
+        report.fail("memory", _refusal(request, str(error)) or str(error), advice)
+        return None
+    refused = request.sharding.refusal(adapts=adapts, nearest=_as_flags(config, reason))
+    if refused is not None:
+        report.fail("sharding", refused, "")
+    config.check_model(source.config)
+    report.ok("memory", f"{reason}\n" + "\n".join(table(stages)))
+    checks.check_disk(report, _disk_needs(request, config, source, stages, train, valid, adapts))
+    port = checks.choose_port(report, launch.master_port) if place.alone and world > 1 else 0
+    if processor is None or report.failed:
+        return None
+    here = devices.ranks if place.alone else 1
+    lines = _describe(config, train, valid, reason, world, adapts, launch.save_merged_model)
+    words = (
+        command(config.output_dir / CONFIG, here, port) if place.alone else command(config.output_dir / CONFIG, 1, 0)
+    )
+    by = "" if place.alone else f" on each of the {world} ranks that {place.by} tells of: none is started here"
+    lines.append(f"command    {' '.join(words)}{by}")
+    return Plan(
+        config=config, adapts=adapts, world=world, here=here, devices=devices, port=port, train=train, valid=valid,
+        processor=processor, lines=tuple(lines),
+    )  # fmt: skip
+
+
+def _start_from(request: Request, report: Report) -> str | None:
+    """What the run loads: its own last checkpoint, where it goes on, else the model that was named."""
+    section = request.run.setdefault("checkpoint", {})
+    load, output = section.get("load"), section.get("save")
+    if load is None:
+        report.fail("model", "no model is named", "--model_name_or_path DIR, or checkpoint.load in the config")
+        return None
+    if output and (Path(output) / TRACKER).is_file() and not request.launch.overwrite_output_dir:
+        if not section.get("finetune"):
+            text = f"{output} holds checkpoints: the run goes on from the last one"
+            report.warn("model", text, "--overwrite_output_dir True to start anew")
+            return str(output)
+    elif (Path(load) / TRACKER).is_file() or (Path(load) / "state.json").is_file():
+        section.setdefault("finetune", True)  # another run's checkpoint gives its weights
+    return str(load)
+
+
+def _packages(run: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """(package -> the setting that needs it, package -> what is left out without it)."""
+    logging, asked = run.get("logging") or {}, {}
+    if logging.get("tensorboard", True):
+        asked["tensorboard"] = "logging.tensorboard (--report_to tensorboard)"
+    if logging.get("wandb"):
+        asked["wandb"] = "logging.wandb (--report_to wandb)"
+    if (run.get("peft") or {}).get("target_modules"):
+        asked["peft"] = "section peft"
+    return asked, {"matplotlib": f"{LOSS} is left out"}
+
+
+def _folders(run: dict[str, Any], part: str) -> list[str]:
+    entries = (run.get("data") or {}).get(part) or []
+    return [str(entry["path"] if isinstance(entry, dict) else entry) for entry in entries]
+
+
+def _model_ranks(run: dict[str, Any]) -> int | None:
+    """Ranks of one replica on the CPU, where its sizes are named: there is no number of GPUs to go by."""
+    sizes = [int((run.get("parallel") or {}).get(name) or 1) for name in SIZES]
+    return math.prod(sizes) if (run.get("training") or {}).get("device") == "cpu" else None
+
+
+def _replicas(run: dict[str, Any], world: int) -> int:
+    parallel = run.get("parallel") or {}
+    return max(1, world // math.prod(int(parallel.get(name) or 1) for name in SIZES))
+
+
+def _lay_out(
+    run: dict[str, Any],
+    config: RunConfig,
+    source: WeightSource,
+    devices: Devices,
+    world: int,
+    config_for: Callable[[int], RunConfig],
+) -> tuple[RunConfig, Sequence[StageMemory], str]:
+    """The run with a layout that fits, its estimate, and why: the sizes that are named, else the fastest that fits.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    parallel = run.get("parallel") or {}
+    if any(name in parallel for name in SIZES):
+        dp = config.check_world(world)
+        stages = estimate(config, source.spec, source.config, world, devices.kind)
+        need = max(stage.total for stage in stages)
+        tp, pp = (getattr(config.parallel, name) for name in SIZES)
+        words = f"tp {tp} pp {pp} dp {dp}, as named: {need / GIB:.2f} of {devices.memory / GIB:.1f} GiB"
+        if need > USABLE * devices.memory:
+            raise ConfigError(f"too little memory: {words} a rank\n" + "\n".join(table(stages)))
+        return config, stages, words
+    layout = choose_layout(config, source.spec, source.config, world, devices.memory, device_kind=devices.kind)
+    return layout.apply(config_for(layout.dp)), layout.stages, layout.reason
+
+
+def _refusal(request: Request, text: str) -> str | None:
+    refused = request.sharding.refusal(adapts=request.adapts)
+    return None if refused is None else f"{refused}\n{text}"
+
+
+def _as_flags(config: RunConfig, reason: str) -> str:
+    tp, pp = (getattr(config.parallel, name) for name in SIZES)
+    words = [f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}"]
+    words += ["--use-distributed-optimizer"] if config.parallel.use_distributed_optimizer else []
+    words += ["--recompute-granularity full"] if config.parallel.recompute_granularity else []
+    return f"{' '.join(words)} ({reason})"
+
+
+def _disk_needs(
+    request: Request,
+    config: RunConfig,
+    source: WeightSource,
+    stages: Sequence[StageMemory],
+    train: Inputs,
+    valid: Inputs,
+    adapts: bool,
+) -> dict[Path, dict[str, int]]:
+    """Folder -> what will lie there at once -> bytes."""
+    width = 4 if config.training.precision == "fp32" else 2
+    numbers = sum(math.prod(info.shape) for info in source.infos.values())
+    trained = sum(sum(stage.trainable.values()) for stage in stages) * config.parallel.tensor_model_parallel_size
+    states = 0 if config.checkpoint.no_save_optim else (8 if width == 4 else 12)
+    one = trained * (4 + 8) if adapts else numbers * width + trained * states
+    kept = num_checkpoints(config)
+    output = {f"{kept} checkpoint{'s' if kept > 1 else ''}": one * kept}
+    if adapts:
+        output["adapter"] = trained * 4
+    if not adapts or request.launch.save_merged_model:
+        output[MERGED if adapts else HF] = numbers * width
+    needs = {config.output_dir: output}
+    missing = sum(inputs.bytes for inputs in (train, valid) if inputs.sources and not inputs.built)
+    if missing:
+        needs[cache_folder(request.launch)] = {"shards": missing}
+    return needs
+
+
+def num_checkpoints(config: RunConfig) -> int:
+    """Most checkpoints that lie there at once: the new one is written before an old one goes."""
+    checkpoint, training = config.checkpoint, config.training
+    number = 1
+    if checkpoint.save_interval and training.train_iters:
+        number = math.ceil(training.train_iters / checkpoint.save_interval)
+    elif checkpoint.save_epochs and training.train_epochs:
+        number = math.ceil(training.train_epochs / checkpoint.save_epochs)
+    elif checkpoint.save_interval:
+        number = 2  # its length in steps shows once the data is counted
+    return min(number, checkpoint.keep_last + 1) if checkpoint.keep_last else number
+
+
+def _describe(
+    config: RunConfig, train: Inputs, valid: Inputs, reason: str, world: int, adapts: bool, merged: bool
+) -> list[str]:
+    training, parallel = config.training, config.parallel
+    tp, pp = (getattr(parallel, name) for name in SIZES)
+    dp = world // (tp * pp)
+    micro, total = training.micro_batch_size, training.global_batch_size
+    what = "rows" if config.data.packing else "samples"
+    length = next(
+        f"{value:g} {name}"
+        for name, value in (
+            ("updates", training.train_iters),
+            ("samples", training.train_samples),
+            ("epochs", training.train_epochs),
+            ("an evaluation alone", 0),
+        )
+        if value is not None
+    )
+    output = config.output_dir
+    names = ["adapter_config.json", *([f"{MERGED}/"] if merged else [])] if adapts else [f"{HF}/"]
+    lines = [
+        f"data       {', '.join(train.paths) or 'none'}"
+        + (f"; held out: {', '.join(valid.paths)}" if valid.paths else ""),
+        f"layout     {reason}",
+        f"batch      {micro} {what} x {total // (micro * dp)} microbatches x dp {dp} = {total} {what} an update; {length}",
+        f"precision  {training.precision}; lr {config.optimizer.lr:g}; seed {training.seed}",
+        f"output     {output}: {', '.join([*names, LOSS, 'train.log', CONFIG])}, checkpoints",
+    ]
+    return lines

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_vlm.conversion.mapping import Mapping
+from megatron_vlm.conversion.source import open_source
 from megatron_vlm.data.types import EncodedSample, row_from_samples
 from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.parity import gradient_errors, layout_run, merge_gradients
+from megatron_vlm.testing.parity import adapted_mapping, gradient_errors, layout_run, merge_gradients
 
 LOSS = 1e-5  # relative; measured 4e-6 after 10 updates
 NORM = 1e-3  # relative, over 10 updates; measured 4e-5
@@ -95,6 +97,7 @@ class LayoutCheck:
         batches: samples of each row of the global batch (a multiple of 4 rows).
         fill: tokens that rows are filled to with virtual stages.
         no_true_gradient: ``f(hf name)``: the true gradient is zero and what is computed is round-off.
+        peft: section ``peft`` of a run, and ``tensors`` of its adapters (testing/parity.py); None: everything trains.
     """
 
     family: str
@@ -103,6 +106,7 @@ class LayoutCheck:
     batches: Sequence[Sequence[EncodedSample]]
     fill: int
     no_true_gradient: Callable[[str], bool] = lambda name: False
+    peft: dict[str, Any] | None = None
     _alone: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,10 +155,19 @@ class LayoutCheck:
             case.parallel,
             {"freeze": case.freeze},
             case.updates,
+            1e-3,
+            self.peft,
             tp=case.tp,
             pp=case.pp,
             dp=case.dp,
         )
-        mapping = self.spec.mapping(self.config, tp=case.tp, vocab_multiple=VOCAB_MULTIPLE)
+        mapping = self._mapping(case.tp)
         loss, grads = merge_gradients(results, mapping, self.config.text.vocab_size)
         return loss, grads, results[0]["history"], results
+
+    def _mapping(self, tp: int) -> Mapping:
+        if self.peft is None:
+            return self.spec.mapping(self.config, tp=tp, vocab_multiple=VOCAB_MULTIPLE)
+        settings = {key: value for key, value in self.peft.items() if key != "tensors"}
+        with open_source(self.directory) as source:
+            return adapted_mapping(source, settings, tp)

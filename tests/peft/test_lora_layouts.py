@@ -1,0 +1,101 @@
+"""Every layout trains adapters as one process does: see testing/layouts.py. Stages without anything to train included."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlm.conversion.source import open_source
+from megatron_vlm.testing.layouts import Case, LayoutCheck, whole_matrix
+from megatron_vlm.testing.parity import adapted_mapping, random_samples
+from megatron_vlm.testing.twins import write_tiny_idefics2
+
+TEXT_ONLY_FIRST = [[([], 23)], [([(40, 50)], 14), ([], 9)], [([(24, 48), (16, 16)], 7)], [([], 17)]]
+EVERYTHING = dict(target_modules=r".*(_proj|fc1|fc2|lm_head)", modules_to_save=("modality_projection",), r=3, alpha=6)
+TWINS = {
+    "": (dict(text="mistral", sliding_window=11), EVERYTHING),
+    # Heads that no tensor parallel size divides: tower and perceiver attention run whole on every rank.
+    "odd_heads": (dict(text="llama", vision_heads=3, perceiver_heads=3, perceiver_kv_heads=3, seed=1), EVERYTHING),
+    # More ranks than kv heads: each has another share of q, k and v.
+    "one_kv_head": (dict(text="llama", kv_heads=2, perceiver_kv_heads=1), EVERYTHING),
+    # Only some parts of fused linears and biases.
+    "mixed": (
+        dict(text="mistral"),
+        dict(target_modules=("v_proj", "k_proj", "up_proj"), modules_to_save=("lm_head",), bias="lora_only", alpha=4, rslora=True),
+    ),
+    # One linear of the last layer: of four stages one trains.
+    "last": (dict(text="mistral"), dict(target_modules=("layers.3.self_attn.v_proj",))),
+    # The tower alone: gradients pass through a decoder without pairs.
+    "tower": (dict(text="mistral"), dict(target_modules=r".*vision_model.*_proj")),
+}
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory):
+    """Twin -> its LayoutCheck, made when first asked for."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model, settings = TWINS[name]
+            directory = tmp_path_factory.mktemp(name or "twin")
+            write_tiny_idefics2(directory, **model)
+            with open_source(directory) as source:
+                tensors = random_pairs(source, settings)
+                batches = [random_samples(source.config, specs, seed=i) for i, specs in enumerate(TEXT_ONLY_FIRST)]
+            made[name] = LayoutCheck(
+                "idefics2",
+                str(directory),
+                json.loads(Path(directory, "config.json").read_text()),
+                batches,
+                48,
+                lambda n: "vision_model" in n and n.endswith("k_proj.bias"),
+                {"tensors": tensors, **settings},
+            )
+        return made[name]
+
+    return make
+
+
+def random_pairs(source, settings):
+    """Every A and B by PEFT's names: B = 0 would hide mistakes in A."""
+    generator = torch.Generator().manual_seed(1)
+    mapping = adapted_mapping(source, settings, 1)
+    sizes = {}
+    for entry in mapping:
+        if ".lora." in entry.name:
+            linear = source.infos[entry.name.partition(".lora.")[0] + ".weight"]
+            base = source.entries[entry.name.partition(".lora.")[0] + ".weight"]
+            module = entry.hf[0].split(".")[-3]
+            part = next(i for i, hf in enumerate(base.hf) if hf.split(".")[-2] == module)
+            rows, inputs = base.from_full(linear.meta())[part].shape
+            r = settings.get("r", 8)
+            sizes[entry.hf[0]] = (r, inputs) if entry.name.endswith(".a") else (rows, r)
+    return {name: 0.05 * torch.randn(size, generator=generator) for name, size in sizes.items()}
+
+
+PAIRWISE = [
+    Case(tp=2, dp=2, sp=True, do=True, overlap=True, updates=3),
+    Case(tp=2, pp=2, vp=1, recompute=True, updates=2),
+    Case(tp=2, pp=2, sp=True, twin="mixed", updates=2),
+    Case(tp=4, twin="one_kv_head", updates=1),
+    Case(tp=2, twin="odd_heads", recompute=True, updates=2),
+    Case(pp=4, twin="last", updates=2),
+    Case(pp=2, dp=2, overlap=True, recompute=True, twin="tower", updates=2),
+]
+WHOLE = [
+    *whole_matrix(recomputes=(False, True)),
+    *(case for name in TWINS if name for case in whole_matrix(name, recomputes=(True,))),
+]
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids=str)
+def test_layout_equals_one_process(checks, case):
+    checks(case.twin).check(case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", WHOLE, ids=str)
+def test_whole_matrix(checks, case):
+    checks(case.twin).check(case)

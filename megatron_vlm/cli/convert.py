@@ -90,6 +90,14 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--pp", "--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="pipeline stages"
     )
     _add_dtype(parser)
+    quantize = parser.add_argument_group("4 bits (for QLoRA)")
+    quantize.add_argument(
+        "--quantize", choices=("nf4",), help="keep linears in 4 bits; --dtype is what runs compute in"
+    )
+    quantize.add_argument("--no-double-quant", action="store_true", help="keep the scales of 4-bit blocks in fp32")
+    quantize.add_argument(
+        "--quantize-groups", nargs="+", metavar="PART", help="of llm, vision, connector (default: llm)"
+    )
     vocabulary = parser.add_argument_group("vocabulary (padding rows are zero and never exported)")
     vocabulary.add_argument(
         "--make-vocab-size-divisible-by",
@@ -130,6 +138,8 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _run_hf2mg(args: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import hf2mg
 
+    if args.quantize is None and (args.no_double_quant or args.quantize_groups):
+        raise ConfigError("--no-double-quant and --quantize-groups have no effect without --quantize nf4")
     hf2mg(
         args.hf,
         args.out,
@@ -144,6 +154,9 @@ def _run_hf2mg(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         vocab_multiple=args.make_vocab_size_divisible_by,
         vocab_extra=args.extra_vocab_size,
+        quantize=args.quantize,
+        double_quant=not args.no_double_quant,
+        quantize_groups=args.quantize_groups or ("llm",),
     )
     return 0
 

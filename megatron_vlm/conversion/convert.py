@@ -8,7 +8,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_vlm.conversion.torch_files import load_weights_only
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models import registry
 from megatron_vlm.models.registry import ExportSpec, FamilySpec
+from megatron_vlm.peft.nf4 import Quantization
 
 
 def params_dtype(name: str | None) -> torch.dtype | None:
@@ -151,8 +152,16 @@ def hf2mg(
     dtype: str | None = None,
     vocab_multiple: int = 128,
     vocab_extra: int = 0,
+    quantize: str | None = None,
+    double_quant: bool = True,
+    quantize_groups: Sequence[str] = ("llm",),
 ) -> None:
-    """Converts a model (see ``open_model``) to Megatron weights (see ``write_megatron``)."""
+    """Converts a model (see ``open_model``) to Megatron weights (see ``write_megatron``).
+
+    Args:
+        quantize: None, or ``nf4``: keep linears in 4 bits, with ``double_quant``, in the parts ``quantize_groups`` (llm, vision,
+            connector); their values are those of ``dtype``, or else of the dtype that they have.
+    """
     parts = dict(llm=llm, vision=vision, projector=projector)
     with open_model(hf, family=family, **parts, end_of_utterance=end_of_utterance, assemble=assemble) as source:
         write_megatron(
@@ -163,7 +172,29 @@ def hf2mg(
             dtype=params_dtype(dtype),
             vocab_multiple=vocab_multiple,
             vocab_extra=vocab_extra,
+            quantize=_quantization(source, quantize, dtype, double_quant, quantize_groups),
         )
+
+
+def _quantization(
+    source: WeightSource, format: str | None, dtype: str | None, double_quant: bool, groups: Sequence[str]
+) -> Quantization | None:
+    """What ``hf2mg --quantize`` asks for."""
+    if format is None:
+        return None
+    settings: dict[str, Any] = dict(format=format, double_quant=double_quant, groups=groups)
+    if dtype is None:
+        from megatron_vlm.peft.select import quantised_names
+
+        own = {source.infos[name].dtype for name in quantised_names(source.mapping, source.infos, groups)}
+        names = [name for name, known in PARAMS_DTYPES.items() if {known} == own]
+        if not names:
+            stored = ", ".join(sorted(str(item).removeprefix("torch.") for item in own)) or "none"
+            raise ConfigError(
+                f"--quantize: the linears are of dtype {stored}; say with --dtype what the run computes in"
+            )
+        dtype = names[0]
+    return Quantization.from_dict({**settings, "dtype": dtype}, "--quantize")
 
 
 def mg2hf(
@@ -251,6 +282,7 @@ def export_hf(
     Raises:
         ConfigError: the family has no such layout.
     """
+    source.require_full("writing an HF model")
     other = _other_layout(source, layout)
     entries = (source.mapping if other is None else other.mapping(source.config)).by_name()
     order = aligned_order({name: info.cast(dtype) for name, info in source.infos.items()})

@@ -2,6 +2,7 @@
 
     OUT/megatron.json                      format, family, configs, tp, pp, vocabulary, size and sha256 of each file
     OUT/mp_rank_TT_PPP/model.safetensors   shards of tensor parallel rank TT on pipeline stage PPP, under global names
+    OUT/nf4_PPP/model.safetensors          linears of stage PPP in 4 bits, HF tensor by HF tensor, whole (conversion/nf4_files.py)
     OUT/hf/                                every non-weight file of the source (config, tokenizer, processor ...)
 
 Stages: decoder layer i of L lies on stage i // (L / pp); final norm and output layer on the last; everything else
@@ -28,6 +29,7 @@ from megatron_vlm.conversion.safetensors_io import (
     file_digest,
 )
 from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.peft.nf4 import Quantization
 
 if TYPE_CHECKING:
     from megatron_vlm.conversion.source import WeightSource
@@ -56,6 +58,7 @@ class Manifest(Config):
         vocab_size, padded_vocab_size: true rows of the vocabulary, and rows stored over all tensor parallel ranks.
         stored_ties: HF names of tied copies that the source had stored, which an export writes again.
         model_config: the family's resolved model config, for readers; ``hf/config.json`` is what counts.
+        quantization: how linears are stored in 4 bits; None: all is stored in full.
         files: path relative to the directory -> size and digest.
     """
 
@@ -72,6 +75,7 @@ class Manifest(Config):
     stored_ties: tuple[str, ...] = ()
     hf_config_sha256: str
     model_config: dict[str, Any]
+    quantization: Quantization | None = None
     files: dict[str, FileEntry]
 
 
@@ -113,6 +117,7 @@ def write_megatron(
     dtype: torch.dtype | None = None,
     vocab_multiple: int = 128,
     vocab_extra: int = 0,
+    quantize: Quantization | None = None,
 ) -> None:
     """Writes a source as Megatron weights for ``tp`` x ``pp`` ranks, in this one process.
 
@@ -122,6 +127,7 @@ def write_megatron(
         dtype: of the written floating point tensors; None: each keeps its own.
         vocab_multiple: the vocabulary is padded with zero rows to a multiple of this times tp.
         vocab_extra: zero rows added before that padding. Padded rows are never exported.
+        quantize: linears to store in 4 bits; None: those that the source stores so.
 
     Raises:
         ConfigError: the model does not divide over the layout; with the sizes that work.
@@ -132,11 +138,14 @@ def write_megatron(
             "--make-vocab-size-divisible-by must be at least 1 and --extra-vocab-size at least 0, "
             f"got {vocab_multiple} and {vocab_extra}"
         )
+    from megatron_vlm.conversion.nf4_files import Nf4Writer
+
     mapping = source.spec.mapping(source.config, tp=tp, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
     entries = mapping.by_name()
     layouts = {entry.name: entry.layout for entry in mapping}
     stages = Stages(layouts, pp)
-    order = aligned_order({name: source.infos[name].cast(dtype) for name in layouts})
+    nf4 = Nf4Writer(source, mapping, stages, quantize, dtype)
+    order = aligned_order({name: source.infos[name].cast(dtype) for name in layouts if name not in nf4.names})
     plans: dict[str, dict[str, TensorInfo]] = {rank_file(t, p): {} for p in range(pp) for t in range(tp)}
     for name, info in order.items():
         try:
@@ -145,7 +154,7 @@ def write_megatron(
             raise ConversionError(f"{name}: {error}") from error
         for t in range(tp):
             plans[rank_file(t, stages.of(name))][name] = shard
-    need = sum(info.nbytes for plan in plans.values() for info in plan.values())
+    need = nf4.nbytes + sum(info.nbytes for plan in plans.values() for info in plan.values())
     with atomic_directory(out, need) as directory, Writers() as writers:
         for file, plan in plans.items():
             (directory / file).parent.mkdir()
@@ -155,6 +164,7 @@ def write_megatron(
             for rank, pieces in enumerate(source.read_shards(entries[name], tp)):
                 writers.open[rank_file(rank, stage)].write(name, *(cast(piece, dtype) for piece in pieces))
             del pieces  # else two of the largest tensors would be held at a time
+        nf4.write(directory, writers)
         files = writers.close()
         source.check_digests()
         copy_hf_files(source.hf_dir, directory / "hf")
@@ -174,6 +184,7 @@ def write_megatron(
             stored_ties=tuple(source.stored_ties),
             hf_config_sha256=files["hf/config.json"]["sha256"],
             model_config=source.config.to_dict(),
+            quantization=nf4.quantization,
             files={name: FileEntry(**entry) for name, entry in files.items()},
         )
         write_json(directory / MANIFEST, manifest.to_dict())

@@ -1,5 +1,6 @@
 """Megatron weights (megatron_dir.py) as a weight source: shards of any tp and pp, merged tensor by tensor."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -7,11 +8,13 @@ from torch import Tensor
 from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names, read_json
 from megatron_vlm.conversion.mapping import Entry, Layout, TensorInfo
 from megatron_vlm.conversion.megatron_dir import MANIFEST, Stages, rank_file, read_manifest
+from megatron_vlm.conversion.nf4_files import Nf4Reader, nf4_file
 from megatron_vlm.conversion.safetensors_io import SafetensorsFile
 from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import registry
 from megatron_vlm.models.registry import FamilySpec
+from megatron_vlm.peft.nf4 import Nf4Tensor
 
 
 class MegatronSource(WeightSource):
@@ -41,7 +44,12 @@ class MegatronSource(WeightSource):
         }
         self._stages = Stages(self._layouts, self.pp)
         self._files: dict[tuple[int, int], SafetensorsFile] = {}
+        self._nf4: Nf4Reader | None = None
+        self.quantization = self.manifest.quantization
         try:
+            if self.quantization is not None:
+                self._nf4 = Nf4Reader(directory, self.pp, self.quantization, digest)
+            self._in_nf4 = self._check_nf4()
             for stage in range(self.pp):
                 for rank in range(self.tp):
                     self._files[rank, stage] = SafetensorsFile(directory / rank_file(rank, stage), digest=digest)
@@ -52,6 +60,7 @@ class MegatronSource(WeightSource):
             raise
 
     def read(self, name: str) -> Tensor:
+        self._require_full(name)
         try:
             return self._layouts[name].merge(self._read_all(name), self.mapping.vocab_size)
         except ConversionError as error:
@@ -60,6 +69,7 @@ class MegatronSource(WeightSource):
     def read_hf_pieces(self, entry: Entry) -> list[list[Tensor]]:
         if not entry.cut_by_rows:  # of one rank's map, in which everything is cut that can be
             return super().read_hf_pieces(entry)
+        self._require_full(entry.name)
         layout = self._layouts[entry.name]
         if layout.dim is None:
             return super().read_hf_pieces(entry)
@@ -70,13 +80,22 @@ class MegatronSource(WeightSource):
         return [[p[: rows - i * len(p)] for i, p in enumerate(pieces) if i * len(p) < rows] for pieces in blocks]
 
     def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
+        self._require_full(name)
         if tp == self.tp and layout == self._layouts[name]:
             return self._files[tp_rank, self._stages.of(name)].read(name)
         return super().read_shard(name, layout, tp, tp_rank)
 
+    def read_nf4(self, entry: Entry) -> Iterator[Nf4Tensor]:
+        if self._nf4 is None or entry.name not in self._in_nf4:
+            return super().read_nf4(entry)
+        return map(self._nf4.read, entry.hf)
+
     def check_digests(self) -> None:
-        for (rank, stage), file in self._files.items():
-            if file.sha256() != self.manifest.files[rank_file(rank, stage)].sha256:
+        files = {rank_file(rank, stage): file for (rank, stage), file in self._files.items()}
+        if self._nf4 is not None:
+            files |= {nf4_file(stage): file for stage, file in self._nf4.files.items()}
+        for name, file in files.items():
+            if file.sha256() != self.manifest.files[name].sha256:
                 raise ConversionError(
                     f"{file.path} was changed: its sha256 is not the one in {self.directory / MANIFEST}"
                 )
@@ -84,6 +103,32 @@ class MegatronSource(WeightSource):
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+        if self._nf4 is not None:
+            self._nf4.close()
+
+    def _require_full(self, name: str) -> None:
+        if name in self._in_nf4:
+            self.require_full(f"reading {name}")
+
+    def _check_nf4(self) -> set[str]:
+        """Names of the entries whose HF tensors lie in 4 bits, all of them or none."""
+        if self._nf4 is None:
+            return set()
+        found, left = set(), set(self._nf4.shapes)
+        for entry in self.mapping:
+            mine = left & set(entry.hf)
+            if mine and mine != set(entry.hf):
+                raise ConversionError(
+                    f"{self.directory}: of {entry.name}, only {list_names(sorted(mine))} is there in 4 bits"
+                )
+            left -= mine
+            if mine:
+                found.add(entry.name)
+        if left:
+            raise ConversionError(
+                f"{self.directory}: 4-bit tensors that family {self.spec.name} does not have: {list_names(sorted(left))}"
+            )
+        return found
 
     def _read_all(self, name: str) -> list[Tensor]:
         stage = self._stages.of(name)
@@ -91,7 +136,7 @@ class MegatronSource(WeightSource):
 
     def _check_names(self) -> None:
         for (_, stage), file in self._files.items():
-            wanted = {name for name in self._layouts if self._stages.of(name) == stage}
+            wanted = {name for name in self._layouts if self._stages.of(name) == stage} - self._in_nf4
             missing, extra = sorted(wanted - set(file.infos)), sorted(set(file.infos) - wanted)
             if missing or extra:
                 raise ConversionError(
@@ -102,6 +147,10 @@ class MegatronSource(WeightSource):
     def _full_infos(self) -> dict[str, TensorInfo]:
         infos = {}
         for name, layout in self._layouts.items():
+            if self._nf4 is not None and name in self._in_nf4:
+                parts = [self._nf4.info(hf).meta() for hf in self.entries[name].hf]
+                infos[name] = TensorInfo.of(self.entries[name].to_full(parts))
+                continue
             stage = self._stages.of(name)
             shards = [self._files[rank, stage].infos[name] for rank in range(self.tp)]
             if len(set(shards)) > 1:

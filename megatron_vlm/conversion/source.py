@@ -94,6 +94,18 @@ class WeightSource(abc.ABC):
         """Reads the entry's HF tensors as they are stored in 4 bits, one at a time."""
         raise ConversionError(f"{self.hf_dir}: {entry.name} is not stored in 4 bits")
 
+    def require_full(self, what: str) -> None:
+        """Refuses what cannot be done with 4-bit weights.
+
+        Raises:
+            ConversionError: weights are stored in 4 bits.
+        """
+        if self.quantization is not None:
+            raise ConversionError(
+                f"{self.hf_dir.parent} holds linears in 4 bits, and {what} needs them in full: give the model that it was made "
+                "from instead"
+            )
+
     def check_digests(self) -> None:
         """Compares files with their recorded digests; cheap after everything was read in order.
 

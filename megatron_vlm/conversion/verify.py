@@ -90,6 +90,7 @@ def verify(
             raise ConversionError(
                 f"--hf {directory} holds {expected.kind} weights, not an HF model: swap --hf and --load?"
             )
+        source.require_full("comparing it with an HF model")
         chosen, why = _choose_level(level, source)
         report = Report(level=chosen)
         report.say(f"{load} ({source.kind}, family {source.spec.name}) against {directory}")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import psutil
 
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, INDEX_NAME, read_json, resolve_directory
+from megatron_vlm.conversion.hf_io import INDEX_NAME, read_json, resolve_directory
 from megatron_vlm.conversion.source import WeightSource, open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import Processor

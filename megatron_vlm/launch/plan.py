@@ -23,6 +23,7 @@ from megatron_vlm.launch.layout import USABLE, choose_layout
 from megatron_vlm.launch.prepare import Inputs, cache_folder, open_inputs
 from megatron_vlm.launch.start import Place, command
 from megatron_vlm.training.memory import StageMemory, estimate, table
+from megatron_vlm.training.optimizer import Schedule
 from megatron_vlm.training.run_config import RunConfig
 
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -129,6 +130,8 @@ def _plan(
     if refused is not None:
         report.fail("sharding", refused, "")
     config.check_model(source.config)
+    if config.training.train_iters is not None:
+        Schedule.of(config.optimizer, config.training.train_iters)  # raises where warm-up and length do not go together
     report.ok("memory", f"{reason}\n" + "\n".join(table(stages)))
     checks.check_disk(report, _disk_needs(request, config, source, stages, train, valid, adapts))
     port = checks.choose_port(report, launch.master_port) if place.alone and world > 1 else 0

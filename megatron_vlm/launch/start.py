@@ -93,7 +93,7 @@ def first_host(nodes: str) -> str:
 def prepared_once(place: Place) -> Iterator[Callable[[str | None], str]]:
     """Gives ``share``: rank 0 calls it with what it made, the others with None, and all return rank 0's text.
 
-    An empty text says that rank 0 failed. The store is torch's own rendezvous; it is closed before the ranks start.
+    An empty text says that rank 0 failed. The store is torch's own rendezvous; rank 0 keeps it until all have read.
     """
     if place.world <= 1:
         yield lambda text: text or ""
@@ -123,7 +123,6 @@ def prepared_once(place: Place) -> Iterator[Callable[[str | None], str]]:
     finally:
         if rank == 0 and not told:
             share("")
-        del store, share
 
 
 def command(config: Path, ranks: int, port: int) -> list[str]:

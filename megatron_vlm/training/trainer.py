@@ -161,6 +161,7 @@ class Trainer:
                 "iteration": self.iteration,
                 "num_skipped": self.num_skipped,
                 "consumed_samples": self.consumed_samples,
+                "epochs": self.consumed_samples / self.samples_per_epoch,
                 "seed": self.seed,
                 "data": self.data_state.to_dict(),
                 "config": self.config.to_dict(),

@@ -7,7 +7,6 @@ RankFiles (checkpoint) ------+                                 --Entry.from_full
 
 import abc
 import copy
-import dataclasses
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -353,23 +352,15 @@ def load_stages(
         ConfigError: the model does not divide over the topology, or is stored in 4 bits otherwise than asked for.
         ConversionError: the weights do not fit the model.
     """
+    if quantize is not None or source.quantization is not None:
+        from megatron_vlm.peft.qlora import load_quantised
+
+        return load_quantised(source, topology, options, quantize, keep)
     from megatron_vlm.models.vlm import build_model
 
-    place = dict(tp=topology.tp, tp_rank=topology.tp_rank)
-    if quantize is None and source.quantization is None:
-        stages = [stage.to(topology.device) for stage in build_model(source.spec, source.config, topology, options)]
-        load_into(source, stages, **place, vocab_multiple=options.make_vocab_size_divisible_by)
-        return stages
-    from megatron_vlm.peft import qlora
-
-    quantization = qlora.agree(source, quantize, options.params_dtype)
-    assert quantization is not None
-    options = dataclasses.replace(options, build_on_cpu=True)
-    stages = build_model(source.spec, source.config, topology, options)
-    linears = qlora.take_weights(stages, source, quantization, keep)
-    stages = [stage.to(topology.device) for stage in stages]
-    load_into(source, stages, **place, vocab_multiple=options.make_vocab_size_divisible_by)
-    qlora.fill(linears, source, quantization, **place, device=topology.device)
+    stages = [stage.to(topology.device) for stage in build_model(source.spec, source.config, topology, options)]
+    multiple = options.make_vocab_size_divisible_by
+    load_into(source, stages, tp=topology.tp, tp_rank=topology.tp_rank, vocab_multiple=multiple)
     return stages
 
 

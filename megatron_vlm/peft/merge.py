@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from megatron_vlm.peft.adapter import WEIGHT, Adapter, Pair, hf_infos
 from megatron_vlm.peft.adapter_folders import open_adapter
 from megatron_vlm.peft.adapter_io import CONFIG, is_adapter, lora_settings
 from megatron_vlm.peft.config import PeftConfig
+from megatron_vlm.peft.nf4 import Nf4Tensor
 from megatron_vlm.peft.plan import PeftPlan, trained_mapping
 from megatron_vlm.peft.select import make_plan, named_mapping
 
@@ -65,7 +66,7 @@ class MergedSource(WeightSource):
         self.base_name = None if base_name is None else absolute(base_name)
         self._check = check
         self.named = named_mapping(base.spec, base.config, layout)
-        self.infos, self.stored_ties = base.infos, base.stored_ties
+        self.infos, self.stored_ties, self.quantization = base.infos, base.stored_ties, base.quantization
         self._touched = {entry.name: entry for entry in self.named if adapter.touches(entry)}
 
     def read(self, name: str) -> Tensor:
@@ -88,6 +89,10 @@ class MergedSource(WeightSource):
 
     def read_hf_pieces(self, entry: Entry) -> list[list[Tensor]]:
         return super().read_hf_pieces(entry) if entry.name in self._touched else self.base.read_hf_pieces(entry)
+
+    def read_nf4(self, entry: Entry) -> Iterator[Nf4Tensor]:
+        self.require_full("merging an adapter into it")
+        return super().read_nf4(entry)
 
     def check_digests(self) -> None:
         if self._check:

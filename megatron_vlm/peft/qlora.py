@@ -20,10 +20,11 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor, nn
 
 from megatron_vlm.conversion.mapping import Entry
-from megatron_vlm.conversion.source import WeightSource
+from megatron_vlm.conversion.source import WeightSource, load_into
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.vlm import DTYPES, global_named_modules
+from megatron_vlm.models.vlm import DTYPES, ModelOptions, build_model, global_named_modules
+from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.nf4 import Backend, Nf4Tensor, Quantization, get_backend, quantise
 from megatron_vlm.peft.nf4_shard import Lines, Nf4Weight, shard
@@ -76,6 +77,21 @@ def agree(source: WeightSource, wanted: Quantization | None, dtype: str) -> Quan
             "leave peft.quantize out, which takes what is stored"
         )
     return dataclasses.replace(stored, backend=wanted.backend if wanted else None)
+
+
+def load_quantised(
+    source: WeightSource, topology: Topology, options: ModelOptions, wanted: Quantization | None, keep: Collection[str]
+) -> list[Any]:
+    """``conversion.source.load_stages`` with linears in NF4; ``wanted`` None: as the source stores them."""
+    quantization = agree(source, wanted, options.params_dtype)
+    assert quantization is not None
+    place = dict(tp=topology.tp, tp_rank=topology.tp_rank)
+    stages = build_model(source.spec, source.config, topology, dataclasses.replace(options, build_on_cpu=True))
+    linears = take_weights(stages, source, quantization, keep)
+    stages = [stage.to(topology.device) for stage in stages]
+    load_into(source, stages, **place, vocab_multiple=options.make_vocab_size_divisible_by)
+    fill(linears, source, quantization, **place, device=topology.device)
+    return stages
 
 
 def take_weights(

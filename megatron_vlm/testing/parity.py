@@ -120,10 +120,20 @@ def build_for_test(
         recompute_granularity=config.recompute_granularity,
         **{"make_vocab_size_divisible_by": 8, **options},
     )
-    chunks = load_stages(source, topology, model_options)
+    chunks = load_stages(source, topology, model_options, *_quantised(source, model_options, peft))
     if peft is not None:
         adapt(source, chunks, topology, **peft)
     return topology, source, chunks, config
+
+
+def _quantised(source: Any, options: Any, peft: dict[str, Any] | None) -> tuple[Any, ...]:
+    """The arguments of ``load_stages`` that say what is kept in 4 bits."""
+    from megatron_vlm.peft.config import PeftConfig
+    from megatron_vlm.peft.qlora import quantization_of
+
+    settings = {key: value for key, value in (peft or {}).items() if key != "tensors"}
+    quantization = quantization_of(PeftConfig(**settings), options.params_dtype)
+    return (quantization, adapted_plan(source, settings).saved) if quantization else ()
 
 
 def adapt(source: Any, chunks: Sequence[Any], topology: Any, tensors: dict[str, Tensor], **settings: Any) -> None:

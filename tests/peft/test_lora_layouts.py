@@ -22,10 +22,25 @@ TWINS = {
     # Only some parts of fused linears and biases.
     "mixed": (
         dict(text="mistral"),
-        dict(target_modules=("v_proj", "k_proj", "up_proj"), modules_to_save=("lm_head",), bias="lora_only", alpha=4, rslora=True),
+        dict(
+            target_modules=("v_proj", "k_proj", "up_proj"),
+            modules_to_save=("lm_head",),
+            bias="lora_only",
+            alpha=4,
+            rslora=True,
+        ),
     ),
     # One linear of the last layer: of four stages one trains.
     "last": (dict(text="mistral"), dict(target_modules=("layers.3.self_attn.v_proj",))),
+    # Over a base in 4 bits; columns and rows of no linear of the decoder divide into whole blocks.
+    "nf4": (
+        dict(text="mistral"),
+        dict(
+            target_modules=("q_proj", "down_proj", "fc2"),
+            quantize="nf4",
+            quantize_groups=("llm", "vision", "connector"),
+        ),
+    ),
     # The tower alone: gradients pass through a decoder without pairs.
     "tower": (dict(text="mistral"), dict(target_modules=r".*vision_model.*_proj")),
 }
@@ -82,6 +97,8 @@ PAIRWISE = [
     Case(tp=4, twin="one_kv_head", updates=1),
     Case(tp=2, twin="odd_heads", recompute=True, updates=2),
     Case(pp=4, twin="last", updates=2),
+    Case(tp=2, twin="nf4", updates=2),
+    Case(tp=2, pp=2, sp=True, recompute=True, twin="nf4", updates=2),
     Case(pp=2, dp=2, overlap=True, recompute=True, twin="tower", updates=2),
 ]
 WHOLE = [

@@ -1,6 +1,7 @@
 """The model families: FamilySpec and the one table of names."""
 
 import importlib
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,28 @@ from typing import Any
 
 from megatron_vlm.config import nearest
 from megatron_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function of a family's module, imported when it is first asked for: looking for a family imports no model.
+
+    Attributes:
+        package: the family's, its ``__name__``.
+        target: ``module:function`` in the package, or ``module:Class.method``.
+    """
+
+    package: str
+    target: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function."""
+        return self.resolve()(*args, **kwargs)
+
+    def resolve(self) -> Callable[..., Any]:
+        """Imports the module and returns the function."""
+        module, names = self.target.split(":")
+        return operator.attrgetter(names)(importlib.import_module(f"{self.package}.{module}"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,18 +58,19 @@ class AssembleOptions(Config):
     perceiver: dict[str, int] | None = None
 
 
-def assemble(llm: HFModel, vision: HFModel, files: Path, options: AssembleOptions) -> HFModel:
+def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any]) -> HFModel:
     """Joins a Llama model and a SigLIP tower by a fresh connector.
 
     Args:
         llm: LlamaForCausalLM.
         vision: SiglipVisionModel, or a whole SiglipModel, of which the text tower is left out.
         files: empty folder that takes the non-weight files.
-        options: how the new parts are made. They have the dtype of the LLM's embedding.
+        settings: of AssembleOptions: how the new parts are made. They have the dtype of the LLM's embedding.
 
     Raises:
         ConversionError: a part is of another architecture, or has tensors missing or unknown.
     """
+    options = AssembleOptions.from_dict(settings)
     if llm.config.get("model_type") != "llama":
         raise ConversionError(f"--llm {llm.directory} has model_type {llm.config.get('model_type')!r}, not 'llama'")
     tokenizer = _tokenizer(llm.directory)
@@ -108,14 +109,16 @@ def assemble(llm: HFModel, vision: HFModel, files: Path, options: AssembleOption
     return HFModel(directory=files, config=_read_json(files / "config.json"), tensors=tensors)
 
 
-def add_end_of_utterance(model: HFModel, files: Path, options: AssembleOptions) -> HFModel:
+def add_end_of_utterance(model: HFModel, files: Path, settings: dict[str, Any]) -> HFModel:
     """Gives a base Idefics2 the token that ends a turn: tokenizer, config, and one row of embedding and head.
 
-    A model that has the token is returned as it is. ``files`` already holds a copy of the model's non-weight files.
+    A model that has the token is returned as it is. ``files`` already holds a copy of the model's non-weight files,
+    and ``settings`` are those of AssembleOptions.
 
     Raises:
         ConversionError: the folder has no tokenizer.
     """
+    options = AssembleOptions.from_dict(settings)
     tokenizer = _tokenizer(files)
     vocab_size = model.tensors.infos[_EMBEDDING].shape[0]
     token_id = tokenizer.get_vocab().get(END_OF_UTTERANCE)

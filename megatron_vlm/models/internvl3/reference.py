@@ -86,3 +86,8 @@ class InternVL3Reference:
         pixels = [torch.randn(vision.num_channels, n * size, size, generator=generator) for n in images]
         tensors: dict[str, Any] = {"input_ids": torch.tensor(ids), "labels": labels, "pixels": tuple(pixels)}
         return EncodedSample(key=key, **tensors, image_positions=torch.tensor(positions, dtype=torch.int64))
+
+
+def reference_of(config: InternVL3ModelConfig) -> InternVL3Reference | None:
+    """HF's side, where HF has such a model: of weights in transformers' own layout."""
+    return InternVL3Reference(config) if config.layout == "hf" else None

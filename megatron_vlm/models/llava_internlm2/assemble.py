@@ -59,7 +59,7 @@ class AssembleOptions(Config):
 
 
 def assemble(
-    llm: HFModel, vision: HFModel, files: Path, options: AssembleOptions, projector: HFModel | None = None
+    llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any], projector: HFModel | None = None
 ) -> HFModel:
     """Joins the parts; a projector that is not given is drawn N(0, 0.02), its biases zero.
 
@@ -67,23 +67,24 @@ def assemble(
         llm: InternLM2ForCausalLM, or a model of Llama's shape.
         vision: CLIPVisionModel, or a whole CLIPModel, of which the text tower is left out.
         files: empty folder that takes the non-weight files.
-        options: how the new parts are made. They have the dtype of the LLM's embedding.
+        settings: of AssembleOptions: how the new parts are made. They have the dtype of the LLM's embedding.
         projector: under XTuner's names (``model.0.weight`` ...).
 
     Raises:
         ConversionError: a part is of another architecture, or has tensors missing, unknown or of a wrong shape.
     """
+    options = AssembleOptions.from_dict(settings)
     readers, infos = _language_tensors(llm)
     tower = _vision_config(vision)
     embedding, head = (f"language_model.{name}" for name in ("model.embed_tokens.weight", "lm_head.weight"))
     dtype, rows = infos[embedding].dtype, infos[embedding].shape[0]
     special = special_tokens(llm.directory)
-    settings = prompt_settings(
+    prompts = prompt_settings(
         llm.directory, DataConfig(seq_length=2, template=options.template), "llava_internlm2", rows
     )
-    tokenizer = write_tokenizer(files, TemplateProcessor(**settings), special, [IMAGE])
+    tokenizer = write_tokenizer(files, TemplateProcessor(**prompts), special, [IMAGE])
     image_token = tokenizer.convert_tokens_to_ids(IMAGE)
-    known = settings["tokenizer"].token_id(IMAGE)
+    known = prompts["tokenizer"].token_id(IMAGE)
     new_ids = [image_token] if known is None or known >= rows else []
     total = max(rows, image_token + 1)
     config = _write_config(files, llm, tower, image_token, total, dtype)

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import PackedRow
 from megatron_vlm.models import registry
@@ -28,9 +30,12 @@ from megatron_vlm.models.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.internvl3.config import VisionConfig as InternVitConfig
 from megatron_vlm.models.llava_internlm2.config import LlavaModelConfig
 from megatron_vlm.models.text import TextConfig
-from megatron_vlm.parallel.topology import ParallelConfig
+from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.topology import ParallelConfig, init_process_group
+from megatron_vlm.peft.config import PeftConfig
+from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.training.checkpoint import CheckpointConfig
-from megatron_vlm.training.memory import RowShape, estimate, make_batch
+from megatron_vlm.training.memory import RowShape, adapt, estimate, make_batch
 from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
 
 
@@ -100,6 +105,7 @@ class Case:
         world: ranks.
         microbatches: of a step, over all replicas.
         precision: of the run.
+        alone: one rank whose collectives do nothing stands for all: gloo's own copies are left out.
     """
 
     name: str
@@ -111,21 +117,24 @@ class Case:
     world: int = 1
     microbatches: int = 1
     precision: str = "bf16"
+    alone: bool = False
 
     def config(self) -> RunConfig:
         """The run."""
         return RunConfig(
             data=DataConfig(seq_length=sum(self.row.segments), packing=True),
             model=ModelConfig(**self.model),
+            peft=PeftConfig(**self.peft),
             parallel=ParallelConfig(**self.parallel),
             training=TrainingConfig(dry_run=True, precision=self.precision, global_batch_size=self.microbatches),
             checkpoint=CheckpointConfig(load="-"),
         )
 
 
-def cases(small: bool) -> list[Case]:
+def cases(small: bool, only: str) -> list[Case]:
     """What is measured."""
     found = []
+    lora: dict[str, Any] = dict(target_modules="all-linear", r=16)
     images: dict[str, tuple[int, int, int]] = {
         "idefics2": (3, 140, 168) if small else (3, 378, 378),
         "internvl3": (3, 3 * 112, 112) if small else (3, 3 * 448, 448),
@@ -138,36 +147,39 @@ def cases(small: bool) -> list[Case]:
             pp = dict(pipeline_model_parallel_size=2)
             for name, world, parallel in (
                 ("tp 1", 1, {}),
+                ("tp 2", 2, tp),
                 ("tp 2, sequence parallel", 2, tp | dict(sequence_parallel=True)),
                 ("pp 2", 2, pp),
                 ("pp 2, virtual stages", 2, pp | dict(num_layers_per_virtual_pipeline_stage=1)),
                 ("dp 2, distributed optimizer", 2, dict(use_distributed_optimizer=True)),
                 ("recompute", 1, dict(recompute_granularity="full")),
             ):
-                found.append(Case(name=name, family=family, row=row, parallel=parallel, world=world, microbatches=4))
+                alone = "sequence_parallel" in parallel
+                case = Case(
+                    name=name, family=family, row=row, parallel=parallel, world=world, microbatches=4, alone=alone
+                )
+                found.append(case)
             found.append(Case(name="frozen tower", family=family, row=row, model=dict(freeze_vision=True)))
             found.append(Case(name="fp32", family=family, row=row, precision="fp32"))
+            found.append(Case(name="LoRA", family=family, row=row, peft=lora))
             continue
         row = RowShape(segments=(1024,) * 4, images=(image,) * 4)
-        full = dict(recompute_granularity="full")
         row4 = RowShape(segments=(4096,) * 4, images=(image,) * 16)
+        full = dict(recompute_granularity="full")
         found += [
             Case(name="full", family=family, row=row),
             Case(name="frozen tower", family=family, row=row, model=dict(freeze_vision=True)),
+            Case(name="LoRA", family=family, row=row, peft=lora),
+            Case(name="LoRA, recompute", family=family, row=row, peft=lora, parallel=full),
             Case(name="recompute", family=family, row=row, parallel=full),
-            Case(
-                name="recompute, 4 rows in one",
-                family=family,
-                row=RowShape(segments=(4096,) * 4, images=(image,) * 16),
-                parallel=full,
-            ),
+            Case(name="recompute, 16,384 tokens", family=family, row=row4, parallel=full),
         ]
-    return found
+    return [case for case in found if only in f"{case.family} {case.name}"]
 
 
-def measure(case: Case, small: bool, device_type: str) -> tuple[int, float]:
+def measure(case: Case, small: bool, device_type: str) -> tuple[int, int]:
     """On a rank: (number of its stage, peak bytes of tensors) over two steps."""
-    from megatron_vlm.models.vlm import ModelOptions, build_model
+    from megatron_vlm.models.vlm import ModelOptions, build_model, global_parameters
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import build_topology, destroy_topology
     from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
@@ -183,6 +195,9 @@ def measure(case: Case, small: bool, device_type: str) -> tuple[int, float]:
         for chunk in chunks:
             for parameter in chunk.parameters():
                 torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+        if config.peft.active:  # on one rank: its tensors are the whole ones
+            infos = {name: TensorInfo.of(parameter) for name, parameter in global_parameters(chunks).items()}
+            adapt(config, registry.get(case.family), model_config, topology, infos, chunks)
         chunks = wrap_model(chunks, config.parallel)
         optimizer = build_optimizer(OptimizerConfig(lr=1e-5), chunks, params_dtype=options.torch_dtype)
         rows = [make_row(case.row, model_config)] * (config.num_microbatches_per_batch // topology.dp)
@@ -235,10 +250,10 @@ class _PeakOnGpu:
         self.bytes = torch.cuda.max_memory_allocated() - self.before
 
 
-def estimates(small: bool, device_type: Any) -> list[list[int]]:
+def estimates(small: bool, device_type: Any, only: str) -> list[list[int]]:
     """Bytes of each stage of each case."""
     found = []
-    for case in cases(small):
+    for case in cases(small, only):
         model_config = models(small)[case.family]
         spec = registry.get(case.family)
         stages = estimate(case.config(), spec, model_config, case.world, device_type, row=case.row)
@@ -251,11 +266,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="small models; always so on the CPU")
+    parser.add_argument("--only", default="", help="cases whose family and name hold this")
     parser.add_argument("--estimates", action="store_true", help="print the estimates as JSON and stop")
     args = parser.parse_args()
     small = args.small or args.device == "cpu"
     if args.estimates:
-        print(json.dumps(estimates(small, args.device)))
+        print(json.dumps(estimates(small, args.device, args.only)))
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("memory: torch sees no GPU; --device cpu tries the code without one")
@@ -271,7 +287,7 @@ def main() -> None:
         f"| family | training | stage | measured {name} | estimate {name} | ratio |\n| --- | --- | --- | --- | --- | --- |"
     )
     worst = 0.0
-    for case, guessed in zip(cases(small), json.loads(done.stdout.splitlines()[-1]), strict=True):
+    for case, guessed in zip(cases(small, args.only), json.loads(done.stdout.splitlines()[-1]), strict=True):
         peaks = run(case, small, args.device)
         for stage, guess in enumerate(guessed):
             measured = max(peak for number, peak in peaks if number == stage)
@@ -291,14 +307,17 @@ def main() -> None:
 def run(case: Case, small: bool, device_type: str) -> list[tuple[int, int]]:
     """(stage, peak) of every rank."""
     if device_type == "cuda":
-        from megatron_vlm.parallel.topology import init_process_group
-
         torch.cuda.set_device(0)
         init_process_group(torch.device("cuda", 0))
         return [measure(case, small, device_type)]
-    from megatron_vlm.testing.distributed import run_distributed
-
-    return run_distributed(measure, case, small, device_type, dp=case.world)
+    if not case.alone:
+        return run_distributed(measure, case, small, device_type, dp=case.world, timeout=600)
+    cpu.install()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.world)
+    try:
+        return [measure(case, small, device_type)]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ So a family, a layout or an adapter is never described twice: what is counted is
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.data.types import VLMBatch
@@ -137,10 +139,11 @@ def estimate(
     cpu.install()
     config.check_world(world_size)
     row = row or RowShape.expected(config, model_config)
+    infos = full_shapes(spec, model_config) if config.peft.active else {}
     pp, reports = config.parallel.pipeline_model_parallel_size, []
     for stage in range(pp) if stages is None else stages:
         with _World(config.parallel, model_config, world_size, stage * (world_size // pp)) as topology:
-            chunks = build_on_meta(config, spec, model_config, topology)
+            chunks = build_on_meta(config, spec, model_config, topology, infos)
             reports.append(_report(config, model_config, topology, chunks, row, device_kind))
     return reports
 
@@ -168,15 +171,70 @@ class _World:
         dist.destroy_process_group()
 
 
-def build_on_meta(config: RunConfig, spec: FamilySpec, model_config: Any, topology: Topology) -> list[Any]:
-    """This rank's stages as the trainer builds them, without data."""
+def build_on_meta(
+    config: RunConfig, spec: FamilySpec, model_config: Any, topology: Topology, infos: Mapping[str, TensorInfo]
+) -> list[Any]:
+    """This rank's stages as the trainer builds them, without data; ``infos`` of ``full_shapes`` where ``config.peft`` acts."""
     from megatron_vlm.models.vlm import ModelOptions, build_model
 
     with torch.device("meta"):
         chunks: list[Any] = build_model(spec, model_config, topology, ModelOptions(**config.model_options()))
+    if config.peft.active:
+        adapt(config, spec, model_config, topology, infos, chunks)
     for chunk in chunks:
         chunk.train()
     return chunks
+
+
+def adapt(
+    config: RunConfig,
+    spec: FamilySpec,
+    model_config: Any,
+    topology: Topology,
+    infos: Mapping[str, TensorInfo],
+    chunks: list[Any],
+) -> None:
+    """Quantises (on meta alone) and adds pairs to ``chunks`` as ``config.peft`` says."""
+    from megatron_vlm.models.vlm import DTYPES, ModelOptions, global_parameters
+    from megatron_vlm.peft import qlora
+    from megatron_vlm.peft.lora import apply_lora
+    from megatron_vlm.peft.nf4 import Quantization
+    from megatron_vlm.peft.plan import adapter_mapping
+    from megatron_vlm.peft.select import make_plan
+
+    peft, options = config.peft, ModelOptions(**config.model_options())
+    plan = make_plan(spec, model_config, peft, infos)
+    vocab = options.vocab_layout
+    base = spec.mapping(model_config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
+    if peft.quantize is not None:
+        source: Any = SimpleNamespace(mapping=base, infos=infos, quantization=None)
+        shapes = {name: parameter.shape for name, parameter in global_parameters(chunks).items()}
+        quantization = Quantization(
+            dtype=options.params_dtype, double_quant=peft.double_quant, groups=peft.quantize_groups
+        )
+        for name, linear in qlora.take_weights(chunks, source, quantization, plan.saved).items():
+            codes, values = _nf4(shapes[name], DTYPES[options.params_dtype], peft.double_quant)
+            qlora.install(linear, codes, values)
+    apply_lora(chunks, plan, adapter_mapping(base, plan, topology.tp), topology, config.training.seed)
+
+
+class _Nf4Shape(nn.Module):
+    """Stands for ``peft.nf4_shard.Nf4Weight``: what is held beside the codes, and what they are dequantised to."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, scales: int):
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+        self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8, device="meta"), persistent=False)
+
+    def values(self, codes: Tensor) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def _nf4(shape: torch.Size, dtype: torch.dtype, double_quant: bool) -> tuple[Tensor, Any]:
+    """Codes of 4 bits, and scales: of each 64 values 4 bytes, or one and 8 for each 256 of them."""
+    blocks = -(-shape.numel() // 64)
+    scales = blocks + 8 * -(-blocks // 256) if double_quant else 4 * blocks
+    return torch.empty(blocks * 32, dtype=torch.uint8, device="meta"), _Nf4Shape(shape, dtype, scales)
 
 
 def full_shapes(spec: FamilySpec, model_config: Any) -> dict[str, TensorInfo]:
@@ -214,8 +272,8 @@ def _report(
     shards = topology.dp if parallel.use_distributed_optimizer else 1
     optimizer_peak = -(-copied // shards) + largest * (1 if device_kind == "cuda" else 2)
     bytes_of = [_chunk_bytes(config, model_config, topology, chunk, row, device_kind) for chunk in chunks]
-    activations = sum(n * part.kept for n, part in zip(in_flight(config, topology), bytes_of))
-    step_peak = activations + max(part.peak - part.kept for part in bytes_of)
+    microbatches = config.num_microbatches_per_batch // topology.dp
+    activations, peak = step_peak(bytes_of, passes(microbatches, topology.pp, topology.pp_rank, topology.vp))
     return StageMemory(
         stage=topology.pp_rank,
         ranks=(topology.rank, topology.rank + topology.tp * topology.dp - 1),
@@ -225,7 +283,7 @@ def _report(
         gradients=gradients,
         optimizer=-(-states // shards),
         activations=activations,
-        temporary=max(step_peak, optimizer_peak) - activations,
+        temporary=max(peak, optimizer_peak) - activations,
         constant=_constant(topology) if device_kind == "cuda" else 0,
     )
 
@@ -268,20 +326,36 @@ def make_batch(row: RowShape, tokens: int, model_config: Any, *, pixels: bool) -
     )
 
 
-def in_flight(config: RunConfig, topology: Topology) -> list[int]:
-    """Microbatches whose activations each chunk of a rank keeps at the worst moment.
+def passes(microbatches: int, pp: int, pp_rank: int, vp: int) -> Iterator[tuple[bool, int]]:
+    """Yields (forward, chunk) of each pass of a rank in a step, in order.
 
-    Source: megatron-core 0.16.1, pipeline_parallel/schedules.py: forward passes before the first backward pass.
+    Source: megatron-core 0.16.1, pipeline_parallel/schedules.py: one forward, one backward after the warm-up.
     """
-    microbatches = config.num_microbatches_per_batch // topology.dp
-    behind = topology.pp - topology.pp_rank - 1
-    if topology.vp == 1:
-        return [min(microbatches, behind + 1)]
-    group = topology.pp
-    passes = [chunk for _ in range(microbatches // group) for chunk in range(topology.vp) for _ in range(group)]
-    warmup = len(passes) if microbatches == group else 2 * behind + (topology.vp - 1) * group
-    started = passes[: warmup + 1]
-    return [started.count(chunk) for chunk in range(topology.vp)]
+    group = pp if vp > 1 else 1
+    order = [chunk for _ in range(microbatches // group) for chunk in range(vp) for _ in range(group)]
+    behind = pp - pp_rank - 1
+    warmup = behind if vp == 1 else len(order) if microbatches == pp else 2 * behind + (vp - 1) * group
+    warmup = min(warmup, len(order))
+    yield from ((True, chunk) for chunk in order[:warmup])
+    for number, chunk in enumerate(order):
+        if warmup + number < len(order):
+            yield True, order[warmup + number]
+        yield False, vp - 1 - chunk
+
+
+def step_peak(chunks: Sequence[ChunkBytes], order: Iterable[tuple[bool, int]]) -> tuple[int, int]:
+    """(most bytes kept between passes, most bytes in use) of a step's passes."""
+    now = kept = peak = 0
+    for forward, number in order:
+        chunk = chunks[number]
+        if forward:
+            peak = max(peak, now + chunk.forward)
+            now += chunk.kept
+        else:
+            peak = max(peak, now - chunk.kept + chunk.backward)
+            now -= chunk.kept
+        kept = max(kept, now)
+    return kept, peak
 
 
 def _constant(topology: Topology) -> int:

@@ -33,11 +33,12 @@ class ChunkBytes:
 
     Attributes:
         kept: between its forward and its backward pass.
-        peak: at the worst moment of either, ``kept`` included.
+        forward, backward: at the worst moment of each, of this microbatch alone.
     """
 
     kept: int
-    peak: int
+    forward: int
+    backward: int
 
 
 class Meter(TorchDispatchMode):
@@ -174,12 +175,13 @@ def measure_chunk(
         output = chunk(make_batch())
         if not chunk.post_process:
             deallocate_output_tensor(output, chunk.config.deallocate_pipeline_outputs)
-        kept = meter.now
+        kept, forward = meter.now, meter.peak
+        meter.peak = kept
         if output.requires_grad:  # custom_backward for all: Tensor.backward would run outside _Kernels
             grad = None if chunk.post_process else torch.empty(hidden, dtype=chunk.config.params_dtype, device="meta")
             custom_backward(output, grad)
         chunk.set_input_tensor(None)
-        return ChunkBytes(kept=kept, peak=meter.peak)
+        return ChunkBytes(kept=kept, forward=forward, backward=meter.peak)
 
 
 def _to_meta(x: Any) -> Any:

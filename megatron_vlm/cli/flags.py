@@ -36,6 +36,20 @@ from megatron_vlm.launch.arguments import TOLD, Told
 TOLD_FIELDS = {item.name.replace("_", "-"): item.name for item in dataclasses.fields(Told)} | TOLD_ALIASES
 """flag -> field of Told"""
 
+SAME_AS = {
+    f"{TOLD}learning_rate": "optimizer.lr",
+    f"{TOLD}lr_scheduler_type": "optimizer.lr_decay_style",
+    f"{TOLD}warmup_ratio": "optimizer.lr_warmup_fraction",
+    f"{TOLD}warmup_steps": "optimizer.lr_warmup_iters",
+    f"{TOLD}max_steps": "training.train_iters",
+    f"{TOLD}num_train_epochs": "training.train_epochs",
+    f"{TOLD}eval_steps": "training.eval_interval",
+    f"{TOLD}model_name_or_path": "checkpoint.load",
+    f"{TOLD}save_steps": "checkpoint.save_interval",
+    f"{TOLD}save_total_limit": "checkpoint.keep_last",
+}
+"""field of Told -> the setting that it is another name of"""
+
 Command = Literal["train", "launch"]
 
 
@@ -76,12 +90,13 @@ def parse_flags(argv: Sequence[str], command: Command = "train") -> ParsedFlags:
             parsed.notes.append(f"--{name} has no effect here: {IGNORED[flag]}")
         else:
             key, value = _setting(flag, name, values, command)
-            before = said.setdefault(key, (flag, value))
+            of = SAME_AS.get(key, key)
+            before = said.setdefault(of, (flag, value))
             if before[0] != flag and not _same(before[1], value):
                 raise ConfigError(
-                    f"--{before[0]} {_text(before[1])} and --{flag} {_text(value)} say different things of {key}: leave one out"
+                    f"--{before[0]} {_text(before[1])} and --{flag} {_text(value)} say different things of {of}: leave one out"
                 )
-            said[key] = (flag, value)
+            said[of] = (flag, value)
             parsed.settings.append((key, value))
     return parsed
 

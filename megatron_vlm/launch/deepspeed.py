@@ -307,29 +307,3 @@ def _equal(one: Any, other: Any) -> bool:
         return float(one) == float(other)
     except (TypeError, ValueError):
         return str(one).lower() == str(other).lower()
-
-
-def nearest_setting(config: Any, spec: Any, model_config: Any, gpus: int, bytes_per_gpu: int) -> str | None:
-    """Flags of a layout that fits the memory found, by the estimate; None: none does.
-
-    Args:
-        config: RunConfig of the run, as asked for without the sharding.
-        spec, model_config: the model.
-        gpus, bytes_per_gpu: what was found.
-    """
-    from megatron_vlm.launch.layout import choose_layout
-
-    try:
-        layout = choose_layout(config, spec, model_config, gpus, bytes_per_gpu)
-    except ConfigError:
-        return None
-    flags = ["--use-distributed-optimizer"] if layout.distributed_optimizer else []
-    if layout.tp > 1:
-        flags.append(f"--tensor-model-parallel-size {layout.tp}")
-    if layout.pp > 1:
-        flags.append(f"--pipeline-model-parallel-size {layout.pp}")
-    if layout.sequence_parallel:
-        flags.append("--sequence-parallel")
-    if layout.recompute:
-        flags.append("--recompute-granularity full")
-    return f"{' '.join(flags) or 'one GPU a replica'} ({layout.reason})"

@@ -17,19 +17,11 @@ from megatron_vlm.models.internvl3 import model as internvl3
 from megatron_vlm.models.internvl3.mapping import file_name
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
-from megatron_vlm.testing.parity import (
-    gradient_errors,
-    hf_reference,
-    layout_logits,
-    layout_run,
-    merge_gradients,
-)
+from megatron_vlm.testing.parity import hf_reference
+from megatron_vlm.testing.parity_check import Bars, check_parity
 from megatron_vlm.testing.twin_internvl3 import hf_inputs, make_samples, write_tiny_internvl3
 
-LOGITS = 1e-5  # of the largest logit; measured 2.7e-6
-LOGITS_OVER_NOISE = 3.0  # times transformers' own distance between fp32 and fp64; measured 2.3
-LOSS = 2e-6  # relative; measured 1.4e-7
-GRADIENT = 1e-4  # of the gradient's norm; measured 5.3e-6
+BARS = Bars()  # measured: logits 2.7e-6 of the largest, 2.3 x noise, loss 1.4e-7, gradients 5.3e-6
 TIMES = 30
 
 # Tiles of each image, and text tokens: 0, 1 and 3 images in one row.
@@ -68,27 +60,11 @@ def no_true_gradient(name):
 
 @pytest.mark.parametrize("name", [name for name in TWINS if name != "deep"])
 def test_forward_and_gradients_equal_hf(twins, name):
-    directory, hf, config, samples = twins(name)
-    rows = [row_from_samples(samples), *(row_from_samples([sample]) for sample in samples)]
+    directory, hf, _, samples = twins(name)
     loss, logits, grads = hf_reference(hf, samples, inputs=hf_inputs)
     exact = hf_reference(copy.deepcopy(hf).double(), samples, gradients=False, inputs=hf_inputs)[1]
-    noise, largest = float((logits.double() - exact).abs().max()), float(logits.abs().max())
-
-    (ours,) = run_distributed(layout_logits, directory, rows, {}, {})
-    packed, alone = ours["logits"][0], torch.cat(ours["logits"][1:])
-    difference = float((packed - logits).abs().max())
-    print(f"{name}: logits {difference:.2e}, HF fp32-fp64 {noise:.2e}, largest {largest:.2f}")
-    assert difference <= LOGITS * largest and difference <= LOGITS_OVER_NOISE * noise
-    assert float((packed - alone).abs().max()) <= LOGITS * largest  # a packed row is its samples, one at a time
-
-    results = run_distributed(layout_run, directory, rows[:1], {}, {})
-    mapping = registry.get("internvl3").mapping(config, tp=1, vocab_multiple=8)
-    our_loss, our_grads = merge_gradients(results, mapping, config.text.vocab_size)
-    assert abs(our_loss - loss) <= LOSS * loss
-    errors = gradient_errors(our_grads, {file_name(n): g for n, g in grads.items()})
-    worst = max((e, n) for n, e in errors.items() if not no_true_gradient(n))
-    print(f"{name}: loss {abs(our_loss - loss) / loss:.1e}, worst gradient {worst[0]:.2e} {worst[1]}")
-    assert worst[0] <= GRADIENT
+    theirs = loss, logits, {file_name(n): g for n, g in grads.items()}
+    check_parity(name, directory, samples, theirs, exact, BARS, no_true_gradient)
 
 
 def transposed_shuffle(patches, tiles, factor):
@@ -178,7 +154,7 @@ def mutated(directory, row, names):
 def check(directory, hf, samples, names):
     expected = hf_reference(hf, samples, gradients=False, inputs=hf_inputs)[1]
     (logits,) = run_distributed(mutated, directory, row_from_samples(samples), names)
-    assert_noticed(logits, expected, names, bar=LOGITS, times=TIMES)
+    assert_noticed(logits, expected, names, bar=BARS.logits, times=TIMES)
 
 
 def test_mistakes_show(twins):

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
@@ -24,6 +25,7 @@ INSTALL = [
     "pyyaml==6.0.3",
     "tensorboard==2.21.0",
     "psutil==7.2.2",
+    "rich==15.0.0",
 ]
 
 EXTRAS = {
@@ -35,6 +37,7 @@ EXTRAS = {
     ],
     "video": ["av==18.1.0"],  # video files in data build; folders of frames need nothing
     "parquet": ["pyarrow==26.0.1"],  # data build --format parquet
+    "wandb": ["wandb==0.31.0"],  # --report_to wandb
     "dev": [
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",
@@ -55,6 +58,19 @@ def version() -> str:
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
 
 
+class BuildWithRecipes(build_py):
+    """Packs the recipes of examples/, which `megatron-vlm recipe` lists; a checkout has them beside the package."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for recipe in sorted((ROOT / "examples").rglob("*.yaml")):
+            target = Path(self.build_lib, "megatron_vlm", "examples", recipe.relative_to(ROOT / "examples"))
+            self.mkpath(str(target.parent))
+            self.copy_file(str(recipe), str(target))
+
+
 setup(
     name="megatron_vlm",
     version=version(),
@@ -66,6 +82,7 @@ setup(
     ext_modules=[Extension("megatron_vlm.data._tar", ["megatron_vlm/data/_tar.c"], optional=True, py_limited_api=True)],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     python_requires=">=3.11,<3.13",
+    cmdclass={"build_py": BuildWithRecipes},
     packages=find_packages(include=["megatron_vlm", "megatron_vlm.*"]),
     install_requires=INSTALL,
     extras_require=EXTRAS,

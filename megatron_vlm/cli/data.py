@@ -3,8 +3,7 @@
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,10 @@ def _add_build(commands: Any) -> None:
 
 def _build(args: argparse.Namespace) -> int:
     from megatron_vlm.data.build import build_shards
-    from megatron_vlm.data.formats import open_sources
+    from megatron_vlm.data.formats import guess_records, open_sources
     from megatron_vlm.data.formats.records import VideoSettings
     from megatron_vlm.data.split import SplitSettings
+    from megatron_vlm.training.progress import Bar
 
     if args.image_root is not None and not Path(args.image_root).is_dir():
         raise ConfigError(f"--image-root {args.image_root} is not a folder")
@@ -75,17 +75,17 @@ def _build(args: argparse.Namespace) -> int:
     if args.val_fraction is not None:
         given = {"by": args.split_by, "seed": args.split_seed}
         split = SplitSettings(fraction=args.val_fraction, **{k: v for k, v in given.items() if v is not None})
-    report = build_shards(
-        sources,
-        args.out,
-        samples_per_shard=args.samples_per_shard,
-        on_bad_sample=args.on_bad_sample,
-        split=split,
-        num_workers=min(os.cpu_count() or 1, 8) if args.workers is None else args.workers,
-        progress=_progress() if sys.stderr.isatty() else None,
-    )
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    total = guess_records(sources) if sys.stderr.isatty() else None
+    with Bar("building", total, file=sys.stderr) as bar:
+        report = build_shards(
+            sources,
+            args.out,
+            samples_per_shard=args.samples_per_shard,
+            on_bad_sample=args.on_bad_sample,
+            split=split,
+            num_workers=min(os.cpu_count() or 1, 8) if args.workers is None else args.workers,
+            progress=bar.show,
+        )
     for name in ("train", "val") if split else ("",):
         manifest = report[name] if split else report
         shards = manifest["shards"]
@@ -104,18 +104,3 @@ def _build(args: argparse.Namespace) -> int:
         with rejected.open("rb") as lines:
             print(f"{rejected}: {sum(1 for _ in lines)} records are left out")
     return 0
-
-
-def _progress() -> Callable[[int], None]:
-    """Returns a function that keeps a line of progress on the screen."""
-    start = last = time.monotonic()
-
-    def show(records: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > 0.2:
-            last = now
-            rate = records / (now - start)
-            print(f"\r{records} records, {rate:.0f}/s ", end="", file=sys.stderr, flush=True)
-
-    return show

@@ -1,6 +1,10 @@
 """``megatron-vlm data``: build and check as a user runs them."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -31,6 +35,24 @@ def test_build_then_check(records, capsys):
     assert "4 samples, 4 images, 2 shards" in capsys.readouterr().out
     assert run(["check", str(records / "out")]) == 0
     assert "4 sound samples, 0 problems" in capsys.readouterr().out
+
+
+def test_bar_on_a_terminal(records):
+    """It knows the number of records before they are parsed."""
+    leader, follower = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_vlm",
+        "data",
+        *build(records, "a.json", "b.jsonl", more=["--workers", "0"]),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=follower, timeout=120)
+    os.close(follower)
+    shown = os.read(leader, 2**16).decode()
+    os.close(leader)
+    assert done.returncode == 0 and b"4 samples" in done.stdout, shown
+    assert "building" in shown and "4/4" in shown and "0/4" in shown, shown
 
 
 def test_check_reports_and_exits_1(records, capsys):

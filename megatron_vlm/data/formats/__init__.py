@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_vlm.config import nearest
 from megatron_vlm.data.formats.internvl import expand_internvl
-from megatron_vlm.data.formats.json_file import MAX_INLINE_BYTES, read_json_records
+from megatron_vlm.data.formats.json_file import CHUNK, JSON_LINES, MAX_INLINE_BYTES, read_json_records
 from megatron_vlm.data.formats.llava import parse_llava
 from megatron_vlm.data.formats.openai import parse_openai
 from megatron_vlm.data.formats.parquet import parse_row, rows_of_parquet
@@ -25,11 +25,15 @@ Rows = Iterator[tuple[int, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format: ``expand`` an input into sources, read the ``rows`` of each, ``parse`` each into a record."""
+    """A format: ``expand`` an input into sources, read the ``rows`` of each, ``parse`` each into a record.
+
+    ``mark`` stands in the text of every record of a json array, once: what a guess of their number counts.
+    """
 
     parse: Callable[[Source, int, Any], Record]
     rows: Callable[[Source], Rows] = field(default=lambda source: read_json_records(source.path))
     expand: Callable[[Source], list[Source]] = field(default=lambda source: [source])
+    mark: bytes | None = b'"conversations"'
 
 
 def _rows_with_images(source: Source) -> Rows:
@@ -40,8 +44,8 @@ FORMATS: dict[str, Format] = {
     "llava": Format(parse=parse_llava),
     "xcomposer": Format(parse=parse_xcomposer, expand=expand_xcomposer),
     "internvl": Format(parse=parse_llava, expand=expand_internvl),
-    "openai": Format(parse=parse_openai, rows=_rows_with_images),
-    "parquet": Format(parse=parse_row, rows=rows_of_parquet),
+    "openai": Format(parse=parse_openai, rows=_rows_with_images, mark=b'"messages"'),
+    "parquet": Format(parse=parse_row, rows=rows_of_parquet, mark=None),
 }
 
 
@@ -97,6 +101,27 @@ def open_sources(
             source = Source(path=path, format=format, repeat=times, **settings)
             sources += [source] if format == WEBDATASET else FORMATS[format].expand(source)
     return sources
+
+
+def guess_records(sources: Sequence[Source]) -> int | None:
+    """Guesses how many records there are, for a progress bar, without parsing any; None: no way to tell from the files."""
+    total = 0
+    for source in sources:
+        mark = None if source.format == WEBDATASET else FORMATS[source.format].mark
+        path = Path(source.path)
+        if mark is None or not path.is_file():
+            return None
+        lines = path.suffix.lower() in JSON_LINES
+        mark = b"\n" if lines else mark
+        with path.open("rb") as file:
+            last, open_line = b"", False  # last: as much as may begin a mark that the next chunk ends
+            while chunk := file.read(CHUNK):
+                chunk = last + chunk
+                total += chunk.count(mark)
+                last = chunk[1 - len(mark) :] if len(mark) > 1 else b""
+                open_line = lines and not chunk.endswith(b"\n")
+        total += int(open_line)  # a last line without its end
+    return total
 
 
 def read_source(source: Source) -> Iterator[tuple[int, Any, Record | DataError]]:

@@ -11,6 +11,7 @@ from megatron_vlm.errors import DataError
 MAX_RECORD_BYTES = 4 * 2**20
 MAX_INLINE_BYTES = 64 * 2**20  # of a record that carries its images itself
 CHUNK = 2**20
+JSON_LINES = (".jsonl", ".ndjson")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -29,7 +30,7 @@ def read_json_records(path: str | Path, max_bytes: int = MAX_RECORD_BYTES) -> It
         if not path.is_file():
             raise DataError("is a folder" if path.is_dir() else "No such file", shard=str(path))
         with path.open("rb") as file:
-            if path.suffix.lower() in (".jsonl", ".ndjson"):
+            if path.suffix.lower() in JSON_LINES:
                 yield from _lines(file, max_bytes)
             else:
                 yield from _Array(path, file, max_bytes).records()

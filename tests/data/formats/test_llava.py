@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_vlm.data.formats import open_sources, read_source
+from megatron_vlm.data.formats import guess_records, open_sources, read_source
 from megatron_vlm.errors import DataError
 
 
@@ -130,3 +130,15 @@ def test_byte_order_mark_is_skipped(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"no\.json.*No such file"):
         list(read_source(open_sources("llava", [tmp_path / "no.json"])[0]))
+
+
+def test_the_number_of_records_is_guessed_without_parsing(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_vlm.data.formats.CHUNK", 7)  # marks lie across chunks
+    record = {"id": 1, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    (tmp_path / "a.json").write_text(json.dumps([record] * 5, indent=1))
+    (tmp_path / "b.jsonl").write_text("\n".join([json.dumps(record)] * 3))
+    (tmp_path / "c.jsonl").write_text(f"{json.dumps(record)}\n" * 2)
+    (tmp_path / "d.jsonl").write_text("")
+    sources = open_sources("llava", [tmp_path / name for name in ("a.json", "b.jsonl", "c.jsonl", "d.jsonl")])
+    assert [guess_records([source]) for source in sources] == [5, 3, 2, 0] and guess_records(sources) == 10
+    assert guess_records(open_sources("parquet", [tmp_path / "a.json"])) is None

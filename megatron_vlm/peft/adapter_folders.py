@@ -1,14 +1,15 @@
 """Adapters on disk: PEFT's folder, or XTuner's with one for each part of the model; and the base that they belong to."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Mapping as Dict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_vlm.conversion.hf_io import HFTensors
-from megatron_vlm.conversion.mapping import Mapping
+from megatron_vlm.conversion.mapping import Mapping, TensorInfo
 from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.log import get_logger
@@ -96,14 +97,24 @@ def _read_whole(directory: Path, folder: str, mapping: Mapping, source: WeightSo
     return found
 
 
-def base_mark(source: WeightSource) -> tuple[float, ...]:
-    """A few values of a model's weights, spread over it: the same in any layout, nearly so in any dtype."""
-    names = [name for name, info in source.infos.items() if len(info.shape) == 2 and ".decoder.layers." in name]
+def base_mark(infos: Dict[str, TensorInfo], read: Callable[[str], Tensor]) -> tuple[float, ...]:
+    """A few values of a model's weights, spread over it: the same in any layout, nearly so in any dtype.
+
+    Args:
+        infos, read: of the full tensors.
+    """
+    names = [name for name, info in infos.items() if len(info.shape) == 2 and ".decoder.layers." in name]
     values: list[float] = []
     for name in (names[0], names[len(names) // 2], names[-1]):
-        flat = source.read(name).reshape(-1)
+        flat = read(name).reshape(-1)
         values += flat[:: max(1, flat.numel() // _MARKED)][:_MARKED].double().tolist()
     return tuple(float(f"{value:.5g}") for value in values)
+
+
+def marks_apart(left: tuple[float, ...], right: tuple[float, ...]) -> int:
+    """How many values of two marks are those of different weights."""
+    apart = sum(abs(a - b) > _SAME * max(abs(a), abs(b)) + 1e-7 for a, b in zip(left, right))
+    return apart + abs(len(left) - len(right))
 
 
 def check_base(adapter: Adapter, source: WeightSource, mapping: Mapping, what: Path) -> None:
@@ -122,11 +133,10 @@ def check_base(adapter: Adapter, source: WeightSource, mapping: Mapping, what: P
                 )
     if adapter.mark is None:
         return
-    ours = base_mark(source)
-    apart = [i for i, (a, b) in enumerate(zip(adapter.mark, ours)) if abs(a - b) > _SAME * max(abs(a), abs(b)) + 1e-7]
-    if apart or len(adapter.mark) != len(ours):
+    apart = marks_apart(adapter.mark, base_mark(source.infos, source.read))
+    if apart:
         trained_on = f" ({adapter.base})" if adapter.base else ""
         raise ConversionError(
-            f"{what} was trained on another base{trained_on} than {source.hf_dir}: {len(apart)} of {len(ours)} of its weights "
+            f"{what} was trained on another base{trained_on} than {source.hf_dir}: {apart} of {len(adapter.mark)} of its weights "
             "differ: give the one it was trained on"
         )

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFWriter, read_json
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, HFWriter, list_names, read_json
 from megatron_vlm.conversion.mapping import Mapping, TensorInfo
 from megatron_vlm.conversion.safetensors_io import atomic_directory, cast
-from megatron_vlm.conversion.source import WeightSource, open_source
+from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models.registry import ExportSpec
-from megatron_vlm.peft.adapter import Adapter, Pair, renamed
-from megatron_vlm.peft.adapter_folders import base_mark
+from megatron_vlm.peft.adapter import Adapter, Pair, hf_infos, renamed
+from megatron_vlm.peft.adapter_folders import base_mark, marks_apart
 from megatron_vlm.peft.adapter_io import write_adapter
 from megatron_vlm.peft.merge import MergedSource, absolute
 
@@ -70,12 +70,14 @@ def export_adapter(
     parts = export.adapters if export is not None else None
     if base is not None and Path(base).is_dir() and parts is None:
         adapter = _with_added_rows(adapter, source, mapping, Path(base))
-    adapter = _cast(dataclasses.replace(adapter, mark=base_mark(source.base), base=name), dtype)
+    adapter = _cast(dataclasses.replace(adapter, mark=base_mark(source.base.infos, source.base.read), base=name), dtype)
     with atomic_directory(out) as directory, tempfile.TemporaryDirectory(prefix="megatron_vlm_") as work:
         files = Path(work)
         if export is None:
             files, hf_config = source.hf_dir, source.hf_config
         else:
+            for folder in {hf.rpartition("/")[0] for hf in mapping.hf_names()}:
+                (files / folder).mkdir(exist_ok=True)
             export.files(source.hf_dir, copy.deepcopy(source.hf_config), files)
             hf_config = read_json(files / CONFIG_NAME)
         if parts is not None:
@@ -121,33 +123,44 @@ def _base_name(source: MergedSource, names: str | None, base: str | os.PathLike 
 
 
 def _with_added_rows(adapter: Adapter, source: MergedSource, mapping: Mapping, base: Path) -> Adapter:
-    """Checks the model that is to be named, and takes along rows that it lacks.
+    """Checks the model that is to be named, in the layout of ``mapping``, and takes along rows that it lacks.
 
     Raises:
         ConversionError: it is another model.
     """
-    with open_source(base) as other:
-        ours, theirs = source.base.infos, other.infos
-        if other.spec.name != source.spec.name or ours.keys() != theirs.keys():
-            raise ConversionError(
-                f"--base {base} is a model of family {other.spec.name}, which the adapter does not belong to"
-            )
-        apart = [name for name in ours if ours[name].shape != theirs[name].shape]
-        if set(apart) - set(_VOCABULARY):
-            raise ConversionError(
-                f"--base {base} is another model than the adapter's: "
-                + ", ".join(f"{n} is {list(theirs[n].shape)}, not {list(ours[n].shape)}" for n in apart[:3])
-            )
-        if base_mark(other) != base_mark(source.base):
-            raise ConversionError(f"--base {base} has other weights than the model that the adapter was trained on")
-    rows = {name for name in apart if ours[name].shape[0] > theirs[name].shape[0]}
-    if rows != set(apart):
-        raise ConversionError(
-            f"--base {base} has more rows in its vocabulary than the model that the adapter was trained on"
+    tensors = HFTensors(base)
+    try:
+        found = {mapping.hf_aliases(name): name for name in tensors.infos}
+        ours = hf_infos(mapping, source.base.infos)
+        missing = sorted(set(ours) - set(found))
+        apart = (
+            {}
+            if missing
+            else {n: tensors.infos[found[n]].shape for n in ours if tensors.infos[found[n]].shape != ours[n].shape}
         )
+        rows = {name for entry in mapping if entry.name in _VOCABULARY for name in entry.hf}
+        if missing or not rows >= apart.keys():
+            shapes = (f"{name} is {list(shape)}, not {list(ours[name].shape)}" for name, shape in apart.items())
+            lacks = (f"it has no {name}" for name in missing)
+            raise ConversionError(
+                f"--base {base} is another model than the adapter's: {list_names([*lacks, *shapes], 3)}"
+            )
+        if any(shape[0] > ours[name].shape[0] for name, shape in apart.items()):
+            raise ConversionError(
+                f"--base {base} has more rows in its vocabulary than the model that the adapter was trained on"
+            )
+        entries = mapping.by_name()
+
+        def read(name: str) -> Tensor:
+            return entries[name].to_full([tensors.read(found[hf]) for hf in entries[name].hf])
+
+        if marks_apart(base_mark(source.base.infos, read), base_mark(source.base.infos, source.base.read)):
+            raise ConversionError(f"--base {base} has other weights than the model that the adapter was trained on")
+    finally:
+        tensors.close()
     copies: dict[str, Tensor] = {}
     for entry in mapping:
-        if entry.name in rows:
+        if not apart.keys().isdisjoint(entry.hf):
             parts = zip(entry.hf, entry.from_full(source.base.read(entry.name)), strict=True)
             copies |= {hf: part for hf, part in parts if hf not in adapter.full}
     return dataclasses.replace(adapter, copies=copies)

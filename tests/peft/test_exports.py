@@ -1,0 +1,341 @@
+"""Adapters between the layouts of a family, from checkpoints of any layout, XTuner's folders and models saved with PEFT inside.
+
+What an adapter does to the weights is computed here from its files alone, by the published names.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_vlm.cli.convert import main
+from megatron_vlm.conversion.convert import hf2mg, mg2hf
+from megatron_vlm.conversion.rank_files import Piece, rank_file_name, write_rank_file
+from megatron_vlm.conversion.safetensors_io import file_digest
+from megatron_vlm.conversion.source import open_source
+from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.models.assembling import generator
+from megatron_vlm.peft.adapter_io import CONFIG, WEIGHTS
+from megatron_vlm.peft.config import PeftConfig
+from megatron_vlm.peft.merge import continued, full_tensors
+from megatron_vlm.peft.plan import trained_mapping
+from megatron_vlm.peft.select import make_plan, named_mapping
+from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twin_internvl3 import write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava_internlm2
+from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
+from megatron_vlm.testing.twins import write_tiny_idefics2
+
+EPSILON = 1e-6  # of merged weights of about 0.5, in other orders of summation; measured: 2e-7
+PREFIX = "base_model.model."
+
+
+def checkpoint(folder: Path, base: Path, tp: int = 1, pp: int = 1, **settings: Any) -> Path:
+    """A checkpoint of a run with these settings, as tp x pp ranks write it; every tensor is drawn by its name."""
+    config = PeftConfig(**settings)
+    with open_source(base) as source:
+        plan = make_plan(source.spec, source.config, config, source.infos)
+        mapping = source.spec.mapping(source.config, tp=tp, vocab_multiple=8)
+        whole, infos, vocab = trained_mapping(mapping, plan, tp), source.infos, mapping.vocab_size
+    shapes = {
+        f"{t.name}.{half}": s for t in plan.targets for half, s in (("a", (t.r, t.inputs)), ("b", (t.shape[0], t.r)))
+    }
+    shapes |= {f"{t.name}.b": (vocab, t.r) for t in plan.targets if t.name.startswith("language_model.output_layer")}
+    folder = folder / "iter_0000001"
+    folder.mkdir(parents=True)
+    for rank in range(tp * pp):
+        pieces, tensors = [], {}
+        for number, entry in enumerate(whole):
+            if number % pp != rank // tp or (entry.layout.dim is None and rank % tp):
+                continue
+            shape = shapes.get(entry.name) or infos[entry.name].shape
+            full = 0.1 * torch.randn(shape, generator=generator(0, entry.name))
+            if entry.hf and entry.name not in shapes:
+                full = full + 0.5
+            shard = entry.layout.shard(full, tp, rank % tp).contiguous()
+            pieces.append(Piece(name=entry.name, shape=shape, local_shape=tuple(shard.shape), layout=entry.layout))
+            tensors["model", entry.name] = shard
+        place = dict(rank=rank, world_size=tp * pp, tp=tp, tp_rank=rank % tp)
+        write_rank_file(folder, **place, pieces=pieces, tensors=tensors)  # type: ignore[arg-type]
+    record = {"config": config.to_dict(), "base": {"path": str(base)}}
+    (folder / "state.json").write_text(json.dumps({"iteration": 1, "peft": record}))
+    files = {rank_file_name(rank): file_digest(folder / rank_file_name(rank)) for rank in range(tp * pp)}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("1")
+    return folder.parent
+
+
+def adapter_of(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors = load_file(folder / WEIGHTS)
+    return json.loads((folder / CONFIG).read_text()), {name.removeprefix(PREFIX): t for name, t in tensors.items()}
+
+
+def merged(base: dict[str, Tensor], config: dict[str, Any], adapter: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base's tensors with an adapter of one rank and scale merged in."""
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    scale = config["lora_alpha"] / config["r"]
+    result = dict(base)
+    for name, a in adapter.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            result[f"{module}.weight"] = base[f"{module}.weight"] + scale * adapter[f"{module}.lora_B.weight"] @ a
+        elif ".lora_" not in name:
+            result[name] = a
+    return result
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert float((ours[name] - theirs[name]).abs().max()) < EPSILON, name
+
+
+OWN = {
+    "internlm2": (
+        write_tiny_internlm2,
+        dict(target_modules=("wqkv", "wo", "w1", "w2", "w3", "output"), r=6, alpha=3.0),
+        ["output", "w1", "w2", "w3", "wo", "wqkv"],
+    ),
+    "xcomposer2": (
+        write_tiny_xcomposer2,
+        dict(
+            target_modules=("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+            modules_to_save=("vision_proj",), r=4, alpha=4.0,
+        ),
+        ["w1", "w2", "w3", "wo", "wqkv"],
+    ),
+    "internvl_chat": (
+        lambda folder: write_chat_layout(folder, write_tiny_internvl3(folder.parent / "native")),
+        dict(target_modules=("attn.qkv", "attn.proj", "mlp.fc1", "q_proj", "gate_proj", "mlp1.1"), r=4, alpha=8.0),
+        ["fc1", "gate_proj", "mlp1.1", "proj", "q_proj", "qkv"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_own_names_and_merged_weights(family, tmp_path):
+    """What tp 2, pp 2 wrote is exported as what one process wrote, under the model's own names; the merged model has it."""
+    write, settings, names = OWN[family]
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base")
+    for layout, sizes in {"one": {}, "four": {"tp": 2, "pp": 2}}.items():
+        run = checkpoint(tmp_path / layout, tmp_path / "base", **sizes, **settings)
+        mg2hf(run, tmp_path / f"{layout}_adapter", adapter_only=True)
+        mg2hf(run, tmp_path / f"{layout}_merged", merge=True)
+    files = [tmp_path / f"{layout}_adapter" / WEIGHTS for layout in ("one", "four")]
+    config, adapter = adapter_of(files[0].parent)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert config["target_modules"] == names
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    for layout in ("one", "four"):
+        assert_same(load_file(tmp_path / f"{layout}_merged" / "model.safetensors"), merged(base, config, adapter))
+    # In again, and out.
+    with open_source(tmp_path / "four_adapter") as source:
+        assert source.adapter.pairs.keys() == {n.removesuffix(".lora_A.weight") for n in adapter if ".lora_A." in n}
+    mg2hf(tmp_path / "four_adapter", tmp_path / "again", adapter_only=True)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == files[0].read_bytes()
+
+
+LAYOUTS: dict[str, tuple[Callable[[Path], Any], str, str, dict[str, Any]]] = {
+    "fused falls into parts": (
+        write_tiny_internlm2,
+        "llama",
+        "LlamaForCausalLM",
+        dict(target_modules=("wqkv", "w1", "wo", "output"), r=4, alpha=2.0, rslora=True),
+    ),
+    "chat to transformers": (
+        lambda folder: write_chat_layout(folder, write_tiny_internvl3(folder.parent / "native")),
+        "hf",
+        "InternVLForConditionalGeneration",
+        dict(target_modules=("attn.qkv", "q_proj", "mlp1.3"), r=4, alpha=8.0, modules_to_save=("mlp1.1",)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_another_layout_in_peft(case, tmp_path):
+    """A fused linear's pair becomes one for each part, which PEFT loads; the same model comes out as by merging."""
+    import transformers
+
+    write, layout, name, settings = LAYOUTS[case]
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base")
+    run = checkpoint(tmp_path / "run", tmp_path / "base", tp=2, **settings)
+    mg2hf(tmp_path / "base", tmp_path / "other", layout=layout)
+    mg2hf(run, tmp_path / "adapter", adapter_only=True, layout=layout, base=tmp_path / "other")
+    mg2hf(run, tmp_path / "merged", merge=True, layout=layout)
+    load = getattr(transformers, name).from_pretrained
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = PeftModel.from_pretrained(load(tmp_path / "other"), tmp_path / "adapter").merge_and_unload()
+    assert_same(dict(model.named_parameters()), dict(load(tmp_path / "merged").named_parameters()))
+    with pytest.raises(
+        ConversionError, match="names a base of its own layout: give the model in that layout with --base"
+    ):
+        mg2hf(run, tmp_path / "no", adapter_only=True, layout=layout)
+
+
+def test_parts_become_one_linear(tmp_path):
+    """Pairs of q, k and v (v has none) stack their ranks where the layout has one linear, each with its own rows of B."""
+    twin = write_tiny_internvl3(tmp_path / "base")
+    write_chat_layout(tmp_path / "chat", twin)
+    run = checkpoint(
+        tmp_path / "run", tmp_path / "base", target_modules=r".*attention\.(q|k)_proj|.*linear_1", r=4, alpha=8.0
+    )
+    mg2hf(run, tmp_path / "adapter", adapter_only=True, layout="chat", base=tmp_path / "chat")
+    mg2hf(run, tmp_path / "merged", merge=True, layout="chat")
+    config, adapter = adapter_of(tmp_path / "adapter")
+    name = "vision_model.encoder.layers.0.attn.qkv"
+    assert adapter[f"{name}.lora_A.weight"].shape[0] == 8 and not adapter[f"{name}.lora_B.weight"][-48:].any()
+    scales = {config["lora_alpha"] / config["r"]}
+    scales |= {config["alpha_pattern"][key] / config["rank_pattern"][key] for key in config["alpha_pattern"]}
+    assert scales == {2.0}
+    base = load_file(tmp_path / "chat" / "model.safetensors")
+    expected = merged(base, {"lora_alpha": 2, "r": 1, "rank_pattern": {}, "alpha_pattern": {}}, adapter)
+    assert_same(load_file(tmp_path / "merged" / "model.safetensors"), expected)
+    # The fused adapter comes in on the model of the other layout, too.
+    with open_source(tmp_path / "adapter", base=tmp_path / "base") as fused, open_source(run) as split:
+        assert fused.layout == "chat" and split.layout is None
+        assert_same({n: fused.read(n) for n in fused.names()}, {n: split.read(n) for n in split.names()})
+
+
+XTUNER: dict[str, dict[str, Any]] = {
+    "split names": dict(
+        target_modules="all-linear", exclude_modules=("linear_1", "linear_2"), modules_to_save=("multi_modal_projector",)
+    ),
+    "xtuner's names": dict(
+        target_modules=("wqkv", "wo", "w1", "w2", "w3", "output", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        modules_to_save=("projector",), names="xtuner", vision_r=2, vision_alpha=4.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", XTUNER)
+def test_xtuner_folders(case, tmp_path):
+    """llm_adapter/, visual_encoder_adapter/ and projector/, from either kind of names; read back they are the same model."""
+    write_tiny_llava_internlm2(tmp_path / "base")
+    run = checkpoint(tmp_path / "run", tmp_path / "base", r=4, alpha=2.0, **XTUNER[case])
+    mg2hf(tmp_path / "base", tmp_path / "parts", layout="xtuner")
+    mg2hf(run, tmp_path / "out", adapter_only=True, layout="xtuner", base=tmp_path / "parts")
+    mg2hf(run, tmp_path / "merged", merge=True, layout="xtuner")
+    linears = {"": "model.layers.0.attention.wqkv", "visual_encoder": "vision_model.encoder.layers.0.mlp.fc1"}
+    for folder, part in (("llm_adapter", ""), ("visual_encoder_adapter", "visual_encoder")):
+        config, adapter = adapter_of(tmp_path / "out" / folder)
+        assert config["base_model_name_or_path"] == str(tmp_path / "parts" / part).rstrip("/")
+        assert f"{linears[part]}.lora_A.weight" in adapter
+        base = load_file(tmp_path / "parts" / part / "model.safetensors")
+        after = load_file(tmp_path / "merged" / part / "model.safetensors")
+        flat = {"lora_alpha": config["lora_alpha"], "r": config["r"], "rank_pattern": {}, "alpha_pattern": {}}
+        assert_same(after, merged(base, flat, adapter))
+    assert (tmp_path / "out" / "projector" / "model.safetensors").read_bytes() == (
+        tmp_path / "merged" / "projector" / "model.safetensors"
+    ).read_bytes()
+    assert (
+        main(
+            [
+                "merge",
+                "--base",
+                str(tmp_path / "base"),
+                "--adapter",
+                str(tmp_path / "out"),
+                "--out",
+                str(tmp_path / "again"),
+            ]
+        )
+        == 0
+    )
+    with open_source(tmp_path / "again") as again, open_source(run) as source:
+        for name in source.names():
+            rows = again.read(name).shape[0] - ("output_layer" in name)  # <image>'s row stays behind in XTuner's head
+            assert float((again.read(name)[:rows] - source.read(name)[:rows]).abs().max()) < EPSILON, name
+
+
+def test_model_saved_with_its_adapter_inside(tmp_path):
+    """The original's use_llm_lora and use_backbone_lora: merged where it is opened; or trained on, base and adapter apart."""
+    write_chat_layout(tmp_path / "base", write_tiny_internvl3(tmp_path / "native"))
+    plain = load_file(tmp_path / "base" / "model.safetensors")
+    wrapped, expected = {}, dict(plain)
+    for name, tensor in plain.items():
+        part, _, rest = name.partition(".")
+        new = f"{part}.base_model.model.{rest}" if part in ("language_model", "vision_model") else name
+        if name.endswith(("q_proj.weight", "q_proj.bias", "qkv.weight", "qkv.bias")):
+            module, _, kind = new.rpartition(".")
+            new = f"{module}.base_layer.{kind}"
+            if kind == "weight":
+                a, b = (
+                    0.1 * torch.randn(s, generator=generator(1, f"{name}{s}"))
+                    for s in ((4, tensor.shape[1]), (tensor.shape[0], 4))
+                )
+                wrapped |= {f"{module}.lora_A.default.weight": a, f"{module}.lora_B.default.weight": b}
+                expected[name] = tensor + 2.0 * b @ a
+        wrapped[new] = tensor
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"use_llm_lora": 4, "use_backbone_lora": 4}
+    folder = tmp_path / "wrapped"
+    folder.mkdir()
+    for path in (tmp_path / "base").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    save_file(wrapped, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    hf2mg(folder, tmp_path / "mg", tp=2)
+    mg2hf(tmp_path / "mg", tmp_path / "merged")
+    assert_same(load_file(tmp_path / "merged" / "model.safetensors"), expected)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["use_llm_lora"] == 0
+    with open_source(folder) as source:
+        base, resolved, _ = continued(PeftConfig(adapter=str(folder)), source)
+        assert resolved.target_modules == ("q_proj", "qkv") and (resolved.r, resolved.alpha) == (4, 8.0)
+        assert torch.equal(base.read("vision_model.class_embedding"), plain["vision_model.embeddings.class_embedding"])
+    with pytest.raises(ConversionError, match="give the model that it came from"):
+        mg2hf(folder, tmp_path / "no", adapter_only=True)
+    mg2hf(folder, tmp_path / "adapter", adapter_only=True, base=tmp_path / "base")
+    _, tensors = adapter_of(tmp_path / "adapter")
+    assert "language_model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors
+
+
+def test_a_run_goes_on_from_an_adapter(tmp_path):
+    """Targets, ranks, scales and tensors of an adapter are those of the run that it came from."""
+    write_tiny_idefics2(tmp_path / "base")
+    run = checkpoint(
+        tmp_path / "run", tmp_path / "base", target_modules=("q_proj", "fc1", "gate_proj"), r=4, alpha=2.0, vision_r=2,
+        rank_pattern={r"model\.text_model\.layers\.2\..*": 3}, alpha_pattern={"gate_proj": 5.0},
+        modules_to_save=("perceiver_resampler",),
+        bias="lora_only", dropout=0.05,
+    )  # fmt: skip
+    mg2hf(run, tmp_path / "adapter", adapter_only=True)
+    with open_source(run) as source, open_source(tmp_path / "base") as base:
+        _, config, adapter = continued(PeftConfig(adapter=str(tmp_path / "adapter"), dropout=0.05), base)
+        plan = make_plan(base.spec, base.config, config, base.infos)
+        named = named_mapping(base.spec, base.config, None)
+        tensors = full_tensors(adapter, plan, named, base.read)
+        again = json.loads((run / "iter_0000001" / "state.json").read_text())["peft"]["config"]
+        first = make_plan(base.spec, base.config, PeftConfig.from_dict(again), base.infos)
+        assert [(t.name, t.r, t.alpha, t.scaling) for t in plan.targets] == [
+            (t.name, t.r, t.alpha, t.scaling) for t in first.targets
+        ]
+        assert plan.names == first.names == tensors.keys()
+        stored = full_tensors(source.adapter, first, named, base.read)
+        assert all(torch.equal(tensors[name], stored[name]) for name in stored)
+
+
+def test_flags_that_say_nothing(tmp_path):
+    write_tiny_internlm2(tmp_path)
+    run = checkpoint(tmp_path / "run", tmp_path, target_modules=("wqkv",))
+    for options, message in (
+        ({}, "holds an adapter: --merge writes"),
+        ({"merge": True, "adapter_only": True}, "give one of them"),
+        ({"adapter_only": True, "layout": "lama"}, "did you mean|offers llama"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mg2hf(run, tmp_path / "out", **options)
+    for options in ({"merge": True}, {"adapter_only": True}):
+        with pytest.raises(ConfigError, match="holds a whole model, and no adapter"):
+            mg2hf(tmp_path, tmp_path / "out", **options)
+    with pytest.raises(ConfigError, match="is a whole model, which has no base"):
+        open_source(tmp_path, base=tmp_path)

@@ -57,7 +57,7 @@ def root() -> Path:
         ConfigError: there is none.
     """
     for folder in (_PACKAGE / "examples", _PACKAGE.parent / "examples"):
-        if (folder / "common.sh").is_file() or any(folder.glob("*.yaml")):
+        if any(folder.rglob("*.yaml")):
             return folder
     raise ConfigError(
         f"no recipes found beside {_PACKAGE}: this installation lacks its examples; install the wheel again"

@@ -1,5 +1,6 @@
 """Flags of transformers' Trainer -> settings of a run, with the Trainer's own rules where two flags speak of one thing."""
 
+import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -164,13 +165,12 @@ def _reports(told: "Told", made: Settings, notes: list[str]) -> None:
     wanted = {word.lower() for value in told.report_to for word in value.replace(",", " ").split()}
     if not wanted:
         return
-    if wanted == {"all"}:
-        wanted = set(REPORTS)
+    if wanted == {"all"}:  # what is installed
+        wanted = {name for name in REPORTS if name == "tensorboard" or importlib.util.find_spec(name) is not None}
     if wanted == {"none"}:
         wanted = set()
     unknown = sorted(wanted - set(REPORTS))
     if unknown:
         raise ConfigError(f"--report_to {' '.join(unknown)}: reports go to tensorboard, wandb, both (all), or none")
     made["logging.tensorboard"] = "tensorboard" in wanted
-    if "wandb" in wanted:
-        made["logging.wandb"] = True
+    made["logging.wandb"] = "wandb" in wanted

@@ -22,6 +22,7 @@ from megatron_vlm.training.answers import Prompt
 from megatron_vlm.training.evaluate import EvalResult
 from megatron_vlm.training.progress import LINE, Bar
 from megatron_vlm.training.step import StepResult
+from megatron_vlm.training.wandb_writer import WandbWriter, check_wandb
 
 log = get_logger(__name__)
 
@@ -39,6 +40,7 @@ class LoggingConfig(Config):
         log_interval: steps between two progress lines and TensorBoard points; metrics.jsonl has every step.
         tensorboard: write TensorBoard events.
         tensorboard_dir: where; None: ``tensorboard`` in the output directory.
+        wandb: report to Weights & Biases, too (package wandb; WANDB_MODE=offline and its other variables hold).
     """
 
     name: str = "train"
@@ -46,12 +48,15 @@ class LoggingConfig(Config):
     log_interval: int = 10
     tensorboard: bool = True
     tensorboard_dir: Path | None = None
+    wandb: bool = False
 
     def __post_init__(self) -> None:
         if self.log_interval < 1:
             raise ConfigError(f"logging.log_interval must be at least 1, got {self.log_interval}")
         if self.tensorboard_dir is not None and not self.tensorboard:
             raise ConfigError("logging.tensorboard_dir has no effect while logging.tensorboard is false")
+        if self.wandb:
+            check_wandb()
 
 
 class Metrics:
@@ -89,12 +94,16 @@ class Metrics:
                 else:
                     keep_old(old)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
-        self.writer: Any = None
+        self.writers: list[Any] = []
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             where = config.tensorboard_dir or output_dir / "tensorboard"
-            self.writer = SummaryWriter(str(where), purge_step=start + 1 if start and not evaluation_only else None)
+            purge = start + 1 if start and not evaluation_only else None
+            self.writers.append(SummaryWriter(str(where), purge_step=purge))
+        if config.wandb:
+            resumed = bool(start) or evaluation_only
+            self.writers.append(WandbWriter(output_dir, config.name, resolved, resumed=resumed))
         self.seconds_per_step = 0.0
         self.bar = Bar("training", total, done=start) if not evaluation_only else None
 
@@ -128,10 +137,10 @@ class Metrics:
         if iteration % self.config.log_interval and iteration not in (1, self.total):
             return
         log.info(self._progress(record, result), extra=LINE)
-        if self.writer is not None:
+        for writer in self.writers:
             for key, value in record.items():
                 if key not in ("iteration", "consumed_samples"):
-                    self.writer.add_scalar(f"train/{key}", value, iteration)
+                    writer.add_scalar(f"train/{key}", value, iteration)
 
     def evaluation(self, iteration: int, result: EvalResult) -> None:
         """Records one evaluation."""
@@ -140,8 +149,8 @@ class Metrics:
             f"iteration {iteration}: eval_loss {result.loss:.6f} over {result.samples} samples, "
             f"{result.supervised_tokens} supervised tokens"
         )
-        if self.writer is not None:
-            self.writer.add_scalar("eval/loss", result.loss, iteration)
+        for writer in self.writers:
+            writer.add_scalar("eval/loss", result.loss, iteration)
 
     def answers(self, iteration: int, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Records the answers to ``evaluate.prompts``: samples.jsonl, TensorBoard and the log."""
@@ -155,15 +164,15 @@ class Metrics:
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 log.info("iteration %d: %r -> %r", iteration, prompt.text, answer)
-                if self.writer is not None:
-                    self.writer.add_text(f"samples/{number}", f"**{prompt.text}**\n\n{answer}", iteration)
+                for writer in self.writers:
+                    writer.add_text(f"samples/{number}", f"**{prompt.text}**\n\n{answer}", iteration)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
         self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        for writer in self.writers:
+            writer.close()
 
     def _write(self, record: dict[str, Any]) -> None:
         plain = {

@@ -1,18 +1,29 @@
 """Picks the layout of a run that fits the memory of its GPUs.
 
-RunConfig, model config, number and size of GPUs --candidates, best first--> estimate --> the first that fits
+    RunConfig, model config, number and size of GPUs --candidates, fastest first--> estimate --> the first that fits
+
+What a layout costs in speed is told by a few numbers that only order the candidates: a doubling of tensor parallel ranks,
+recomputation (a second forward pass), the bubble of a pipeline, and what a microbatch costs however short it is.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.registry import FamilySpec
+from megatron_vlm.models.text import check_tensor_parallel
 from megatron_vlm.training.memory import RowShape, StageMemory, estimate
 from megatron_vlm.training.run_config import RunConfig
 
 USABLE = 0.94
-"""Share of a GPU's memory that a run may plan with: the rest is fragmentation and what the driver keeps."""
+"""Share of a GPU's memory that a run may plan with: the rest is fragmentation and rows larger than expected."""
+GIB = 2**30
+_TENSOR_DOUBLING = 1.1  # time of a step, relative
+_RECOMPUTE = 4 / 3  # three passes of work become four
+_MICROBATCH_TOKENS = 512  # that a microbatch costs beside its own
+_MAX_TP = 8  # GPUs that share fast links
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +35,8 @@ class Layout:
         sequence_parallel, recompute, distributed_optimizer: settings of section ``parallel``.
         micro_batch_size: samples of a row while packing is off.
         accumulation: microbatches of a rank in a step.
-        stages: the estimate.
+        tokens: of a microbatch, at most.
+        stages: the estimate, of the first and the last stage; of a layout that cannot fit, without activations.
         reason: one line.
     """
 
@@ -36,8 +48,28 @@ class Layout:
     distributed_optimizer: bool
     micro_batch_size: int
     accumulation: int
-    stages: tuple[StageMemory, ...]
-    reason: str
+    tokens: int
+    stages: tuple[StageMemory, ...] = ()
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Sizes above 1, recomputation, and samples of a row where there are several."""
+        sizes = [f"{axis} {size}" for axis in ("tp", "pp", "dp") if (size := getattr(self, axis)) > 1]
+        rows = f", micro-batch {self.micro_batch_size}" if self.micro_batch_size > 1 else ""
+        return " ".join(sizes or ["one GPU"]) + (", recomputing" if self.recompute else "") + rows
+
+    @property
+    def need(self) -> int:
+        """Bytes that the fullest GPU must have."""
+        return max(stage.total for stage in self.stages)
+
+    @property
+    def slowness(self) -> float:
+        """Time of a step, relative to one of endless rows without tensor parallelism, pipeline and recomputation."""
+        cost = _TENSOR_DOUBLING ** (self.tp.bit_length() - 1) * (_RECOMPUTE if self.recompute else 1.0)
+        cost *= 1 + _MICROBATCH_TOKENS / self.tokens
+        return cost * (1 + (self.pp - 1) / self.accumulation)
 
     def apply(self, config: RunConfig) -> RunConfig:
         """``config`` with this layout."""
@@ -45,68 +77,127 @@ class Layout:
             config.parallel,
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
+            num_layers_per_virtual_pipeline_stage=None,
             sequence_parallel=self.sequence_parallel,
             recompute_granularity="full" if self.recompute else None,
             use_distributed_optimizer=self.distributed_optimizer,
         )
-        return replace(
-            config, parallel=parallel, training=replace(config.training, micro_batch_size=self.micro_batch_size)
-        )
+        training = replace(config.training, micro_batch_size=self.micro_batch_size)
+        return replace(config, parallel=parallel, training=training)
 
 
 def choose_layout(
     config: RunConfig,
-    spec: Any,
+    spec: FamilySpec,
     model_config: Any,
     gpus: int,
     bytes_per_gpu: int,
     *,
     device_kind: Literal["cpu", "cuda"] = "cuda",
     row: RowShape | None = None,
+    config_for: Callable[[int], RunConfig] | None = None,
+    micro_batch_sizes: Sequence[int] = (),
 ) -> Layout:
     """Returns the first candidate, in order of speed, that fits by the estimate.
 
+    Args:
+        config: the run; the sizes of its layout are not looked at.
+        spec, model_config: the model.
+        gpus, bytes_per_gpu: what there is.
+        device_kind: what a "GPU" is.
+        row: a microbatch; None: ``RowShape.expected``.
+        config_for: the run at a data parallel size, where its global batch depends on it; None: ``config``.
+        micro_batch_sizes: sizes to choose among; empty: the config's own.
+
     Raises:
-        ConfigError: none fits; with the one that needs least and what would help.
+        ConfigError: none fits; with the one that needs least, what takes most of it, and what would help.
     """
-    smallest: Layout | None = None
-    for candidate in _candidates(config, model_config, gpus):
-        tried = candidate.apply(config)
-        try:
-            tried.check_world(gpus)
-            stages = tuple(estimate(tried, spec, model_config, gpus, device_kind, row=row))
-        except ConfigError:
+    refused: list[Layout] = []
+    for candidate in candidates(config, model_config, gpus, config_for, micro_batch_sizes):
+        tried = candidate.apply(config_for(candidate.dp) if config_for else config)
+        ends = sorted({0, candidate.pp - 1})
+        for trace in (False, True):  # what stays between steps is known at once, and often enough
+            stages = estimate(tried, spec, model_config, gpus, device_kind, row=row, stages=ends, trace=trace)
+            found = replace(candidate, stages=tuple(stages))
+            if found.need > USABLE * bytes_per_gpu:
+                refused.append(found)
+                break
+        else:
+            return replace(found, reason=_reason(found, refused, bytes_per_gpu))
+    raise ConfigError(_nothing_fits(config, refused, gpus, bytes_per_gpu))
+
+
+def candidates(
+    config: RunConfig,
+    model_config: Any,
+    gpus: int,
+    config_for: Callable[[int], RunConfig] | None = None,
+    micro_batch_sizes: Sequence[int] = (),
+) -> list[Layout]:
+    """All layouts of ``gpus`` ranks that the model and the global batch divide over, fastest first."""
+    found = []
+    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    for tp, pp, recompute in itertools.product(sizes, sizes, (False, True)):
+        if gpus % (tp * pp) or tp > _MAX_TP:
             continue
-        need = max(stage.total for stage in stages)
-        found = replace(
-            candidate,
-            stages=stages,
-            reason=f"{candidate.reason}: {need / 2**30:.1f} of {bytes_per_gpu / 2**30:.1f} GiB",
-        )
-        if need <= USABLE * bytes_per_gpu:
-            return found
-        if smallest is None or need < max(stage.total for stage in smallest.stages):
-            smallest = found
-    raise ConfigError(
-        f"nothing fits {gpus} GPUs of {bytes_per_gpu / 2**30:.1f} GiB"
-        + (f"; the least was tp {smallest.tp} pp {smallest.pp} dp {smallest.dp}, {smallest.reason}" if smallest else "")
+        dp = gpus // (tp * pp)
+        run = config_for(dp) if config_for else config
+        for micro in micro_batch_sizes or (run.training.micro_batch_size,):
+            layout = Layout(
+                tp=tp,
+                pp=pp,
+                dp=dp,
+                sequence_parallel=tp > 1,
+                recompute=recompute,
+                distributed_optimizer=dp > 1,
+                micro_batch_size=micro,
+                accumulation=max(1, run.training.global_batch_size // (micro * dp)),
+                tokens=run.data.seq_length * micro,
+            )
+            if _divides(layout, run, model_config, gpus):
+                found.append(layout)
+    return sorted(found, key=lambda layout: (layout.slowness, layout.pp, layout.tp))
+
+
+def _divides(layout: Layout, config: RunConfig, model_config: Any, gpus: int) -> bool:
+    try:
+        layout.apply(config).check_world(gpus)
+        check_tensor_parallel(model_config.text, layout.tp)
+        layout.apply(config).parallel.virtual_size(model_config.text.num_layers)
+    except ConfigError:
+        return False
+    return True
+
+
+def _reason(found: Layout, refused: Sequence[Layout], limit: int) -> str:
+    share = f"{found.need / GIB:.1f} of {limit / GIB:.0f} GiB"
+    if not refused:
+        return f"{found.name}: the fastest, {share}"
+    faster = min(refused, key=lambda layout: layout.slowness)
+    most = max(faster.stages, key=lambda stage: stage.total)
+    return (
+        f"{found.name}: {share}; {faster.name} would need at least {faster.need / GIB:.1f} GiB, of which {most.largest} "
+        f"{getattr(most, most.largest) / GIB:.1f}"
     )
 
 
-def _candidates(config: RunConfig, model_config: Any, gpus: int) -> Iterator[Layout]:
-    for recompute in (False, True):
-        for model in (size for size in range(1, gpus + 1) if gpus % size == 0):
-            for tp in (size for size in range(min(model, 8), 0, -1) if model % size == 0):
-                dp, pp = gpus // model, model // tp
-                yield Layout(
-                    tp=tp,
-                    pp=pp,
-                    dp=dp,
-                    sequence_parallel=tp > 1,
-                    recompute=recompute,
-                    distributed_optimizer=dp > 1,
-                    micro_batch_size=config.training.micro_batch_size,
-                    accumulation=config.num_microbatches_per_batch // dp,
-                    stages=(),
-                    reason=f"tp {tp} pp {pp} dp {dp}{', recomputing' if recompute else ''}",
-                )
+def _nothing_fits(config: RunConfig, refused: Sequence[Layout], gpus: int, limit: int) -> str:
+    if not refused:
+        return (
+            f"no layout of {gpus} GPUs divides the model and training.global_batch_size "
+            f"{config.training.global_batch_size}: set it to a multiple of micro_batch_size x {gpus}"
+        )
+    least = min(refused, key=lambda layout: layout.need)
+    most = max(least.stages, key=lambda stage: stage.total)
+    advice = {
+        "weights": "keep the frozen weights in 4 bits (peft.quantize=nf4)",
+        "gradients": "train adapters (peft.target_modules) or freeze parts of the model",
+        "optimizer": "train adapters (peft.target_modules) or freeze parts of the model",
+        "activations": "lower data.seq_length or set data.max_patches_per_row",
+        "temporary": "lower data.seq_length or set data.max_patches_per_row",
+        "constant": "use GPUs with more memory",
+    }[most.largest]
+    return (
+        f"nothing fits {gpus} GPU{'s' if gpus > 1 else ''} of {limit / GIB:.1f} GiB: the least, {least.name}, needs "
+        f"{least.need / GIB:.1f} GiB, of which {most.largest} {getattr(most, most.largest) / GIB:.1f}. Use more GPUs, or {advice}"
+    )

@@ -118,6 +118,7 @@ def estimate(
     *,
     row: RowShape | None = None,
     stages: Sequence[int] | None = None,
+    trace: bool = True,
 ) -> list[StageMemory]:
     """Estimates one rank of each pipeline stage.
 
@@ -130,6 +131,7 @@ def estimate(
         device_kind: where the run would be.
         row: a microbatch; None: ``RowShape.expected``.
         stages: numbers of those to estimate; None: all.
+        trace: False: only what stays between steps, which takes no time.
 
     Raises:
         ConfigError: the sizes do not fit the world or the model.
@@ -144,7 +146,7 @@ def estimate(
     for stage in range(pp) if stages is None else stages:
         with _World(config.parallel, model_config, world_size, stage * (world_size // pp)) as topology:
             chunks = build_on_meta(config, spec, model_config, topology, infos)
-            reports.append(_report(config, model_config, topology, chunks, row, device_kind))
+            reports.append(_report(config, model_config, topology, chunks, row if trace else None, device_kind))
     return reports
 
 
@@ -247,7 +249,12 @@ def full_shapes(spec: FamilySpec, model_config: Any) -> dict[str, TensorInfo]:
 
 
 def _report(
-    config: RunConfig, model_config: Any, topology: Topology, chunks: Sequence[Any], row: RowShape, device_kind: Any
+    config: RunConfig,
+    model_config: Any,
+    topology: Topology,
+    chunks: Sequence[Any],
+    row: RowShape | None,
+    device_kind: Any,
 ) -> StageMemory:
     from megatron_vlm.models.vlm import GROUPS, global_named_parameters, group_of
 
@@ -271,9 +278,11 @@ def _report(
                 largest = max(largest, 4 * p.numel())
     shards = topology.dp if parallel.use_distributed_optimizer else 1
     optimizer_peak = -(-copied // shards) + largest * (1 if device_kind == "cuda" else 2)
-    bytes_of = [_chunk_bytes(config, model_config, topology, chunk, row, device_kind) for chunk in chunks]
-    microbatches = config.num_microbatches_per_batch // topology.dp
-    activations, peak = step_peak(bytes_of, passes(microbatches, topology.pp, topology.pp_rank, topology.vp))
+    activations = peak = 0
+    if row is not None:
+        bytes_of = [_chunk_bytes(config, model_config, topology, chunk, row, device_kind) for chunk in chunks]
+        microbatches = config.num_microbatches_per_batch // topology.dp
+        activations, peak = step_peak(bytes_of, passes(microbatches, topology.pp, topology.pp_rank, topology.vp))
     return StageMemory(
         stage=topology.pp_rank,
         ranks=(topology.rank, topology.rank + topology.tp * topology.dp - 1),

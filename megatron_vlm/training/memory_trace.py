@@ -9,7 +9,7 @@ told apart in ``_Kernels``.
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 SMALL = 4096
 """Elements of a floating point tensor up to which it is computed."""
@@ -58,18 +57,16 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return _collective(func, args)
-        flat, spec = tree_flatten((args, kwargs))
-        if any(isinstance(x, Tensor) and x.is_meta for x in flat):
-            flat = [_to_meta(x) for x in flat]
-            args, kwargs = tree_unflatten(flat, spec)
+        if any(x.is_meta for x in _tensors((*args, *kwargs.values()))):
+            args = [_to_meta(x) for x in args]
+            kwargs = {name: _to_meta(x) for name, x in kwargs.items()}
             if "device" in kwargs:
-                kwargs = {**kwargs, "device": torch.device("meta")}
+                kwargs["device"] = torch.device("meta")
         elif "device" in kwargs:
             kwargs = {**kwargs, "device": _place(args, kwargs)}
         result = func(*args, **kwargs)
-        for x in tree_flatten(result)[0]:
-            if isinstance(x, Tensor):
-                self.add(x)
+        for x in _tensors(result if isinstance(result, list | tuple) else (result,)):
+            self.add(x)
         return result
 
     def add(self, tensor: Tensor) -> None:
@@ -184,8 +181,19 @@ def measure_chunk(
         return ChunkBytes(kept=kept, forward=forward, backward=meter.peak)
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results, in lists as well."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (x for x in value if isinstance(x, Tensor))
+
+
 def _to_meta(x: Any) -> Any:
-    return x.to("meta") if isinstance(x, Tensor) and not x.is_meta else x
+    if isinstance(x, Tensor):
+        return x if x.is_meta else x.to("meta")
+    return [_to_meta(y) for y in x] if isinstance(x, list | tuple) else x
 
 
 def _place(args: Any, kwargs: Any) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from megatron_vlm.conversion.source import open_source
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models.assembling import generator
 from megatron_vlm.peft.adapter_io import CONFIG, WEIGHTS
+from megatron_vlm.peft.base import describe_base
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.merge import continued, full_tensors
 from megatron_vlm.peft.plan import trained_mapping
@@ -44,6 +45,7 @@ def checkpoint(folder: Path, base: Path, tp: int = 1, pp: int = 1, **settings: A
         plan = make_plan(source.spec, source.config, config, source.infos)
         mapping = source.spec.mapping(source.config, tp=tp, vocab_multiple=8)
         whole, infos, vocab = trained_mapping(mapping, plan, tp), source.infos, mapping.vocab_size
+        record = {"config": config.to_dict(), "base": describe_base(source, str(base))}
     shapes = {
         f"{t.name}.{half}": s for t in plan.targets for half, s in (("a", (t.r, t.inputs)), ("b", (t.shape[0], t.r)))
     }
@@ -64,7 +66,6 @@ def checkpoint(folder: Path, base: Path, tp: int = 1, pp: int = 1, **settings: A
             tensors["model", entry.name] = shard
         place = dict(rank=rank, world_size=tp * pp, tp=tp, tp_rank=rank % tp)
         write_rank_file(folder, **place, pieces=pieces, tensors=tensors)  # type: ignore[arg-type]
-    record = {"config": config.to_dict(), "base": {"path": str(base)}}
     (folder / "state.json").write_text(json.dumps({"iteration": 1, "peft": record}))
     files = {rank_file_name(rank): file_digest(folder / rank_file_name(rank)) for rank in range(tp * pp)}
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
@@ -339,3 +340,58 @@ def test_flags_that_say_nothing(tmp_path):
             mg2hf(tmp_path, tmp_path / "out", **options)
     with pytest.raises(ConfigError, match="is a whole model, which has no base"):
         open_source(tmp_path, base=tmp_path)
+
+
+def test_added_tokens_come_along(tmp_path):
+    """A base whose vocabulary was extended for the run: PEFT resizes the original and gets the rows from the adapter."""
+    from transformers import Idefics2ForConditionalGeneration
+
+    write_tiny_idefics2(tmp_path / "original", end_of_utterance=False)
+    hf2mg(tmp_path / "original", tmp_path / "mg", end_of_utterance=True, tp=2)
+    run = checkpoint(
+        tmp_path / "run", tmp_path / "mg", tp=2, target_modules=r".*text_model.*(q_proj|v_proj)", r=4, alpha=8.0
+    )
+    with pytest.raises(ConversionError, match="no Hugging Face directory that PEFT could load"):
+        mg2hf(run, tmp_path / "no", adapter_only=True)
+    mg2hf(run, tmp_path / "adapter", adapter_only=True, base=tmp_path / "original")
+    mg2hf(run, tmp_path / "merged", merge=True)
+    names = {name for name in adapter_of(tmp_path / "adapter")[1] if ".lora_" not in name}
+    assert names == {"model.text_model.embed_tokens.weight", "lm_head.weight"}
+    model = AutoPeftModel.from_pretrained(tmp_path / "adapter").merge_and_unload()
+    expected = Idefics2ForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    assert_same(dict(model.named_parameters()), dict(expected.named_parameters()))
+    # Of the extended base itself, no rows come along.
+    mg2hf(tmp_path / "mg", tmp_path / "extended")
+    mg2hf(run, tmp_path / "small", adapter_only=True, base=tmp_path / "extended")
+    assert all(".lora_" in name for name in adapter_of(tmp_path / "small")[1])
+    write_tiny_idefics2(tmp_path / "other", seed=5)
+    with pytest.raises(ConversionError, match="has other weights than the model that the adapter was trained on"):
+        mg2hf(run, tmp_path / "no", adapter_only=True, base=tmp_path / "other")
+
+
+def test_base_in_4_bits(tmp_path):
+    """The adapter of a run goes onto bitsandbytes' 4-bit base: what it adds is what it adds to the weights they stand for."""
+    import bitsandbytes
+    from transformers import BitsAndBytesConfig, Idefics2ForConditionalGeneration
+
+    write_tiny_idefics2(tmp_path / "base", ffn=128)
+    run = checkpoint(tmp_path / "run", tmp_path / "base", target_modules=("q_proj", "down_proj", "fc1"), r=4, alpha=8.0)
+    mg2hf(run, tmp_path / "adapter", adapter_only=True)
+    skipped = ["lm_head", ".*vision_model.*", ".*connector.*"]
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
+    load = Idefics2ForConditionalGeneration.from_pretrained
+    small, dense = load(tmp_path / "base", quantization_config=config, dtype=torch.float32), load(tmp_path / "base")
+    linears = {name: m for name, m in small.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(linears) == 28
+    for name, module in linears.items():
+        weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        dense.get_submodule(name).weight.data.copy_(weight)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        before = dense(input_ids=ids).logits
+        ours, theirs = (
+            PeftModel.from_pretrained(m, tmp_path / "adapter").eval()(input_ids=ids).logits for m in (small, dense)
+        )
+    assert float((theirs - before).abs().max()) > 0.1
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5

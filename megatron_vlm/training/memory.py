@@ -55,6 +55,8 @@ class RowShape:
         image = model_config.expected_image(data)
         cost = model_config.image_cost(image)
         count = max(1, data.seq_length // (cost.features + TEXT_PER_IMAGE)) if data.packing else samples
+        if cost.features >= data.seq_length:
+            count = 0  # no sample with such an image is within seq_length
         if data.max_patches_per_row is not None:
             count = min(count, data.max_patches_per_row // cost.patches)
         return cls(segments=segments, images=(image,) * count)
@@ -379,5 +381,10 @@ def table(stages: Sequence[StageMemory]) -> list[str]:
     for stage in stages:
         sizes = [f"{getattr(stage, size) / unit:.2f}" for size in (*_SIZES, "total")]
         rows.append((str(stage.stage), f"{stage.ranks[0]}-{stage.ranks[1]}", *sizes, stage.largest))
+    return in_columns(rows)
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, cells to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]

@@ -10,12 +10,13 @@ SCRIPT = """
 import json, sys
 from megatron_vlm.cli.train import resolve
 from megatron_vlm.conversion.source import open_source
-from megatron_vlm.training.dry_run import dry_run, stage_reports
+from megatron_vlm.training.dry_run import dry_run
+from megatron_vlm.training.memory import estimate
 
 def report(world, argv):
     config, _ = resolve(argv)
     source = open_source(config.checkpoint.load)
-    stages = stage_reports(config, source.spec, source.config, world)
+    stages = estimate(config, source.spec, source.config, world, "cuda")
     return [vars(stage) for stage in stages], dry_run(config)
 
 print(json.dumps([report(world, argv) for world, argv in json.loads(sys.argv[1])]))
@@ -69,5 +70,5 @@ def test_the_command_prints_it_and_stops(command, tmp_path):
     done = subprocess.run([*argv, "3"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("error:") and "tensor" in done.stderr
     done = subprocess.run([*argv, "2"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "GiB per rank" in done.stdout
+    assert done.returncode == 0 and "memory of a rank" in done.stdout
     assert not (tmp_path / "out").exists()

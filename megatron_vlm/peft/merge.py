@@ -25,11 +25,12 @@ from megatron_vlm.conversion.hf_io import CONFIG_NAME, copy_hf_files, list_names
 from megatron_vlm.conversion.mapping import DerivedTensors, Entry, HFModel, Layout, Mapping
 from megatron_vlm.conversion.rank_files import RankFiles
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_source
-from megatron_vlm.errors import ConversionError
+from megatron_vlm.errors import CheckpointError, ConversionError
 from megatron_vlm.models.registry import FamilySpec
 from megatron_vlm.peft.adapter import WEIGHT, Adapter, Pair, hf_infos
 from megatron_vlm.peft.adapter_folders import open_adapter
 from megatron_vlm.peft.adapter_io import CONFIG, is_adapter, lora_settings
+from megatron_vlm.peft.base import base_place, check_base
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.nf4 import Nf4Tensor
 from megatron_vlm.peft.plan import PeftPlan, trained_mapping
@@ -132,8 +133,7 @@ def open_run(
         ConversionError: the base is another one, or tensors are missing or unknown.
     """
     config = PeftConfig.from_dict(record["config"])
-    path = base or record["base"]["path"]
-    source = open_source(path, family)
+    source = open_base(record["base"], None if base is None else str(base), directory, family)
     try:
         plan = make_plan(source.spec, source.config, config, source.infos)
         with RankFiles(directory) as files:
@@ -146,7 +146,36 @@ def open_run(
                 )
             named = named_mapping(source.spec, source.config, config.names)
             adapter = trained_adapter(plan, config, named, files.read)
-        return MergedSource(source, adapter, config.names, directory, path, check)
+        return MergedSource(source, adapter, config.names, directory, base or record["base"]["path"], check)
+    except BaseException:
+        source.close()
+        raise
+
+
+def open_base(record: dict[str, Any], moved: str | None, what: Path, family: str | None = None) -> WeightSource:
+    """Opens the base of a checkpoint that holds adapters alone.
+
+    Args:
+        record: ``base`` of ``peft`` in its state.json.
+        moved: where it is now; None: where it was.
+        what: the checkpoint.
+        family: as of ``open_source``.
+
+    Raises:
+        CheckpointError: it is not there, or another one.
+    """
+    path = base_place(record, moved, what)
+    source = open_source(path, family)
+    try:
+        try:
+            check_base(record, source, path)
+        except CheckpointError:
+            # A folder with base and adapter in it is also where a run that goes on from that adapter has its base.
+            if not isinstance(source, MergedSource):
+                raise
+            source = source.base
+            check_base(record, source, path)
+        return source
     except BaseException:
         source.close()
         raise

@@ -20,6 +20,7 @@ from torch import nn
 
 from megatron_vlm.config import Config
 from megatron_vlm.conversion.hf_io import copy_hf_files
+from megatron_vlm.conversion.mapping import Mapping
 from megatron_vlm.conversion.rank_files import RankFiles, rank_file_bytes, rank_file_name, write_rank_file
 from megatron_vlm.errors import CheckpointError, ConfigError, MegatronVLMError
 from megatron_vlm.log import get_logger
@@ -27,6 +28,8 @@ from megatron_vlm.models.registry import FamilySpec
 from megatron_vlm.models.vlm import group_of
 from megatron_vlm.parallel.batch import together
 from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.peft.config import PeftConfig
+from megatron_vlm.peft.plan import PeftPlan, trained_mapping
 from megatron_vlm.training import checkpoint_dir
 from megatron_vlm.training.checkpoint_tensors import fill, owned
 from megatron_vlm.training.optimizer_state import restore_scaler, scaler_state
@@ -52,6 +55,7 @@ class CheckpointConfig(Config):
         no_load_optim: leave main parameters, moments and Adam's step behind, but go on at the iteration.
         no_load_rng: draw random numbers from this run's seed instead of the checkpoint's.
         no_save_optim: write weights only; such a checkpoint is smaller and resumes without moments.
+        base: where the base of adapters is now, which ``load`` holds without it; None: where their checkpoint says.
         verify_hashes: read every file once more before loading and compare its sha256; sizes are compared in any case.
     """
 
@@ -65,6 +69,7 @@ class CheckpointConfig(Config):
     no_load_optim: bool = False
     no_load_rng: bool = False
     no_save_optim: bool = False
+    base: str | None = None
     verify_hashes: bool = True
 
     def __post_init__(self) -> None:
@@ -84,6 +89,8 @@ class CheckpointConfig(Config):
             )
         if self.ckpt_step is not None and (self.load is None or self.ckpt_step < 0):
             raise ConfigError(f"checkpoint.ckpt_step {self.ckpt_step} needs checkpoint.load, and must not be negative")
+        if self.base is not None and self.load is None:
+            raise ConfigError(f"checkpoint.base {self.base}, but checkpoint.load names no adapters: set it (--load)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +104,7 @@ class Checkpoint:
         scaler: dynamic loss scale, or None.
         layout: layout of the run that wrote it, in words.
         weights_only: ``--finetune``, or a ``release``: nothing but weights is to be taken from it.
+        peft: it holds adapters alone: their ``config`` and ``base``; None: it holds the whole model.
     """
 
     folder: Path
@@ -105,10 +113,31 @@ class Checkpoint:
     scaler: dict[str, float] | None
     layout: str
     weights_only: bool
+    peft: dict[str, Any] | None = None
 
     @property
     def hf_dir(self) -> Path:
         return self.folder / "hf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftRecord:
+    """What a checkpoint of adapters says of itself.
+
+    Attributes:
+        config: with targets, ranks and scales of its own where the run goes on from an adapter.
+        plan: what trains.
+        base: record of the base (peft/base.py).
+    """
+
+    config: PeftConfig
+    plan: PeftPlan
+    base: dict[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """``peft`` of state.json."""
+        return {"config": self.config.to_dict(), "base": self.base}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +193,7 @@ def save_checkpoint(
     state: dict[str, Any],
     hf_dir: str | Path,
     loaded_from: Path | None = None,
+    peft: PeftRecord | None = None,
 ) -> Path:
     """Writes ``iter_NNNNNNN`` into ``config.save`` and removes old checkpoints as ``config.keep_last`` says.
 
@@ -176,6 +206,7 @@ def save_checkpoint(
         state: JSON data, the same on all ranks: counters, data state, seeds, resolved config.
         hf_dir: HF files of the model, which are carried along.
         loaded_from: a folder that is never removed.
+        peft: what trains; the rest is not written. None: everything is.
 
     Returns:
         The new folder.
@@ -188,9 +219,10 @@ def save_checkpoint(
             "checkpoint.save is not set, so there is no place for a checkpoint: name a folder (--save)"
         )
     root, rank, save_optim = Path(config.save).expanduser(), topology.rank, not config.no_save_optim
-    mapping = spec.mapping(model_config, tp=topology.tp, vocab_multiple=vocab_multiple)
+    mapping = _mapping(spec, model_config, topology, vocab_multiple, peft)
     what = f"saving iteration {iteration} to {root}"
     facts = {"iteration": iteration, "layout": topology.name(), "optimizer": save_optim}
+    protected = [Path(path) for path in (loaded_from, peft and peft.base["path"]) if path]
     temporary: Path | None = None
     try:
         with torch.no_grad():
@@ -216,7 +248,7 @@ def save_checkpoint(
             if rank == 0:
                 copy_hf_files(hf_dir, folder / "hf")
                 scaler = scaler_state(optimizer) if save_optim else None
-                content = {**facts, "loss_scale": scaler, "run": state}
+                content = {**facts, "loss_scale": scaler, "run": state, **({"peft": peft.record} if peft else {})}
                 checkpoint_dir.write_json(folder / checkpoint_dir.STATE, content)
                 checkpoint_dir.commit(folder, records, {**facts, "versions": _versions()})
     except Exception:
@@ -225,7 +257,7 @@ def save_checkpoint(
         raise
     final = root / checkpoint_dir.folder_name(iteration)
     if rank == 0:
-        checkpoint_dir.purge(root, iteration, config.keep_last, [loaded_from] if loaded_from else [])
+        checkpoint_dir.purge(root, iteration, config.keep_last, protected)
         log.info("saved %s (%.2f GB)", final, num_bytes / 1e9)
     return final
 
@@ -282,6 +314,7 @@ def find_checkpoint(config: CheckpointConfig, device: torch.device) -> Checkpoin
             scaler=state["loss_scale"],
             layout=state["layout"],
             weights_only=weights_only,
+            peft=state.get("peft"),
         )
     hint = "name another with --ckpt-step" if explicit else "start again from the weights, or a copy"
     raise CheckpointError(f"no checkpoint can be loaded from {path} ({hint}):\n  " + "\n  ".join(problems))
@@ -297,6 +330,7 @@ def load_checkpoint(
     spec: FamilySpec,
     model_config: Any,
     vocab_multiple: int,
+    peft: PeftRecord | None = None,
 ) -> LoadReport:
     """Fills parameters and, unless ``no_load_optim`` or ``finetune`` says otherwise, the optimizer.
 
@@ -309,11 +343,12 @@ def load_checkpoint(
         chunks: this rank's stages, wrapped in DDP or not.
         optimizer: megatron-core's; None: weights only, for evaluation.
         topology, spec, model_config, vocab_multiple: what the model was built from.
+        peft: what trains, and alone is in the checkpoint; None: everything.
 
     Raises:
         CheckpointError: on every rank: tensors missing, unexpected or of another shape, all listed.
     """
-    mapping = spec.mapping(model_config, tp=topology.tp, vocab_multiple=vocab_multiple)
+    mapping = _mapping(spec, model_config, topology, vocab_multiple, peft)
     with_state = optimizer is not None and not (found.weights_only or config.no_load_optim)
     with (
         _together(f"loading {found.folder}", topology.device),
@@ -338,6 +373,14 @@ def load_checkpoint(
     )
     log.info("%s", report)
     return report
+
+
+def _mapping(
+    spec: FamilySpec, model_config: Any, topology: Topology, vocab_multiple: int, peft: PeftRecord | None
+) -> Mapping:
+    """Of what a checkpoint holds."""
+    mapping = spec.mapping(model_config, tp=topology.tp, vocab_multiple=vocab_multiple)
+    return trained_mapping(mapping, peft.plan, topology.tp) if peft else mapping
 
 
 @contextlib.contextmanager

@@ -34,11 +34,18 @@ def owned(
         chunks: this rank's stages.
         optimizer: megatron-core's; None: weights only.
         topology: the layout.
-        mapping: the family's, for this layout.
+        mapping: for this layout, of what is to be written: the family's, or what trains of it.
+
+    Raises:
+        CheckpointError: a parameter trains that ``mapping`` lacks.
     """
     layouts = {entry.name: entry.layout for entry in mapping}
     parts = {id(part.parameter): part for part in fragments(optimizer)} if optimizer is not None else {}
     parameters = global_parameters(chunks)
+    lost = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in layouts]
+    if lost:
+        raise CheckpointError(f"parameters train that no checkpoint would hold: {', '.join(lost[:_MAX_LISTED])}")
+    parameters = {name: parameter for name, parameter in parameters.items() if name in layouts}
     total, before = sum(parameter.numel() for parameter in parameters.values()), 0
     pieces: list[Piece] = []
     tensors: dict[tuple[Kind, str], Tensor] = {}
@@ -96,6 +103,8 @@ def fill(
         for name, parameter in global_named_parameters(chunk):
             copy = getattr(parameter, "tied_copy", False)
             source = EMBEDDING if copy else name
+            if source not in layouts:  # of the base of adapters
+                continue
             part = parts.get(id(parameter))
             step = files.steps.get(source) if with_state else None
             _fill(_Shards(files, source, layouts[source], topology), parameter, part, step, with_state)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.conversion.source import load_stages, open_source
+from megatron_vlm.conversion.source import load_stages
 from megatron_vlm.data.loader import DataState, RowLoader, StepRows, evaluation_rows
 from megatron_vlm.data.types import PackedRow
 from megatron_vlm.log import get_logger, setup_logging
@@ -32,6 +32,7 @@ from megatron_vlm.training.optimizer import (
     set_learning_rates,
     wrap_model,
 )
+from megatron_vlm.training.peft_run import build_stages, open_run
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.training.step import StepResult, train_step
 from megatron_vlm.training.stop import STOPPED, StopSignal
@@ -167,7 +168,8 @@ class Trainer:
                 "config": self.config.to_dict(),
             },
             hf_dir=self.source.hf_dir,
-            loaded_from=self.found.folder if self.found else None,
+            loaded_from=self.loaded_from,
+            peft=self.peft,
         )
 
     @property
@@ -185,13 +187,14 @@ class Trainer:
         """Opens what ``checkpoint.load`` names: its family, config and files decide all that follows."""
         config = self.config
         self.found = find_checkpoint(config.checkpoint, self.device)
-        name = self.found.folder if self.found else str(config.checkpoint.load)
+        self.loaded_from = self.found.folder if self.found else None
         with together(self.device):  # rank 0 first: a model from the hub is fetched once
             if dist.get_rank() == 0:
-                self.source = open_source(name, config.model.family)
+                opened = open_run(config, self.found)
         with together(self.device):
             if dist.get_rank() != 0:
-                self.source = open_source(name, config.model.family)
+                opened = open_run(config, self.found)
+        self.source, self.peft, self.found = opened
         self.closing.callback(self.source.close)
         config.check_model(self.source.config)
         with together(self.device):
@@ -203,14 +206,16 @@ class Trainer:
                 check_length(sample, positions, sampling, f"evaluate.prompts[{number}]")
 
     def _build(self) -> None:
-        """Builds topology and stages (weights loaded unless a checkpoint has them), gradient buffers and optimizer."""
+        """Builds topology and stages (weights loaded unless a checkpoint has them; adapters added), buffers and optimizer."""
         config, source = self.config, self.source
         layers = source.config.text.num_layers
         self.topology = build_topology(config.parallel, num_layers=layers, device=self.device)
         options = ModelOptions(**config.model_options())
         with together(self.device):
             self.chunks: list[Any]
-            if self.found is None:
+            if self.peft is not None:
+                self.chunks = build_stages(source, self.peft, self.topology, options, config.training.seed)
+            elif self.found is None:
                 self.chunks = load_stages(source, self.topology, options)
             else:
                 stages = build_model(source.spec, source.config, self.topology, options)
@@ -233,6 +238,7 @@ class Trainer:
             spec=self.source.spec,
             model_config=self.source.config,
             vocab_multiple=self.config.model.make_vocab_size_divisible_by,
+            peft=self.peft,
         )
         state = self.found.state
         if self.found.weights_only:

@@ -20,9 +20,10 @@ from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.rank_files import Piece, rank_file_name, write_rank_file
 from megatron_vlm.conversion.safetensors_io import file_digest
 from megatron_vlm.conversion.source import open_source
-from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.errors import CheckpointError, ConfigError, ConversionError
 from megatron_vlm.models.assembling import generator
 from megatron_vlm.peft.adapter_io import CONFIG, WEIGHTS
+from megatron_vlm.peft.base import describe_base
 from megatron_vlm.peft.base import describe_base
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.merge import continued, full_tensors
@@ -43,6 +44,7 @@ def checkpoint(folder: Path, base: Path, tp: int = 1, pp: int = 1, **settings: A
     config = PeftConfig(**settings)
     with open_source(base) as source:
         plan = make_plan(source.spec, source.config, config, source.infos)
+        described = describe_base(source, str(base))
         mapping = source.spec.mapping(source.config, tp=tp, vocab_multiple=8)
         whole, infos, vocab = trained_mapping(mapping, plan, tp), source.infos, mapping.vocab_size
         record = {"config": config.to_dict(), "base": describe_base(source, str(base))}
@@ -395,3 +397,22 @@ def test_base_in_4_bits(tmp_path):
         )
     assert float((theirs - before).abs().max()) > 0.1
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
+
+
+def test_base_that_moved_or_changed(tmp_path):
+    write_tiny_internlm2(make(tmp_path / "base"))
+    write_tiny_internlm2(make(tmp_path / "other"), seed=7)
+    run = checkpoint(tmp_path / "run", tmp_path / "base", target_modules=("wqkv",))
+    with pytest.raises(CheckpointError, match=r"other holds other weights than the base .* name that one with"):
+        open_source(run, base=tmp_path / "other")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"their base is not at .*base: name its new place"):
+        mg2hf(run, tmp_path / "no", merge=True)
+    mg2hf(run, tmp_path / "merged", merge=True, base=tmp_path / "moved")
+    mg2hf(run, tmp_path / "adapter", adapter_only=True, base=tmp_path / "moved")
+    assert adapter_of(tmp_path / "adapter")[0]["base_model_name_or_path"] == str(tmp_path / "moved")
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

@@ -1,0 +1,79 @@
+"""Which base an adapter belongs to: what a checkpoint records of it, and how it is known again.
+
+The record holds what survives a change of format or dtype: names and shapes of all tensors, hashed, and a few values of the
+weights, compared to within the rounding of 16-bit floats.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.conversion.source import WeightSource
+from megatron_vlm.errors import CheckpointError
+from megatron_vlm.peft.adapter_folders import base_mark, marks_apart
+
+_VALUES = 64
+
+
+def describe_base(source: WeightSource, path: str) -> dict[str, Any]:
+    """What state.json says of a base: ``path``, ``fingerprint`` of names and shapes, values of ``norms`` and of ``linears``.
+
+    Args:
+        source: of its weights.
+        path: where it is, absolute, or a hub id.
+    """
+    return {
+        "path": path,
+        "family": source.spec.name,
+        "fingerprint": _fingerprint(source),
+        "norms": list(_norms(source)),
+        "linears": None if source.quantization is not None else list(base_mark(source.infos, source.read)),
+    }
+
+
+def check_base(record: dict[str, Any], source: WeightSource, path: str) -> None:
+    """Checks that a base is the one that ``record`` describes; values of linears only where both are in full.
+
+    Raises:
+        CheckpointError: it is another model, or other weights of the same one.
+    """
+    full = record["linears"] is not None and source.quantization is None
+    if record["fingerprint"] != _fingerprint(source):
+        problem = f"is another model (family {source.spec.name})"
+    elif marks_apart(tuple(record["norms"]), _norms(source)) or (
+        full and marks_apart(tuple(record["linears"]), base_mark(source.infos, source.read))
+    ):
+        problem = "holds other weights"
+    else:
+        problem = None
+    if problem:
+        raise CheckpointError(
+            f"{path} {problem} than the base that the adapters were trained on ({record['family']} at {record['path']}): name "
+            "that one with checkpoint.base (--base DIR)"
+        )
+
+
+def base_place(record: dict[str, Any], moved: str | None, what: Path) -> str:
+    """Where the base of checkpoint ``what`` is now: at ``moved``, or where it was.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    path = moved or record["path"]
+    if Path(path).is_absolute() and not Path(path).exists():
+        raise CheckpointError(
+            f"{what} holds adapters alone, and their base is not at {path}: name its new place with checkpoint.base (--base DIR)"
+        )
+    return path
+
+
+def _fingerprint(source: WeightSource) -> str:
+    shapes = {name: list(info.shape) for name, info in source.infos.items()}
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+
+
+def _norms(source: WeightSource) -> tuple[float, ...]:
+    """The first values of one-dimensional tensors, which are never quantised."""
+    names = sorted(name for name, info in source.infos.items() if len(info.shape) == 1)
+    return tuple(float(f"{float(source.read(name)[0]):.5g}") for name in names[:: -(-len(names) // _VALUES)])

@@ -1,0 +1,143 @@
+"""What a run with adapters opens and trains: the base, the plan, and what it starts from.
+
+checkpoint.load + peft --open_run--> base (WeightSource), PeftRun | None, Checkpoint to go on from | None
+PeftRun --build_stages--> stages with pairs, everything else frozen
+
+load                                    peft    trains
+model, full checkpoint                  given   adapters on it, from the start
+checkpoint of adapters                  given   the same adapters, from where they are; with --finetune from the start
+checkpoint of adapters, --finetune      none    the merged model, in full
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from megatron_vlm.conversion.source import WeightSource, load_stages, open_source
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.log import get_logger
+from megatron_vlm.models.vlm import ModelOptions
+from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.peft.base import base_place, check_base, describe_base
+from megatron_vlm.peft.config import PeftConfig
+from megatron_vlm.peft.lora import apply_lora, fill
+from megatron_vlm.peft.merge import absolute, continued, full_tensors
+from megatron_vlm.peft.nf4 import Quantization
+from megatron_vlm.peft.plan import adapter_mapping
+from megatron_vlm.peft.select import make_plan, named_mapping
+from megatron_vlm.training.checkpoint import Checkpoint, PeftRecord
+from megatron_vlm.training.run_config import RunConfig
+
+log = get_logger(__name__)
+
+_FREE = ("adapter", "dropout", "init", "quantize", "double_quant", "quantize_groups")
+"""Settings that may change between a checkpoint and the run that goes on from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftRun(PeftRecord):
+    """Adapters of a run.
+
+    Attributes:
+        tensors: full tensors to start from, by global name; what is absent starts anew.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def open_run(config: RunConfig, found: Checkpoint | None) -> tuple[WeightSource, PeftRun | None, Checkpoint | None]:
+    """Opens the weights that a run starts from.
+
+    Args:
+        config: of the run.
+        found: the checkpoint that ``checkpoint.load`` means, if it is one.
+
+    Returns:
+        (source to build stages from, adapters if any, checkpoint to restore parameters and state from if any).
+
+    Raises:
+        ConfigError: the checkpoint and the section peft do not go together.
+        CheckpointError: the base is absent or another one.
+    """
+    name, family, moved = (
+        str(found.folder if found else config.checkpoint.load),
+        config.model.family,
+        config.checkpoint.base,
+    )
+    if found is not None and found.peft is not None:
+        if config.peft.active:
+            return _go_on(config, found, found.peft)
+        if not (found.weights_only or config.training.skip_train):
+            raise ConfigError(
+                f"{found.folder} holds adapters of {found.peft['base']['path']}: give the section peft they were trained with "
+                f"(target_modules {found.peft['config']['target_modules']} ...) to go on, or checkpoint.finetune (--finetune) "
+                "to train the merged model in full"
+            )
+        return open_source(name, family, moved), None, None
+    source = open_source(name, family, moved)
+    if not config.peft.active:
+        return source, None, found
+    if found is not None:
+        log.info("%s is the base of new adapters; started anew: optimizer, schedule, iteration and data order", name)
+    try:
+        return *_begin(config, source, absolute(name)), None
+    except BaseException:
+        source.close()
+        raise
+
+
+def _begin(config: RunConfig, source: WeightSource, path: str) -> tuple[WeightSource, PeftRun]:
+    """Adapters from their start: new ones, or those of ``peft.adapter``."""
+    peft, tensors = config.peft, {}
+    if peft.adapter is not None:
+        whole = source
+        source, peft, adapter = continued(peft, whole)
+        if source is not whole:
+            path = getattr(whole, "base_name", None) or path
+        plan = make_plan(source.spec, source.config, peft, source.infos)
+        tensors = full_tensors(adapter, plan, named_mapping(source.spec, source.config, peft.names), source.read)
+    else:
+        plan = make_plan(source.spec, source.config, peft, source.infos)
+    return source, PeftRun(config=peft, plan=plan, base=describe_base(source, path), tensors=tensors)
+
+
+def _go_on(config: RunConfig, found: Checkpoint, record: dict[str, Any]) -> tuple[WeightSource, PeftRun, Checkpoint]:
+    """The adapters of a checkpoint, on the base that it names."""
+    stored, now = PeftConfig.from_dict(record["config"]), config.peft
+    old, new = stored.to_dict(), now.to_dict()
+    changed = [f"{key} {old[key]!r} -> {new[key]!r}" for key in old if key not in _FREE and old[key] != new[key]]
+    if changed and now.adapter is None:
+        raise ConfigError(
+            f"{found.folder} holds other adapters than the section peft describes ({'; '.join(changed)}): give the settings "
+            "they were trained with, or load their base to train new ones"
+        )
+    peft = stored.replace(**{key: getattr(now, key) for key in _FREE if key != "adapter"})
+    path = base_place(record["base"], config.checkpoint.base, found.folder)
+    source = open_source(path, config.model.family)
+    try:
+        check_base(record["base"], source, path)
+        plan = make_plan(source.spec, source.config, peft, source.infos)
+    except BaseException:
+        source.close()
+        raise
+    return source, PeftRun(config=peft, plan=plan, base={**record["base"], "path": absolute(path)}), found
+
+
+def build_stages(
+    source: WeightSource, peft: PeftRun, topology: Topology, options: ModelOptions, seed: int
+) -> list[Any]:
+    """This rank's stages: base loaded (in 4 bits where the run says so), pairs added, everything else frozen."""
+    config, plan = peft.config, peft.plan
+    quantization = None
+    if config.quantize is not None:
+        quantization = Quantization(
+            dtype=options.params_dtype, double_quant=config.double_quant, groups=config.quantize_groups
+        )
+    stages = load_stages(source, topology, options, quantize=quantization, keep=plan.saved)
+    vocab = options.vocab_layout
+    base = source.spec.mapping(source.config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
+    mapping = adapter_mapping(base, plan, topology.tp)
+    apply_lora(stages, plan, mapping, topology, seed)
+    fill(stages, mapping, topology, peft.tensors)
+    return stages

@@ -25,8 +25,8 @@ esac
 @pytest.fixture
 def checkout(tmp_path):
     """A checkout with a recording interpreter in place of its environment's."""
-    for name in ("setup.py", "toolkits/setup_env.sh", "toolkits/constraints.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("setup.py", "toolkits/setup_env.sh", "toolkits/constraints.txt", "megatron_vlm/data/_tar.c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").write_text(RECORDER)
@@ -78,6 +78,48 @@ def test_a_cpu_build_is_not_taken_for_a_cuda_one(checkout):
     assert code == 1
     assert "the environment could not be made" in output
     assert not (checkout / ".venv" / ".megatron_vlm").exists()
+
+
+def run(checkout, *options, **variables):
+    """Runs the script itself, from another folder; returns (exit code, pip's calls, output)."""
+    (checkout / "calls").write_text("")
+    env = {"PATH": os.environ["PATH"], **variables}
+    words = ["sh", str(checkout / "toolkits" / "setup_env.sh"), *map(str, options)]
+    done = subprocess.run(words, cwd=checkout.parent, env=env, capture_output=True, text=True, timeout=60)
+    return done.returncode, (checkout / "calls").read_text().splitlines(), done.stdout + done.stderr
+
+
+def test_run_with_options(checkout, tmp_path):
+    (checkout / "cuda").touch()
+    prefix, cache = tmp_path / "elsewhere", tmp_path / "cache"
+    shutil.move(checkout / ".venv", prefix)
+    (prefix / "bin" / "activate").write_text("# of venv\n")
+    for _ in range(2):
+        code, calls, output = run(checkout, "--prefix", prefix, f"--cache={cache}", "--cuda")
+        assert code == 0 and f"ready; activate it with:  . {prefix}/bin/activate" in output
+    assert calls == [] and (cache / "pip").is_dir()
+    code, calls, _ = run(checkout, "--prefix", prefix)
+    assert [call.split()[-1] for call in calls] == [f"{TORCH}+cpu", TORCH, ".[dev]"], "another build is made anew"
+    exports = (prefix / "bin" / "activate").read_text().splitlines()[1:]
+    assert exports == [f'export HF_HOME="{cache}/huggingface" PIP_CACHE_DIR="{cache}/pip"']
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_wrong_option_is_named(checkout):
+    code, calls, output = run(checkout, "--gpu")
+    assert code == 1 and not calls and "unknown option --gpu; known: --prefix DIR" in output
+    code, _, output = run(checkout, "--prefix")
+    assert code == 1 and "--prefix needs a folder" in output
+    code, _, output = run(checkout, "--help")
+    assert code == 0 and "--cache DIR" in output
+
+
+def test_sourced_it_leaves_the_callers_arguments_alone(checkout):
+    (checkout / "cpu_wheels").touch()
+    command = ["sh", "-ec", ". toolkits/setup_env.sh; echo kept $*", "sh", "--prefix"]
+    env = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "kept --prefix" in done.stdout
 
 
 def test_no_python_is_named(checkout):

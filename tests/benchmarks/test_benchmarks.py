@@ -44,3 +44,16 @@ def test_cpu_cost_against_a_transformers_loop():
     code, output = run("cpu_vs_hf.py", timeout=1800)
     print(output)
     assert code == 0, output
+
+
+@pytest.mark.full
+def test_data_benchmarks_run_in_a_small_form():
+    """What they print; their bars are held where they run in full. Exit code 1 says that a bar is missed."""
+    code, output = run("loader.py", "--shards", "1000", "--images", "64", timeout=300)
+    assert code in (0, 1) and "Traceback" not in output, output
+    for figure in ("memory_mb", "resume_s", "samples_per_cpu_s", "decode_ratio"):
+        assert f"| {figure} | " in output, output
+    code, output = run("packing.py", "fill", timeout=300)
+    assert code == 0, output
+    code, output = run("data_loading.py", "--share", "0.02", "--images", "16", timeout=300)
+    assert code == 0 and output.count("members/s") == 8 and output.count("samples/s") == 2, output

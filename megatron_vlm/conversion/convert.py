@@ -22,7 +22,7 @@ from megatron_vlm.conversion.megatron_dir import write_config, write_megatron
 from megatron_vlm.conversion.safetensors_io import PARAMS_DTYPES, aligned_order, atomic_directory, cast
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_hf, open_source
 from megatron_vlm.conversion.torch_files import load_weights_only
-from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.models import registry
 from megatron_vlm.models.registry import ExportSpec, FamilySpec
 from megatron_vlm.peft.nf4 import Quantization
@@ -245,7 +245,7 @@ def _open_for(
         return open_source(load, family, base)
     try:
         return open_source(load, family)
-    except ConversionError:
+    except MegatronVLMError:
         return open_source(load, family, base)
 
 

@@ -24,7 +24,6 @@ from megatron_vlm.errors import CheckpointError, ConfigError, ConversionError
 from megatron_vlm.models.assembling import generator
 from megatron_vlm.peft.adapter_io import CONFIG, WEIGHTS
 from megatron_vlm.peft.base import describe_base
-from megatron_vlm.peft.base import describe_base
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.merge import continued, full_tensors
 from megatron_vlm.peft.plan import trained_mapping
@@ -44,7 +43,6 @@ def checkpoint(folder: Path, base: Path, tp: int = 1, pp: int = 1, **settings: A
     config = PeftConfig(**settings)
     with open_source(base) as source:
         plan = make_plan(source.spec, source.config, config, source.infos)
-        described = describe_base(source, str(base))
         mapping = source.spec.mapping(source.config, tp=tp, vocab_multiple=8)
         whole, infos, vocab = trained_mapping(mapping, plan, tp), source.infos, mapping.vocab_size
         record = {"config": config.to_dict(), "base": describe_base(source, str(base))}

@@ -19,19 +19,19 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.vlm import ModelOptions
 from megatron_vlm.parallel.topology import Topology
-from megatron_vlm.peft.base import base_place, check_base, describe_base
+from megatron_vlm.peft.base import base_place, describe_base
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora, fill
-from megatron_vlm.peft.merge import absolute, continued, full_tensors
-from megatron_vlm.peft.nf4 import Quantization
+from megatron_vlm.peft.merge import absolute, continued, full_tensors, open_base
 from megatron_vlm.peft.plan import adapter_mapping
+from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan, named_mapping
 from megatron_vlm.training.checkpoint import Checkpoint, PeftRecord
 from megatron_vlm.training.run_config import RunConfig
 
 log = get_logger(__name__)
 
-_FREE = ("adapter", "dropout", "init", "quantize", "double_quant", "quantize_groups")
+_FREE = ("adapter", "dropout", "init", "quantize", "double_quant", "quantize_groups", "quantize_backend")
 """Settings that may change between a checkpoint and the run that goes on from it."""
 
 
@@ -77,6 +77,12 @@ def open_run(config: RunConfig, found: Checkpoint | None) -> tuple[WeightSource,
         return open_source(name, family, moved), None, None
     source = open_source(name, family, moved)
     if not config.peft.active:
+        if source.quantization is not None and not config.training.skip_train:
+            source.close()
+            raise ConfigError(
+                f"{name} holds linears in 4 bits, which do not train: train adapters on it (peft.target_modules), or load the "
+                "model that it was made from"
+            )
         return source, None, found
     if found is not None:
         log.info("%s is the base of new adapters; started anew: optimizer, schedule, iteration and data order", name)
@@ -114,9 +120,8 @@ def _go_on(config: RunConfig, found: Checkpoint, record: dict[str, Any]) -> tupl
         )
     peft = stored.replace(**{key: getattr(now, key) for key in _FREE if key != "adapter"})
     path = base_place(record["base"], config.checkpoint.base, found.folder)
-    source = open_source(path, config.model.family)
+    source = open_base(record["base"], config.checkpoint.base, found.folder, config.model.family)
     try:
-        check_base(record["base"], source, path)
         plan = make_plan(source.spec, source.config, peft, source.infos)
     except BaseException:
         source.close()
@@ -129,11 +134,7 @@ def build_stages(
 ) -> list[Any]:
     """This rank's stages: base loaded (in 4 bits where the run says so), pairs added, everything else frozen."""
     config, plan = peft.config, peft.plan
-    quantization = None
-    if config.quantize is not None:
-        quantization = Quantization(
-            dtype=options.params_dtype, double_quant=config.double_quant, groups=config.quantize_groups
-        )
+    quantization = quantization_of(config, options.params_dtype)
     stages = load_stages(source, topology, options, quantize=quantization, keep=plan.saved)
     vocab = options.vocab_layout
     base = source.spec.mapping(source.config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)

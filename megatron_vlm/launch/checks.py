@@ -24,7 +24,7 @@ from megatron_vlm.conversion.hf_io import INDEX_NAME, read_json, resolve_directo
 from megatron_vlm.conversion.source import WeightSource, open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import Processor
-from megatron_vlm.errors import ConfigError, MegatronVLMError
+from megatron_vlm.errors import MegatronVLMError
 
 GIB = 2**30
 DISTRIBUTION = "megatron_vlm"
@@ -187,13 +187,12 @@ def check_processor(report: Report, source: WeightSource, data: DataConfig) -> P
     """Opens tokenizer and image processor as the run will."""
     try:
         processor = source.spec.processor(source.hf_dir, data)
-    except ConfigError as error:
-        report.fail("processor", str(error), "change the setting that it names")
-        return None
-    except Exception as error:  # tokenizer libraries raise many kinds over a missing or damaged file
-        text = f"tokenizer or processor of {source.hf_dir} cannot be opened: {str(error).strip() or repr(error)}"
-        names = "tokenizer.json or tokenizer.model, tokenizer_config.json, preprocessor_config.json"
-        report.fail("processor", text, f"copy the model's files there ({names}; everything beside the weights)")
+    except Exception as error:  # ConfigError, and what tokenizer libraries raise over a missing or damaged file
+        text = f"tokenizer or processor of {source.hf_dir} cannot be used: {str(error).strip() or repr(error)}"
+        names = "tokenizer.json or tokenizer.model, tokenizer_config.json, preprocessor_config.json ..."
+        report.fail(
+            "processor", text, f"correct the setting that it names, or copy the model's other files there: {names}"
+        )
         return None
     report.ok("processor", f"{type(processor).__name__}, {data.seq_length} tokens a sample at most")
     return processor

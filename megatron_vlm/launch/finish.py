@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vlm.conversion.convert import mg2hf
+from megatron_vlm.conversion.hf_io import read_json
 from megatron_vlm.conversion.safetensors_io import sync_path
 from megatron_vlm.conversion.training_source import TRACKER, tracked_folder
 from megatron_vlm.errors import MegatronVLMError
@@ -92,7 +93,7 @@ class EpochExports:
             if folder in self.seen:
                 return
             self.seen.add(folder)
-            epoch = int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["epochs"] + 1e-9)
+            epoch = int(read_json(folder / "state.json")["run"]["epochs"] + 1e-9)
             out = self.output / f"epoch_{epoch}"
             if epoch and not out.exists():  # else it was saved amid the next epoch: by a signal, or at the last update
                 for path in export(folder, out, adapts=self.adapts, merged=False):

@@ -27,6 +27,8 @@ from megatron_vlm.training.optimizer import Schedule
 from megatron_vlm.training.run_config import RunConfig
 
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+_KEPT = ("recompute_granularity", "use_distributed_optimizer")
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
 CONFIG = "config.yaml"
 """The resolved config in the output folder: what the processes of the run read, and what its Metrics write again."""
 
@@ -63,7 +65,7 @@ def make_plan(request: Request, place: Place, report: Report) -> Plan | None:
     launch, run = request.launch, request.run
     load = _start_from(request, report)
     checks.check_packages(report, *_packages(run))
-    if report.failed or load is None:
+    if load is None:
         return None
     source = checks.check_model(report, load, (run.get("model") or {}).get("family"))
     if source is None:
@@ -119,13 +121,16 @@ def _plan(
         print(f"note     {note}", flush=True)
     processor = checks.check_processor(report, source, config.data)
     try:
-        config, stages, reason = _lay_out(request.run, config, source, devices, world, lambda dp: config_for(dp)[0])
+        fixed = bool(launch.per_device_train_batch_size or launch.batch_size)
+        fixed = fixed or bool((request.run.get("training") or {}).get("micro_batch_size"))
+        laid = _lay_out(request.run, config, source, devices, world, lambda dp: config_for(dp)[0], fixed)
     except ConfigError as error:
         advice = (
             "take more or larger GPUs, --use_lora (with --quantize nf4), a shorter --max_length, or fewer images a row"
         )
         report.fail("memory", _refusal(request, str(error)) or str(error), advice)
         return None
+    config, stages, reason = laid
     refused = request.sharding.refusal(adapts=adapts, nearest=_as_flags(config, reason))
     if refused is not None:
         report.fail("sharding", refused, "")
@@ -202,6 +207,7 @@ def _lay_out(
     devices: Devices,
     world: int,
     config_for: Callable[[int], RunConfig],
+    fixed_micro: bool,
 ) -> tuple[RunConfig, Sequence[StageMemory], str]:
     """The run with a layout that fits, its estimate, and why: the sizes that are named, else the fastest that fits.
 
@@ -210,16 +216,29 @@ def _lay_out(
     """
     parallel = run.get("parallel") or {}
     if any(name in parallel for name in SIZES):
-        dp = config.check_world(world)
+        config.check_world(world)
         stages = estimate(config, source.spec, source.config, world, devices.kind)
         need = max(stage.total for stage in stages)
-        tp, pp = (getattr(config.parallel, name) for name in SIZES)
-        words = f"tp {tp} pp {pp} dp {dp}, as named: {need / GIB:.2f} of {devices.memory / GIB:.1f} GiB"
+        words = f"as named, {need / GIB:.2f} of {devices.memory / GIB:.1f} GiB"
         if need > USABLE * devices.memory:
             raise ConfigError(f"too little memory: {words} a rank\n" + "\n".join(table(stages)))
         return config, stages, words
-    layout = choose_layout(config, source.spec, source.config, world, devices.memory, device_kind=devices.kind)
-    return layout.apply(config_for(layout.dp)), layout.stages, layout.reason
+    layout = choose_layout(
+        config,
+        source.spec,
+        source.config,
+        world,
+        devices.memory,
+        device_kind=devices.kind,
+        config_for=config_for,
+        micro_batch_sizes=() if fixed_micro or config.data.packing else _MICRO_BATCHES,
+    )
+    chosen = layout.apply(config_for(layout.dp))
+    asked = {name: parallel[name] for name in _KEPT if parallel.get(name)}  # it costs no memory to do as told
+    if any(getattr(chosen.parallel, name) != value for name, value in asked.items()):
+        chosen = chosen.replace(parallel=chosen.parallel.replace(**asked))
+        return chosen, estimate(chosen, source.spec, source.config, world, devices.kind), layout.reason
+    return chosen, layout.stages, layout.reason
 
 
 def _refusal(request: Request, text: str) -> str | None:
@@ -299,7 +318,7 @@ def _describe(
     lines = [
         f"data       {', '.join(train.paths) or 'none'}"
         + (f"; held out: {', '.join(valid.paths)}" if valid.paths else ""),
-        f"layout     {reason}",
+        f"layout     tp {tp} pp {pp} dp {dp}: {reason}",
         f"batch      {micro} {what} x {total // (micro * dp)} microbatches x dp {dp} = {total} {what} an update; {length}",
         f"precision  {training.precision}; lr {config.optimizer.lr:g}; seed {training.seed}",
         f"output     {output}: {', '.join([*names, LOSS, 'train.log', CONFIG])}, checkpoints",

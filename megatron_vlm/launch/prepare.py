@@ -235,6 +235,8 @@ def check_data(report: Report, inputs: Inputs, config: DataConfig, processor: Pr
     if inputs.sources and not inputs.built:
         with Bar(f"reading {inputs.name}", None) as bar:
             _tell(report, inputs, config, _counted(check_sources(inputs.sources, processor), bar))
+    elif inputs.sources:
+        report.ok("data", f"{inputs.name}: shards of an earlier start, {inputs.shards}")
     _check_folders(report, inputs, config, processor, cache)
     if not report.failed and (inputs.built or not inputs.sources):
         _survey(report, inputs, config, processor)

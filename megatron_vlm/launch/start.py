@@ -27,6 +27,7 @@ SAVE_SECONDS = 120
 """What a run may take to finish its step and save after a signal, before torchrun kills it; torchrun's own 30 are few."""
 _PREPARE_HOURS = 24
 _POLL_SECONDS = 0.2
+_WATCH_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 
 
@@ -168,7 +169,7 @@ class Run:
             while self.process.poll() is None:
                 every()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(2)
+                    self.process.wait(_WATCH_SECONDS)
         finally:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)

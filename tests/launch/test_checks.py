@@ -1,0 +1,155 @@
+"""Each check fails on purpose: exit code 1 before any process of the run starts, the culprit named, and what to do."""
+
+import json
+import os
+import shutil
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.launch.checks import Report, check_devices, list_gpus
+from tests.launch.conftest import write_records
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_records(tmp_path_factory.mktemp("data"), 10)
+
+
+def assert_not_started(code: int, output: str, folder: Path, *words: str) -> None:
+    assert code == 1, output
+    for word in words:
+        assert word in output, output
+    assert not (folder / "out").exists()  # config, log and checkpoints of a run lie there
+
+
+def test_no_launch_passes_and_starts_nothing(launch, data, tmp_path):
+    code, output = launch(f"--train_json {data} --max_steps 3 --no-launch")
+    assert code == 0, output
+    for word in ("10 sound records", "layout     tp 1 pp 1 dp 1", "3 updates", "activations", "-m megatron_vlm train"):
+        assert word in output, output
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_package_missing(launch, data, tmp_path):
+    code, output = launch(f"--train_json {data} --max_steps 3 --report_to wandb --no-launch")
+    assert_not_started(code, output, tmp_path, "wandb is not installed", "--report_to wandb", "pip install wandb")
+
+
+def test_shard_of_the_model_missing(launch, data, model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "model")
+    shard = sorted(copy.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    code, output = launch(f"--train_json {data} --max_steps 3", source=copy)
+    assert_not_started(code, output, tmp_path, "FAILED   model", shard.name, "download_model.sh")
+
+
+def test_tokenizer_missing(launch, data, model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "model")
+    (copy / "tokenizer.json").unlink()
+    code, output = launch(f"--train_json {data} --max_steps 3", source=copy)
+    assert_not_started(code, output, tmp_path, "FAILED   processor", str(copy), "tokenizer.json")
+
+
+@pytest.mark.parametrize("mode", ["", "--no-launch"])
+def test_one_record_of_a_thousand_is_bad(launch, tmp_path, mode):
+    path = write_records(tmp_path / "data", 1000)
+    records = json.loads(path.read_text())
+    records[500]["image"] = "nowhere.png"
+    path.write_text(json.dumps(records))
+    code, output = launch(f"--train_json {path} --max_steps 3 {mode}")
+    assert_not_started(
+        code, output, tmp_path, "FAILED   data", "record 500", "nowhere.png", "1 problems in 1000", "skip"
+    )
+
+
+def test_busy_port_is_replaced(launch, data):
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        two = "--num_processes 2 --gradient_accumulation_steps 1"
+        code, output = launch(f"--train_json {data} --max_steps 3 {two} --master_port {port} --no-launch")
+    assert code == 0 and f"warning  port       {port} is in use" in output, output
+    command = next(line for line in output.splitlines() if "torch.distributed.run" in line)
+    assert f"--master-port {port}" not in command and "--nproc-per-node 2" in command
+
+
+def test_too_little_memory(launch, data, tmp_path):
+    code, output = launch(f"--train_json {data} --max_steps 3 --memory_gib 0.001")
+    assert_not_started(code, output, tmp_path, "FAILED   memory", "0.0 GiB", "--use_lora")
+
+
+def test_disk_full(launch, data, tmp_path):
+    code, output = launch(f"--train_json {data} --max_steps 1000000000 --save_steps 1")
+    assert_not_started(
+        code, output, tmp_path, "FAILED   disk", "1000000000 checkpoints", "GB free", "--save_total_limit"
+    )
+
+
+def test_no_gpu(launch, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # a machine without the driver's tools
+    code, output = launch(f"--train_json {data} --max_steps 3", device=None)
+    assert_not_started(code, output, tmp_path, "FAILED   devices", "no GPU", "--device cpu")
+
+
+def test_both_sharding_options(launch, data, tmp_path):
+    code, output = launch(f"--train_json {data} --max_steps 3 --use_deepspeed True --use_fsdp True")
+    assert_not_started(code, output, tmp_path, "deepspeed", "fsdp")
+
+
+def test_settings_that_contradict_each_other(launch, data, tmp_path):
+    code, output = launch(f"--train_json {data} --max_steps 5 optimizer.lr_warmup_iters=30")
+    assert_not_started(code, output, tmp_path, "FAILED   settings", "warm-up of 30 iterations")
+
+
+def test_all_failures_are_told_at_once(launch, tmp_path):
+    code, output = launch(f"--train_json {tmp_path / 'no.json'} --max_steps 3 --report_to wandb")
+    assert_not_started(
+        code, output, tmp_path, "wandb", f"{tmp_path / 'no.json'} does not exist", "2 of the checks failed"
+    )
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """``driver(*lines)``: a machine whose nvidia-smi prints these."""
+
+    def make(*lines: str) -> None:
+        tool = tmp_path / "bin" / "nvidia-smi"
+        tool.parent.mkdir()
+        tool.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(lines) + "\nEND\n")
+        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return make
+
+
+H100 = "{}, GPU-{}, NVIDIA H100 80GB HBM3, 81559, {}, 9.0"
+OF = dict(device=None, precision="bf16", visible=None, ranks=None, single=False, memory_gib=None)
+
+
+def test_gpus_are_chosen_and_their_free_memory_counts(driver):
+    driver(H100.format(0, "aa", 81000), H100.format(1, "bb", 40000), H100.format(2, "cc", 81000))
+    assert [gpu.uuid for gpu in list_gpus()] == ["GPU-aa", "GPU-bb", "GPU-cc"]
+    report = Report()
+    every = check_devices(report, **OF)
+    assert (every.ranks, every.memory) == (3, 40000 << 20) and report.findings[0].outcome == "warning"
+    two = check_devices(report, **{**OF, "visible": "2,0"})
+    assert (two.names, two.memory) == (("2", "0"), 81000 << 20)
+    assert check_devices(report, **{**OF, "visible": "GPU-bb"}).memory == 40000 << 20
+    assert check_devices(report, **{**OF, "single": True}).names == ("0",)
+    assert check_devices(report, **{**OF, "memory_gib": 24.0}).memory == 24 << 30
+    assert not report.failed
+    assert check_devices(report, **{**OF, "visible": "7"}) is None and "GPUs '7'" in report.failed[-1].text
+    assert check_devices(report, **{**OF, "ranks": 4}) is None and "--num_processes 3" in report.failed[-1].advice
+
+
+def test_bf16_needs_a_gpu_that_has_it(driver):
+    driver("0, GPU-aa, Tesla V100-SXM2-16GB, 16384, 16000, 7.0")
+    report = Report()
+    assert check_devices(report, **OF) is None
+    assert "no bf16" in report.failed[0].text and "--fp16 True" in report.failed[0].advice
+    assert check_devices(report, **{**OF, "precision": "fp16"}).kind == "cuda"

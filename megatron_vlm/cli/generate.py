@@ -15,7 +15,8 @@ def run(argv: Sequence[str]) -> int:
     """Answers and returns the exit code."""
     parser = argparse.ArgumentParser(prog="megatron-vlm generate", description=USAGE)
     add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="Hugging Face model, Megatron weights or a training checkpoint")
+    add("--load", required=True, metavar="DIR", help="Hugging Face model, Megatron weights, a checkpoint or an adapter")
+    add("--base", metavar="DIR", help="the base of an adapter (default: where its files say)")
     add("--family", help="checked against what --load holds")
     add("--prompt", metavar="TEXT", help="a question; <image> marks an image's place, else images come first")
     add("--image", nargs="+", default=[], metavar="FILE", help="images of --prompt, in order")
@@ -44,7 +45,8 @@ def run(argv: Sequence[str]) -> int:
 
     prompt = {"text": args.prompt, "images": args.image, "system": args.system}
     values = {
-        name: getattr(args, name) for name in ("load", "family", "format", "image_root", "out", "limit", "precision")
+        name: getattr(args, name)
+        for name in ("load", "base", "family", "format", "image_root", "out", "limit", "precision")
     }
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")}
     config = GenerateConfig.from_dict(

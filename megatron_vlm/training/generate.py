@@ -36,7 +36,8 @@ class GenerateConfig(Config):
     """What is asked, of which model, and how.
 
     Attributes:
-        load: HF directory or hub id, Megatron weights, or a training checkpoint.
+        load: HF directory or hub id, Megatron weights, a training checkpoint, or an adapter's folder.
+        base: where the base of an adapter is; None: where its files say.
         family: checked against what ``load`` holds.
         prompt: one question, answered on standard output.
         input: files of records, whose last answer is asked for; the one they have is kept as ``reference``.
@@ -52,6 +53,7 @@ class GenerateConfig(Config):
     """
 
     load: str
+    base: str | None = None
     family: str | None = None
     prompt: Prompt | None = None
     input: tuple[str, ...] = ()
@@ -95,7 +97,7 @@ def run_generate(config: GenerateConfig) -> int:
     rank = torch.distributed.get_rank()
     setup_logging(rank)
     with together(device):
-        source = open_source(config.load, config.family)
+        source = open_source(config.load, config.family, config.base)
     with source:
         text = source.config.text
         topology = build_topology(config.parallel, num_layers=text.num_layers, device=device)

@@ -182,19 +182,18 @@ def _quantization(
     """What ``hf2mg --quantize`` asks for."""
     if format is None:
         return None
-    settings: dict[str, Any] = dict(format=format, double_quant=double_quant, groups=groups)
-    if dtype is None:
-        from megatron_vlm.peft.select import quantised_names
+    settings = dict(format=format, double_quant=double_quant, groups=groups, dtype=dtype or "bf16")
+    quantization = Quantization.from_dict(settings, "--quantize")
+    if dtype is not None:
+        return quantization
+    from megatron_vlm.peft.select import quantised_names
 
-        own = {source.infos[name].dtype for name in quantised_names(source.mapping, source.infos, groups)}
-        names = [name for name, known in PARAMS_DTYPES.items() if {known} == own]
-        if not names:
-            stored = ", ".join(sorted(str(item).removeprefix("torch.") for item in own)) or "none"
-            raise ConfigError(
-                f"--quantize: the linears are of dtype {stored}; say with --dtype what the run computes in"
-            )
-        dtype = names[0]
-    return Quantization.from_dict({**settings, "dtype": dtype}, "--quantize")
+    own = {source.infos[name].dtype for name in quantised_names(source.mapping, source.infos, groups)}
+    names = [name for name, known in PARAMS_DTYPES.items() if {known} == own]
+    if not names:
+        stored = ", ".join(sorted(str(item).removeprefix("torch.") for item in own)) or "none"
+        raise ConfigError(f"--quantize: the linears are of dtype {stored}; say with --dtype what the run computes in")
+    return Quantization.from_dict({**settings, "dtype": names[0]}, "--quantize")
 
 
 def mg2hf(
@@ -240,13 +239,17 @@ def mg2hf(
 def _open_for(
     load: str | os.PathLike, family: str | None, base: str | os.PathLike | None, adapter_only: bool
 ) -> WeightSource:
-    """Opens what is converted; for an adapter alone with the base it was trained on, where that is still there."""
+    """Opens what is converted; for an adapter alone with the base it was trained on, where that is still there, in full."""
     if not adapter_only or base is None:
         return open_source(load, family, base)
     try:
-        return open_source(load, family)
+        source = open_source(load, family)
     except MegatronVLMError:
         return open_source(load, family, base)
+    if source.quantization is None or not Path(base).is_dir():
+        return source
+    source.close()
+    return open_source(load, family, base)
 
 
 def merge(

@@ -397,6 +397,24 @@ def test_base_in_4_bits(tmp_path):
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
 
 
+def test_base_stored_in_4_bits(tmp_path):
+    """What was trained on stored NF4 is exported, and merged into the full weights, of the model that these were made from."""
+    write_tiny_internlm2(make(tmp_path / "base"))
+    hf2mg(tmp_path / "base", tmp_path / "nf4", quantize="nf4", tp=2)
+    run = checkpoint(tmp_path / "run", tmp_path / "nf4", tp=2, target_modules=("wqkv", "w2"), r=4, alpha=8.0)
+    with pytest.raises(ConversionError, match="holds linears in 4 bits"):
+        mg2hf(run, tmp_path / "no", merge=True)
+    mg2hf(run, tmp_path / "merged", merge=True, base=tmp_path / "base")
+    mg2hf(run, tmp_path / "adapter", adapter_only=True, base=tmp_path / "base")
+    expected = merged(load_file(tmp_path / "base" / "model.safetensors"), *adapter_of(tmp_path / "adapter"))
+    assert_same(load_file(tmp_path / "merged" / "model.safetensors"), expected)
+    mg2hf(run, tmp_path / "named", adapter_only=True, base="someone/internlm2")
+    assert adapter_of(tmp_path / "named")[0]["base_model_name_or_path"] == "someone/internlm2"
+    with open_source(tmp_path / "nf4") as nf4:
+        base, config, _ = continued(PeftConfig(adapter=str(tmp_path / "adapter"), quantize="nf4"), nf4)
+    assert base is nf4 and config.target_modules == ("w2", "wqkv")
+
+
 def test_base_that_moved_or_changed(tmp_path):
     write_tiny_internlm2(make(tmp_path / "base"))
     write_tiny_internlm2(make(tmp_path / "other"), seed=7)

@@ -94,14 +94,16 @@ def hf_infos(mapping: Mapping, infos: Dict[str, TensorInfo]) -> dict[str, Tensor
     }
 
 
-def renamed(adapter: Adapter, old: Mapping, new: Mapping, read: Callable[[str], Tensor]) -> Adapter:
+def renamed(
+    adapter: Adapter, old: Mapping, new: Mapping, infos: Dict[str, TensorInfo], read: Callable[[str], Tensor]
+) -> Adapter:
     """The same adapter under the names of another layout of the model.
 
     Args:
         adapter: under the names of ``old``.
         old, new: maps of the same full tensors.
-        read: reads a full tensor of the base by its own name; called for those trained in part only, and for the numbers of
-            rows of adapted ones.
+        infos: of the base's full tensors, by their own names.
+        read: reads one of them; called for those with parts that were trained in full.
     """
     pairs: dict[str, Pair] = {}
     full: dict[str, Tensor] = {}
@@ -113,12 +115,11 @@ def renamed(adapter: Adapter, old: Mapping, new: Mapping, read: Callable[[str], 
             pairs |= {n: adapter.pairs[n] for n in [name.removesuffix(WEIGHT)] if n in adapter.pairs}
             full |= {n: adapter.full[n] for n in [name] if n in adapter.full}
         elif adapter.touches(before):
-            base = read(entry.name)
             if any(name in adapter.full for name in before.hf):
-                parts = zip(before.hf, before.from_full(base), strict=True)
+                parts = zip(before.hf, before.from_full(read(entry.name)), strict=True)
                 whole = before.to_full([adapter.full.get(name, part) for name, part in parts])
                 full |= dict(zip(entry.hf, entry.from_full(whole), strict=True))
-            pairs |= _moved(adapter.pairs, before, entry, base.shape[0])
+            pairs |= _moved(adapter.pairs, before, entry, infos[entry.name].shape[0])
     return replace(adapter, pairs=pairs, full=full)
 
 

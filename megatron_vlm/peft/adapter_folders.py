@@ -131,7 +131,7 @@ def check_base(adapter: Adapter, source: WeightSource, mapping: Mapping, what: P
                     f"{what} holds a copy of the base's {name}, which differs from that of {source.hf_dir}: it was trained on "
                     "another base, or with other rows of added tokens"
                 )
-    if adapter.mark is None:
+    if adapter.mark is None or source.quantization is not None:
         return
     apart = marks_apart(adapter.mark, base_mark(source.infos, source.read))
     if apart:

@@ -65,12 +65,13 @@ def export_adapter(
     names, mapping, export = _layout(source, layout)
     adapter = source.adapter
     if names != source.layout:
-        adapter = renamed(adapter, source.named, mapping, source.base.read)
+        adapter = renamed(adapter, source.named, mapping, source.base.infos, source.base.read)
     name = _base_name(source, names, base)
     parts = export.adapters if export is not None else None
     if base is not None and Path(base).is_dir() and parts is None:
         adapter = _with_added_rows(adapter, source, mapping, Path(base))
-    adapter = _cast(dataclasses.replace(adapter, mark=base_mark(source.base.infos, source.base.read), base=name), dtype)
+    mark = base_mark(source.base.infos, source.base.read) if source.quantization is None else None
+    adapter = _cast(dataclasses.replace(adapter, mark=mark, base=name), dtype)
     with atomic_directory(out) as directory, tempfile.TemporaryDirectory(prefix="megatron_vlm_") as work:
         files = Path(work)
         if export is None:

@@ -1,6 +1,7 @@
 """Reads the export with plain transformers, generates an answer for every held-out scan, and prints it beside controls.
 
-The only step that opens the held-out scans. Writes OUT/loss.png, OUT/predictions.png and OUT/results.json.
+The only step that opens the held-out scans. Writes OUT/loss.png, OUT/predictions.png and OUT/results.json. With --adapter,
+PEFT puts the adapter on its base, and its answers must be those of the merged export, or the exit code is 1.
 """
 
 import argparse
@@ -23,10 +24,19 @@ BATCH = 60
 GRID = (6, 12)
 
 
-def answers(model_dir: Path, images: list[Image.Image]) -> list[str]:
+def load(folder: Path) -> torch.nn.Module:
+    """Returns the model of an export, or PEFT's of an adapter on the base that it names."""
+    if (folder / "adapter_config.json").exists():
+        from peft import AutoPeftModel
+
+        return AutoPeftModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return Idefics2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def answers(folder: Path, images: list[Image.Image]) -> list[str]:
     """Returns the model's greedy answer to the question for each image."""
-    processor = AutoProcessor.from_pretrained(model_dir)
-    model = Idefics2ForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    model = load(folder)
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
     texts = []
@@ -91,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="exported HF checkpoint")
     parser.add_argument("--blind-model", type=Path, help="export of the same recipe trained on one grey picture")
+    parser.add_argument("--adapter", type=Path, help="PEFT adapter that the export was merged from")
     parser.add_argument("--digits", type=Path, required=True, help="folder that make_digits.py wrote")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.jsonl of the run")
     parser.add_argument("--out", type=Path, required=True)
@@ -101,6 +112,7 @@ def main() -> None:
     majority = Counter(item["conversations"][1]["value"] for item in train).most_common(1)[0][0]
     images = [Image.open(args.digits / item["image"]).convert("RGB") for item in heldout]
     given = answers(args.model, images)
+    adapted = answers(args.adapter, images) if args.adapter else given
     grey = [BLIND] * len(images)
     results = {
         "this model": exact(given, truth),
@@ -108,6 +120,8 @@ def main() -> None:
         "blind: this model shown a grey picture": exact(answers(args.model, grey), truth),
         "logistic regression on pixels": pixel_baseline(),
     }
+    if args.adapter:
+        results["the adapter on its base, by PEFT"] = exact(adapted, truth)
     if args.blind_model:
         results["blind: trained and shown grey pictures"] = exact(answers(args.blind_model, grey), truth)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -118,6 +132,11 @@ def main() -> None:
     for name, value in results.items():
         print(f"  {name:<40} {value:6.1%}")
     print(f"pictures: {args.out / 'loss.png'}, {args.out / 'predictions.png'}")
+    differing = sum(a != b for a, b in zip(adapted, given, strict=True))
+    if differing:
+        raise SystemExit(
+            f"the adapter on its base answers {differing} of {len(truth)} scans otherwise than the merged export"
+        )
 
 
 if __name__ == "__main__":

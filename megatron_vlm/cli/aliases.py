@@ -28,11 +28,9 @@ VALUES = _inverted(
         "data.shortest_edge": "shortest-edge",
         "data.max_image_num": "max-image-num",
         "data.hd_num": "hd-num",
-        "data.dynamic_image_size": "dynamic-image-size use-tiling",
         "data.min_dynamic_patch": "min-dynamic-patch",
         "data.max_dynamic_patch": "max-dynamic-patch max-num-tiles",
-        "data.use_thumbnail": "use-thumbnail",
-        "data.template": "conv-style tokenizer-prompt-format",
+        "data.template": "conv-style",
         "data.num_workers": "num-workers dataloader-num-workers",
         "data.prefetch_mb": "prefetch-mb",
         "data.max_patches_per_row": "max-patches-per-row",
@@ -89,6 +87,7 @@ VALUES = _inverted(
         "checkpoint.save_epochs": "save-epochs",
         "checkpoint.ckpt_step": "ckpt-step",
         "checkpoint.keep_last": "keep-last",
+        "checkpoint.base": "base",
         # logging
         "logging.log_interval": "log-interval logging-steps",
         "logging.tensorboard_dir": "tensorboard-dir logging-dir",
@@ -157,6 +156,8 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(
         ("freeze-connector", "freeze-perceiver", "freeze-mlp", "fix-sampler"), ("model.freeze_connector", True)
     ),
+    **dict.fromkeys(("dynamic-image-size", "use-tiling"), ("data.dynamic_image_size", True)),
+    "use-thumbnail": ("data.use_thumbnail", True),
     "answer-loss-only": ("data.answer_loss_only", True),
     "allow-data-change": ("data.allow_data_change", True),
     "group-by-modality-length": ("data.group_by", "modality"),
@@ -201,7 +202,8 @@ _IGNORED = {
     "padding rows of the vocabulary never train and are not exported; convert hf2mg takes it": "extra-vocab-size",
     "tokenizer and processor come with the checkpoint": """
         tokenizer-type tokenizer-model tokenizer-name-or-path tokenizer-path patch-tokenizer-type vocab-file merge-file
-        vocab-extra-ids image-processor-path use-fast-tokenizer prompt-path""",
+        vocab-extra-ids image-processor-path use-fast-tokenizer prompt-path
+        tokenizer-prompt-format""",
     "attention and fused kernels are picked by device and dtype": """
         use-flash-attn attention-backend attention-softmax-in-fp32 no-masked-softmax-fusion no-bias-gelu-fusion
         no-bias-swiglu-fusion no-bias-dropout-fusion bias-gelu-fusion no-gradient-accumulation-fusion no-rope-fusion

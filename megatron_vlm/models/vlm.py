@@ -9,10 +9,12 @@ The first stage owns tower and connector. Towers and connectors are given by the
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
@@ -131,7 +133,7 @@ class VisionLanguageModel(MegatronModule):
             patches, counts = vision(batch.pixels)
         if self.recompute_connector and self.training and _trains(self):
             # Non-reentrant: a frozen tower gives an input without gradient, which a reentrant one would answer with zeros.
-            return checkpoint(connector, patches, counts, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(connector, patches, counts, use_reentrant=False, context_fn=_same_numbers)
         return connector(patches, counts)
 
     def _hidden(self, batch: VLMBatch, row: RowParams | None = None) -> Tensor:
@@ -257,6 +259,26 @@ def global_parameters(chunks: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
         for name, parameter in global_named_parameters(chunk)
         if not getattr(parameter, "tied_copy", False)
     }
+
+
+def _same_numbers() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of a forward pass and of its recomputation, which draws the same from megatron-core's generator of the rank.
+
+    torch's checkpoint takes care of the default generator.
+    """
+    tracker = get_cuda_rng_tracker()
+    before = tracker.get_states()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        now = tracker.get_states()
+        tracker.set_states(dict(before))
+        try:
+            yield
+        finally:
+            tracker.set_states(now)
+
+    return nullcontext(), again()
 
 
 def _trains(module: nn.Module) -> bool:

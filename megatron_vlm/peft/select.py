@@ -140,8 +140,8 @@ def _ends_with(module: str, name: str) -> bool:
 
 
 def _lies_under(tensor: str, name: str) -> bool:
-    """A tensor belongs to a module called ``name``, or to one beneath it."""
-    return f".{name}." in f".{tensor.replace('/', '.')}"
+    """A tensor belongs to a module called ``name``, or to one beneath it; one beside all modules is named itself."""
+    return tensor == name or f".{name}." in f".{tensor.replace('/', '.')}"
 
 
 def _saved(modules: _Modules, wanted: Sequence[str]) -> tuple[str, ...]:

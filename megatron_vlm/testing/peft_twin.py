@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.testing.parity import hf_inputs, hf_reference
+from megatron_vlm.testing.parity import adapted_plan, hf_inputs, hf_reference
 
 _WORDS = {"alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
 
@@ -28,6 +28,17 @@ def peft_twin(model: Any, settings: dict[str, Any], seed: int = 0) -> tuple[Any,
             parameter.data.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
             tensors[our_name(name)] = parameter.detach().clone()
     return wrapped.eval(), tensors
+
+
+def random_pairs(source: Any, settings: dict[str, Any], seed: int = 1, std: float = 0.05) -> dict[str, Tensor]:
+    """Every A and B of a section ``peft`` by the names in PEFT's files, drawn: B = 0 would hide mistakes in A."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for target in adapted_plan(source, settings).targets:
+        name = f"base_model.model.{target.hf_module}.lora_"
+        tensors[f"{name}A.weight"] = std * torch.randn(target.r, target.inputs, generator=generator)
+        tensors[f"{name}B.weight"] = std * torch.randn(target.shape[0], target.r, generator=generator)
+    return tensors
 
 
 def our_name(name: str) -> str:

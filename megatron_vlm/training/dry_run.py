@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import yaml
 
 from megatron_vlm.conversion.source import open_source
+from megatron_vlm.peft.merge import continued
 from megatron_vlm.training.memory import RowShape, StageMemory, estimate, in_columns, table
 from megatron_vlm.training.run_config import RunConfig
 
@@ -26,6 +27,8 @@ def dry_run(config: RunConfig) -> str:
     dp = config.check_world(world)
     with open_source(str(config.checkpoint.load), config.model.family) as source:
         spec, model_config = source.spec, source.config
+        if config.peft.adapter is not None:
+            config = config.replace(peft=continued(config.peft, source)[1])
     config.check_model(model_config)
     device_kind = training.device or "cuda"
     row = RowShape.expected(config, model_config)

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.testing.layouts import Case, LayoutCheck, whole_matrix
-from megatron_vlm.testing.parity import adapted_mapping, random_samples
+from megatron_vlm.testing.parity import random_samples
+from megatron_vlm.testing.peft_twin import random_pairs
 from megatron_vlm.testing.twins import write_tiny_idefics2
 
 TEXT_ONLY_FIRST = [[([], 23)], [([(40, 50)], 14), ([], 9)], [([(24, 48), (16, 16)], 7)], [([], 17)]]
@@ -73,23 +73,6 @@ def checks(tmp_path_factory):
     return make
 
 
-def random_pairs(source, settings):
-    """Every A and B by PEFT's names: B = 0 would hide mistakes in A."""
-    generator = torch.Generator().manual_seed(1)
-    mapping = adapted_mapping(source, settings, 1)
-    sizes = {}
-    for entry in mapping:
-        if ".lora." in entry.name:
-            linear = source.infos[entry.name.partition(".lora.")[0] + ".weight"]
-            base = source.entries[entry.name.partition(".lora.")[0] + ".weight"]
-            module = entry.hf[0].split(".")[-3]
-            part = next(i for i, hf in enumerate(base.hf) if hf.split(".")[-2] == module)
-            rows, inputs = base.from_full(linear.meta())[part].shape
-            r = settings.get("r", 8)
-            sizes[entry.hf[0]] = (r, inputs) if entry.name.endswith(".a") else (rows, r)
-    return {name: 0.05 * torch.randn(size, generator=generator) for name, size in sizes.items()}
-
-
 PAIRWISE = [
     Case(tp=2, dp=2, sp=True, do=True, overlap=True, updates=3),
     Case(tp=2, pp=2, vp=1, recompute=True, updates=2),
@@ -101,9 +84,15 @@ PAIRWISE = [
     Case(tp=2, pp=2, sp=True, recompute=True, twin="nf4", updates=2),
     Case(pp=2, dp=2, overlap=True, recompute=True, twin="tower", updates=2),
 ]
+OTHERS = [
+    dict(tp=4, sp=True, recompute=True),
+    dict(tp=2, dp=2, do=True, overlap=True),
+    dict(tp=2, pp=2, vp=1, sp=True, recompute=True),
+    dict(pp=4),
+]
 WHOLE = [
     *whole_matrix(recomputes=(False, True)),
-    *(case for name in TWINS if name for case in whole_matrix(name, recomputes=(True,))),
+    *(Case(twin=name, **layout) for name in TWINS if name for layout in OTHERS),
 ]
 
 

@@ -180,3 +180,19 @@ def test_a_run_goes_on_from_an_adapter_of_peft(command, place):
         ours |= {f"base_model.model.{name}": tensor for name, tensor in source.adapter.full.items()}
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
+def test_adapters_are_fp32_over_a_16_bit_base(command, place, trained):
+    """As PEFT's are; modules trained in full keep the base's dtype and have fp32 main parameters beside it."""
+    more = "--train-iters 2 --bf16 --use-distributed-optimizer"
+    run(command("bf16", f"{PEFT} peft.dropout=0.1 {more}"), dp=2)
+    with RankFiles(place / "bf16" / "iter_0000002") as files:
+        for name in files.names():
+            pair = ".lora." in name
+            assert files.info(name).dtype == (torch.float32 if pair else torch.bfloat16), name
+            assert files.has(name, "param") == (not pair) and files.info(name, "exp_avg").dtype == torch.float32
+        again = command("bf16_on", f"{PEFT} peft.dropout=0.1 {more.replace('2', '3', 1)}", place / "bf16")
+    run(again, dp=2)
+    whole, resumed = metrics_of(trained), metrics_of(place / "bf16") + metrics_of(place / "bf16_on")
+    for exact, coarse in zip(whole, resumed, strict=False):
+        assert coarse["loss"] == pytest.approx(exact["loss"], rel=0.05)

@@ -22,6 +22,7 @@ from megatron_vlm.errors import DataError
 
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#edc948")
 _THUMBNAIL = 320
+_GAP = (128, 128, 128)  # between tiles
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222;background:#fafafa}
 h1{font-size:1.4em}h2{font-size:1.1em;margin:2em 0 .4em}h3{font-size:1em;margin:0 0 .4em}
@@ -62,7 +63,7 @@ def preview_page(opened: OpenedData, processor: Processor, config: DataConfig, *
         f"<h1>{html.escape(sources)}</h1><p>{len(opened.dataset):,} samples; here the first {shown} of an epoch, as {number} "
         f'{kind}. <span class="s">Supervised tokens</span> are what the loss is taken on; <span class="i">image tokens</span> '
         "are replaced by image features. A dashed frame is an image as it is stored, the frames beside it are what the tower "
-        "gets of the sample.</p>"
+        "gets of the sample, tiles apart.</p>"
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data preview</title><style>{_STYLE}</style>'
@@ -119,7 +120,7 @@ def _sample(
     figures = [
         _figure(image, f"{name}, {image.width} x {image.height}", "own") for image, name in zip(stored, raw.image_names)
     ]
-    figures += [_figure(_picture(p, processor), f"{p.shape[2]} x {p.shape[1]}", "") for p in sample.pixels]
+    figures += [_figure(*_picture(pixels, processor), "") for pixels in sample.pixels]
     return (
         f'<h3>{html.escape(sample.key)}</h3><p class="counts">{where}: {counts}</p>'
         f'<div class="images">{"".join(figures)}</div><div class="text">{_text(sample, processor)}</div>'
@@ -144,12 +145,24 @@ def _text(sample: EncodedSample, processor: Processor) -> str:
     return "".join(parts)
 
 
-def _picture(pixels: Tensor, processor: Processor) -> Image.Image:
-    """Takes normalisation back: float32 [C, H, W] -> an RGB image."""
+def _picture(pixels: Tensor, processor: Processor) -> tuple[Image.Image, str]:
+    """Takes normalisation back: float32 [C, H, W] -> an RGB image, its tiles apart, and its caption."""
     mean = np.array(processor.mean, dtype=np.float32)[:, None, None]
     std = np.array(processor.std, dtype=np.float32)[:, None, None]
     values = ((pixels.numpy() * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
-    return Image.fromarray(values.transpose(1, 2, 0))
+    image = Image.fromarray(values.transpose(1, 2, 0))
+    side, across = processor.tiles(pixels)
+    if not side:
+        return image, f"{image.width} x {image.height}"
+    columns, number = image.width // side, image.width // side * (image.height // side)
+    gap = max(1, side // 24)
+    size = (across * (side + gap) + gap, -(-number // across) * (side + gap) + gap)
+    sheet = Image.new("RGB", size, _GAP)
+    for index in range(number):
+        left, top = index % columns * side, index // columns * side
+        place = index % across * (side + gap) + gap, index // across * (side + gap) + gap
+        sheet.paste(image.crop((left, top, left + side, top + side)), place)
+    return sheet, f"{number} {'tile' if number == 1 else 'tiles'} of {side} x {side}"
 
 
 def _figure(image: Image.Image, caption: str, kind: str) -> str:

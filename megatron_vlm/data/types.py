@@ -166,6 +166,9 @@ class Processor(Protocol):
     def fingerprint(self) -> str:
         """Hex digest of everything that changes token ids, labels or counts (tokenizer files, sizes, template, policy)."""
 
+    def tiles(self, pixels: Tensor) -> tuple[int, int]:
+        """How to show [C, H, W] that the tower gets in tiles: (side of one, tiles in a row); (0, 0): it gets them whole."""
+
     def count(
         self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any] = NO_OPTIONS
     ) -> TokenCount:

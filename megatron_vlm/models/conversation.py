@@ -76,6 +76,10 @@ class ConversationProcessor:
         """Pixels of an upright RGB image, float32 [3, H, W] each; ``draw`` where it is augmented."""
         raise NotImplementedError
 
+    def tiles(self, pixels: Tensor) -> tuple[int, int]:
+        """See data.types.Processor."""
+        return 0, 0
+
     # ---- what they share ----
 
     @cached_property

@@ -143,6 +143,9 @@ class InternVL3Processor(ConversationProcessor):
             for size, most in zip(sizes, self.limits(turns, options))
         ]
 
+    def tiles(self, pixels: torch.Tensor) -> tuple[int, int]:
+        return self.side, min(4, pixels.shape[1] // self.side)
+
     def patches(self, plan: TilePlan) -> int:
         return plan[1] * self.tile_patches
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class XComposer2Processor(ConversationProcessor):
         hd_num: most tiles of an image in the 4khd variant; 0 in the others.
         open_id, close_id, bos_token_id, eos_token_id: ids of the prompt.
         control_tokens: no turn may hold their text.
+        mean, std: normalisation, per channel.
     """
 
     model: XComposer2Config
@@ -55,6 +56,8 @@ class XComposer2Processor(ConversationProcessor):
     bos_token_id: int
     eos_token_id: int
     control_tokens: tuple[str, ...]
+    mean: ClassVar[tuple[float, ...]] = CLIP_MEAN
+    std: ClassVar[tuple[float, ...]] = CLIP_STD
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "XComposer2Processor":
@@ -94,13 +97,17 @@ class XComposer2Processor(ConversationProcessor):
 
     @cached_property
     def _table(self) -> np.ndarray:
-        return normalise_table(1 / 255, CLIP_MEAN, CLIP_STD)
+        return normalise_table(1 / 255, self.mean, self.std)
 
     def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
         return "control_tokens" if any(t in turn.text for turn in turns for t in self.control_tokens) else ""
 
     def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> list[Size]:
         return [self.grid(size) for size in sizes]
+
+    def tiles(self, pixels: torch.Tensor) -> tuple[int, int]:
+        side = self.model.vision.image_size
+        return (side, pixels.shape[2] // side) if self.hd_num else (0, 0)
 
     def patches(self, plan: Size) -> int:
         return (plan[0] * plan[1] + 1 if self.hd_num else 1) * self.model.vision.side**2

@@ -160,10 +160,10 @@ def training_speed(args: argparse.Namespace, device: torch.device) -> None:
         loss = train_step(chunks, optimizer, rows, topology).loss
         seconds.append(clock(device) - start)
     step = statistics.median(seconds[args.warm_up :])
-    images = [image // config.vision.patch_size] * sum(len(row.pixels) for row in rows)
+    images = [(3, image, image)] * sum(len(row.pixels) for row in rows)
     segments = [n for row in rows for n in row.cu_seqlens.diff().tolist()]
     supervised = sum(row.num_supervised for row in rows)
-    flops = forward_flops(config, patches=[n * n for n in images], segments=segments, supervised=supervised)
+    flops = forward_flops(config, images=images, segments=segments, supervised=supervised)
     speed = flops.training() / step / 1e12
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = next((value for key, value in PEAKS.items() if key in name), None)

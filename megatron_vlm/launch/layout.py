@@ -198,6 +198,6 @@ def _nothing_fits(config: RunConfig, refused: Sequence[Layout], gpus: int, limit
         "constant": "use GPUs with more memory",
     }[most.largest]
     return (
-        f"nothing fits {gpus} GPU{'s' if gpus > 1 else ''} of {limit / GIB:.1f} GiB: the least, {least.name}, needs "
+        f"nothing fits {gpus} GPU{'s' if gpus > 1 else ''} of {limit / GIB:.1f} GiB: the least, {least.name}, needs at least "
         f"{least.need / GIB:.1f} GiB, of which {most.largest} {getattr(most, most.largest) / GIB:.1f}. Use more GPUs, or {advice}"
     )

@@ -85,6 +85,30 @@ def run_distributed(
     return _pool().run(world, fn, args, kwargs, timeout)
 
 
+def run_alone(fn: Callable[..., Any], *args: Any, timeout: float = 120) -> Any:
+    """Runs ``fn(*args)`` in a process without a process group, the CPU seams of megatron-core installed.
+
+    Raises:
+        RankError: it raised, died, or was not done in time.
+    """
+    mine, theirs = multiprocessing.Pipe(duplex=False)
+    where = (fn.__module__, str(sys.modules[fn.__module__].__file__), fn.__qualname__, sys.path)
+    process = forkserver().Process(target=_alone, args=(theirs, where, pickle.dumps((args, {}))), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        good, answer = pickle.loads(mine.recv_bytes()) if mine.poll(timeout) else (False, f"no answer in {timeout:g} s")
+    except EOFError:
+        good, answer = False, "died"
+    finally:
+        process.kill()
+        process.join()
+        mine.close()
+    if not good:
+        raise RankError(f"a process alone failed: {answer}", (0,))
+    return answer
+
+
 @functools.cache
 def _pool() -> "_Pool":
     return _Pool()
@@ -267,6 +291,18 @@ def _work(rank: int, connection: Connection, log: str) -> None:
         connection.send_bytes(answer)
         if group is None:
             _leave()
+
+
+def _alone(connection: Connection, where: tuple[str, str, str, list[str]], arguments: bytes) -> None:
+    from megatron_vlm.parallel import cpu
+
+    cpu.install()
+    _reset_torch()
+    try:
+        answer = pickle.dumps((True, _call(where, arguments)))
+    except BaseException:
+        answer = pickle.dumps((False, traceback.format_exc()))
+    connection.send_bytes(answer)
 
 
 def _call(where: tuple[str, str, str, list[str]], arguments: bytes) -> Any:

@@ -1,6 +1,6 @@
-"""Floating point operations of an Idefics2 step, for MFU: real tokens and the tower counted, padding and recompute not.
+"""Floating point operations of a step of any family, for MFU: real tokens and the tower counted, padding and recompute not.
 
-    images (patches each) --> tower, connector --> + segments (tokens each) --> decoder --> + supervised tokens --> head
+    images (sizes) --> tower, connector --> + segments (tokens each) --> decoder --> + supervised tokens --> head
 
 Matrix products and attention only, two operations per multiply-add, as torch's FlopCounterMode counts; a test holds the
 two equal. Model FLOPs utilisation is ``training(...) / step_seconds / peak``: what recomputing does twice counts once.
@@ -8,8 +8,9 @@ two equal. Model FLOPs utilisation is ``training(...) / step_seconds / peak``: w
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_vlm.models.idefics2.config import Idefics2ModelConfig
+from megatron_vlm.models.image_cost import ImageCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,9 @@ class Flops:
 
 
 def forward_flops(
-    config: Idefics2ModelConfig,
+    config: Any,
     *,
-    patches: Sequence[int],
+    images: Sequence[tuple[int, int, int]] = (),
     segments: Sequence[int],
     supervised: int,
     causal_half: bool = True,
@@ -51,35 +52,43 @@ def forward_flops(
     """Counts one forward pass.
 
     Args:
-        config: the model.
-        patches: patches of each image.
+        config: the model's configuration, of any family.
+        images: [C, H, W] of each image as the tower gets it (InternVL: a column of tiles).
         segments: tokens of each sample (a packed row attends within samples only).
         supervised: positions that the head is computed on.
         causal_half: count the half of the score matrix that causal attention needs; False: all of it.
     """
-    vision, perceiver, text = config.vision, config.perceiver, config.text
-    total, squares = sum(patches), sum(p * p for p in patches)
-    h, hv = text.hidden_size, vision.hidden_size
-    tower = 2 * total * vision.num_channels * vision.patch_size**2 * hv + vision.num_layers * (
-        total * (8 * hv**2 + 4 * hv * vision.ffn_hidden_size) + 4 * squares * hv
-    )
-    n, images = perceiver.num_latents, len(patches)
-    q, kv = perceiver.num_attention_heads * perceiver.head_dim, perceiver.num_query_groups * perceiver.head_dim
-    keys = total + n * images
-    connector = 2 * total * (2 * hv * text.ffn_hidden_size + text.ffn_hidden_size * h) + perceiver.depth * (
-        2 * n * images * h * q  # queries
-        + 4 * keys * h * kv  # keys and values
-        + 4 * n * keys * q  # scores and their product with the values
-        + 2 * n * images * q * h  # output projection
-        + 24 * n * images * h**2  # gated MLP of width 4 h
-    )
-    q, kv = text.num_attention_heads * text.head_dim, text.num_query_groups * text.head_dim
+    text, tokens = config.text, sum(segments)
+    costs = [config.image_cost(image) for image in images]
+    h, q, kv = text.hidden_size, text.num_attention_heads * text.head_dim, text.num_query_groups * text.head_dim
     window = text.sliding_window or max(segments, default=0)
     pairs = sum(_causal_pairs(s, window) if causal_half else s * s for s in segments)
-    tokens = sum(segments)
     decoder = text.num_layers * (2 * tokens * (2 * h * q + 2 * h * kv + 3 * h * text.ffn_hidden_size) + 4 * pairs * q)
-    head = 2 * supervised * h * text.vocab_size
-    return Flops(vision=tower, connector=connector, llm=decoder + head)
+    branches = text.num_layers * _branches(config, tokens)
+    return Flops(
+        vision=_tower(config.vision, costs) if costs else 0.0,
+        connector=sum(cost.connector for cost in costs),
+        llm=decoder + branches + 2 * supervised * h * text.vocab_size,
+    )
+
+
+def _tower(vision: Any, costs: Sequence[ImageCost]) -> float:
+    """Patch embedding, and the layers that run: attention over all of a segment and a plain MLP of two linears."""
+    h, layers = vision.hidden_size, getattr(vision, "num_run_layers", vision.num_layers)
+    segments = [tokens for cost in costs for tokens in cost.segments]
+    embedding = 2 * sum(cost.patches for cost in costs) * vision.num_channels * vision.patch_size**2 * h
+    linears = sum(segments) * (8 * h**2 + 4 * h * vision.ffn_hidden_size)
+    return embedding + layers * (linears + 4 * sum(n * n for n in segments) * h)
+
+
+def _branches(config: Any, tokens: int) -> float:
+    """Partial LoRA of a layer (InternLM-XComposer2): every token goes through the branches, then the mask."""
+    rank = getattr(config, "plora_rank", 0)
+    text = config.text
+    h, f, q = text.hidden_size, text.ffn_hidden_size, text.num_attention_heads * text.head_dim
+    kv = text.num_query_groups * text.head_dim
+    qkv, projection, gate_up, down = h + q + 2 * kv, q + h, 2 * h + 2 * f, f + h
+    return 2.0 * tokens * rank * (qkv + projection + gate_up + down)
 
 
 def _causal_pairs(length: int, window: int) -> float:

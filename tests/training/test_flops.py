@@ -4,8 +4,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vlm.models.idefics2.config import Idefics2ModelConfig
+from megatron_vlm.testing import shapes
+from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins import tiny_idefics2_config, tiny_tokenizer
 from megatron_vlm.training.flops import Flops, _causal_pairs, forward_flops
+
+# Of the small shapes: one of two sizes, columns of tiles, a grid of them, none.
+IMAGES: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "idefics2": ((3, 84, 112), (3, 70, 42)),
+    "internvl3": ((3, 3 * 112, 112), (3, 112, 112)),
+    "llava_internlm2": ((3, 112, 112),),
+    "xcomposer2": ((3, 112, 2 * 112),),
+    "internlm2": (),
+}
 
 
 def test_equal_to_torchs_count():
@@ -23,8 +34,37 @@ def test_equal_to_torchs_count():
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, pixel_values=pixels)
     config = Idefics2ModelConfig.from_hf(hf_config.to_dict())
-    counted = forward_flops(config, patches=[35, 35], segments=[40], supervised=40, causal_half=False)
+    counted = forward_flops(config, images=[(3, 40, 56)] * 2, segments=[40], supervised=40, causal_half=False)
     assert counter.get_total_flops() == counted.forward
+
+
+def counted_by_torch(family: str) -> tuple[float, float]:
+    """(operations of our formula, of torch's counter) of a forward pass of our own model, without data."""
+    from megatron_vlm.models import registry
+    from megatron_vlm.models.vlm import ModelOptions, build_model
+    from megatron_vlm.parallel.rng import seed_step
+    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+    from megatron_vlm.training.memory import RowShape, make_batch
+    from megatron_vlm.training.memory_trace import Meter
+
+    config = shapes.small()[family]
+    topology = build_topology(ParallelConfig(), num_layers=config.text.num_layers, device=torch.device("cpu"))
+    seed_step(topology, 0, 0)
+    row = RowShape(segments=(200,), images=IMAGES[family])
+    with torch.device("meta"):
+        options = ModelOptions(make_vocab_size_divisible_by=1)
+        (chunk,) = build_model(registry.get(family), config, topology, options)
+    chunk.train()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Meter(), FlopCounterMode(display=False) as counter:
+        chunk(make_batch(row, 200, config, pixels=True))
+    ours = forward_flops(config, images=row.images, segments=row.segments, supervised=200, causal_half=False)
+    return ours.forward, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_every_family_equals_torchs_count(family):
+    ((ours, theirs),) = run_distributed(counted_by_torch, family)
+    assert ours == theirs
 
 
 def test_frozen_groups():
@@ -43,6 +83,6 @@ def test_sliding_window(length, window, pairs):
 
 def test_packing_counts_samples_apart():
     config = Idefics2ModelConfig.from_hf(tiny_idefics2_config(tiny_tokenizer()).to_dict())
-    one = forward_flops(config, patches=[], segments=[64], supervised=0)
-    two = forward_flops(config, patches=[], segments=[32, 32], supervised=0)
+    one = forward_flops(config, segments=[64], supervised=0)
+    two = forward_flops(config, segments=[32, 32], supervised=0)
     assert two.llm < one.llm

@@ -1,0 +1,160 @@
+"""Memory in use: the peak of tensors over real training steps, to hold the estimate of training/memory.py against.
+
+Case --measured: real model of random weights, optimizer, two steps on each rank--> peak of each stage
+"""
+
+import gc
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.types import PackedRow
+from megatron_vlm.models import registry
+from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.topology import ParallelConfig, init_process_group
+from megatron_vlm.peft.config import PeftConfig
+from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.training.checkpoint import CheckpointConfig
+from megatron_vlm.training.memory import RowShape, adapt, estimate, make_batch
+from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run to measure.
+
+    Attributes:
+        name: of the way of training.
+        family, model_config: the model.
+        row: a microbatch.
+        parallel, model, peft: settings of these sections.
+        world: ranks.
+        microbatches: of a step, over all replicas.
+        precision: of the run.
+        alone: one rank whose collectives do nothing stands for all: gloo's own copies are left out.
+    """
+
+    name: str
+    family: str
+    model_config: Any
+    row: RowShape
+    parallel: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    peft: dict[str, Any] = field(default_factory=dict)
+    world: int = 1
+    microbatches: int = 1
+    precision: str = "bf16"
+    alone: bool = False
+
+    def config(self) -> RunConfig:
+        """The run."""
+        return RunConfig(
+            data=DataConfig(seq_length=sum(self.row.segments), packing=True),
+            model=ModelConfig(**self.model),
+            peft=PeftConfig(**self.peft),
+            parallel=ParallelConfig(**self.parallel),
+            training=TrainingConfig(dry_run=True, precision=self.precision, global_batch_size=self.microbatches),
+            checkpoint=CheckpointConfig(load="-"),
+        )
+
+
+def estimated(case: Case, device_kind: Any) -> list[int]:
+    """Bytes of tensors of each stage, by the estimate; in a process without a process group."""
+    spec = registry.get(case.family)
+    stages = estimate(case.config(), spec, case.model_config, case.world, device_kind, row=case.row)
+    return [stage.allocated for stage in stages]
+
+
+def measured(case: Case, device_type: str) -> dict[int, int]:
+    """Stage -> largest peak of its ranks."""
+    if device_type == "cuda":
+        torch.cuda.set_device(0)
+        init_process_group(torch.device("cuda", 0))
+        found = [measure(case, device_type)]
+    elif case.alone:
+        cpu.install()
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.world)
+        try:
+            found = [measure(case, device_type)]
+        finally:
+            torch.distributed.destroy_process_group()
+    else:
+        found = run_distributed(measure, case, device_type, dp=case.world, timeout=600)
+    return {stage: max(peak for number, peak in found if number == stage) for stage, _ in found}
+
+
+def measure(case: Case, device_type: str) -> tuple[int, int]:
+    """On a rank: (number of its stage, peak bytes of tensors) over two steps."""
+    from megatron_vlm.models.vlm import ModelOptions, build_model, global_parameters
+    from megatron_vlm.parallel.rng import seed_step
+    from megatron_vlm.parallel.topology import build_topology, destroy_topology
+    from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.step import train_step
+
+    config, model_config, device = case.config(), case.model_config, torch.device(device_type)
+    peak = PeakOnCpu() if device.type == "cpu" else PeakOnGpu()
+    with peak:
+        topology = build_topology(config.parallel, num_layers=model_config.text.num_layers, device=device)
+        seed_step(topology, 0, 0)
+        options = ModelOptions(**config.model_options())
+        chunks: list[Any] = build_model(registry.get(case.family), model_config, topology, options)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+        if config.peft.active:  # on one rank: its tensors are the whole ones
+            infos = {name: TensorInfo.of(parameter) for name, parameter in global_parameters(chunks).items()}
+            adapt(config, registry.get(case.family), model_config, topology, infos, chunks)
+        chunks = wrap_model(chunks, config.parallel)
+        optimizer = build_optimizer(OptimizerConfig(lr=1e-5), chunks, params_dtype=options.torch_dtype)
+        rows = [make_row(case.row, model_config)] * (config.num_microbatches_per_batch // topology.dp)
+        for step in range(2):
+            seed_step(topology, 0, step)
+            set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), 1e-5), 0.01)
+            train_step(chunks, optimizer, rows, topology)
+    stage = topology.pp_rank
+    del chunks, optimizer
+    destroy_topology()
+    gc.collect()
+    return stage, peak.bytes
+
+
+def make_row(row: RowShape, model_config: Any) -> PackedRow:
+    """A row of that shape with a loss on every token."""
+    batch = make_batch(row, sum(row.segments), model_config, pixels=False)
+    return PackedRow(
+        input_ids=batch.input_ids[0], position_ids=batch.position_ids[0], labels=batch.labels[0], cu_seqlens=batch.cu_seqlens,
+        pixels=tuple(torch.randn(image) for image in row.images), image_positions=batch.image_positions, keys=("row",),
+    )  # fmt: skip
+
+
+class PeakOnCpu:
+    """Peak of all that torch's CPU allocator hands out, temporaries inside operations included."""
+
+    def __enter__(self) -> None:
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.profiler.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.profiler.__exit__(*error)
+        inner: Any = self.profiler.profiler
+        events = [event for event in inner.kineto_results.events() if event.name() == "[memory]"]
+        now = self.bytes = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            self.bytes = max(self.bytes, now)
+
+
+class PeakOnGpu:
+    """Peak of torch's CUDA allocator."""
+
+    def __enter__(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+
+    def __exit__(self, *error: Any) -> None:
+        self.bytes = torch.cuda.max_memory_allocated() - self.before

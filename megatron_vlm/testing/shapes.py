@@ -1,0 +1,90 @@
+"""Model configurations by their sizes alone, without files: small ones of every family, and those of published models.
+
+What is told by shapes (memory, operations, layouts) needs no weights.
+"""
+
+from typing import Any
+
+from megatron_vlm.models.clip import ClipConfig
+from megatron_vlm.models.idefics2.config import Idefics2ModelConfig, PerceiverConfig
+from megatron_vlm.models.idefics2.config import VisionConfig as SiglipConfig
+from megatron_vlm.models.internlm2.config import InternLM2ModelConfig
+from megatron_vlm.models.internvl3.config import InternVL3ModelConfig
+from megatron_vlm.models.internvl3.config import VisionConfig as InternVitConfig
+from megatron_vlm.models.llava_internlm2.config import LlavaModelConfig
+from megatron_vlm.models.text import TextConfig
+from megatron_vlm.models.xcomposer2.config import XComposer2Config
+
+_VIT: dict[str, Any] = dict(norm_type="layer_norm", qkv_bias=True, qk_norm=False)
+_CLIP: dict[str, Any] = dict(hidden_act="quick_gelu", select_layer=-2)
+_PERCEIVER: dict[str, Any] = dict(num_latents=64, depth=3, norm_epsilon=1e-6)
+
+
+def text(hidden: int, ffn: int, layers: int, heads: int, groups: int, vocab: int, **more: Any) -> TextConfig:
+    """A decoder."""
+    return TextConfig(
+        model_type="llama", hidden_size=hidden, ffn_hidden_size=ffn, num_layers=layers, num_attention_heads=heads,
+        num_query_groups=groups, head_dim=hidden // heads, vocab_size=vocab, max_position_embeddings=32768,
+        norm_epsilon=1e-5, rotary_base=10000.0, **more,
+    )  # fmt: skip
+
+
+def tower(kind: Any, hidden: int, ffn: int, layers: int, heads: int, size: int, **more: Any) -> Any:
+    """A vision tower of class ``kind``."""
+    return kind(
+        hidden_size=hidden, ffn_hidden_size=ffn, num_layers=layers, num_attention_heads=heads, image_size=size,
+        patch_size=14, num_channels=3, norm_epsilon=1e-6, **more,
+    )  # fmt: skip
+
+
+def idefics2(text: TextConfig, vision: Any, heads: int, groups: int, head_dim: int) -> Idefics2ModelConfig:
+    """Idefics2; the numbers are the perceiver's."""
+    perceiver = PerceiverConfig(num_attention_heads=heads, num_query_groups=groups, head_dim=head_dim, **_PERCEIVER)
+    return Idefics2ModelConfig(text=text, vision=vision, perceiver=perceiver, image_token_id=5)
+
+
+def internvl3(text: TextConfig, vision: Any) -> InternVL3ModelConfig:
+    """InternVL3."""
+    return InternVL3ModelConfig(text=text, vision=vision, shuffle=2, image_token_id=None, layout="chat")
+
+
+def llava(text: TextConfig, vision: Any) -> LlavaModelConfig:
+    """LLaVA on InternLM2."""
+    size = text.vocab_size - 1
+    return LlavaModelConfig(
+        text=text, vision=vision, image_token_id=size, source_type="internlm2", source_vocab_size=size
+    )
+
+
+def small() -> dict[str, Any]:
+    """Family -> a few million parameters of it; 4 decoder layers."""
+    decoder = text(256, 640, 4, 8, 4, 2048)
+    clip = tower(ClipConfig, 128, 512, 4, 4, 112, **_CLIP)
+    return {
+        "idefics2": idefics2(decoder, tower(SiglipConfig, 128, 512, 3, 4, 224), 8, 2, 32),
+        "internvl3": internvl3(
+            text(256, 640, 4, 8, 4, 2048, qkv_bias=True), tower(InternVitConfig, 128, 512, 3, 4, 112, **_VIT)
+        ),
+        "llava_internlm2": llava(decoder, clip),
+        "xcomposer2": XComposer2Config(text=decoder, vision=clip, hd=True, plora_rank=16, plora_dropout=0.05),
+        "internlm2": InternLM2ModelConfig(text=decoder),
+    }
+
+
+def published() -> dict[str, tuple[str, Any]]:
+    """Name -> (family, configuration) of published models, and of the one that benchmarks/gpu_smoke.py trains."""
+    siglip, siglip_small = (
+        tower(SiglipConfig, 1152, 4304, 27, 16, 980),
+        tower(SiglipConfig, 768, 3072, 12, 12, 980),
+    )
+    vit = tower(InternVitConfig, 1024, 4096, 24, 16, 448, **_VIT)
+    clip = tower(ClipConfig, 1024, 4096, 24, 16, 336, **_CLIP)
+    qwen: dict[str, Any] = dict(qkv_bias=True)
+    return {
+        "Idefics2-1.2B": ("idefics2", idefics2(text(2048, 5632, 16, 16, 8, 32003), siglip_small, 16, 4, 96)),
+        "InternVL3-2B": ("internvl3", internvl3(text(1536, 8960, 28, 12, 2, 151674, **qwen), vit)),
+        "LLaVA-InternLM2-1.8B": ("llava_internlm2", llava(text(2048, 8192, 24, 16, 8, 92545), clip)),
+        "Idefics2-8B": ("idefics2", idefics2(text(4096, 14336, 32, 32, 8, 32003), siglip, 16, 4, 96)),
+        "InternVL3-8B": ("internvl3", internvl3(text(3584, 18944, 28, 28, 4, 151674, **qwen), vit)),
+        "LLaVA-InternLM2-7B": ("llava_internlm2", llava(text(4096, 14336, 32, 32, 8, 92545), clip)),
+    }

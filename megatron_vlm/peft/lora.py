@@ -33,7 +33,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from megatron_vlm.conversion.mapping import Entry
+from megatron_vlm.conversion.mapping import Entry, Layout
 from megatron_vlm.conversion.mapping import Mapping as WeightMap
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vlm import global_named_modules, global_named_parameters, mark_sharding, unwrapped
@@ -160,14 +160,15 @@ def apply_lora(stages: Sequence[nn.Module], plan: PeftPlan, mapping: WeightMap, 
     entries = mapping.by_name()
     vocab = next(entry.layout for entry in mapping if entry.layout.vocab_multiple)
     for stage in stages:
-        stage.requires_grad_(False)
         for name, linear in list(global_named_modules(stage)):
             if name in by_linear:
                 _add_pairs(linear, by_linear[name], entries, topology, plan.init, seed)
+        stage.requires_grad_(False)
         for name, parameter in global_named_parameters(stage):
             if name in plan.names and not name.startswith(NEVER_RUN):
                 parameter.requires_grad_()
-                _train_parts(parameter, entries[name], plan.biases.get(name), topology)
+                if name in plan.biases:
+                    _train_parts(parameter, plan.bias_entries[name], entries[name].layout, plan.biases[name], topology)
         for linear in unwrapped(stage).modules():
             if isinstance(linear, ColumnParallelLinear) and not linear.skip_bias_add and _trains_bias_alone(linear):
                 linear.register_forward_hook(_let_gradient_into_bias)
@@ -223,15 +224,15 @@ def draw(target: Target, init: str, seed: int) -> Tensor:
     return (2 * torch.rand(shape, generator=generator) - 1) / target.inputs**0.5
 
 
-def _train_parts(parameter: Tensor, entry: Entry, parts: Sequence[str] | None, topology: Topology) -> None:
-    """Keeps those rows of a fused bias fixed whose HF bias does not train."""
-    if parts is None or len(parts) == len(entry.hf):
+def _train_parts(bias: Tensor, entry: Entry, layout: Layout, parts: Sequence[str], topology: Topology) -> None:
+    """Keeps those rows of a fused bias fixed whose HF bias is not among ``parts``."""
+    if len(parts) == len(entry.hf):
         return
-    rows = parameter.shape[0] * (topology.tp if entry.layout.dim == 0 else 1)
+    rows = bias.shape[0] * (topology.tp if layout.dim == 0 else 1)
     sizes = [len(part) for part in entry.from_full(torch.empty(rows, device="meta"))]
     full = entry.to_full([torch.full((size,), float(hf in parts)) for hf, size in zip(entry.hf, sizes)])
-    mask = entry.layout.shard(full, topology.tp, topology.tp_rank).to(parameter.device, parameter.dtype)
-    parameter.register_hook(lambda gradient: gradient * mask)
+    mask = layout.shard(full, topology.tp, topology.tp_rank).to(bias.device, bias.dtype)
+    bias.register_hook(lambda gradient: gradient * mask)
 
 
 def _trains_bias_alone(linear: Any) -> bool:

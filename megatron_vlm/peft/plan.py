@@ -80,12 +80,14 @@ class PeftPlan:
         targets: the pairs, in the order of the weight map.
         saved: entries of base weights that are trained in full (``modules_to_save``).
         biases: entry of a bias that trains -> HF names of its parts that do.
+        bias_entries: these entries, in the layout of names that the plan was made for.
         init: how A starts.
     """
 
     targets: tuple[Target, ...]
     saved: tuple[str, ...] = ()
     biases: Dict[str, tuple[str, ...]] = field(default_factory=dict)
+    bias_entries: Dict[str, Entry] = field(default_factory=dict)
     init: str = "kaiming"
 
     @property

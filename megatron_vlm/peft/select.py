@@ -47,10 +47,12 @@ def make_plan(spec: FamilySpec, model_config: Any, config: PeftConfig, infos: Di
                 f"{' and '.join(given)} without effect: no target lies in the {prefix} part of family {spec.name}; could be "
                 f"matched: {modules.listed()}"
             )
+    biases = {} if config.bias == "none" else _biases(mapping, config.bias, targets, set(saved))
     return PeftPlan(
         targets=targets,
         saved=saved,
-        biases={} if config.bias == "none" else _biases(mapping, config.bias, targets, set(saved)),
+        biases=biases,
+        bias_entries={entry.name: entry for entry in mapping if entry.name in biases},
         init=config.init,
     )
 

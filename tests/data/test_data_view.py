@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,6 +17,11 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.images import decode_image
 from megatron_vlm.data.loader import RowLoader
+from megatron_vlm.data.preview import _picture
+from megatron_vlm.data.types import Turn
+from megatron_vlm.models import registry
+from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
+from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
 
 
 def turns(*pairs):
@@ -159,6 +165,33 @@ def test_preview(digits_dir, idefics2_dir, tmp_path):
     kinds = [kind for kind, _ in page.spans]
     assert kinds.count("i") == len(pixels) + 1 and kinds.count("s") > len(keys)
     assert all(words.endswith("<end_of_utterance>") for kind, words in page.spans[2:] if kind == "s")
+
+
+def test_preview_draws_tiles_apart(digits_dir, tmp_path):
+    """Families that cut images: each tile as the tower gets it, in order, and the page of one of them."""
+    makers = {"internvl3": write_tiny_internvl3, "xcomposer2": partial(write_tiny_xcomposer2, variant="4khd-7b")}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 190, 3), dtype=np.uint8))
+    talk = [Turn(role="user", text="<image>What?"), Turn(role="assistant", text="a dot")]
+    for family, write in makers.items():
+        model = tmp_path / family
+        model.mkdir()
+        write(str(model))
+        config = DataConfig(seq_length=512, hd_num=6 if family == "xcomposer2" else None)
+        processor = registry.get(family).processor(model, config)
+        (pixels,) = processor.encode("a", talk, [image]).pixels
+        sheet, caption = _picture(pixels, processor)
+        side, across = processor.tiles(pixels)
+        tiles = [part for band in pixels.split(side, 1) for part in band.split(side, 2)]
+        assert caption == f"{len(tiles)} tiles of {side} x {side}" and len(tiles) > across > 1
+        drawn, step = np.asarray(sheet), side + max(1, side // 24)
+        mean, std = (np.array(values)[:, None, None] for values in (processor.mean, processor.std))
+        for number, tile in enumerate(tiles):
+            top, left = (place * step + step - side for place in divmod(number, across))
+            found = drawn[top : top + side, left : left + side].transpose(2, 0, 1) / 255
+            assert np.abs(found - (tile.numpy() * std + mean)).max() < 0.003
+    words = ["preview", str(digits_dir), "--model", str(model), "--seq-length", "512", "--samples", "2"]
+    assert run([*words, "--set", "data.hd_num=6", "--out", str(tmp_path / "page.html")]) == 0
+    assert f"tiles of {side} x {side}" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

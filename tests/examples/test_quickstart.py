@@ -44,7 +44,7 @@ def test_quickstart_reads_handwritten_digits(tmp_path):
 
 @pytest.mark.full
 def test_adapters_read_handwritten_digits(tmp_path):
-    """Adapters on the language model and a whole connector; the script itself compares PEFT's answers with the merged export's."""
+    """Adapters on the language model, a whole connector; the script itself compares PEFT's answers with the merged export's."""
     results = answers(tmp_path, LORA=1)
     assert results["this model"] >= HELD_OUT_LORA
     assert results["the adapter on its base, by PEFT"] == results["this model"]

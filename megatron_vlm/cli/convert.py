@@ -7,11 +7,11 @@ from typing import Any
 
 from megatron_vlm.config import apply_overrides
 from megatron_vlm.errors import ConfigError, MegatronVLMError
-from megatron_vlm.log import setup_logging
+from megatron_vlm.log import get_logger, setup_logging
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``hf2mg``, ``mg2hf``, ``merge`` and ``verify``; each sets ``run(args) -> exit code``."""
+    """Adds ``hf2mg``, ``mg2hf``, ``merge``, ``pth2hf`` and ``verify``; each sets ``run(args) -> exit code``."""
     _add_hf2mg(commands)
     parser = commands.add_parser("mg2hf", help="Megatron weights or a training checkpoint -> Hugging Face directory")
     parser.add_argument(
@@ -33,6 +33,20 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--out", required=True, metavar="DIR", help="absent or an empty directory")
     _add_output(parser)
     parser.set_defaults(run=_run_merge)
+    parser = commands.add_parser(
+        "pth2hf",
+        aliases=["pth_to_hf"],
+        help="XTuner's step after training: a checkpoint -> adapters and projector, or the whole model, in XTuner's folders",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="[CONFIG] CHECKPOINT OUT",
+        help="XTuner's order; its config is not needed, as a checkpoint knows its model",
+    )
+    parser.add_argument("--base", metavar="DIR", help="with adapters: the model that is named as their base")
+    _add_dtype(parser)
+    parser.set_defaults(run=_run_pth2hf)
     _add_verify(commands)
 
 
@@ -202,6 +216,28 @@ def _run_merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_pth2hf(args: argparse.Namespace) -> int:
+    from megatron_vlm.conversion.convert import mg2hf
+    from megatron_vlm.conversion.source import open_source
+
+    if len(args.paths) not in (2, 3):
+        raise ConfigError(f"pth2hf takes [CONFIG] CHECKPOINT OUT, got {len(args.paths)} arguments")
+    *config, load, out = args.paths
+    if config:
+        get_logger(__name__).info(f"{config[0]} is not read: {load} knows its model and settings")
+    if str(load).endswith((".pth", ".pt")):
+        raise ConfigError(
+            f"{load} was written by XTuner: `hf2mg --llm DIR --vision DIR --projector {load}` takes its projector; pth2hf "
+            "takes a checkpoint of megatron-vlm"
+        )
+    with open_source(load) as source:
+        adapted, layout = source.kind == "adapted", "xtuner" if "xtuner" in source.spec.exports else None
+    if args.base is not None and not adapted:
+        raise ConfigError(f"--base {args.base}: {load} is a whole model, which has no base: leave it out")
+    mg2hf(load, out, dtype=args.dtype, layout=layout, adapter_only=adapted, base=args.base)
+    return 0
+
+
 def _run_verify(args: argparse.Namespace) -> int:
     from megatron_vlm.conversion.verify import verify
 
@@ -213,7 +249,7 @@ def run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="convert", description="Converts weights between Hugging Face and Megatron layouts."
     )
-    add_parser(parser.add_subparsers(dest="command", required=True, metavar="hf2mg | mg2hf | merge | verify"))
+    add_parser(parser.add_subparsers(dest="command", required=True, metavar="hf2mg | mg2hf | merge | pth2hf | verify"))
     args = parser.parse_args(argv)
     setup_logging(rank=0)
     return args.run(args)

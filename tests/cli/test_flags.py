@@ -139,8 +139,8 @@ def test_flags_of_internvls_own_recipe():
         "model.freeze_llm": False,
         "model.freeze_connector": False,
         "model.freeze_vision": True,
-        "data.dynamic_image_size": "True",
-        "data.use_thumbnail": "True",
+        "data.dynamic_image_size": True,
+        "data.use_thumbnail": True,
         "--down_sample_ratio": "0.5",  # these three are checked against the model
         "--vision_select_layer": "-1",
         "--ps_version": "v2",

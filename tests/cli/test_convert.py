@@ -1,0 +1,38 @@
+"""`convert pth2hf`: XTuner's step after training, for adapters and for whole models."""
+
+import pytest
+
+from megatron_vlm.cli.convert import main, run
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava_internlm2
+from tests.peft.test_exports import checkpoint
+
+TARGETS = ("wqkv", "wo", "w1", "w2", "w3", "output", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    write_tiny_llava_internlm2(folder)
+    return folder
+
+
+def test_adapters_and_whole_models_come_out_in_xtuners_folders(llava, tmp_path):
+    settings = dict(names="xtuner", target_modules=TARGETS, modules_to_save=("projector",), r=4, vision_r=2)
+    trained = checkpoint(tmp_path / "run", llava, **settings)
+    assert main(["pth2hf", str(llava), str(tmp_path / "parts")]) == 0
+    assert main(["pth_to_hf", "config.py", str(trained), str(tmp_path / "out"), "--base", str(tmp_path / "parts")]) == 0
+    for folder in ("llm_adapter", "visual_encoder_adapter"):
+        assert (tmp_path / "out" / folder / "adapter_config.json").is_file()
+    assert (tmp_path / "out" / "projector" / "config.json").is_file()
+    for name in ("config.json", "visual_encoder/config.json", "projector/config.json"):
+        assert (tmp_path / "parts" / name).is_file()
+
+
+def test_mistakes_are_named(llava, tmp_path):
+    with pytest.raises(ConfigError, match=r"pth2hf takes \[CONFIG\] CHECKPOINT OUT, got 1 arguments"):
+        run(["pth2hf", str(llava)])
+    with pytest.raises(ConfigError, match=r"epoch_1.pth was written by XTuner: `hf2mg .* --projector"):
+        run(["pth2hf", "config.py", "work/epoch_1.pth", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match="is a whole model, which has no base"):
+        run(["pth2hf", str(llava), str(tmp_path / "out"), "--base", str(llava)])

@@ -41,6 +41,31 @@ def random_pairs(source: Any, settings: dict[str, Any], seed: int = 1, std: floa
     return tensors
 
 
+def twin_in_4bit(directory: str, dtype: torch.dtype, *, double: bool = True, device: str = "cpu") -> Any:
+    """transformers' own 4-bit Idefics2: its decoder's linears quantised by bitsandbytes from ``dtype``, computing in it."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig, Idefics2ForConditionalGeneration
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", ".*vision_model.*", ".*connector.*"],
+    )
+    model: Any = Idefics2ForConditionalGeneration.from_pretrained(
+        directory, quantization_config=config, dtype=dtype, attn_implementation="eager", device_map={"": device}
+    ).eval()
+    linears = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if len(linears) != 7 * model.config.text_config.num_hidden_layers:
+        raise AssertionError(f"{len(linears)} linears are in 4 bits")
+    for linear in linears:
+        linear.support_avx512bf16_for_cpu = (
+            False  # it would repack the weight in place, and give no gradient afterwards
+        )
+    return model
+
+
 def our_name(name: str) -> str:
     """A parameter's name in PEFT's model -> the HF name of our weight map."""
     name = name.replace(".default", "")

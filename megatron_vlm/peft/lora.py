@@ -99,7 +99,13 @@ class LowRank(nn.ModuleDict):
 
     def down(self, x: Tensor) -> Tensor:
         """scaling * A dropout(x) of all pairs: [T, 1, sum of r], whole where B needs it."""
-        low = torch.cat([self._drop(x, pair) @ pair.a.t() * pair.scaling for pair in self._pairs()], -1)
+        pairs = list(self._pairs())
+        x = x.to(pairs[0].a.dtype)
+        a = [pair.a * pair.scaling for pair in pairs]
+        if self.training and any(pair.dropout for pair in pairs):
+            low = torch.cat([F.linear(self._drop(x, pair), rows) for pair, rows in zip(pairs, a)], -1)
+        else:
+            low = F.linear(x, torch.cat(a))
         if self.row and self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(low, group=self.group)
         if self.row:
@@ -132,13 +138,10 @@ class LowRank(nn.ModuleDict):
         return copy_to_tensor_model_parallel_region(pair.b, group=self.group)[pair.source]
 
     def _drop(self, x: Tensor, pair: Any) -> Tensor:
-        x = x.to(pair.a.dtype)
-        if not (pair.dropout and self.training):
-            return x
         # Ranks draw alike where they hold the same, and apart where they hold other features or tokens.
         apart = self.group.size() > 1 and (self.row or self.sequence_parallel)
         with get_cuda_rng_tracker().fork() if apart else nullcontext():
-            return F.dropout(x, pair.dropout)
+            return F.dropout(x, pair.dropout, self.training)
 
 
 def apply_lora(stages: Sequence[nn.Module], plan: PeftPlan, mapping: WeightMap, topology: Topology, seed: int) -> None:

@@ -88,7 +88,9 @@ def adapted_and_merged(directory, rows, parallel, settings):
         return [[m.eval().logits(batch) for batch in batches] for m in (model, plain)], trained
 
 
-@pytest.mark.parametrize("name", [*FAMILIES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "xcomposer2" else pytest.mark.full) for name in FAMILIES]
+)
 def test_equals_the_merged_model(tmp_path, name):
     write, samples, settings = FAMILIES[name]
     write(tmp_path)

@@ -75,20 +75,15 @@ def checks(tmp_path_factory):
 
 PAIRWISE = [
     Case(tp=2, dp=2, sp=True, do=True, overlap=True, updates=3),
-    Case(tp=2, pp=2, vp=1, recompute=True, updates=2),
-    Case(tp=2, pp=2, sp=True, twin="mixed", updates=2),
+    Case(tp=2, pp=2, sp=True, vp=1, recompute=True, twin="mixed", updates=2),
     Case(tp=4, twin="one_kv_head", updates=1),
-    Case(tp=2, twin="odd_heads", recompute=True, updates=2),
     Case(pp=4, twin="last", updates=2),
-    Case(tp=2, twin="nf4", updates=2),
-    Case(tp=2, pp=2, sp=True, recompute=True, twin="nf4", updates=2),
-    Case(pp=2, dp=2, overlap=True, recompute=True, twin="tower", updates=2),
 ]
 OTHERS = [
     dict(tp=4, sp=True, recompute=True),
     dict(tp=2, dp=2, do=True, overlap=True),
     dict(tp=2, pp=2, vp=1, sp=True, recompute=True),
-    dict(pp=4),
+    dict(pp=2, dp=2, overlap=True, recompute=True),
 ]
 WHOLE = [
     *whole_matrix(recomputes=(False, True)),

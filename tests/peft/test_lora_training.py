@@ -140,6 +140,7 @@ def test_checkpoint_and_settings_must_agree(command, trained):
     assert "freeze_llm together with peft" in fails(command("x", f"{PEFT} --freeze-llm --train-iters 5"))
 
 
+@pytest.mark.full
 def test_the_merged_model_trains_in_full(command, trained, place):
     """--finetune without a section peft; and new adapters on such a full checkpoint."""
     run(command("full", "--train-iters 1 --finetune --no-save-optim", trained))
@@ -182,6 +183,7 @@ def test_a_run_goes_on_from_an_adapter_of_peft(command, place):
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.full
 def test_adapters_are_fp32_over_a_16_bit_base(command, place, trained):
     """As PEFT's are; modules trained in full keep the base's dtype and have fp32 main parameters beside it."""
     more = "--train-iters 2 --bf16 --use-distributed-optimizer"

@@ -13,7 +13,7 @@ from megatron_vlm.models.internvl3.processor import InternVL3Processor
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import layout_answers
 from megatron_vlm.testing.twin_internvl3 import hf_inputs, write_chat_layout, write_tiny_internvl3
-from megatron_vlm.training.dry_run import stage_reports
+from megatron_vlm.training.memory import estimate
 
 NEW = 10
 RECIPE = "examples/internvl3/finetune_internvl3.yaml"
@@ -110,7 +110,7 @@ def test_the_recipe_fits_the_published_model(tp, pp):
     model = spec.config(PUBLISHED_8B)
     config.check_model(model)
     assert model.tile_tokens() == 256
-    stages = stage_reports(config, spec, model, 8)
+    stages = estimate(config, spec, model, 8, "cpu", trace=False)
     held = {group: tp * sum(stage.parameters[group] for stage in stages) for group in ("llm", "connector")}
     padded = -(-151674 // (128 * tp)) * 128 * tp - 151674
     # 7.6 B of the decoder: embedding, head and 28 layers; every matrix is split over the ranks, norms are on each.

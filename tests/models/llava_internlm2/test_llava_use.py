@@ -7,7 +7,7 @@ import torch
 
 from megatron_vlm.cli.train import resolve
 from megatron_vlm.models import registry
-from megatron_vlm.training.dry_run import stage_reports
+from megatron_vlm.training.memory import estimate
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "llava_internlm2"
 # InternLM2-chat-1.8b as Llama, with one row for <image>, and openai/clip-vit-large-patch14-336.
@@ -55,7 +55,7 @@ def test_the_recipes_fit_the_published_model(recipe, rows, per_device):
     model = spec.config(PUBLISHED)
     config.check_model(model)
     assert model.vision.side**2 == 576 and model.vision.num_run_layers == 23
-    (stage,) = stage_reports(config, spec, model, 8)
+    (stage,) = estimate(config, spec, model, 8, "cpu", trace=False)
     layer = 2048 * (16 + 2 * 8) * 128 + 2048 * 2048 + 3 * 2048 * 8192
     padded = -(-92545 // 512) * 512
     assert 4 * stage.parameters["llm"] == 2 * padded * 2048 + 24 * layer + 4 * (2 * 24 + 1) * 2048
@@ -83,5 +83,5 @@ def test_a_trained_tower_leaves_its_last_layer_alone():
     ]
     config, _ = resolve([*flags, "model.freeze_vision=false", "optimizer.vision_lr=2e-6"])
     spec = registry.get("llava_internlm2")
-    (stage,) = stage_reports(config, spec, spec.config(PUBLISHED), 1)
+    (stage,) = estimate(config, spec, spec.config(PUBLISHED), 1, "cpu", trace=False)
     assert stage.parameters["vision"] - stage.trainable["vision"] == CLIP_LAYER + 2 * 1024

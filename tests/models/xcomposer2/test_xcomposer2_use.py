@@ -7,7 +7,7 @@ import torch
 
 from megatron_vlm.cli.train import resolve
 from megatron_vlm.models import registry
-from megatron_vlm.training.dry_run import stage_reports
+from megatron_vlm.training.memory import estimate
 from tests.models.xcomposer2.test_xcomposer2_conversion import published_tensors
 from tests.models.xcomposer2.test_xcomposer2_processor import OF_VARIANT, PUBLISHED
 
@@ -33,7 +33,7 @@ def test_the_recipe_fits_the_published_model(variant, tp, pp):
     model = registry.get("xcomposer2").config({**PUBLISHED, **OF_VARIANT[variant]})
     assert config.check_world(8) == 8 // tp // pp
     config.check_model(model)
-    stages = stage_reports(config, registry.get("xcomposer2"), model, 8)
+    stages = estimate(config, registry.get("xcomposer2"), model, 8, "cpu", trace=False)
     held = tp * sum(sum(stage.parameters.values()) for stage in stages)
     # Every tensor of the checkpoint is somewhere; what is whole on every rank is counted tp times.
     mapping = registry.get("xcomposer2").mapping(model, tp=tp, vocab_multiple=128)

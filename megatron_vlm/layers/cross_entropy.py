@@ -41,7 +41,10 @@ def linear_cross_entropy_sum(
     Returns:
         fp32 scalar, equal on all ranks of ``group``.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, *(low_rank or (None, None)), targets, vocab_size, group)
+    inputs = [hidden, weight, *(low_rank or (None, None))]
+    if not torch.is_grad_enabled():  # a parameter counts as in need of a gradient even then, which would be made
+        inputs = [None if x is None else x.detach() for x in inputs]
+    return _LinearCrossEntropy.apply(*inputs, targets, vocab_size, group)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -5,7 +5,7 @@ Case --measured: real model of random weights, optimizer, two steps on each rank
 
 import gc
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -47,7 +47,7 @@ class Case:
     peft: dict[str, Any] = field(default_factory=dict)
     world: int = 1
     microbatches: int = 1
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"
     alone: bool = False
 
     def config(self) -> RunConfig:

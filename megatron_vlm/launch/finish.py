@@ -18,8 +18,9 @@ from pathlib import Path
 from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.conversion.hf_io import read_json
 from megatron_vlm.conversion.safetensors_io import sync_path
-from megatron_vlm.conversion.training_source import TRACKER, tracked_folder
+from megatron_vlm.conversion.training_source import MANIFEST
 from megatron_vlm.errors import MegatronVLMError
+from megatron_vlm.training.checkpoint_dir import iteration_of
 
 HF, MERGED, LOSS = "hf", "merged_model", "loss.png"
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -85,21 +86,21 @@ class EpochExports:
         self.seen = set(output.glob("iter_*"))
 
     def __call__(self) -> None:
-        """Looks for a new checkpoint; a failed export is a warning, and the run goes on."""
-        if not (self.output / TRACKER).is_file():
-            return
+        """Looks for new checkpoints; a failed export is a warning, and the run goes on."""
+        for folder in sorted(set(self.output.glob("iter_*")) - self.seen):
+            if iteration_of(folder) and (folder / MANIFEST).is_file():  # not one that is being written
+                self.seen.add(folder)
+                self._export(folder)
+
+    def _export(self, folder: Path) -> None:
         try:
-            folder = tracked_folder(self.output)
-            if folder in self.seen:
-                return
-            self.seen.add(folder)
             epoch = int(read_json(folder / "state.json")["run"]["epochs"] + 1e-9)
             out = self.output / f"epoch_{epoch}"
             if epoch and not out.exists():  # else it was saved amid the next epoch: by a signal, or at the last update
                 for path in export(folder, out, adapts=self.adapts, merged=False):
                     print(f"epoch {epoch}: {path}", flush=True)
         except (MegatronVLMError, OSError) as error:
-            print(f"no export of this epoch: {error}", flush=True)
+            print(f"no export of {folder.name}: {error}", flush=True)
 
 
 def draw_loss(output: Path) -> str:

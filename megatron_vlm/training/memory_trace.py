@@ -63,7 +63,7 @@ class Meter(TorchDispatchMode):
             if "device" in kwargs:
                 kwargs["device"] = torch.device("meta")
         elif "device" in kwargs:
-            kwargs = {**kwargs, "device": _place(args, kwargs)}
+            kwargs = {**kwargs, "device": _place(func, args, kwargs)}
         result = func(*args, **kwargs)
         for x in _tensors(result if isinstance(result, list | tuple) else (result,)):
             self.add(x)
@@ -196,12 +196,16 @@ def _to_meta(x: Any) -> Any:
     return [_to_meta(y) for y in x] if isinstance(x, list | tuple) else x
 
 
-def _place(args: Any, kwargs: Any) -> torch.device:
-    """Where something that is made, or moved, goes: whole numbers stay readable, floating point ones where they are few."""
+def _place(func: Any, args: Any, kwargs: Any) -> torch.device:
+    """Where something that is made, or moved, goes: whole numbers stay readable, floating point ones where they are few.
+
+    What is made empty holds nothing to read: a buffer of a collective belongs to the large tensors, whatever its size.
+    """
     like = next((x for x in args if isinstance(x, Tensor)), None)
     dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
     size: Sequence[int] = next((x for x in args if isinstance(x, list | tuple)), () if like is None else like.shape)
     asked = kwargs["device"] is not None and torch.device(kwargs["device"]).type == "meta"
+    asked = asked or func is torch.ops.aten.empty.memory_format
     return torch.device("meta" if dtype.is_floating_point and (asked or math.prod(size) > SMALL) else "cpu")
 
 

@@ -113,7 +113,7 @@ def test_full_weights_never_lie_on_the_gpu(tmp_path):
     linears = sum(info.nbytes for name, info in source.infos.items() if ".layers." in name and "language" in name)
     largest = max(info.nbytes for info in source.infos.values())
     print(f"linears in bf16 {linears / 2**20:.0f} MiB; held {after / 2**20:.0f}, at the peak {peak / 2**20:.0f}")
-    assert peak - after < 10 * largest < linears
+    assert peak - after < 2 * largest < linears / 4  # measured on an H100: 11 MiB, largest 16, linears 156
     held = sum(t.numel() * t.element_size() for t in (*stage.parameters(), *stage.buffers()))
     assert after < held + linears / 10
 

@@ -111,7 +111,7 @@ def _sources_of(path: str, launch: LaunchConfig, family: str) -> list[Source]:
     """The sources of one raw input, with the folder that their images start from."""
     format = launch.data_format or tell_format(path, family)
     policy = launch.missing_placeholder or ("prepend" if format in _PREPENDING else "refuse")
-    frames = {"min_frames": launch.min_num_frame, "max_frames": launch.max_num_frame}
+    frames: dict[str, Any] = {"min_frames": launch.min_num_frame, "max_frames": launch.max_num_frame}
     video = VideoSettings(**{key: value for key, value in frames.items() if value is not None})
     root = launch.image_root or ""
     found = open_sources(format, [path], root=root, prepend=policy == "prepend", video=video)

@@ -87,6 +87,12 @@ def test_tests_mirror_the_source(path):
     assert folder.parts[0] in outside or (ROOT / "megatron_vlm" / folder).is_dir(), f"no megatron_vlm/{folder}"
 
 
+def test_no_two_test_files_have_one_name():
+    """The folders are no packages: pytest could not collect both."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(set(names)) == len(names), [one for one, other in zip(names, names[1:]) if one == other]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=name)
 def test_no_test_skips_itself(path):
     """A test that skips when an import of ours fails hides exactly what it is for."""

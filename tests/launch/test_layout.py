@@ -51,7 +51,8 @@ def test_less_memory_gives_slower_layouts_that_fit():
 
 def test_nothing_fits():
     with pytest.raises(
-        RankError, match=r"nothing fits 2 GPUs of 0.0 GiB: the least, .* needs at least .* GiB, of which .* Use more GPUs"
+        RankError,
+        match=r"nothing fits 2 GPUs of 0.0 GiB: the least, .* needs at least .* GiB, of which .* Use more GPUs",
     ):
         run_alone(choices, make_case(), 2, [0.01])
 

@@ -64,7 +64,7 @@ def make_plan(request: Request, place: Place, report: Report) -> Plan | None:
     """Runs the checks that need no pass over the data; None where one of them failed."""
     launch, run = request.launch, request.run
     load = _start_from(request, report)
-    checks.check_packages(report, *_packages(run))
+    checks.check_packages(report, *_packages(run, request.adapts))
     if load is None:
         return None
     source = checks.check_model(report, load, (run.get("model") or {}).get("family"))
@@ -172,15 +172,15 @@ def _start_from(request: Request, report: Report) -> str | None:
     return str(load)
 
 
-def _packages(run: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+def _packages(run: dict[str, Any], adapts: bool) -> tuple[dict[str, str], dict[str, str]]:
     """(package -> the setting that needs it, package -> what is left out without it)."""
     logging, asked = run.get("logging") or {}, {}
     if logging.get("tensorboard", True):
         asked["tensorboard"] = "logging.tensorboard (--report_to tensorboard)"
     if logging.get("wandb"):
         asked["wandb"] = "logging.wandb (--report_to wandb)"
-    if (run.get("peft") or {}).get("target_modules"):
-        asked["peft"] = "section peft"
+    if adapts:
+        asked["peft"] = "section peft (--use_lora)"
     return asked, {"matplotlib": f"{LOSS} is left out"}
 
 

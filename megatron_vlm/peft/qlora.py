@@ -85,7 +85,7 @@ def load_quantised(
     """``conversion.source.load_stages`` with linears in NF4; ``wanted`` None: as the source stores them."""
     quantization = agree(source, wanted, options.params_dtype)
     assert quantization is not None
-    place = dict(tp=topology.tp, tp_rank=topology.tp_rank)
+    place: dict[str, Any] = dict(tp=topology.tp, tp_rank=topology.tp_rank)
     stages = build_model(source.spec, source.config, topology, dataclasses.replace(options, build_on_cpu=True))
     linears = take_weights(stages, source, quantization, keep)
     stages = [stage.to(topology.device) for stage in stages]

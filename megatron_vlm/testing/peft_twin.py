@@ -19,8 +19,9 @@ def peft_twin(model: Any, settings: dict[str, Any], seed: int = 0) -> tuple[Any,
     """
     from peft import LoraConfig, get_peft_model
 
-    values = {_WORDS.get(key, key): list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
-    wrapped: Any = get_peft_model(copy.deepcopy(model), LoraConfig(**{"lora_alpha": 16, **values}))
+    values: dict[str, Any] = {"lora_alpha": 16}
+    values |= {_WORDS.get(key, key): list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
+    wrapped: Any = get_peft_model(copy.deepcopy(model), LoraConfig(**values))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, parameter in sorted(wrapped.named_parameters()):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,8 @@ def test_tests_mirror_the_source(path):
 
 def test_no_two_test_files_have_one_name():
     """The folders are no packages: pytest could not collect both."""
-    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
-    assert len(set(names)) == len(names), [one for one, other in zip(names, names[1:]) if one == other]
+    counts = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in counts.items() if count > 1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=name)

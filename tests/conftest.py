@@ -9,7 +9,8 @@ not_run: list[str] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects tests marked ``gpu`` on a machine without a CUDA device."""
+    """Deselects tests marked ``gpu`` on a machine without a CUDA device; the longest tests, which start programs, come first."""
+    items.sort(key=lambda item: item.path.parent.name not in ("examples", "cli"))
     if torch.cuda.is_available():
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]

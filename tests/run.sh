@@ -4,7 +4,7 @@
 #   --fast    the same without the tests marked slow (about 3 minutes)
 #   --full    the whole matrix, before a capability is called done
 # Tests that need a GPU run where there is one; elsewhere they are counted, not hidden.
-# MEGATRON_VLM_TEST_PROCESSES (default 2) test files run at a time; 0: one after the other, in one process.
+# MEGATRON_VLM_TEST_PROCESSES (default 3) test files run at a time; 0: one after the other, in one process.
 set -eu
 cd "$(dirname "$0")/.."
 . toolkits/setup_env.sh
@@ -21,6 +21,6 @@ status=0
 ruff check . || status=1
 ruff format --check . || status=1
 mypy || status=1
-# Two processes, a test file in one of them: most tests wait for one core.
-if ! python -m pytest -n "${MEGATRON_VLM_TEST_PROCESSES:-2}" --dist loadfile -m "$marks" --durations=15 "$@"; then status=1; fi
+# A test file in one of three processes: ranks and child processes leave half of two cores idle.
+if ! python -m pytest -n "${MEGATRON_VLM_TEST_PROCESSES:-3}" --dist loadfile -m "$marks" --durations=15 "$@"; then status=1; fi
 exit $status

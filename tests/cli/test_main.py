@@ -125,9 +125,9 @@ def test_an_error_of_one_rank_is_told_once_and_ends_all(run_argv, tmp_path):
 
 
 def test_config_errors_leave_one_line(capsys):
-    assert main(["train", "--learning-rate", "1"]) == 1
+    assert main(["train", "--lerning-rate", "1"]) == 1
     out = capsys.readouterr().err
-    assert out.startswith("error: unknown flag --learning-rate") and out.count("\n") == 1
+    assert out.startswith("error: unknown flag --lerning-rate") and out.count("\n") == 1
 
 
 def test_unknown_command_names_the_nearest(capsys):

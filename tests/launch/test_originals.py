@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.testing.runs import metrics_of
+from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
 from megatron_vlm.testing.twin_internvl3 import write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava_internlm2
 from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
 from tests.examples.shell import environment, free_port
 from tests.launch.commands import FINETUNE, FINETUNE_LORA, FT_EVERY_OPTION, INTERNVL3
@@ -118,6 +120,28 @@ def test_internvl3_under_torchrun(tmp_path):
     assert "4 samples x 4 microbatches x dp 2 = 32 samples" in output
     adapter = json.loads((tmp_path / "work_dirs" / "x" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (16, 32, 0.05)
+
+
+@pytest.mark.full
+def test_xtuners_recipes(tmp_path):
+    """XTuner's config values, as the packaged recipes: text and LLaVA, both on a base in 4 bits."""
+    (tmp_path / "text").mkdir()
+    write_tiny_internlm2(tmp_path / "text", std=0.05, max_position_embeddings=2048)
+    turns = [{"role": "user", "content": "who are you?"}, {"role": "assistant", "content": "a small model"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(600)))
+    words = "--config internlm2/qlora_internlm2 --model_name_or_path text --train_json train.jsonl --output_dir out"
+    output = execute(tmp_path, words, SMALL, "--max_steps 10 --logging_steps 1")
+    assert_left(tmp_path / "out", *ADAPTER, steps=10)
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (64, 16, 0.1)
+    assert "NF4" in output
+
+    (tmp_path / "llava").mkdir()
+    write_tiny_llava_internlm2(tmp_path / "llava", std=0.05)
+    write_records(tmp_path / "pictures", 160)
+    words = "--config llava_internlm2/qlora_llava_internlm2 --model_name_or_path llava --train_json pictures/train.json"
+    execute(tmp_path, words, SMALL, "--output_dir both --max_steps 10 --max_length 1024 --logging_steps 1")
+    assert_left(tmp_path / "both", steps=10)
 
 
 def test_originals_pass_their_checks(tmp_path, monkeypatch, capfd):

@@ -76,7 +76,7 @@ def test_layouts_train_and_evaluate_alike(command, tmp_path, valid_data, layout,
     [
         pytest.param("", 1, marks=pytest.mark.slow),
         ("--use-distributed-optimizer", 2),
-        pytest.param(PP2, 2, marks=pytest.mark.slow),
+        pytest.param(PP2, 2, marks=pytest.mark.full),
     ],
 )
 def test_sigterm_on_one_rank_saves_on_all_and_the_run_goes_on_exactly(command, tmp_path, layout, world):

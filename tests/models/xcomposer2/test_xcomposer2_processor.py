@@ -279,7 +279,7 @@ def settings_of(*flags):
 
 def test_the_original_scripts_flags(folders, caplog):
     flags = settings_of("--fix_vit", "True", "--fix_sampler", "False", "--img_size", "490", "--hd_num", "-1")
-    assert flags["model"] == {"freeze_vision": "True", "freeze_connector": "False"}
+    assert flags["model"] == {"freeze_vision": True, "freeze_connector": False}
     config = DataConfig.from_dict({"seq_length": 4096, **flags["data"]})
     assert XComposer2Processor.from_pretrained(folders["vl-7b"], config).model.variant == "vl-7b"
     with pytest.raises(ConfigError, match="490: this checkpoint has positions for 224 pixels"):

@@ -10,4 +10,4 @@ require MODEL "HF directory or hub id of an Idefics2, or its Megatron weights" \
     DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
 TP=${TP:-1} # a base that takes no gradients fits one GPU
 settings 16
-train lora_idefics2.yaml "$@"
+train "${RECIPE:-lora_idefics2.yaml}" "$@"

@@ -2,12 +2,5 @@
 # QLoRA on Idefics2: adapters on a language model in 4 bits and on the connector, the loss on the answers.
 #   MODEL=HuggingFaceM4/idefics2-8b DATA=DIR OUTPUT=DIR sh examples/qlora_idefics2.sh [section.key=value ...]
 # examples/common.sh lists all variables.
-set -eu
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
-. "$ROOT/examples/common.sh"
-
-require MODEL "HF directory or hub id of an Idefics2, or its Megatron weights" \
-    DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
-TP=${TP:-1} # a base that takes no gradients fits one GPU
-settings 16
-train qlora_idefics2.yaml "$@"
+export RECIPE=qlora_idefics2.yaml
+exec sh "$(dirname "$0")/lora_idefics2.sh" "$@"

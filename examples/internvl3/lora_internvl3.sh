@@ -13,4 +13,4 @@ TP=${TP:-1} # a base that takes no gradients fits one GPU
 PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-4}
 [ "$PER_DEVICE_BATCH_SIZE" -eq 1 ] || set -- data.group_by=length "$@"
 settings 32
-train internvl3/lora_internvl3.yaml "$@"
+train "${RECIPE:-internvl3/lora_internvl3.yaml}" "$@"

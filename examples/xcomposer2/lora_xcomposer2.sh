@@ -12,4 +12,4 @@ require MODEL "HF directory or hub id of an InternLM-XComposer2" \
 TP=${TP:-1} # a base that takes no gradients fits one GPU
 [ "${PACKING:-0}" = 1 ] || set -- data.packing=false "$@"
 settings 64
-train xcomposer2/lora_xcomposer2.yaml "$@"
+train "${RECIPE:-xcomposer2/lora_xcomposer2.yaml}" "$@"

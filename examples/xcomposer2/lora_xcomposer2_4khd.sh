@@ -3,13 +3,5 @@
 #   MODEL=internlm/internlm-xcomposer2-4khd-7b DATA=DIR OUTPUT=DIR sh examples/xcomposer2/lora_xcomposer2_4khd.sh [section.key=value ...]
 # As published: 64 samples a step, one at a time. PACKING=1 packs rows of data.seq_length tokens, BATCH_SIZE then counts rows.
 # examples/common.sh lists all variables.
-set -eu
-ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-. "$ROOT/examples/common.sh"
-
-require MODEL "HF directory or hub id of an InternLM-XComposer2" \
-    DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
-TP=${TP:-1} # a base that takes no gradients fits one GPU
-[ "${PACKING:-0}" = 1 ] || set -- data.packing=false "$@"
-settings 64
-train xcomposer2/lora_xcomposer2_4khd.yaml "$@"
+export RECIPE=xcomposer2/lora_xcomposer2_4khd.yaml
+exec sh "$(dirname "$0")/lora_xcomposer2.sh" "$@"

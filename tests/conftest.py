@@ -8,6 +8,18 @@ import torch
 not_run: list[str] = []
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test is a rank of the world that another test of its process left: which one ran before depends on the machine."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    if torch.distributed.is_initialized():
+        from megatron_vlm.parallel.topology import destroy_topology
+
+        destroy_topology()
+        torch.distributed.destroy_process_group()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects tests marked ``gpu`` on a machine without a CUDA device; the longest tests, which start programs, come first."""
     items.sort(key=lambda item: item.path.parent.name not in ("examples", "cli"))

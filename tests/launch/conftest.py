@@ -4,25 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.parallel.topology import destroy_topology
 from megatron_vlm.testing.twins import write_tiny_idefics2
 
 SMALL = dict(text_hidden=32, ffn=48, vision_hidden=32, vision_ffn=40, vision_layers=2, depth=1, perceiver_head_dim=8)
 COLOURS = ("red", "green", "blue", "white", "black")
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """What another test of this process left of its ranks would make `launch` one of them."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    if torch.distributed.is_initialized():
-        destroy_topology()
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,8 @@ PRELOAD = (
     "megatron.core.models.gpt",
     "megatron.core.pipeline_parallel",
     "transformers.models.idefics2.configuration_idefics2",
+    "megatron_vlm.training.trainer",
+    "megatron_vlm.testing.parity",
 )
 """What most functions need; imported once, by the server that forks the ranks."""
 START_SECONDS = 180.0
@@ -264,6 +266,7 @@ def _work(rank: int, connection: Connection, log: str) -> None:
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     cpu.install()
+    gc.freeze()  # what was imported stays: to look through it again and again would copy the server's pages, too
     connection.send_bytes(pickle.dumps((True, None)))
     environment, folder = dict(os.environ), os.getcwd()
     group: tuple[int, int] | None = None

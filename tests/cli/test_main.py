@@ -3,17 +3,14 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from megatron_vlm.cli.main import main
+from megatron_vlm.testing import commands
 from megatron_vlm.testing.runs import metrics_of, write_shards
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -35,40 +32,29 @@ def run_argv(tmp_path_factory):
     return make
 
 
-def start(argv: list[str], log: Path, world: int = 2) -> list[subprocess.Popen]:
+def start(argv: list[str], log: Path, world: int = 2) -> list[commands.Command]:
     """Starts ``megatron-vlm train`` as ranks of one job, each in a session of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in place.items()}}
-        with open(f"{log}.{rank}", "ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_vlm", "train", *argv],
-                env=environment,
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        ranks.append(process)
-    return ranks
+    place = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        commands.start(["train", *argv], Path(f"{log}.{rank}"), RANK=rank, LOCAL_RANK=rank, **place)
+        for rank in range(world)
+    ]
 
 
-def finish(ranks: list[subprocess.Popen], timeout: float = 180) -> list[int]:
+def finish(ranks: list[commands.Command], timeout: float = 180) -> list[int]:
     """Waits for all ranks and returns their exit codes; kills what is left at the deadline."""
     deadline = time.monotonic() + timeout
     try:
         return [rank.wait(max(0.0, deadline - time.monotonic())) for rank in ranks]
     finally:
         for rank in ranks:
-            if rank.poll() is None:
-                os.killpg(rank.pid, signal.SIGKILL)
+            rank.kill()
 
 
-def wait_for_lines(path: Path, lines: int, ranks: list[subprocess.Popen], timeout: float = 120) -> None:
+def wait_for_lines(path: Path, lines: int, ranks: list[commands.Command], timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not path.exists() or len(path.read_text().splitlines()) < lines:
         assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), "the run ended early"
@@ -83,25 +69,25 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_killed_run_resumes_bit_for_bit(run_argv, tmp_path):
     """kill -9 of both ranks in mid-run; then one rank alone dies and the other notices; then the run ends."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = "--train-iters 24 --save-interval 4 --keep-last 2"
+    more = "--train-iters 14 --save-interval 3 --keep-last 2"
     assert finish(start(run_argv(whole, more), tmp_path / "whole.log")) == [0, 0]
 
     ranks = start(run_argv(cut, more), tmp_path / "cut.log")
-    wait_for_lines(cut / "metrics.jsonl", 6, ranks)
+    wait_for_lines(cut / "metrics.jsonl", 4, ranks)
     for rank in ranks:
         os.killpg(rank.pid, signal.SIGKILL)
     assert finish(ranks) == [-signal.SIGKILL] * 2
 
     resume = run_argv(cut, more, f"--load {cut}")
     ranks = start(resume, tmp_path / "cut.log")
-    wait_for_lines(cut / "metrics.jsonl", 10, ranks)
+    wait_for_lines(cut / "metrics.jsonl", 7, ranks)
     os.killpg(ranks[1].pid, signal.SIGKILL)
     assert finish(ranks, timeout=60) == [1, -signal.SIGKILL]
 
     assert finish(start(resume, tmp_path / "cut.log")) == [0, 0]
     assert metrics_of(cut) == metrics_of(whole)
-    assert [line["iteration"] for line in metrics_of(cut)] == list(range(1, 25))
-    assert files_of(cut / "iter_0000024") == files_of(whole / "iter_0000024") != {}
+    assert [line["iteration"] for line in metrics_of(cut)] == list(range(1, 15))
+    assert files_of(cut / "iter_0000014") == files_of(whole / "iter_0000014") != {}
 
 
 @pytest.mark.slow

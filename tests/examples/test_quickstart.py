@@ -1,4 +1,4 @@
-"""The main job, as the README gives it: a quarter of it by default; docs/numerics.md has the whole of it on three seeds."""
+"""The main job, as the README gives it: a seventh of it by default; docs/numerics.md has the whole of it on three seeds."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from tests.examples.shell import EXAMPLES, environment, free_port, start
 
 HELD_OUT = 0.90  # measured on seeds 0, 1, 2: see docs/numerics.md
 HELD_OUT_LORA = 0.85  # measured 90.8 % on seed 0
-HELD_OUT_EARLY = 0.60  # after a quarter of the updates; measured 75.8 % on seed 0
+HELD_OUT_EARLY = 0.35  # after a seventh of the updates; measured 51.1 % on seed 0
 BLIND = 0.15
 
 
@@ -28,8 +28,8 @@ def answers(folder, *settings, **variables):
 
 
 @pytest.mark.slow
-def test_a_quarter_of_the_quickstart(tmp_path):
-    results = answers(tmp_path, "training.train_iters=200")
+def test_a_seventh_of_the_quickstart(tmp_path):
+    results = answers(tmp_path, "training.train_iters=100")
     assert results["this model"] >= HELD_OUT_EARLY
     assert results["blind: this model shown a grey picture"] < BLIND
     assert results["majority class"] < BLIND

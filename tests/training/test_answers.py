@@ -1,8 +1,6 @@
 """Sample answers during training, and `generate` on a checkpoint: equal to transformers', at every place they are written."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import torch
 from PIL import Image
 
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.testing import commands
 from megatron_vlm.testing.distributed import RankError, run_distributed
 from megatron_vlm.testing.runs import train
 from megatron_vlm.training.answers import EvaluateConfig, Prompt
@@ -80,13 +79,8 @@ def test_answers_of_records_and_prompts_equal_transformers(twin, picture, tmp_pa
         {"key": f"r{number}", "prompt": text, "reference": f"answer {number}", "answer": answer}
         for number, ((text, _), answer) in enumerate(zip(asked, expected))
     ]
-    command = [sys.executable, "-m", "megatron_vlm", "generate", "--load", str(twin), "--device", "cpu"]
-    said = subprocess.run(
-        [*command, "--prompt", "What digit is this?", "--image", str(picture), "--max-new-tokens", str(NEW)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    asked_for = ["--prompt", "What digit is this?", "--image", str(picture), "--max-new-tokens", str(NEW)]
+    said = commands.run(["generate", "--load", str(twin), "--device", "cpu", *asked_for])
     assert said.returncode == 0, said.stderr
     assert said.stdout.rstrip("\n") == expected[0]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_vlm.models import registry
-from megatron_vlm.testing.layouts import PAIRWISE_SMALL, Case, LayoutCheck, whole_matrix
+from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, Case, LayoutCheck, whole_matrix
 from megatron_vlm.testing.twin_internvl3 import make_samples, write_tiny_internvl3
 
 # Texts first, so that a rank without images meets one with; 0, 1 and 3 images of several tiles.
@@ -43,6 +43,6 @@ def test_layout_equals_one_process(checks, case):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [*whole_matrix(), *whole_matrix("odd_heads")], ids=str)
+@pytest.mark.parametrize("case", [*PAIRWISE_MORE, *whole_matrix(), *whole_matrix("odd_heads")], ids=str)
 def test_whole_matrix(checks, case):
     checks(case.twin).check(case)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.models import registry
-from megatron_vlm.testing.layouts import PAIRWISE_SMALL, Case, LayoutCheck, whole_matrix
+from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, Case, LayoutCheck, whole_matrix
 from megatron_vlm.testing.twin_llava_internlm2 import make_samples, write_tiny_llava, write_tiny_llava_internlm2
 
 # Texts first, so that a rank without images meets one with.
@@ -46,6 +46,6 @@ def test_layout_equals_one_process(checks, case):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [*whole_matrix(), *whole_matrix("odd_heads")], ids=str)
+@pytest.mark.parametrize("case", [*PAIRWISE_MORE, *whole_matrix(), *whole_matrix("odd_heads")], ids=str)
 def test_whole_matrix(checks, case):
     checks(case.twin).check(case)

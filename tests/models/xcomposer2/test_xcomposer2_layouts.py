@@ -6,7 +6,7 @@ import torch
 from megatron_vlm.data.types import row_from_samples
 from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.layouts import PAIRWISE_SMALL, LayoutCheck, whole_matrix
+from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, LayoutCheck, whole_matrix
 from megatron_vlm.testing.parity import layout_run, merge_gradients
 from megatron_vlm.testing.twin_xcomposer2 import make_samples, write_tiny_xcomposer2
 
@@ -50,7 +50,7 @@ def test_layout_equals_one_process(checks, case):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [*whole_matrix(recomputes=(False, True)), *whole_matrix("odd")], ids=str)
+@pytest.mark.parametrize("case", [*PAIRWISE_MORE, *whole_matrix(recomputes=(False, True)), *whole_matrix("odd")], ids=str)
 def test_whole_matrix(checks, case):
     checks(case.twin).check(case)
 

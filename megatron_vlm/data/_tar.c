@@ -1,6 +1,6 @@
 /* The walk of data/tar.py over tar headers, for archives without a fault: ustar, GNU long names and pax headers.
  *
- *     fd --mapped or pread: a window from header to header--> checks of each --> starts, offsets, sizes, groups, names
+ *     fd --pread: a window from header to header--> checks of each --> starts, offsets, sizes, groups, names
  *
  * What is odd in any way (damage, links, numbers written in rare ways, global headers ...) is not judged here: walk()
  * returns None, and the walk in Python reads the archive or names its fault. So both give the same answer by
@@ -15,19 +15,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
-/* Linux 5.14 and later. Unlike a touch of the page, it answers a failed read with an error, not with SIGBUS. */
-#if defined(__linux__) && !defined(MADV_POPULATE_READ)
-#define MADV_POPULATE_READ 22
-#endif
-
 enum { BLOCK = 512, WINDOW = 1 << 16, MAX_EXTENSION = 1 << 15 };
-/* Where headers lie closer than NEAR on average, MAPPED bytes are mapped at once: pages of the cache, without a copy or a call
- * for each header. Where that can't be done and they lie closer than CLOSE, MANY bytes are read at once: copying what is between
- * them costs less than a call for each. Else one is read, and the next with it if a small member follows. */
-enum { NEAR = 1 << 15, MAPPED = 1 << 21, CLOSE = 1 << 12, MANY = WINDOW, FEW = 1 << 11, PAGE = 1 << 16 };
+/* Bytes read at once. Where headers lie closer than NEAR on average, copying what is between them costs less than a call for
+ * each; else one is read, and the next with it if a small member follows. */
+enum { NEAR = 1 << 12, MANY = WINDOW, FEW = 1 << 11 };
 
 typedef struct {
     char *data;
@@ -37,9 +30,7 @@ typedef struct {
 typedef struct {
     int fd;
     int64_t size, limit, low, high; /* the file's, the largest member, the window's */
-    const unsigned char *bytes; /* from low to high */
-    unsigned char *window, *map; /* a buffer; the file, or NULL */
-    int64_t step; /* from header to header, a running mean */
+    unsigned char *window;
     Buffer starts, offsets, sizes, groups, names;
     int64_t count;
     size_t key, key_length; /* of the last member, in names */
@@ -71,32 +62,12 @@ static int append_number(Buffer *to, int64_t value) {
     return append(to, &value, sizeof value);
 }
 
-/* Makes the file's pages around `at` readable through the map, if that is possible. */
-static int populate(Walk *walk, int64_t at) {
-#ifdef MADV_POPULATE_READ
-    int64_t low = at & -(int64_t)PAGE, high = low + MAPPED < walk->size ? low + MAPPED : walk->size;
-    if (!walk->map || walk->step > NEAR)
-        return 0;
-    if (!madvise(walk->map + low, (size_t)(high - low), MADV_POPULATE_READ)) {
-        walk->bytes = walk->map + low;
-        walk->low = low;
-        walk->high = high;
-        return 1;
-    }
-    munmap(walk->map, (size_t)walk->size); /* an older kernel, or a damaged disk: reads tell */
-    walk->map = NULL;
-#endif
-    return 0;
-}
-
 /* Returns the `length` bytes (at most WINDOW) at `at`, valid until the next call; NULL where the file lacks them. */
-static const unsigned char *view(Walk *walk, int64_t at, int64_t length) {
+static const unsigned char *view(Walk *walk, int64_t at, int64_t length, int64_t ahead) {
     if (at < 0 || length > walk->size - at)
         return NULL;
-    if ((at < walk->low || at + length > walk->high) && !(populate(walk, at) && at + length <= walk->high)) {
-        int64_t want = walk->step <= CLOSE ? MANY : FEW, got = 0;
-        if (want < length)
-            want = length;
+    if (at < walk->low || at + length > walk->high) {
+        int64_t want = length > ahead ? length : ahead, got = 0;
         if (want > walk->size - at)
             want = walk->size - at;
         while (got < length) {
@@ -107,11 +78,10 @@ static const unsigned char *view(Walk *walk, int64_t at, int64_t length) {
                 return NULL;
             got += more;
         }
-        walk->bytes = walk->window;
         walk->low = at;
         walk->high = at + got;
     }
-    return walk->bytes + (at - walk->low);
+    return walk->window + (at - walk->low);
 }
 
 /* Returns a number of exactly `digits` octal digits, or -1. */
@@ -210,7 +180,7 @@ static int read_extension(Walk *walk, unsigned char kind, int64_t at, int64_t si
     if (size < 1 || size > MAX_EXTENSION)
         return ODD;
     int64_t padded = (size + BLOCK - 1) & -BLOCK;
-    const unsigned char *data = view(walk, at, padded);
+    const unsigned char *data = view(walk, at, padded, MANY);
     if (!data || !is_zero(data + size, (size_t)(padded - size)))
         return ODD;
     if (kind == 'x')
@@ -252,10 +222,10 @@ static int add_member(Walk *walk, const unsigned char *block, int64_t start, int
 }
 
 static int run(Walk *walk, int64_t *end, int extended) {
-    int64_t at = 0, start = -1; /* start: of an extension header that waits for its member */
-    walk->step = CLOSE;
+    int64_t at = 0, step = NEAR; /* step: from header to header, a running mean */
+    int64_t start = -1;          /* of an extension header that waits for its member */
     for (;;) {
-        const unsigned char *block = view(walk, at, BLOCK);
+        const unsigned char *block = view(walk, at, BLOCK, step <= NEAR ? MANY : FEW);
         if (!block)
             return ODD;
         if (!block[0] && is_zero(block, BLOCK)) {
@@ -291,7 +261,7 @@ static int run(Walk *walk, int64_t *end, int extended) {
         } else {
             return ODD;
         }
-        walk->step += (next - at - walk->step) / 8;
+        step += (next - at - step) / 8;
         at = next;
     }
 }
@@ -315,8 +285,6 @@ static PyObject *tar_walk(PyObject *self, PyObject *args) {
         walk->size = size;
         walk->limit = limit;
         walk->window = window;
-        void *map = size > 0 ? mmap(NULL, (size_t)size, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
-        walk->map = map == MAP_FAILED ? NULL : map;
         PyThreadState *state = PyEval_SaveThread();
         result = run(walk, &end, 0);
         if (result == AGAIN) {
@@ -325,8 +293,6 @@ static PyObject *tar_walk(PyObject *self, PyObject *args) {
             walk->count = 0;
             result = run(walk, &end, 1);
         }
-        if (walk->map)
-            munmap(walk->map, (size_t)size);
         PyEval_RestoreThread(state);
     }
     if (result == NO_MEMORY)

@@ -57,7 +57,7 @@ class Layout:
         """Sizes above 1, recomputation, and samples of a row where there are several."""
         sizes = [f"{axis} {size}" for axis in ("tp", "pp", "dp") if (size := getattr(self, axis)) > 1]
         rows = f", micro-batch {self.micro_batch_size}" if self.micro_batch_size > 1 else ""
-        return " ".join(sizes or ["one GPU"]) + (", recomputing" if self.recompute else "") + rows
+        return " ".join(sizes or ["one rank"]) + (", recomputing" if self.recompute else "") + rows
 
     @property
     def need(self) -> int:

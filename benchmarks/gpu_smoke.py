@@ -17,7 +17,9 @@ import torch
 from megatron_vlm.data.types import IGNORE_INDEX, EncodedSample, PackedRow, row_from_samples
 from megatron_vlm.layers.attention import attention, select_backend
 from megatron_vlm.models import registry
-from megatron_vlm.models.idefics2.config import Idefics2ModelConfig, PerceiverConfig, VisionConfig
+from megatron_vlm.models.idefics2.config import Idefics2ModelConfig
+from megatron_vlm.models.perceiver import PerceiverConfig
+from megatron_vlm.models.siglip import SiglipConfig
 from megatron_vlm.models.text import TextConfig
 from megatron_vlm.models.vlm import ModelOptions, build_model
 from megatron_vlm.parallel import cpu
@@ -49,7 +51,7 @@ def model_config(tiny: bool) -> Idefics2ModelConfig:
             vocab_size=512 if tiny else 32003, max_position_embeddings=32768, norm_epsilon=1e-5, rotary_base=10000.0,
             sliding_window=None, tie_word_embeddings=False,
         ),
-        vision=VisionConfig(
+        vision=SiglipConfig(
             hidden_size=48 if tiny else 768, ffn_hidden_size=96 if tiny else 3072, num_layers=vision_layers,
             num_attention_heads=4 if tiny else 12, image_size=980, patch_size=14, num_channels=3, norm_epsilon=1e-6,
         ),

@@ -219,11 +219,16 @@ def direct(name: str, hf: str, layout: Layout = REPLICATED) -> Entry:
 def qkv(name: str, hf: Sequence[str], *, num_heads: int, num_query_groups: int, layout: Layout = COLUMN) -> Entry:
     """Fuses q, k, v (weights [n * d, h] or biases [n * d]) group by group: [q_0 .. q_{g-1}, k, v] per query group.
 
+    ``hf`` names three tensors, or one with the three end to end.
+
     Source of the order: megatron-core 0.16.1, transformer/attention.py, ``get_query_key_value_tensors``.
     """
     heads_per_group = num_heads // num_query_groups
 
     def to_full(tensors: Sequence[Tensor]) -> Tensor:
+        if len(hf) == 1:
+            dim = tensors[0].shape[0] // (num_heads + 2 * num_query_groups)
+            tensors = tensors[0].split([num_heads * dim, num_query_groups * dim, num_query_groups * dim])
         groups = [t.reshape(num_query_groups, -1, *t.shape[1:]) for t in tensors]
         return torch.cat(groups, 1).reshape(-1, *tensors[0].shape[1:])
 
@@ -231,7 +236,8 @@ def qkv(name: str, hf: Sequence[str], *, num_heads: int, num_query_groups: int, 
         groups = full.reshape(num_query_groups, -1, *full.shape[1:])
         dim = groups.shape[1] // (heads_per_group + 2)
         parts = groups.split([heads_per_group * dim, dim, dim], 1)
-        return [part.reshape(-1, *full.shape[1:]) for part in parts]
+        tensors = [part.reshape(-1, *full.shape[1:]) for part in parts]
+        return tensors if len(hf) == 3 else [torch.cat(tensors)]
 
     return Entry(name=name, hf=tuple(hf), layout=layout, to_full=to_full, from_full=from_full)
 

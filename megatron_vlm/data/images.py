@@ -1,8 +1,13 @@
-"""Images: opened by header with limits checked before any pixel is decoded; decoded upright, as 8-bit RGB."""
+"""Images: opened by header with limits checked before any pixel is decoded; decoded upright, as 8-bit RGB; resized, normalised.
+
+Cutting them into tiles: ``tiling.py``.
+"""
 
 import io
 import os
+import random
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +22,7 @@ MAX_BYTES = 64 * 2**20
 MAX_SIDE = 16_384
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200
+JPEG_QUALITIES = (75, 100)
 _UPRIGHT_SWAPS = (5, 6, 7, 8)  # values of the EXIF orientation that turn an image by 90 degrees
 _ORIENTATION = 0x0112
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, OverflowError)
@@ -124,3 +130,62 @@ def normalise_table(rescale: float, mean: tuple[float, ...], std: tuple[float, .
     rescaled = (np.arange(256, dtype=np.uint8).astype(np.float64) * rescale).astype(np.float32)
     means, stds = np.array(mean, dtype=np.float32), np.array(std, dtype=np.float32)
     return (rescaled[None] - means[:, None]) / stds[:, None]
+
+
+def normalise(images: Sequence[Image.Image], table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Looks the values of RGB images of one width up in a ``normalise_table``.
+
+    Returns:
+        float32 [3, sum of heights, width], one image below the other.
+    """
+    pixels = np.empty((3, sum(image.height for image in images), images[0].width), dtype=np.float32)
+    top = 0
+    for image in images:
+        values = np.asarray(image)
+        for channel, row in enumerate(table):
+            out = pixels[channel, top : top + image.height]
+            np.take(row, values[:, :, channel], out=out, mode="clip")  # clip: without a buffer for ``out``
+        top += image.height
+    return pixels
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """Centres an image on a square of its longer side."""
+    width, height = image.size
+    side = max(width, height)
+    if width == height:
+        return image
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def resize_and_crop(image: Image.Image, side: int, resample: int) -> Image.Image:
+    """Resizes the shorter edge to ``side``, rounded down as transformers does, and cuts out the middle."""
+    width, height = image.size
+    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return image.resize(size, resample=resample).crop((left, top, left + side, top + side))
+
+
+def size_within(width: int, height: int, longest: int, shortest: int) -> tuple[int, int]:
+    """Width and height after resizing between two edges, rounded as transformers' ``get_resize_output_image_size`` does."""
+    aspect_ratio = width / height
+    if width >= height and width > longest:
+        width, height = longest, int(longest / aspect_ratio)
+    elif height > width and height > longest:
+        width, height = int(longest * aspect_ratio), longest
+    return max(width, shortest), max(height, shortest)
+
+
+def quarters(width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """Returns the boxes (left, top, right, bottom) of the four quarters of an image, row by row."""
+    x, y = width // 2, height // 2
+    return [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
+
+
+def degrade(image: Image.Image, draw: random.Random) -> Image.Image:
+    """The image after JPEG compression of a random quality."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=draw.randint(*JPEG_QUALITIES))
+    return Image.open(buffer).convert("RGB")

@@ -20,12 +20,23 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.data.chat import FastTokenizer, Tokens, fit
+from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images import upright_rgb
 from megatron_vlm.data.shards import num_placeholders
 from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
 from megatron_vlm.errors import DataError
 
 Size = tuple[int, int]
+
+
+def data_fields(config: DataConfig) -> dict[str, Any]:
+    """Fields of every processor that the data section alone decides."""
+    return {
+        "seq_length": config.seq_length,
+        "truncate": config.on_too_long == "truncate",
+        "answer_loss_only": config.answer_loss_only,
+        "max_image_num": config.max_image_num,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,11 @@
 
 import json
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data.chat import plain_tokenizer
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 
@@ -69,6 +71,44 @@ def load_tokenizer(hf_dir: Path, **options: Any) -> Any:
             f"the tokenizer of {hf_dir} has no tokenizer.json, which exact loss masks need: save it as a fast one"
         )
     return tokenizer
+
+
+def token_ids(hf_dir: Path, find: Callable[[str], int | None], needed: Sequence[str], family: str) -> dict[str, int]:
+    """Returns the ids of tokens that a family's prompts need; ``find`` gives the id of one, or None.
+
+    Raises:
+        ConfigError: the vocabulary lacks some.
+    """
+    found = {token: index for token in needed if (index := find(token)) is not None}
+    missing = [token for token in needed if token not in found]
+    if missing:
+        raise ConfigError(f"the tokenizer of {hf_dir} lacks {', '.join(missing)}: is it {family}'s?")
+    return found
+
+
+def tokenizer_fields(
+    hf_dir: Path, tokenizer: Any, image_token_id: int, configured: int | None, vocab_size: int
+) -> dict[str, Any]:
+    """Fields of a processor from a tokenizer of transformers, of which the backend alone is kept.
+
+    Args:
+        hf_dir: it is of.
+        tokenizer: of transformers.
+        image_token_id: its id of the token that holds the place of image features.
+        configured: the same by config.json; None: it does not say.
+        vocab_size: of the model.
+
+    Raises:
+        ConfigError: the two differ.
+    """
+    if configured not in (None, image_token_id):
+        raise ConfigError(f"{hf_dir}: config.json has image_token_id {configured}, the tokenizer {image_token_id}")
+    fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return {
+        "tokenizer": plain_tokenizer(tokenizer.backend_tokenizer),
+        "image_token_id": image_token_id,
+        "filler_token_id": next(i for i in fillers if i is not None and i < vocab_size),
+    }
 
 
 def generation_stops(hf_dir: Path, *ends: int | None) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from megatron_vlm.data.templates import IMAGE, TEMPLATES, Template
 from megatron_vlm.data.types import EncodedSample, Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.conversation import ConversationProcessor, Size
+from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
 from megatron_vlm.models.processor_files import chat_template, generation_stops, read_json
 
 LOGGER = get_logger(__name__)
@@ -146,10 +146,7 @@ def prompt_settings(hf_dir: Path, config: DataConfig, family: str, vocab_size: i
         filler_token_id=next(i for i in (ids.get("pad"), found[eos]) if i is not None and i < vocab_size),
         control_tokens=tuple(sorted(control)),
         stop_ids=generation_stops(hf_dir, *ends, found[eos]),
-        seq_length=config.seq_length,
-        truncate=config.on_too_long == "truncate",
-        answer_loss_only=config.answer_loss_only,
-        max_image_num=config.max_image_num,
+        **data_fields(config),
     )
 
 

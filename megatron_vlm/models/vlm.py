@@ -8,7 +8,7 @@ The first stage owns tower and connector. Towers and connectors are given by the
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +29,7 @@ from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.models.fusion import fuse, touch
 from megatron_vlm.models.language import Decoder
 from megatron_vlm.models.registry import FamilySpec
+from megatron_vlm.models.text import TextConfig
 from megatron_vlm.parallel.topology import Topology
 
 GROUPS = {"vision": "vision_model.", "connector": "connector.", "llm": "language_model."}
@@ -197,11 +199,33 @@ def mark_sharding(chunk: nn.Module, mapping: Mapping, vocab: Layout) -> None:
         parameter.partition_stride = layout.stride  # type: ignore[attr-defined]
 
 
-def stage_ends(topology: Topology, vp_stage: int | None) -> tuple[bool, bool]:
-    """(owns the embedding and tower, owns the head) of a stage."""
+def build_stage(
+    text: TextConfig,
+    topology: Topology,
+    options: ModelOptions,
+    vp_stage: int | None,
+    *,
+    tower: Callable[[], nn.Module] | None = None,
+    connector: Callable[[], nn.Module] | None = None,
+    layer: ModuleSpec | None = None,
+) -> VisionLanguageModel:
+    """Builds one stage of a model.
+
+    Args:
+        text: the decoder.
+        topology, options: of the run.
+        vp_stage: number of the virtual stage on this rank; None: there is one.
+        tower, connector: build these parts, called on the stage that owns them; None: a text model.
+        layer: of the decoder, where it is not the plain one.
+    """
     first = topology.first_stage and vp_stage in (None, 0)
     last = topology.last_stage and vp_stage in (None, topology.vp - 1)
-    return first, last
+    return VisionLanguageModel(
+        Decoder(text, topology, options, vp_stage, first, last, layer=layer),
+        tower() if tower and first else None,
+        connector() if connector and first else None,
+        recompute_connector=options.recompute_granularity is not None,
+    )
 
 
 def freeze(chunk: nn.Module, groups: Sequence[str]) -> None:

@@ -6,12 +6,13 @@ What is told by shapes (memory, operations, layouts) needs no weights.
 from typing import Any
 
 from megatron_vlm.models.clip import ClipConfig
-from megatron_vlm.models.idefics2.config import Idefics2ModelConfig, PerceiverConfig
-from megatron_vlm.models.idefics2.config import VisionConfig as SiglipConfig
+from megatron_vlm.models.idefics2.config import Idefics2ModelConfig
 from megatron_vlm.models.internlm2.config import InternLM2ModelConfig
+from megatron_vlm.models.internvit import InternVitConfig
 from megatron_vlm.models.internvl3.config import InternVL3ModelConfig
-from megatron_vlm.models.internvl3.config import VisionConfig as InternVitConfig
 from megatron_vlm.models.llava_internlm2.config import LlavaModelConfig
+from megatron_vlm.models.perceiver import PerceiverConfig
+from megatron_vlm.models.siglip import SiglipConfig
 from megatron_vlm.models.text import TextConfig
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
 

@@ -14,21 +14,20 @@ token in that place: transformers' processor would add the token with an id beyo
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vlm.data.chat import Piece, Tokens, encode_pieces, plain_tokenizer
+from megatron_vlm.data.chat import Piece, Tokens, encode_pieces
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images import normalise_table
+from megatron_vlm.data.images import quarters, size_within
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.conversation import ConversationProcessor, Size
+from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
+from megatron_vlm.models.pixels import HALF, NormalisedPixels, pixel_fields
 from megatron_vlm.models.processor_files import (
     chat_template,
     check_image_settings,
@@ -36,6 +35,8 @@ from megatron_vlm.models.processor_files import (
     load_tokenizer,
     processor_settings,
     read_json,
+    token_ids,
+    tokenizer_fields,
 )
 
 LOGGER = get_logger(__name__)
@@ -50,7 +51,7 @@ _PROBE = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Idefics2Processor(ConversationProcessor):
+class Idefics2Processor(NormalisedPixels, ConversationProcessor):
     """Encodes samples for Idefics2. Plain values only: it travels to worker processes.
 
     Attributes:
@@ -60,8 +61,6 @@ class Idefics2Processor(ConversationProcessor):
         image_seq_len: ``<image>`` tokens per view of an image, the perceiver's latents.
         splitting: the model sees each image as five views: its four quarters, and the whole.
         longest_edge, shortest_edge: of a resized image, in pixels.
-        resample: PIL's code of the resampling filter.
-        rescale, mean, std: normalisation, per channel.
         patch_size: of the vision tower, for the cost of an image.
     """
 
@@ -72,10 +71,6 @@ class Idefics2Processor(ConversationProcessor):
     splitting: bool
     longest_edge: int
     shortest_edge: int
-    resample: int
-    rescale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     patch_size: int
 
     @classmethod
@@ -99,9 +94,7 @@ class Idefics2Processor(ConversationProcessor):
                 "is used with",
                 str(splitting).lower(),
             )
-        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            if not images.get(name, True):
-                raise ConfigError(f"{hf_dir}: {name} false is not built for Idefics2")
+        pixels = pixel_fields(hf_dir, images, "Idefics2", Image.Resampling.BILINEAR, HALF)
         size = images.get("size") or {}
         longest = config.image_size or size.get("longest_edge", 980)
         shortest = config.shortest_edge or min(size.get("shortest_edge", 378), longest)
@@ -118,24 +111,14 @@ class Idefics2Processor(ConversationProcessor):
             )
         return cls(
             **_tokens_of(hf_dir, model),
+            **pixels,
+            **data_fields(config),
             image_seq_len=image_seq_len,
             splitting=splitting,
             longest_edge=longest,
             shortest_edge=shortest,
-            resample=int(images.get("resample", Image.Resampling.BILINEAR)),
-            rescale=float(images.get("rescale_factor", 1 / 255)),
-            mean=tuple(images.get("image_mean") or (0.5, 0.5, 0.5)),
-            std=tuple(images.get("image_std") or (0.5, 0.5, 0.5)),
             patch_size=patch_size,
-            seq_length=config.seq_length,
-            truncate=config.on_too_long == "truncate",
-            answer_loss_only=config.answer_loss_only,
-            max_image_num=config.max_image_num,
         )
-
-    @cached_property
-    def _table(self) -> np.ndarray:
-        return normalise_table(self.rescale, self.mean, self.std)
 
     @property
     def never_cut(self) -> tuple[int, ...]:
@@ -157,27 +140,15 @@ class Idefics2Processor(ConversationProcessor):
 
     def boxes(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
         """Returns the boxes (left, top, right, bottom) of an image that the model sees, in order."""
-        whole, x, y = (0, 0, width, height), width // 2, height // 2
-        if not self.splitting:
-            return [whole]
-        return [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height), whole]
+        return [*(quarters(width, height) if self.splitting else []), (0, 0, width, height)]
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """Resizes and normalises an RGB image: float32 [3, H, W], bit for bit as ``Idefics2ImageProcessorPil``."""
-        values = np.asarray(image.resize(self.resized(*image.size), resample=self.resample))
-        pixels = np.empty((3, *values.shape[:2]), dtype=np.float32)
-        for channel, row in enumerate(self._table):
-            np.take(row, values[:, :, channel], out=pixels[channel], mode="clip")  # clip: without a buffer for ``out``
-        return torch.from_numpy(pixels)
+        return self.normalised(image.resize(self.resized(*image.size), resample=self.resample))
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Returns width and height after resizing, rounded as transformers' ``get_resize_output_image_size`` does."""
-        aspect_ratio = width / height
-        if width >= height and width > self.longest_edge:
-            width, height = self.longest_edge, int(self.longest_edge / aspect_ratio)
-        elif height > width and height > self.longest_edge:
-            width, height = int(self.longest_edge * aspect_ratio), self.longest_edge
-        return max(width, self.shortest_edge), max(height, self.shortest_edge)
+        """Returns width and height after resizing."""
+        return size_within(width, height, self.longest_edge, self.shortest_edge)
 
     def tokenise(self, turns: Sequence[Turn], plans: Sequence[Size], prompt: bool = False) -> Tokens:
         pieces = []
@@ -203,11 +174,10 @@ class Idefics2Processor(ConversationProcessor):
 def _tokens_of(hf_dir: Path, model: dict[str, Any]) -> dict[str, Any]:
     """Loads the tokenizer as transformers does and keeps its backend, which needs no transformers."""
     tokenizer = load_tokenizer(hf_dir)
-    missing = {FAKE, IMAGE} - set(tokenizer.get_vocab())
-    if missing:
-        raise ConfigError(f"the tokenizer of {hf_dir} lacks {', '.join(sorted(missing))}: is it Idefics2's?")
+    vocabulary = tokenizer.get_vocab()
+    ids = token_ids(hf_dir, vocabulary.get, (FAKE, IMAGE), "Idefics2")
     vocab_size = model.get("text_config", {}).get("vocab_size", 32000)
-    end = END if tokenizer.get_vocab().get(END, vocab_size) < vocab_size else tokenizer.eos_token
+    end = END if vocabulary.get(END, vocab_size) < vocab_size else tokenizer.eos_token
     if end is None:
         raise ConfigError(f"the tokenizer of {hf_dir} has neither {END} nor an EOS token")
     tokenizer.add_special_tokens({"additional_special_tokens": [FAKE, IMAGE, *([END] if end == END else [])]})
@@ -217,17 +187,9 @@ def _tokens_of(hf_dir: Path, model: dict[str, Any]) -> dict[str, Any]:
         wanted = f"User:{IMAGE}a{END}\nAssistant: b{END}\n"
         if text != wanted:
             raise ConfigError(f"{hf_dir} has a chat template that is not Idefics2's: it makes {text!r}, not {wanted!r}")
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    if model.get("image_token_id", 32001) != image_token_id:
-        raise ConfigError(
-            f"{hf_dir}: config.json has image_token_id {model.get('image_token_id')}, the tokenizer {image_token_id}"
-        )
-    fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return {
-        "tokenizer": plain_tokenizer(tokenizer.backend_tokenizer),
-        "image_token_id": image_token_id,
-        "fake_token_id": tokenizer.convert_tokens_to_ids(FAKE),
-        "filler_token_id": next(i for i in fillers if i is not None and i < vocab_size),
+        **tokenizer_fields(hf_dir, tokenizer, ids[IMAGE], model.get("image_token_id", 32001), vocab_size),
+        "fake_token_id": ids[FAKE],
         "bos_token_id": tokenizer.bos_token_id,
         "end": end,
         "stop_ids": generation_stops(hf_dir, tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id),

@@ -1,7 +1,7 @@
 """InternVL3's processor: the prompts and labels of the original's training code, and its dynamic tiles.
 
     turns --internvl2_5 template, one string a turn--> ids, labels: the answer and its <|im_end|>
-    images --dynamic tiling (``tiling.py``)--> [3, n * side, side]: n tiles of an image, one below the other
+    images --dynamic tiling (``data/tiling.py``)--> [3, n * side, side]: n tiles of an image, one below the other
 
 Every conversation begins with a system line, the original's unless the first turn is a system turn. ``<image>`` becomes
 ``<img>``, the tiles' ``<IMG_CONTEXT>`` tokens and ``</img>``. Several images share the limit of tiles. An image announced as
@@ -17,24 +17,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vlm.data.chat import Piece, Tokens, encode_separately, plain_tokenizer
+from megatron_vlm.data import tiling
+from megatron_vlm.data.chat import Piece, Tokens, encode_separately
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images import normalise_table
+from megatron_vlm.data.images import degrade
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.conversation import ConversationProcessor, Size
-from megatron_vlm.models.internvl3 import tiling
+from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
 from megatron_vlm.models.internvl3.config import LAYOUTS, InternVL3ModelConfig
+from megatron_vlm.models.pixels import IMAGENET, NormalisedPixels, pixel_fields
 from megatron_vlm.models.processor_files import (
     check_image_settings,
     generation_stops,
     load_tokenizer,
     processor_settings,
     read_json,
+    token_ids,
+    tokenizer_fields,
 )
 
 IMAGE = "<image>"
@@ -43,14 +45,13 @@ OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
 TEMPLATE = "internvl2_5"
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 ASSISTANT = f"{OPEN}assistant\n"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TilePlan = tuple[int, int]
 """Of an image: most tiles it may be cut into, and the tiles it becomes, with its thumbnail."""
 _FRAME = re.compile(r"Frame-?\d+: $")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InternVL3Processor(ConversationProcessor):
+class InternVL3Processor(NormalisedPixels, ConversationProcessor):
     """Encodes samples for InternVL3. Plain values only: it travels to worker processes.
 
     Attributes:
@@ -60,8 +61,6 @@ class InternVL3Processor(ConversationProcessor):
         dynamic: images are cut into tiles; else each is one.
         min_tiles, max_tiles: of an image without its thumbnail; a data set may have its own ``max_tiles``.
         thumbnail: an image of several tiles is seen as a whole, too.
-        resample: PIL's code of the resampling filter.
-        rescale, mean, std: normalisation, per channel.
     """
 
     start_token_id: int
@@ -73,10 +72,6 @@ class InternVL3Processor(ConversationProcessor):
     min_tiles: int
     max_tiles: int
     thumbnail: bool
-    resample: int
-    rescale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "InternVL3Processor":
@@ -114,15 +109,8 @@ class InternVL3Processor(ConversationProcessor):
             **settings,
             tile_tokens=model.tile_tokens(side),
             tile_patches=(side // model.vision.patch_size) ** 2,
-            seq_length=config.seq_length,
-            truncate=config.on_too_long == "truncate",
-            answer_loss_only=config.answer_loss_only,
-            max_image_num=config.max_image_num,
+            **data_fields(config),
         )
-
-    @cached_property
-    def _table(self) -> np.ndarray:
-        return normalise_table(self.rescale, self.mean, self.std)
 
     @cached_property
     def _header(self) -> int:
@@ -153,8 +141,8 @@ class InternVL3Processor(ConversationProcessor):
         most = plan[0]
         cut = tiling.tiles(image, self.side, min(self.min_tiles, most), most, self.thumbnail, self.resample)
         if draw:
-            cut = [tiling.degrade(tile, draw) for tile in cut]
-        return [tiling.stack(cut, self._table)]
+            cut = [degrade(tile, draw) for tile in cut]
+        return [self.normalised(*cut)]
 
     def limits(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> list[int]:
         """Most tiles of each image, in order: images share the limit, a frame of a video is one tile."""
@@ -201,19 +189,14 @@ def _chat_settings(hf_dir: Path, content: dict[str, Any], model: InternVL3ModelC
         "max_tiles": content.get("max_dynamic_patch", 6),
         "dynamic": bool(content.get("dynamic_image_size")),
         "thumbnail": bool(content.get("use_thumbnail")),
-        "resample": int(Image.Resampling.BICUBIC),
-        "rescale": 1 / 255,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        **pixel_fields(hf_dir, {}, "InternVL3", Image.Resampling.BICUBIC, IMAGENET),
     }
 
 
 def _native_settings(hf_dir: Path, content: dict[str, Any], model: InternVL3ModelConfig) -> dict[str, Any]:
     """What transformers' processor files say; its ``InternVLProcessor`` always cuts tiles and adds the thumbnail."""
     settings, images = processor_settings(hf_dir)
-    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        if not images.get(name, True):
-            raise ConfigError(f"{hf_dir}: {name} false is not built for InternVL3")
+    pixels = pixel_fields(hf_dir, images, "InternVL3", Image.Resampling.BICUBIC, IMAGENET)
     size = images.get("size") or {"height": 384, "width": 384}
     if size.get("height") != size.get("width"):
         raise ConfigError(f"{hf_dir}: tiles of {size} are not square, which is not built")
@@ -229,29 +212,16 @@ def _native_settings(hf_dir: Path, content: dict[str, Any], model: InternVL3Mode
         "max_tiles": images.get("max_patches", 12),
         "dynamic": True,
         "thumbnail": True,
-        "resample": int(images.get("resample", Image.Resampling.BICUBIC)),
-        "rescale": float(images.get("rescale_factor", 1 / 255)),
-        "mean": tuple(images.get("image_mean") or IMAGENET_MEAN),
-        "std": tuple(images.get("image_std") or IMAGENET_STD),
+        **pixels,
     }
 
 
 def _tokens_of(hf_dir: Path, model: InternVL3ModelConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(hf_dir)
-    vocabulary = tokenizer.get_vocab()
-    missing = [mark for mark in (START, CONTEXT, STOP, OPEN, CLOSE) if mark not in vocabulary]
-    if missing:
-        raise ConfigError(f"the tokenizer of {hf_dir} lacks {', '.join(missing)}: is it InternVL3's?")
-    if model.image_token_id not in (None, vocabulary[CONTEXT]):
-        raise ConfigError(
-            f"{hf_dir}: config.json has image_token_id {model.image_token_id}, the tokenizer {vocabulary[CONTEXT]}"
-        )
-    fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    ids = token_ids(hf_dir, tokenizer.get_vocab().get, (START, CONTEXT, STOP, OPEN, CLOSE), "InternVL3")
     return {
-        "tokenizer": plain_tokenizer(tokenizer.backend_tokenizer),
-        "image_token_id": vocabulary[CONTEXT],
-        "start_token_id": vocabulary[START],
-        "stop_token_id": vocabulary[STOP],
-        "filler_token_id": next(i for i in fillers if i is not None and i < model.text.vocab_size),
-        "stop_ids": generation_stops(hf_dir, vocabulary[CLOSE]),
+        **tokenizer_fields(hf_dir, tokenizer, ids[CONTEXT], model.image_token_id, model.text.vocab_size),
+        "start_token_id": ids[START],
+        "stop_token_id": ids[STOP],
+        "stop_ids": generation_stops(hf_dir, ids[CLOSE]),
     }

@@ -29,7 +29,7 @@ from megatron_vlm.models.internlm2.llama import llama_config
 from megatron_vlm.models.internlm2.mapping import internlm2_mapping, llama_mapping
 from megatron_vlm.models.llava_internlm2.config import SOURCE, LlavaModelConfig
 from megatron_vlm.models.llava_internlm2.mapping import PROJECTOR, VISION, llava_mapping
-from megatron_vlm.models.llava_internlm2.processor import MEAN, STD
+from megatron_vlm.models.pixels import CLIP
 from megatron_vlm.models.template_processor import TemplateProcessor, prompt_settings, special_tokens, write_tokenizer
 
 FEATURE_LAYER = -2
@@ -203,8 +203,8 @@ def _write_processor_files(files: Path, vision: HFModel, tower: dict[str, Any]) 
         "crop_size": {"height": side, "width": side},
         "resample": own.get("resample", 3),
         "rescale_factor": own.get("rescale_factor", 1 / 255),
-        "image_mean": own.get("image_mean", list(MEAN)),
-        "image_std": own.get("image_std", list(STD)),
+        "image_mean": own.get("image_mean", list(CLIP[0])),
+        "image_std": own.get("image_std", list(CLIP[1])),
         **{f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")},
     }
     processor = {

@@ -7,6 +7,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.clip import ClipConfig
+from megatron_vlm.models.hf_config import require
 from megatron_vlm.models.image_cost import ImageCost, projector_flops
 from megatron_vlm.models.text import TextConfig, text_config
 
@@ -62,8 +63,7 @@ class LlavaModelConfig(Config):
             ("projector_hidden_act", hf.projector_hidden_act, "gelu"),
             ("multimodal_projector_bias", hf.multimodal_projector_bias, True),
         ):
-            if value != wanted:
-                raise ConfigError(f"{name} {value!r} is not built: only {wanted!r} is")
+            require(name, value, wanted)
         if not isinstance(hf.vision_feature_layer, int):
             raise ConfigError(f"vision_feature_layer {hf.vision_feature_layer!r} is not built: only one layer is")
         text = text_config(hf.text_config, tie_word_embeddings=hf.tie_word_embeddings)

@@ -6,14 +6,13 @@ pixels --ClipVisionModel: hidden state of one layer, without CLS--> [P, Hv] --li
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vlm.layers.projector import Projector
 from megatron_vlm.models.clip import build_clip
-from megatron_vlm.models.language import Decoder, transformer_config
 from megatron_vlm.models.llava_internlm2.config import LlavaModelConfig
-from megatron_vlm.models.vlm import VisionLanguageModel, stage_ends
+from megatron_vlm.models.projector import build_projector
+from megatron_vlm.models.vlm import VisionLanguageModel, build_stage
 from megatron_vlm.parallel.topology import Topology
 
 
@@ -29,26 +28,12 @@ def build_llava(
     config: LlavaModelConfig, topology: Topology, options: Any, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
-    pre, post = stage_ends(topology, vp_stage)
-    return VisionLanguageModel(
-        Decoder(config.text, topology, options, vp_stage, pre, post),
-        build_clip(config.vision, topology, options) if pre else None,
-        build_connector(config, topology, options) if pre else None,
-        recompute_connector=options.recompute_granularity is not None,
-    )
-
-
-def build_connector(config: LlavaModelConfig, topology: Topology, options: Any) -> LlavaConnector:
-    """The projector, split by the width between its linears."""
-    mcore = transformer_config(
+    vision, hidden = config.vision, config.text.hidden_size
+    return build_stage(
+        config.text,
         topology,
         options,
-        decoder=False,
-        tp=1,
-        num_layers=1,
-        hidden_size=config.text.hidden_size,
-        num_attention_heads=1,
-        activation_func=F.gelu,
-        add_bias_linear=True,
+        vp_stage,
+        tower=lambda: build_clip(vision, topology, options),
+        connector=lambda: build_projector(LlavaConnector, vision.hidden_size, hidden, topology, options),
     )
-    return LlavaConnector(mcore, config.vision.hidden_size, topology.tp_group)

@@ -8,33 +8,31 @@ their end token, and after the last one the line break and EOS too, as in the or
 modeling_internlm_xcomposer2.py (``interleav_wrap``, ``mask_human_targets``) and finetune/ixc_utils.py.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from PIL import Image
 
 from megatron_vlm.data.chat import Piece, Tokens, encode_separately
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images import normalise_table
+from megatron_vlm.data.images import normalise, normalise_table
 from megatron_vlm.data.sentencepiece import load_tokenizer
+from megatron_vlm.data.tiling import hd_size, hd_transform
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.conversation import ConversationProcessor, Size
-from megatron_vlm.models.processor_files import check_image_settings, generation_stops, read_json
+from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
+from megatron_vlm.models.pixels import CLIP
+from megatron_vlm.models.processor_files import check_image_settings, generation_stops, read_json, token_ids
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
 
 IMAGE = "<image>"
 OPEN, CLOSE, BOS, EOS = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]", "<s>", "</s>"
 _PLACES = ("[UNUSED_TOKEN_0]", "<unk>")  # names of the token that holds an image's place; its embedding is never seen
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-WHITE = (255, 255, 255)
+_TABLE = normalise_table(1 / 255, *CLIP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +54,8 @@ class XComposer2Processor(ConversationProcessor):
     bos_token_id: int
     eos_token_id: int
     control_tokens: tuple[str, ...]
-    mean: ClassVar[tuple[float, ...]] = CLIP_MEAN
-    std: ClassVar[tuple[float, ...]] = CLIP_STD
+    mean: ClassVar[tuple[float, ...]] = CLIP[0]
+    std: ClassVar[tuple[float, ...]] = CLIP[1]
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "XComposer2Processor":
@@ -71,12 +69,8 @@ class XComposer2Processor(ConversationProcessor):
         config.check_template("xcomposer2")
         check_image_settings(config, "InternLM-XComposer2", "max_image_num", "image_size", "hd_num")
         tokenizer = load_tokenizer(hf_dir)
-        ids = {name: tokenizer.token_id(name) for name in (OPEN, CLOSE, BOS, EOS, *_PLACES)}
-        missing = [name for name in (OPEN, CLOSE, BOS, EOS, _PLACES[-1]) if ids[name] is None]
-        if missing:
-            raise ConfigError(f"the tokenizer of {hf_dir} lacks {', '.join(missing)}: is it InternLM-XComposer2's?")
-        place = next(name for name in _PLACES if ids[name] is not None)
-        found: dict[str, Any] = ids
+        place = next((name for name in _PLACES if tokenizer.token_id(name) is not None), _PLACES[-1])
+        found = token_ids(hf_dir, tokenizer.token_id, (OPEN, CLOSE, BOS, EOS, place), "InternLM-XComposer2")
         return cls(
             tokenizer=tokenizer,
             model=model,
@@ -89,15 +83,8 @@ class XComposer2Processor(ConversationProcessor):
             filler_token_id=found[EOS],
             control_tokens=(OPEN, CLOSE, BOS, EOS, place),
             stop_ids=generation_stops(hf_dir, found[CLOSE], found[EOS]),
-            seq_length=config.seq_length,
-            truncate=config.on_too_long == "truncate",
-            answer_loss_only=config.answer_loss_only,
-            max_image_num=config.max_image_num,
+            **data_fields(config),
         )
-
-    @cached_property
-    def _table(self) -> np.ndarray:
-        return normalise_table(1 / 255, self.mean, self.std)
 
     def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
         return "control_tokens" if any(t in turn.text for turn in turns for t in self.control_tokens) else ""
@@ -122,8 +109,7 @@ class XComposer2Processor(ConversationProcessor):
             image = hd_transform(image, self.hd_num, side)
         else:
             image = image.resize((side, side), Image.Resampling.BICUBIC)
-        values = np.asarray(image)
-        return torch.from_numpy(np.stack([row[values[:, :, channel]] for channel, row in enumerate(self._table)]))
+        return torch.from_numpy(normalise([image], _TABLE))
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of tiles of an image of (width, height)."""
@@ -175,31 +161,3 @@ def _hd_num(model: XComposer2Config, config: DataConfig) -> int:
             f"data.image_size (img_size) {config.image_size}: this checkpoint has positions for {side} pixels; leave it out"
         )
     return 0
-
-
-def hd_size(width: int, height: int, hd_num: int, tile: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns the grid (rows, columns) of an image and its size (width, height) on it, before it is padded to whole tiles.
-
-    The longer side becomes as many tiles as ``hd_num`` tiles in all allow; smaller images grow. Source:
-    InternLM-XComposer2-4KHD, ixc_utils.py, ``HD_transform``.
-    """
-    longer, ratio = max(width, height), max(width, height) / min(width, height)
-    scale = 1
-    while (scale + 1) * math.ceil((scale + 1) / ratio) <= hd_num:
-        scale += 1
-    longer, shorter = tile * scale, max(1, int(tile * scale / ratio))
-    across = math.ceil(shorter / tile)
-    if width < height:
-        return (scale, across), (shorter, longer)
-    return (across, scale), (longer, shorter)
-
-
-def hd_transform(image: Image.Image, hd_num: int, tile: int) -> Image.Image:
-    """Resizes an RGB image to its grid and centres it there on white."""
-    if image.width < image.height:  # turned, as in the original: PIL rounds between its two passes
-        turned = hd_transform(image.transpose(Image.Transpose.TRANSPOSE), hd_num, tile)
-        return turned.transpose(Image.Transpose.TRANSPOSE)
-    (rows, columns), size = hd_size(*image.size, hd_num, tile)
-    canvas = Image.new("RGB", (columns * tile, rows * tile), WHITE)
-    canvas.paste(image.resize(size, Image.Resampling.BILINEAR), (0, (rows * tile - size[1]) // 2))
-    return canvas

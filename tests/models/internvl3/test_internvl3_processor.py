@@ -13,11 +13,11 @@ from sklearn.datasets import load_digits, load_sample_image
 from transformers.image_utils import load_image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
+from megatron_vlm.data import tiling
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import IGNORE_INDEX, Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.idefics2.processor import Idefics2Processor
-from megatron_vlm.models.internvl3 import tiling
 from megatron_vlm.models.internvl3.processor import SYSTEM, InternVL3Processor
 from megatron_vlm.testing.twin_internvl3 import hf_processor, write_chat_layout, write_tiny_internvl3
 from megatron_vlm.testing.twins import write_tiny_idefics2

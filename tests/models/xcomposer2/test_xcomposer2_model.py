@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vlm.data.types import VLMBatch, row_from_samples
 from megatron_vlm.errors import DataError
-from megatron_vlm.models.xcomposer2 import model as xcomposer2
+from megatron_vlm.layers.vision.hd import lay_out
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
@@ -38,9 +38,7 @@ def numbered(views, side):
 
 def laid_out(grids, side):
     patches = numbered(sum(1 + rows * columns for rows, columns in grids), side)
-    features = xcomposer2.lay_out(
-        patches, grids, torch.full((1, 4), float(NEWLINE)), torch.full((1, 4), float(SEPARATOR))
-    )
+    features = lay_out(patches, grids, torch.full((1, 4), float(NEWLINE)), torch.full((1, 4), float(SEPARATOR)))
     return features.int().tolist()
 
 

@@ -13,10 +13,11 @@ from sklearn.datasets import load_sample_image
 
 from megatron_vlm.cli.flags import parse_flags
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.tiling import hd_transform
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
-from megatron_vlm.models.xcomposer2.processor import XComposer2Processor, hd_transform
+from megatron_vlm.models.xcomposer2.processor import XComposer2Processor
 
 # Ids of InternLM2's vocabulary, as its published tokenizer gives them; words of the conversations have made up ones.
 VOCABULARY = {

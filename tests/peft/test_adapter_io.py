@@ -21,7 +21,7 @@ from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
 from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava
 from megatron_vlm.testing.twins import write_tiny_idefics2
 
-LOGITS = 1e-5  # of the largest; measured: 2e-6
+LOGITS = 1e-5  # of the largest; measured: 2.9e-6
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "idefics2": (
         write_tiny_idefics2,

@@ -56,4 +56,4 @@ def test_data_benchmarks_run_in_a_small_form():
     code, output = run("packing.py", "fill", timeout=300)
     assert code == 0, output
     code, output = run("data_loading.py", "--share", "0.02", "--images", "16", timeout=300)
-    assert code == 0 and output.count("members/s") == 8 and output.count("samples/s") == 2, output
+    assert code == 0 and output.count("members/s") == 12 and output.count("samples/s") == 2, output

@@ -292,3 +292,24 @@ class Mapping:
 
     def hf_names(self) -> set[str]:
         return {name for entry in self.entries for name in entry.hf}
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """How names begin in memory of the class that loads a model's files, and how in the files.
+
+    Args:
+        pairs: (in memory, in files); the longest that fits a name holds, of equally long ones the first.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+
+    def file_name(self, name: str) -> str:
+        """The name of a tensor in files, given that or the one in memory."""
+        memory, disk = max((p for p in self.pairs if name.startswith(p[0])), key=lambda p: len(p[0]), default=("", ""))
+        return disk + name.removeprefix(memory)
+
+    def module_name(self, name: str) -> str:
+        """The inverse, for a tensor or its module."""
+        memory, disk = max((p for p in self.pairs if name.startswith(p[1])), key=lambda p: len(p[1]), default=("", ""))
+        return memory + name.removeprefix(disk)

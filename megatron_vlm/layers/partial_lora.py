@@ -12,6 +12,7 @@ gradient reduction needs. The mask comes with each call of the layer, so that a 
 Source: InternLM-XComposer2 (arXiv 2401.16420), section 3.2; alpha equals the rank there, so the scale is 1.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,6 +28,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
+
+from megatron_vlm.conversion.mapping import COLUMN, GATED, REPLICATED, ROW, Entry, gated
 
 
 class LowRankBranch(nn.Module):
@@ -132,6 +135,21 @@ class PartialLoraLayer(TransformerLayer):
         for linear in self._adapted:
             linear.image_mask = row.image_mask if needed else None
         return super().forward(*args, **kwargs)
+
+
+def branch_entries(linear: str, hf: Sequence[str]) -> list[Entry]:
+    """Weight map of the branch of one linear.
+
+    Args:
+        linear: in our model, column parallel (``linear_qkv``, ``linear_fc1``) or row parallel (``linear_proj``, ``linear_fc2``).
+        hf: HF names of its factors, up to ``A.weight`` and ``B.weight``; those of the gate first where there are two.
+    """
+    row = linear.endswith(("linear_proj", "linear_fc2"))
+    column = GATED if len(hf) > 1 else COLUMN
+    return [
+        gated(f"{linear}.plora.a", [f"{name}A.weight" for name in hf], ROW if row else REPLICATED),
+        gated(f"{linear}.plora.b", [f"{name}B.weight" for name in hf], REPLICATED if row else column),
+    ]
 
 
 def _own_numbers(own: bool) -> AbstractContextManager:

@@ -61,7 +61,9 @@ class FamilySpec:
         config: ``config(hf_config: dict) -> model config`` (frozen dataclass; resolves HF's defaults).
         build: ``build(config, topology, *, vp_stage, training options) -> VisionLanguageModel``.
         processor: ``processor(hf_dir, data config) -> data.types.Processor``.
-        mapping: ``mapping(config, tp=1, vocab_multiple=1, vocab_extra=0) -> conversion.mapping.Mapping``, both directions.
+        mapping: ``mapping(config, tp=1, vocab_multiple=1, vocab_extra=0) -> conversion.mapping.Mapping``, both directions. ``tp``
+            decides what runs replicated (heads that do not divide), the others pad the vocabulary (Megatron's
+            ``--make-vocab-size-divisible-by`` and ``--extra-vocab-size``).
         assemble: ``assemble(llm, vision, files, options) -> HFModel`` makes one model out of two (HFModel) and writes its
             non-weight files to the folder ``files``; ``options`` is plain data. None: not offered. A family whose trained
             projector may come with them takes it as a fifth argument.

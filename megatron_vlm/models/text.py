@@ -7,6 +7,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.conversion.mapping import ROW, Entry, Layout, direct, gated, qkv
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.rope import RopeScaling
+from megatron_vlm.models.hf_config import require
 
 _MAX_TP = 64
 _TYPES = ("llama", "mistral", "qwen2")
@@ -53,8 +54,7 @@ def text_config(hf: Any, tie_word_embeddings: bool | None = None) -> TextConfig:
     """
     if hf.model_type not in _TYPES:
         raise ConfigError(f"the text model must be one of {', '.join(_TYPES)}, got {hf.model_type!r}")
-    if hf.hidden_act != "silu":
-        raise ConfigError(f"text_config.hidden_act {hf.hidden_act!r} is not built: only 'silu' is")
+    require("text_config.hidden_act", hf.hidden_act, "silu")
     for name in ("attention_bias", "mlp_bias"):
         if getattr(hf, name, False):
             raise ConfigError(f"text_config.{name} true is not built")

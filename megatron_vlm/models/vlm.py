@@ -204,9 +204,8 @@ def build_stage(
     topology: Topology,
     options: ModelOptions,
     vp_stage: int | None,
-    *,
-    tower: Callable[[], nn.Module] | None = None,
-    connector: Callable[[], nn.Module] | None = None,
+    tower: Callable[[Topology, ModelOptions], nn.Module] | None = None,
+    connector: Callable[[Topology, ModelOptions], nn.Module] | None = None,
     layer: ModuleSpec | None = None,
 ) -> VisionLanguageModel:
     """Builds one stage of a model.
@@ -222,8 +221,8 @@ def build_stage(
     last = topology.last_stage and vp_stage in (None, topology.vp - 1)
     return VisionLanguageModel(
         Decoder(text, topology, options, vp_stage, first, last, layer=layer),
-        tower() if tower and first else None,
-        connector() if connector and first else None,
+        tower(topology, options) if tower and first else None,
+        connector(topology, options) if connector and first else None,
         recompute_connector=options.recompute_granularity is not None,
     )
 

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from megatron_vlm.conversion.mapping import COLUMN, GATED, REPLICATED, ROW, Layout, Mapping, direct, gated, qkv
+from megatron_vlm.conversion.mapping import (
+    COLUMN,
+    GATED,
+    REPLICATED,
+    ROW,
+    Layout,
+    Mapping,
+    Prefixes,
+    direct,
+    gated,
+    qkv,
+)
 from megatron_vlm.errors import ConversionError
 
 SHAPES = [(48, 40), (16, 8), (8, 24), (2400, 8)]
@@ -77,3 +88,21 @@ def test_gated_comes_back():
 def test_a_name_used_twice_is_refused(entries):
     with pytest.raises(ConversionError, match="twice"):
         Mapping(entries=entries, vocab_size=1)
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2)])
+def test_qkv_in_one_tensor_is_three_end_to_end(heads, groups):
+    parts = [torch.randn(count * 3, 5) for count in (heads, groups, groups)]
+    apart = qkv("x", ["q", "k", "v"], num_heads=heads, num_query_groups=groups)
+    joined = qkv("x", ["qkv"], num_heads=heads, num_query_groups=groups)
+    full = joined.to_full([torch.cat(parts)])
+    assert torch.equal(full, apart.to_full(parts))
+    (back,) = joined.from_full(full)
+    assert torch.equal(back, torch.cat(parts))
+
+
+def test_the_longest_prefix_holds_and_of_equal_ones_the_first():
+    names = Prefixes((("model.a.", "a.b."), ("model.a.b.", "a.b."), ("a.", "a.b."), ("head", "c.head")))
+    files = {"model.a.x": "a.b.x", "model.a.b.x": "a.b.x", "a.x": "a.b.x", "head.w": "c.head.w", "other": "other"}
+    assert {name: names.file_name(name) for name in files} == files
+    assert [names.module_name(name) for name in ("a.b.x", "c.head", "other")] == ["model.a.x", "head", "other"]

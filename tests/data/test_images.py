@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from megatron_vlm.data.images import decode_image, normalise_table, open_image, probe_image
+from megatron_vlm.data.images import decode_image, normalise_table, open_image, pad_to_square, probe_image
 from megatron_vlm.errors import DataError
 
 CHINA = Image.fromarray(load_sample_image("china.jpg"))
@@ -85,3 +85,11 @@ def test_normalise_table_is_the_plain_formula():
     expected = (np.arange(256) / 255 - np.array([[0.5], [0.4], [0.3]])) / np.array([[0.5], [0.2], [0.1]])
     assert table.dtype == np.float32
     np.testing.assert_allclose(table, expected, atol=1e-6)
+
+
+def test_a_padded_image_by_hand():
+    padded = np.asarray(pad_to_square(Image.new("RGB", (4, 2), (1, 2, 3)), (122, 116, 104)))
+    assert padded.shape == (4, 4, 3)
+    assert [tuple(row[0]) for row in padded] == [(122, 116, 104), (1, 2, 3), (1, 2, 3), (122, 116, 104)]
+    tall = np.asarray(pad_to_square(Image.new("RGB", (1, 4), (1, 2, 3)), (122, 116, 104)))
+    assert [tuple(pixel) for pixel in tall[0]] == [(122, 116, 104), (1, 2, 3), (122, 116, 104), (122, 116, 104)]

@@ -20,7 +20,7 @@ from megatron_vlm.config import Config, nearest
 from megatron_vlm.conversion.mapping import DerivedTensors, HFModel, TensorInfo, TensorStore
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.assembling import extended_rows, generator
+from megatron_vlm.models.assembling import copy_licences, extended_rows, generator
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 CHAT_TEMPLATE = (
@@ -227,9 +227,7 @@ def _write_files(files: Path, llm: HFModel, config: Any, tokenizer: Any, pad: in
         "bad_words_ids": [[fake], [image]],
     }
     GenerationConfig(**generation).save_pretrained(files)
-    for path in llm.directory.iterdir():
-        if path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY")):
-            (files / path.name).write_bytes(path.read_bytes())
+    copy_licences(llm.directory, files)
 
 
 def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:

@@ -10,13 +10,7 @@ from megatron_vlm.models.text import check_tensor_parallel, llama_entries
 def idefics2_mapping(
     config: Idefics2ModelConfig, tp: int = 1, vocab_multiple: int = 1, vocab_extra: int = 0
 ) -> Mapping:
-    """Returns the map of a model.
-
-    Args:
-        config: the model.
-        tp: tensor parallel size, which decides what runs replicated (heads that do not divide).
-        vocab_multiple: Megatron's ``--make-vocab-size-divisible-by``.
-        vocab_extra: ``--extra-vocab-size``.
+    """Returns the map of a model; arguments as of ``FamilySpec.mapping``.
 
     Raises:
         ConfigError: the decoder cannot be cut into ``tp`` parts; with the sizes that can.

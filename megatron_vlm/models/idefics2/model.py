@@ -6,6 +6,7 @@ Tower and resampler are split over tensor parallel ranks; where their heads do n
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,14 +36,8 @@ def build_idefics2(
     config: Idefics2ModelConfig, topology: Topology, options: Any, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
-    return build_stage(
-        config.text,
-        topology,
-        options,
-        vp_stage,
-        tower=lambda: build_siglip(config.vision, topology, options),
-        connector=lambda: _build_connector(config, topology, options),
-    )
+    tower, connector = partial(build_siglip, config.vision), partial(_build_connector, config)
+    return build_stage(config.text, topology, options, vp_stage, tower, connector)
 
 
 def _build_connector(config: Idefics2ModelConfig, topology: Topology, options: Any) -> Idefics2Connector:

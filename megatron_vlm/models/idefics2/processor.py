@@ -85,10 +85,9 @@ class Idefics2Processor(NormalisedPixels, ConversationProcessor):
         config.check_template("idefics2")
         check_image_settings(config, "Idefics2", "max_image_num", "image_size", "shortest_edge", "image_splitting")
         settings, images = processor_settings(hf_dir)
-        splitting = (
-            images.get("do_image_splitting", False) if config.image_splitting is None else config.image_splitting
-        )
-        if splitting != images.get("do_image_splitting", False):
+        written = images.get("do_image_splitting", False)
+        splitting = written if config.image_splitting is None else config.image_splitting
+        if splitting != written:
             LOGGER.info(
                 "data.image_splitting is %s: set do_image_splitting to it in the processor files that the trained model "
                 "is used with",
@@ -161,7 +160,7 @@ class Idefics2Processor(NormalisedPixels, ConversationProcessor):
             pieces.append(Piece(text="\n"))
         if prompt:
             pieces.append(Piece(text="Assistant:"))
-        never = [self.image_token_id, self.fake_token_id, *([] if self.bos_token_id is None else [self.bos_token_id])]
+        never = [*self.never_cut, *([] if self.bos_token_id is None else [self.bos_token_id])]
         return encode_pieces(self.tokenizer, pieces, len(turns), answer_only=self.answer_loss_only, never=never)
 
     def _expand(self, text: str) -> str:

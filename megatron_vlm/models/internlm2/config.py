@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.hf_config import require
 from megatron_vlm.models.text import TextConfig, rope_scaling
 
 _NEEDED = (
@@ -36,8 +37,7 @@ def internlm2_text_config(hf_config: dict[str, Any], model_types: tuple[str, ...
     missing = [key for key in _NEEDED if key not in hf_config]
     if missing:
         raise ConfigError(f"InternLM2's config.json lacks {', '.join(missing)}")
-    if hf_config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"InternLM2's hidden_act {hf_config['hidden_act']!r} is not built: only 'silu' is")
+    require("InternLM2's hidden_act", hf_config.get("hidden_act", "silu"), "silu")
     if hf_config.get("bias", True):  # true is the default of its own code; every published model says false
         raise ConfigError("InternLM2 with bias true is not built: config.json must say false")
     heads = hf_config["num_attention_heads"]

@@ -11,7 +11,7 @@ from megatron_vlm.models.text import TextConfig, check_tensor_parallel, llama_en
 def internlm2_mapping(
     config: InternLM2ModelConfig, tp: int = 1, vocab_multiple: int = 1, vocab_extra: int = 0
 ) -> Mapping:
-    """Returns the map of a model in InternLM2's own key names; arguments as of the other families.
+    """Returns the map of a model in InternLM2's own key names; arguments as of ``FamilySpec.mapping``.
 
     Raises:
         ConfigError: the decoder cannot be cut into ``tp`` parts; with the sizes that can.

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.models.assembling import copy_licences
 from megatron_vlm.models.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.internvl3.processor import CLOSE, CONTEXT, START, STOP, TEMPLATE
 from megatron_vlm.models.processor_files import load_tokenizer, processor_settings
@@ -29,9 +30,7 @@ def write_files(layout: str, hf_dir: Path, hf_config: dict[str, Any], directory:
     """Writes the files of ``layout``; ``hf_dir`` and ``hf_config`` are of the other one."""
     model = InternVL3ModelConfig.from_hf(dict(hf_config))
     (_write_native if layout == "hf" else _write_chat)(model, hf_dir, hf_config, directory)
-    for path in hf_dir.iterdir():
-        if path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE")):
-            (directory / path.name).write_bytes(path.read_bytes())
+    copy_licences(hf_dir, directory)
 
 
 def _write_native(model: InternVL3ModelConfig, hf_dir: Path, hf_config: dict[str, Any], directory: Path) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from megatron_vlm.conversion.mapping import Layout, Mapping
+from megatron_vlm.conversion.mapping import Layout, Mapping, Prefixes
 from megatron_vlm.layers.projector import projector_entries
 from megatron_vlm.models.internvit import internvit_entries
 from megatron_vlm.models.internvl3.config import InternVL3ModelConfig
@@ -13,28 +13,14 @@ _CONNECTORS = {  # linears and norm
     "chat": ("mlp1.1", "mlp1.3", "mlp1.0"),
     "hf": tuple(f"multi_modal_projector.{name}" for name in ("linear_1", "linear_2", "layer_norm")),
 }
-_IN_MEMORY = (
-    ("model.language_model.", "language_model.model."),
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("lm_head", "language_model.lm_head"),
+NAMES = Prefixes(  # of transformers' layout
+    (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("lm_head", "language_model.lm_head"),
+    )
 )
-
-
-def file_name(name: str) -> str:
-    """transformers' name of a tensor in memory -> in its files."""
-    for memory, disk in _IN_MEMORY:
-        if name.startswith(memory):
-            return disk + name.removeprefix(memory)
-    return name
-
-
-def module_name(name: str) -> str:
-    """The inverse: transformers' name of a tensor, or of its module, in its files -> in memory."""
-    for memory, disk in _IN_MEMORY:
-        if name.startswith(disk):
-            return memory + name.removeprefix(disk)
-    return name
 
 
 def internvl3_mapping(
@@ -44,13 +30,7 @@ def internvl3_mapping(
     vocab_extra: int = 0,
     layout: Literal["chat", "hf"] | None = None,
 ) -> Mapping:
-    """Returns the map of a model.
-
-    Args:
-        config: the model.
-        tp: tensor parallel size, which decides whether the tower runs replicated.
-        vocab_multiple, vocab_extra: padding of the vocabulary.
-        layout: of the HF names, ``chat`` or ``hf``; None: the model's own.
+    """Returns the map of a model; arguments as of ``FamilySpec.mapping``, and ``layout`` of the HF names (None: the model's own).
 
     Raises:
         ConfigError: the decoder cannot be cut into ``tp`` parts; with the sizes that can.
@@ -69,6 +49,6 @@ def internvl3_mapping(
         entries=tuple(entries),
         vocab_size=config.text.vocab_size,
         hf_tied=tied if config.text.tie_word_embeddings else {},
-        hf_aliases=file_name,
-        module_name=module_name if layout == "hf" else str,
+        hf_aliases=NAMES.file_name,
+        module_name=NAMES.module_name if layout == "hf" else str,
     )

@@ -6,6 +6,7 @@ The tower is split over tensor parallel ranks; where its heads do not divide it 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -35,14 +36,8 @@ def build_internvl3(
     config: InternVL3ModelConfig, topology: Topology, options: Any, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
-    return build_stage(
-        config.text,
-        topology,
-        options,
-        vp_stage,
-        tower=lambda: build_internvit(config.vision, topology, options),
-        connector=lambda: _build_connector(config, topology, options),
-    )
+    tower, connector = partial(build_internvit, config.vision), partial(_build_connector, config)
+    return build_stage(config.text, topology, options, vp_stage, tower, connector)
 
 
 def _build_connector(config: InternVL3ModelConfig, topology: Topology, options: Any) -> InternVL3Connector:

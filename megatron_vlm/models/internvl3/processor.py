@@ -9,7 +9,6 @@ Every conversation begins with a system line, the original's unless the first tu
 internvl_chat_finetune.py.
 """
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from megatron_vlm.data import tiling
 from megatron_vlm.data.chat import Piece, Tokens, encode_separately
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images import degrade
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
 from megatron_vlm.models.internvl3.config import LAYOUTS, InternVL3ModelConfig
-from megatron_vlm.models.pixels import IMAGENET, NormalisedPixels, pixel_fields
+from megatron_vlm.models.pixels import IMAGENET, pixel_fields
 from megatron_vlm.models.processor_files import (
     check_image_settings,
     generation_stops,
@@ -38,6 +34,7 @@ from megatron_vlm.models.processor_files import (
     token_ids,
     tokenizer_fields,
 )
+from megatron_vlm.models.tiles import TILE_SETTINGS, DynamicTiles, TilePlan, tile_fields
 
 IMAGE = "<image>"
 START, CONTEXT, STOP = "<img>", "<IMG_CONTEXT>", "</img>"
@@ -45,33 +42,21 @@ OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
 TEMPLATE = "internvl2_5"
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 ASSISTANT = f"{OPEN}assistant\n"
-TilePlan = tuple[int, int]
-"""Of an image: most tiles it may be cut into, and the tiles it becomes, with its thumbnail."""
 _FRAME = re.compile(r"Frame-?\d+: $")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InternVL3Processor(NormalisedPixels, ConversationProcessor):
+class InternVL3Processor(DynamicTiles, ConversationProcessor):
     """Encodes samples for InternVL3. Plain values only: it travels to worker processes.
 
     Attributes:
         start_token_id, stop_token_id: ids of ``<img>`` and ``</img>``.
-        side: of a tile, in pixels.
-        tile_tokens, tile_patches: ``<IMG_CONTEXT>`` tokens, and patches of the tower, of one tile.
-        dynamic: images are cut into tiles; else each is one.
-        min_tiles, max_tiles: of an image without its thumbnail; a data set may have its own ``max_tiles``.
-        thumbnail: an image of several tiles is seen as a whole, too.
+        tile_tokens: ``<IMG_CONTEXT>`` tokens of one tile.
     """
 
     start_token_id: int
     stop_token_id: int
-    side: int
     tile_tokens: int
-    tile_patches: int
-    dynamic: bool
-    min_tiles: int
-    max_tiles: int
-    thumbnail: bool
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "InternVL3Processor":
@@ -83,34 +68,12 @@ class InternVL3Processor(NormalisedPixels, ConversationProcessor):
         hf_dir = Path(hf_dir)
         content = read_json(hf_dir / "config.json")
         model = InternVL3ModelConfig.from_hf(content)
-        tiling_settings = ("dynamic_image_size", "min_dynamic_patch", "max_dynamic_patch", "use_thumbnail")
-        check_image_settings(config, "InternVL3", "max_image_num", "image_size", *tiling_settings)
+        check_image_settings(config, "InternVL3", "max_image_num", *TILE_SETTINGS)
         config.check_template("internvl3", TEMPLATE)
         read = _chat_settings if LAYOUTS[content["model_type"]] == "chat" else _native_settings
-        settings = read(hf_dir, content, model)
-        side = config.image_size or settings.pop("side")
-        unit = model.vision.patch_size * model.shuffle
-        if side % unit:
-            raise ConfigError(f"tiles of {side} pixels are not a multiple of {unit}: change data.image_size")
-        asked = {
-            "dynamic": config.dynamic_image_size,
-            "min_tiles": config.min_dynamic_patch,
-            "max_tiles": config.max_dynamic_patch,
-            "thumbnail": config.use_thumbnail,
-        }
-        settings |= {name: value for name, value in asked.items() if value is not None} | {"side": side}
-        if not 1 <= settings["min_tiles"] <= settings["max_tiles"]:
-            raise ConfigError(
-                f"an image is cut into {settings['min_tiles']} to {settings['max_tiles']} tiles: set "
-                "data.min_dynamic_patch and data.max_dynamic_patch to 1 or more, in order"
-            )
-        return cls(
-            **_tokens_of(hf_dir, model),
-            **settings,
-            tile_tokens=model.tile_tokens(side),
-            tile_patches=(side // model.vision.patch_size) ** 2,
-            **data_fields(config),
-        )
+        tiles = tile_fields(config, read(hf_dir, content, model), model.vision.patch_size, model.shuffle)
+        tokens = _tokens_of(hf_dir, model)
+        return cls(**tokens, **tiles, **data_fields(config), tile_tokens=model.tile_tokens(tiles["side"]))
 
     @cached_property
     def _header(self) -> int:
@@ -126,23 +89,7 @@ class InternVL3Processor(NormalisedPixels, ConversationProcessor):
         return "control_tokens" if any(mark in turn.text for turn in turns for mark in marks) else ""
 
     def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> list[TilePlan]:
-        return [
-            (most, tiling.num_tiles(*size, self.side, min(self.min_tiles, most), most, self.thumbnail))
-            for size, most in zip(sizes, self.limits(turns, options))
-        ]
-
-    def tiles(self, pixels: torch.Tensor) -> tuple[int, int]:
-        return self.side, min(4, pixels.shape[1] // self.side)
-
-    def patches(self, plan: TilePlan) -> int:
-        return plan[1] * self.tile_patches
-
-    def views(self, image: Image.Image, plan: TilePlan, draw: random.Random | None) -> list[torch.Tensor]:
-        most = plan[0]
-        cut = tiling.tiles(image, self.side, min(self.min_tiles, most), most, self.thumbnail, self.resample)
-        if draw:
-            cut = [degrade(tile, draw) for tile in cut]
-        return [self.normalised(*cut)]
+        return [self.tile_plan(size, most) for size, most in zip(sizes, self.limits(turns, options))]
 
     def limits(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> list[int]:
         """Most tiles of each image, in order: images share the limit, a frame of a video is one tile."""
@@ -164,14 +111,13 @@ class InternVL3Processor(NormalisedPixels, ConversationProcessor):
                     context = (self.image_token_id,) * (self.tile_tokens * next(numbers))
                     pieces.append(Piece(ids=(self.start_token_id, *context, self.stop_token_id), answer=answer))
                 ids = tuple(self.tokenizer.ids(text))
-                end = (
-                    len(ids) - 1 if answer and number == len(texts) - 1 else len(ids)
-                )  # the line break at the very end
+                ends = answer and number == len(texts) - 1
+                end = len(ids) - 1 if ends else len(ids)  # without the line break at the very end
                 start = header if number == 0 else 0
                 pieces += [Piece(ids=ids[:start]), Piece(ids=ids[start:end], answer=answer), Piece(ids=ids[end:])]
         if prompt:
             pieces.append(Piece(text=ASSISTANT))
-        never = (self.image_token_id, self.start_token_id, self.stop_token_id)
+        never = self.never_cut
         return encode_separately(self.tokenizer, pieces, len(turns), answer_only=self.answer_loss_only, never=never)
 
 

@@ -4,6 +4,7 @@ pixels --ClipVisionModel: hidden state of one layer, without CLS--> [P, Hv] --li
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -28,12 +29,6 @@ def build_llava(
     config: LlavaModelConfig, topology: Topology, options: Any, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
-    vision, hidden = config.vision, config.text.hidden_size
-    return build_stage(
-        config.text,
-        topology,
-        options,
-        vp_stage,
-        tower=lambda: build_clip(vision, topology, options),
-        connector=lambda: build_projector(LlavaConnector, vision.hidden_size, hidden, topology, options),
-    )
+    tower = partial(build_clip, config.vision)
+    connector = partial(build_projector, LlavaConnector, config.vision.hidden_size, config.text.hidden_size)
+    return build_stage(config.text, topology, options, vp_stage, tower, connector)

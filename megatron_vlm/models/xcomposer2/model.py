@@ -7,6 +7,7 @@
 Legend: S size of the tower's images (336), n patches a side, Hv and H hidden sizes of tower and decoder.
 """
 
+from functools import partial
 from typing import Any
 
 from megatron_vlm.layers.norm import RMSNorm
@@ -26,7 +27,7 @@ def build_xcomposer2(
     config: XComposer2Config, topology: Topology, options: Any, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
-    tower = HdClipVisionModel if config.hd else ClipVisionModel
+    tower = partial(build_clip, config.vision, tower=HdClipVisionModel if config.hd else ClipVisionModel)
     layer = layer_spec(
         RMSNorm,
         causal=True,
@@ -35,15 +36,7 @@ def build_xcomposer2(
         column=PartialLoraColumnLinear,
         row=PartialLoraRowLinear,
     )
-    return build_stage(
-        config.text,
-        topology,
-        options,
-        vp_stage,
-        tower=lambda: build_clip(config.vision, topology, options, tower),
-        connector=lambda: _build_connector(config, topology, options),
-        layer=layer,
-    )
+    return build_stage(config.text, topology, options, vp_stage, tower, partial(_build_connector, config), layer)
 
 
 def _build_connector(config: XComposer2Config, topology: Topology, options: Any) -> HdConnector:

@@ -14,7 +14,7 @@ from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 from megatron_vlm.layers.vision import internvit
 from megatron_vlm.models import registry
 from megatron_vlm.models.internvl3 import model as internvl3
-from megatron_vlm.models.internvl3.mapping import file_name
+from megatron_vlm.models.internvl3.mapping import NAMES
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import hf_reference
@@ -63,7 +63,7 @@ def test_forward_and_gradients_equal_hf(twins, name):
     directory, hf, _, samples = twins(name)
     loss, logits, grads = hf_reference(hf, samples, inputs=hf_inputs)
     exact = hf_reference(copy.deepcopy(hf).double(), samples, gradients=False, inputs=hf_inputs)[1]
-    theirs = loss, logits, {file_name(n): g for n, g in grads.items()}
+    theirs = loss, logits, {NAMES.file_name(n): g for n, g in grads.items()}
     check_parity(name, directory, samples, theirs, exact, BARS, no_true_gradient)
 
 

@@ -3,7 +3,6 @@
 import io
 import itertools
 import pickle
-import random
 
 import numpy as np
 import pytest
@@ -11,9 +10,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from transformers.image_utils import load_image
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from megatron_vlm.data import tiling
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import IGNORE_INDEX, Turn
 from megatron_vlm.errors import ConfigError, DataError
@@ -41,29 +38,6 @@ def processor_of(folders, layout="hf", **config):
 def turns_of(*texts, system=None):
     turns = [Turn(role=("user", "assistant")[i % 2], text=text) for i, text in enumerate(texts)]
     return ([Turn(role="system", text=system)] if system is not None else []) + turns
-
-
-# (width, height) -> columns, rows at most 12 tiles of 448 pixels: the table of the published semantics.
-TABLE = {
-    (448, 448): (1, 1),
-    (800, 600): (4, 3),
-    (1920, 1080): (4, 2),
-    (600, 1600): (2, 5),
-    (1, 200): (1, 12),
-    (900, 10): (12, 1),
-}
-
-
-def test_grids_equal_the_table_and_transformers():
-    for (width, height), grid in TABLE.items():
-        assert tiling.best_grid(width, height, 448, 1, 12) == grid, (width, height)
-    assert tiling.num_tiles(800, 600, 448, 1, 12, True) * 256 == 3328
-    draw = random.Random(0)
-    for _ in range(3000):
-        width, height, most = draw.randint(1, 2000), draw.randint(1, 2000), draw.choice((1, 2, 3, 6, 12, 24))
-        least = draw.randint(1, most)
-        theirs = get_optimal_tiled_canvas((height, width), (448, 448), least, most)
-        assert tiling.best_grid(width, height, 448, least, most) == theirs
 
 
 def odd_images():

@@ -14,7 +14,7 @@ from megatron_vlm.conversion.convert import hf2mg, mg2hf, open_model
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.conversion.verify import verify
 from megatron_vlm.errors import ConfigError, ConversionError
-from megatron_vlm.models.llava_internlm2.mapping import file_name
+from megatron_vlm.models.llava_internlm2.mapping import NAMES
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twin_internlm2 import fuse, make_samples
 from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_clip, write_tiny_llava, write_tiny_parts
@@ -135,7 +135,7 @@ def test_native_files_of_any_spelling(tmp_path, caplog):
     mg2hf(tmp_path / "mg", tmp_path / "b")
     saved, exported = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert any("vision_tower.embeddings" in name for name in saved)
-    assert_equal({file_name(name): tensor for name, tensor in saved.items()}, exported)
+    assert_equal({NAMES.file_name(name): tensor for name, tensor in saved.items()}, exported)
     model = loaded(tmp_path / "b", caplog)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), hf.parameters(), strict=True))
 
@@ -163,7 +163,7 @@ def test_a_llama_in_xtuners_folders(tmp_path):
     assert torch.equal(model.lm_head.weight, tensors(tmp_path / "a")["language_model.lm_head.weight"])
     hf2mg(tmp_path / "xtuner", tmp_path / "mg")
     mg2hf(tmp_path / "mg", tmp_path / "b")
-    theirs = {file_name(name): tensor for name, tensor in tensors(tmp_path / "a").items()}
+    theirs = {NAMES.file_name(name): tensor for name, tensor in tensors(tmp_path / "a").items()}
     assert_equal(theirs, tensors(tmp_path / "b"))
 
 

@@ -13,7 +13,7 @@ from megatron_vlm.data.types import row_from_samples
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 from megatron_vlm.layers.vision import clip
 from megatron_vlm.models import registry
-from megatron_vlm.models.llava_internlm2.mapping import file_name
+from megatron_vlm.models.llava_internlm2.mapping import NAMES
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import hf_reference
@@ -61,7 +61,7 @@ def test_forward_and_gradients_equal_hf(twins, name):
     directory, hf, _, samples = twins(name)
     loss, logits, grads = hf_reference(hf, samples, inputs=llava_inputs)
     exact = hf_reference(copy.deepcopy(hf).double(), samples, gradients=False, inputs=llava_inputs)[1]
-    grads = {file_name(n): g for n, g in grads.items()}
+    grads = {NAMES.file_name(n): g for n, g in grads.items()}
     # What the feature layer does not need is carried along and never trains: our side has no gradient of it.
     unused = {n for n in grads if ("layers.2." in n and "vision" in n) or "post_layernorm" in n}
     assert unused and not any(float(grads[n].norm()) for n in unused)

@@ -7,7 +7,6 @@ from PIL import Image
 
 from megatron_vlm.conversion.convert import export_hf, mg2hf, open_model
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images import pad_to_square
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models import registry
@@ -58,14 +57,6 @@ def test_pixels_equal_transformers(folders, template):
         image = image_of(size, number)
         expected = theirs(image, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(ours.pixels(image), expected), size
-
-
-def test_a_padded_image_by_hand():
-    padded = np.asarray(pad_to_square(Image.new("RGB", (4, 2), (1, 2, 3)), (122, 116, 104)))
-    assert padded.shape == (4, 4, 3)
-    assert [tuple(row[0]) for row in padded] == [(122, 116, 104), (1, 2, 3), (1, 2, 3), (122, 116, 104)]
-    tall = np.asarray(pad_to_square(Image.new("RGB", (1, 4), (1, 2, 3)), (122, 116, 104)))
-    assert [tuple(pixel) for pixel in tall[0]] == [(122, 116, 104), (1, 2, 3), (122, 116, 104), (122, 116, 104)]
 
 
 @pytest.mark.parametrize("template", ["internlm2_chat", "default"])

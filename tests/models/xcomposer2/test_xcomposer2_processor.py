@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import pickle
 
 import numpy as np
@@ -13,7 +12,6 @@ from sklearn.datasets import load_sample_image
 
 from megatron_vlm.cli.flags import parse_flags
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.tiling import hd_transform
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
@@ -218,31 +216,6 @@ def test_hd_grids_and_token_counts(folders, width, height, hd_num, rows, columns
     count = processor.count(turns("<image>", "seven"), [(width, height)]).image_tokens
     assert count == (rows * columns + 1) * 144 + 1 + (rows + 1) * 12
     assert tokens is None or count == tokens
-
-
-def published_hd(image, hd_num):
-    """The original's transform, step by step."""
-    turned = image.width < image.height
-    if turned:
-        image = image.transpose(Image.Transpose.TRANSPOSE)
-    ratio, scale = image.width / image.height, 1
-    while scale * math.ceil(scale / ratio) <= hd_num:
-        scale += 1
-    scale -= 1
-    image = image.resize((scale * 336, int(scale * 336 / ratio)), Image.Resampling.BILINEAR)
-    target = math.ceil(image.height / 336) * 336
-    top = int((target - image.height) / 2)
-    values = np.full((target, image.width, 3), 255, dtype=np.uint8)
-    values[top : top + image.height] = np.asarray(image)
-    image = Image.fromarray(values)
-    return image.transpose(Image.Transpose.TRANSPOSE) if turned else image
-
-
-def test_hd_pixels_equal_the_published_transform():
-    china = Image.fromarray(load_sample_image("china.jpg"))
-    for image in (china, china.rotate(90, expand=True), china.crop((0, 0, 500, 61)), china.resize((31, 40))):
-        for hd_num in (1, 6):
-            assert np.array_equal(np.asarray(hd_transform(image, hd_num, 336)), np.asarray(published_hd(image, hd_num)))
 
 
 def test_square_pixels_equal_transformers(folders):

@@ -37,7 +37,8 @@ def _add_build(commands: Any) -> None:
     add("--on-bad-sample", choices=["raise", "skip"], default="raise",
         help="records that cannot be used: report them all and make nothing, or leave them out and list them")  # fmt: skip
     add("--val-fraction", type=float, metavar="F", help="share of the records that goes to DIR/val")
-    add("--split-by", metavar="id|image|KEY", help="what the halves must not share besides images (default: image)")
+    add("--split-by", metavar="id|image|KEY",
+        help="what halves must not share besides images; of tars also __key__ (default: image)")  # fmt: skip
     add("--split-seed", type=int, metavar="N", help="another draw of the halves")
     add("--video-frames", type=int, nargs=2, default=[1, 32], metavar=("MIN", "MAX"),
         help="frames taken of a video, spread evenly; a shorter one is refused (default: 1 32)")  # fmt: skip
@@ -57,8 +58,7 @@ def _build(args: argparse.Namespace) -> int:
         raise ConfigError(f"--image-root {args.image_root} is not a folder")
     if args.workers is not None and args.workers < 0:
         raise ConfigError(f"--workers must be at least 0, got {args.workers}")
-    if args.part is not None and args.format != "webdataset":
-        raise ConfigError("--part chooses of an Energon folder's split: it goes with --format webdataset")
+    part = data_view.part_of(args)
     if args.val_fraction is None and (args.split_by is not None or args.split_seed is not None):
         raise ConfigError("--split-by and --split-seed go with --val-fraction")
     least, most = args.video_frames
@@ -68,7 +68,7 @@ def _build(args: argparse.Namespace) -> int:
         repeat=args.repeat,
         root=args.image_root or ".",
         prepend=args.missing_placeholder == "prepend",
-        part=args.part or "train",
+        part=part,
         video=VideoSettings(min_frames=least, max_frames=most, announce=args.frame_text),
     )
     split = None
@@ -89,7 +89,8 @@ def _build(args: argparse.Namespace) -> int:
     for name in ("train", "val") if split else ("",):
         manifest = report[name] if split else report
         shards = manifest["shards"]
-        size = f"{len(shards)} shards, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB"
+        what = "tars as they are" if any("tar" in shard for shard in shards) else "shards"
+        size = f"{len(shards)} {what}, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB"
         print(f"{Path(args.out, name)}: {manifest['samples']} samples, {manifest['images']} images, {size}")
         for source in manifest["sources"]:
             if source["repeat"] or source["per_epoch"]:

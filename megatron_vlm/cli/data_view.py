@@ -15,11 +15,12 @@ def add_parsers(commands: Any) -> None:
     check = commands.add_parser("check", help="read every record and report each problem; exit 1 if any")
     _add_common(check, "folder of shards, or with --format an input of `data build`", model_required=False)
     check.add_argument(
-        "--format", help="format of inputs that are not shards: llava, xcomposer, internvl, openai, parquet"
+        "--format", help="format of inputs that are not shards: llava, xcomposer, internvl, openai, parquet, webdataset"
     )
     check.add_argument("--image-root", metavar="DIR", help="folder that relative image paths start from (default: .)")
     check.add_argument("--missing-placeholder", choices=["refuse", "prepend"], default="refuse",
         help="as for `data build`")  # fmt: skip
+    check.add_argument("--part", metavar="NAME", help="as for `data build`")
     check.set_defaults(handler=_check)
 
     stats = commands.add_parser("stats", help="lengths, images, supervised share, packing, steps; as text and PNG")
@@ -48,6 +49,13 @@ def _add_common(parser: argparse.ArgumentParser, what: str, *, model_required: b
     )
 
 
+def part_of(args: argparse.Namespace) -> str:
+    """Returns the part of an Energon folder that ``--part`` chooses."""
+    if args.part is not None and args.format != "webdataset":
+        raise ConfigError("--part chooses of an Energon folder's split: it goes with --format webdataset")
+    return args.part or "train"
+
+
 def _check(args: argparse.Namespace) -> int:
     from megatron_vlm.data.check import DuplicateId
     from megatron_vlm.data.kinds import kind_of
@@ -73,6 +81,7 @@ def _found(args: argparse.Namespace) -> Iterator[str | DataError]:
     from megatron_vlm.data.check import check_folder, check_sources
     from megatron_vlm.data.formats import open_sources
 
+    part = part_of(args)
     config, paths = _config(args)
     processor = _processor(args.model, config) if args.model else None
     if args.format is None:
@@ -81,8 +90,8 @@ def _found(args: argparse.Namespace) -> Iterator[str | DataError]:
                 raise ConfigError(f"{path} is no folder of shards: say what it is with --format")
             yield from check_folder(path, processor)
         return
-    prepend = args.missing_placeholder == "prepend"
-    yield from check_sources(open_sources(args.format, paths, root=args.image_root or ".", prepend=prepend), processor)
+    settings = {"root": args.image_root or ".", "prepend": args.missing_placeholder == "prepend"}
+    yield from check_sources(open_sources(args.format, paths, part=part, **settings), processor)
 
 
 def _stats(args: argparse.Namespace) -> int:

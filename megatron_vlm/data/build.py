@@ -5,10 +5,12 @@
     all done --> manifest.json --> .OUT.partial/out renamed to OUT
 
 What a shard holds depends on the records alone, so a shard that is done stays done: the same command, run again after a
-kill, goes over the records and makes only what is missing. OUT is whole or absent.
+kill, goes over the records and makes only what is missing. OUT is whole or absent. Webdataset's tars stay where they
+are: a job makes the index of one, or with two halves an index in each.
 """
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,7 +30,7 @@ from megatron_vlm.data.formats.records import Record, Source
 from megatron_vlm.data.formats.webdataset import open_tars
 from megatron_vlm.data.kinds import kind_of
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION, ShardWriter, load_record
-from megatron_vlm.data.split import SplitSettings, assign
+from megatron_vlm.data.split import Halves, SplitSettings, assign
 from megatron_vlm.data.tar_shards import TarJob, index_shard
 from megatron_vlm.data.video import check_settings
 from megatron_vlm.errors import ConfigError, DataError
@@ -52,15 +54,17 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A record that cannot be used; ``record`` is -1 where the rest of a file is lost."""
+    """A record that cannot be used; ``record`` is -1 where the rest of a file is lost, ``key`` that of a tar's sample."""
 
     source: int
     record: int
     file: str
     message: str
+    key: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}{f', record {self.record}' if self.record >= 0 else ''}: {self.message}"
+        where = f", record {self.record}" if self.record >= 0 else ""
+        return f"{self.file}{where}{f', sample {self.key}' if self.key else ''}: {self.message}"
 
 
 @dataclass(kw_only=True)
@@ -133,40 +137,24 @@ class _Build:
         self.problems: list[Problem] = []
         self.total = 0
         self.fatal = False
-        self.pending: dict[Future[dict[str, Any]], tuple[_Half, str]] = {}
+        self.pending: dict[Future[Any], tuple[Sequence[_Half], str]] = {}
         self.pool: ProcessPoolExecutor | None = None
         self.report: dict[str, Any] = {}
         self.layouts: list[dict[str, Any]] = []
 
     def run(self, split: SplitSettings | None) -> list[_Half]:
         """Goes over all records and makes the shards that are missing."""
-        if any(source.format == WEBDATASET for source in self.sources):
-            return self._index_tars(split)
-        if split is None:
-            halves, chosen = [_Half(name="")], None
-        else:
+        halves, chosen = [_Half(name="")], None
+        if split is not None:
             halves = [_Half(name="train"), _Half(name="val")]
             chosen, self.report = assign(self.sources, split)
         for half in halves:
             (self.folder / "out" / half.name).mkdir(parents=True, exist_ok=True)
         try:
-            for number, source in enumerate(self.sources):
-                try:
-                    for record, _, found in read_source(source):
-                        self.total += 1
-                        if isinstance(found, DataError):
-                            self._problem(number, record, found.message)
-                        else:
-                            half = halves[0 if chosen is None else chosen[number, record]]
-                            self._add(half, number, found)
-                        if not self.total % 100:
-                            self.progress(self.total)
-                except DataError as error:
-                    self.fatal = True
-                    where = f"{error.key}: " if error.key else ""
-                    self._problem(number, -1, f"{where}{error.message}", error.shard)
-            for half in halves:
-                self._flush(half)
+            if any(source.format == WEBDATASET for source in self.sources):
+                self._index_tars(halves, chosen)
+            else:
+                self._read(halves, chosen)
             while self.pending:
                 self._collect()
         finally:
@@ -175,33 +163,43 @@ class _Build:
         self.progress(self.total)
         return halves
 
-    def _index_tars(self, split: SplitSettings | None) -> list[_Half]:
-        """Indexes tars where they lie."""
-        if split is not None:
-            raise ConfigError("--val-fraction cannot cut tars that stay as they are: build other tars for validation")
-        half = _Half(name="")
-        try:
-            for number, source in enumerate(self.sources):
-                layout, tars = open_tars(source)
-                self.layouts.append(dataclasses.asdict(layout))
-                for tar in tars:
-                    name, half.jobs = f"shard-{half.jobs:06d}", half.jobs + 1
-                    job = TarJob(
-                        folder=str(self.folder / "out"),
-                        name=name,
-                        tar=str(tar.resolve()),
-                        layout=layout,
-                        layout_number=number,
-                        source=number,
-                    )
-                    self._submit(half, name, index_shard, job)
-                    self.progress(self.total)
-            while self.pending:
-                self._collect()
-        finally:
-            if self.pool is not None:
-                self.pool.shutdown(cancel_futures=True)
-        return [half]
+    def _read(self, halves: Sequence[_Half], chosen: Halves | None) -> None:
+        """Goes over all records; every so many of a half are a job."""
+        for number, source in enumerate(self.sources):
+            try:
+                for record, _, found in read_source(source):
+                    self.total += 1
+                    if isinstance(found, DataError):
+                        self._problem(number, record, found.message)
+                    else:
+                        self._add(halves[0 if chosen is None else chosen[number, ""][record]], number, found)
+                    if not self.total % 100:
+                        self.progress(self.total)
+            except DataError as error:
+                self.fatal = True
+                where = f"{error.key}: " if error.key else ""
+                self._problem(number, -1, f"{where}{error.message}", error.shard)
+        for half in halves:
+            self._flush(half)
+
+    def _index_tars(self, halves: Sequence[_Half], chosen: Halves | None) -> None:
+        """Indexes tars where they lie; every one is a job."""
+        jobs = itertools.count()
+        for number, source in enumerate(self.sources):
+            layout, tars = open_tars(source)
+            self.layouts.append(dataclasses.asdict(layout))
+            for tar in tars:
+                job = TarJob(
+                    folders=[str(self.folder / "out" / half.name) for half in halves],
+                    name=f"shard-{next(jobs):06d}",
+                    tar=str(tar),
+                    layout=layout,
+                    layout_number=number,
+                    source=number,
+                    halves=None if chosen is None else chosen.get((number, str(tar)), {}),
+                )
+                self._submit(halves, job.name, index_shard, job)
+                self.progress(self.total)
 
     def _problem(self, source: int, record: int, message: str, file: str | None = None) -> None:
         self.problems.append(
@@ -221,20 +219,20 @@ class _Build:
         folder = str(self.folder / "out" / half.name)
         job = Job(folder=folder, name=name, sources=self.sources, stems=self.stems, records=tuple(half.records))
         half.records, half.inline = [], 0
-        self._submit(half, name, make_shard, job)
+        self._submit([half], name, make_shard, job)
 
-    def _submit(self, half: _Half, name: str, make: Callable[[Any], dict[str, Any]], job: Any) -> None:
-        """Makes a shard, unless it is done: in a worker process if there are any."""
-        done = self.folder / "done" / f"{half.name}{name}.json"
+    def _submit(self, halves: Sequence[_Half], name: str, make: Callable[[Any], Any], job: Any) -> None:
+        """Makes a shard of each half, unless that is done: in a worker process if there are any."""
+        done = self._done_file(halves, name)
         if done.exists():
-            self._take(half, name, json.loads(done.read_text(encoding="utf-8")))
+            self._take(halves, name, json.loads(done.read_text(encoding="utf-8")))
         elif not self.workers:
-            self._done(half, name, make(job))
+            self._done(halves, name, make(job))
         else:
             if self.pool is None:
                 context = multiprocessing.get_context("spawn")
                 self.pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
-            self.pending[self.pool.submit(make, job)] = half, name
+            self.pending[self.pool.submit(make, job)] = halves, name
             if len(self.pending) > self.workers:  # records wait in memory: not too many
                 self._collect()
 
@@ -242,15 +240,19 @@ class _Build:
         for future in wait(self.pending, return_when=FIRST_COMPLETED).done:
             self._done(*self.pending.pop(future), future.result())
 
-    def _done(self, half: _Half, name: str, result: dict[str, Any]) -> None:
-        write_synced(self.folder / "done" / f"{half.name}{name}.json", json.dumps(result).encode())
-        self._take(half, name, result)
+    def _done_file(self, halves: Sequence[_Half], name: str) -> Path:
+        return self.folder / "done" / f"{'-'.join(half.name for half in halves)}{name}.json"
 
-    def _take(self, half: _Half, name: str, result: dict[str, Any]) -> None:
-        self.problems += [Problem(**problem) for problem in result["rejected"]]
-        half.shards[name] = result
-        if self.layouts:
-            self.total += result["shard"]["samples"] + len(result["rejected"])
+    def _done(self, halves: Sequence[_Half], name: str, results: list[dict[str, Any]]) -> None:
+        write_synced(self._done_file(halves, name), json.dumps(results).encode())
+        self._take(halves, name, results)
+
+    def _take(self, halves: Sequence[_Half], name: str, results: list[dict[str, Any]]) -> None:
+        for half, result in zip(halves, results, strict=True):
+            self.problems += [Problem(**problem) for problem in result["rejected"]]
+            half.shards[name] = result
+            if self.layouts:
+                self.total += result["shard"]["samples"] + len(result["rejected"])
 
     def finish(self, halves: list[_Half], out: Path, split: SplitSettings | None, on_bad_sample: str) -> dict[str, Any]:
         """Writes the manifests and puts the folder in place; raises if the policy says so."""
@@ -272,9 +274,11 @@ class _Build:
             write_synced(folder / half.name / MANIFEST, json.dumps(manifest, indent=1).encode())
             self.report[half.name or "manifest"] = manifest
         if self.problems:
-            lines = [json.dumps({"file": p.file, "record": p.record, "reason": p.message}) for p in self.problems]
-            write_synced(folder / REJECTED, "".join(f"{line}\n" for line in lines).encode())
-        if split is not None:
+            write_synced(folder / REJECTED, "".join(f"{_rejected_line(p)}\n" for p in self.problems).encode())
+        if split is not None:  # what was drawn, less what is rejected
+            numbers = {half.name: self.report[half.name]["samples"] for half in halves}
+            self.report["records"] = numbers
+            self.report["realised_fraction"] = round(numbers["val"] / sum(numbers.values()), 6)
             write_synced(folder / "split.json", json.dumps(self.report, indent=1).encode())
         sync_folder(folder)
         if out.exists():
@@ -284,8 +288,8 @@ class _Build:
         return self.report if split is not None else self.report["manifest"]
 
 
-def make_shard(job: Job) -> dict[str, Any]:
-    """Makes one shard and returns its line of the manifest, its samples by source, and what is rejected."""
+def make_shard(job: Job) -> list[dict[str, Any]]:
+    """Makes one shard and returns, as a list of one, its line of the manifest, its samples by source, and what is rejected."""
     final = Path(job.folder, f"{job.name}.tar")
     writer = ShardWriter(final)
     rejected, by_source = [], Counter[int]()
@@ -303,7 +307,12 @@ def make_shard(job: Job) -> dict[str, Any]:
             rejected.append(dataclasses.asdict(problem))
     line = writer.close()
     sync_folder(final.parent)
-    return {"shard": line, "by_source": sorted(by_source.items()), "rejected": rejected}
+    return [{"shard": line, "by_source": sorted(by_source.items()), "rejected": rejected}]
+
+
+def _rejected_line(problem: Problem) -> str:
+    where = {"file": problem.file, "record": problem.record, "key": problem.key, "reason": problem.message}
+    return json.dumps({name: value for name, value in where.items() if name != "key" or value})
 
 
 def make_manifest(shards: Mapping[str, Mapping[str, Any]], sources: Sequence[Source]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checks data before anybody trains on it: a shard folder, or records in a public format as they are.
 
 folder   files against the manifest, crc32, text, images decoded, sizes against the index
-records  read, images found and decoded
+records  read, images found and decoded; also those of webdataset's tars
 both     placeholders, roles, answers; with a processor: too long, nothing supervised; duplicate ids (a warning)
 """
 
@@ -57,10 +57,10 @@ def check_sources(sources: Sequence[Source], processor: Processor | None = None)
         seen: dict[str, str] = {}
         try:
             for number, _, record in read_source(source):
-                where: dict[str, Any] = {"shard": source.path, "key": f"record {number}"}
                 if isinstance(record, DataError):
                     yield record
                     continue
+                where: dict[str, Any] = {"shard": record.file or source.path, "key": record.key or f"record {number}"}
                 try:
                     turns, images = load_record(source, record)
                     sizes = [probe_image(data, f"image {name}")[1:] for name, data in images]
@@ -68,7 +68,7 @@ def check_sources(sources: Sequence[Source], processor: Processor | None = None)
                 except DataError as error:
                     yield DataError(error.message, **where)
                 else:
-                    yield f"{source.title} record {number}"
+                    yield record.key or f"{source.title} record {number}"
                 yield from _check_label(record.label, seen, where)
         except DataError as error:  # the rest of the file cannot be read
             yield error

@@ -126,7 +126,7 @@ class TokenCounts:
     def _places(self, shard: int) -> tuple[Path, Path]:
         info = self.dataset.shards[shard]
         path = info.beside(f".{self._fingerprint}.tokens.npy")
-        return path, self._cache / info.sha256[:16] / path.name
+        return path, self._cache / info.identity[:16] / path.name
 
     def _find(self, shard: int) -> Path | None:
         for path in self._places(shard):

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.data.formats.webdataset import Layout
-from megatron_vlm.data.sample import RawSample
+from megatron_vlm.data.sample import MAX_SPAN, RawSample
 from megatron_vlm.data.shards import (
     IMAGE_DTYPE,
     MANIFEST,
     MANIFEST_VERSION,
-    MAX_SPAN,
     SAMPLE_DTYPE,
     parse_text,
 )
@@ -39,7 +38,7 @@ class Shard:
 
     ``index`` are the crc32 of the rows of its sample table and of its image table.
     ``tar`` is where the tar lies if it is one of other tools, used as it is, and ``layout`` what its samples look like;
-    its index lies in ``folder`` all the same.
+    its index lies in ``folder`` all the same, and may name only some of its samples.
     """
 
     folder: str
@@ -56,6 +55,14 @@ class Shard:
     def path(self) -> Path:
         """The tar file. Made when asked for: a run may have a hundred thousand shards."""
         return Path(self.tar or os.path.join(self.folder, self.name))
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of its samples: of the tar; of one of other tools also what its index names, and how that is read."""
+        if self.layout is None:
+            return self.sha256
+        layout = f"{self.layout.kind} {sorted(self.layout.fields.items())} {self.layout.prepend}"
+        return hashlib.sha256(f"{self.sha256} {self.index} {layout}".encode()).hexdigest()
 
     def beside(self, suffix: str) -> Path:
         """A file of its index."""
@@ -125,7 +132,7 @@ class Dataset:
     @property
     def digest(self) -> str:
         """Hex digest of the content and order of all shards."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:32]
+        return hashlib.sha256("".join(shard.identity for shard in self.shards).encode()).hexdigest()[:32]
 
     def locate(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns the shard and the row in it of each id (int64 arrays)."""

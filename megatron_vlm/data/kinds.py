@@ -6,7 +6,7 @@ import re
 _KINDS = (
     ("duplicate id", r"^the id "),
     ("missing image", r"cannot read image|cannot read video|no such file"),
-    ("damaged shard", r"^damaged|cut short|the shard (is|has)|manifest|the index"),
+    ("damaged shard", r"^damaged|cut short|the (shard|tar) (is|has)|^not a tar|^tar member|manifest|the index"),
     ("bad json", r"^bad |not UTF-8|duplicate key|nested too deeply|text after the json"),
     ("placeholders", r"placeholder"),
     ("roles out of order", r"^roles|there is no user turn|unknown role"),

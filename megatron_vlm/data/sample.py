@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_IMAGES = 2**16 - 1  # of a sample: their number
+MAX_SPAN = 2**30  # and bytes of its members
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:

@@ -30,7 +30,7 @@ from megatron_vlm.data.formats.records import (
     check_turns,
 )
 from megatron_vlm.data.images import probe_image, read_image_file
-from megatron_vlm.data.sample import RawSample, Turn
+from megatron_vlm.data.sample import MAX_IMAGES, MAX_SPAN, RawSample, Turn
 from megatron_vlm.data.tar import BLOCK
 from megatron_vlm.data.video import announce, read_frames
 from megatron_vlm.errors import DataError
@@ -55,8 +55,6 @@ IMAGE_DTYPE = np.dtype(
         ("height", "<u2"),
     ]
 )
-MAX_IMAGES = 2**16 - 1
-MAX_SPAN = 2**30
 
 
 def load_record(source: Source, record: Record) -> tuple[tuple[Turn, ...], list[tuple[str, bytes]]]:
@@ -70,7 +68,9 @@ def load_record(source: Source, record: Record) -> tuple[tuple[Turn, ...], list[
     """
     root = Path(source.root)
     images = iter(
-        (name, read_image_file(root / name)) if isinstance(name, str) else (f"#{index}", name)
+        (name, read_image_file(root / name))
+        if isinstance(name, str)
+        else (record.names[index] if record.names else f"#{index}", name)
         for index, name in enumerate(record.images)
     )
     if not record.videos:

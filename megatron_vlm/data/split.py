@@ -59,23 +59,28 @@ class _Components:
         return number
 
 
-def assign(sources: Sequence[Source], settings: SplitSettings) -> tuple[dict[tuple[int, int], int], dict[str, Any]]:
+Halves = dict[tuple[int, str], dict[int, int]]
+
+
+def assign(sources: Sequence[Source], settings: SplitSettings) -> tuple[Halves, dict[str, Any]]:
     """Draws the validation half.
 
-    Images are the same if their bytes are, whatever their paths.
+    Images are the same if their bytes are, whatever their paths, and so is a sample of a tar that several inputs name.
 
     Args:
         sources: all of them; read once more when the shards are written.
         settings: see SplitSettings.
 
     Returns:
-        {(source, record): 0 for training, 1 for validation} and a report.
+        {(source, Record.file): {Record.number: 0 for training, 1 for validation}} and a report; both empty if no record can
+        be used, of which the build says why.
 
     Raises:
         ConfigError: no record has the key, or nothing small enough is left for the validation half.
     """
     components, records, digests = _Components(), [], dict[str, bytes]()
     sizes: list[int] = []  # images of each record
+    places: list[tuple[int, str, int]] = []
     grouped = 0
     for number, source in enumerate(sources):
         try:
@@ -86,19 +91,29 @@ def assign(sources: Sequence[Source], settings: SplitSettings) -> tuple[dict[tup
                 grouped += group is not None
                 images = [_digest(source, image, digests) for image in _files(source, record)]
                 tokens = [b"image" + digest for digest in images]
+                if record.file and not images:  # nothing else would tell that it is the same
+                    tokens.append(f"sample{record.number} of {record.file}".encode())
                 components.add(tokens if group is None else [*tokens, f"group{group!r}".encode()])
                 records.append((number, record_number))
+                places.append((number, record.file, record.number))
                 sizes.append(len(set(images)))
         except DataError:
             continue  # reported when the shards are written
+    if not records:
+        return {}, {}
     if settings.by != "image" and not grouped:
         raise ConfigError(f"--split-by {settings.by}: no record has this key")
-    return _draw(components, records, sizes, settings, grouped)
+    chosen, report = _draw(components, records, sizes, settings, grouped)
+    halves: Halves = {}
+    for index, (number, file, record_number) in enumerate(places):
+        halves.setdefault((number, file), {})[record_number] = int(index in chosen)
+    return halves, report
 
 
 def _draw(
     components: _Components, records: list[tuple[int, int]], sizes: list[int], settings: SplitSettings, grouped: int
-) -> tuple[dict[tuple[int, int], int], dict[str, Any]]:
+) -> tuple[set[int], dict[str, Any]]:
+    """Returns which records are for validation, by their place in ``records``, and the report."""
     members: dict[int, list[int]] = {}
     for number in range(len(records)):
         members.setdefault(components.root(number), []).append(number)
@@ -117,7 +132,6 @@ def _draw(
             f"--val-fraction {settings.fraction} of {len(records)} records is {target}, and what belongs together is "
             f"larger (the smallest group has {min(map(len, members.values()), default=0)} records): raise it"
         )
-    halves = {record: int(number in chosen) for number, record in enumerate(records)}
     report = {
         "fraction": settings.fraction,
         "by": settings.by,
@@ -133,7 +147,7 @@ def _draw(
             for half, flag, number in (("train", False, len(records) - len(chosen)), ("val", True, len(chosen)))
         },
     }
-    return halves, report
+    return chosen, report
 
 
 def _files(source: Source, record: Record) -> list[str | bytes]:

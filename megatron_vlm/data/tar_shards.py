@@ -1,116 +1,99 @@
 """Tars of other tools as shards: the index is built, the tars stay where they are and what they are.
 
-index_tar: members --webdataset's rule--> samples --parts checked, images probed--> the same index as our own shards
+index_shard: tar --samples_of_tar--> samples, checked --images probed--> the same index as our own shards,
+                                                      or one of each half: each names its own samples of the tar
 """
 
 import dataclasses
 import hashlib
-import itertools
-import mmap
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.formats.records import Record
-from megatron_vlm.data.formats.webdataset import Layout, images_of, is_text, parse_parts, split_name
-from megatron_vlm.data.images import MAX_BYTES, probe_image
+from megatron_vlm.data.formats.webdataset import (
+    Layout,
+    TarSample,
+    images_of,
+    is_text,
+    parse_parts,
+    samples_of_tar,
+    split_name,
+)
+from megatron_vlm.data.images import probe_image
 from megatron_vlm.data.sample import RawSample
-from megatron_vlm.data.shards import MAX_IMAGES, MAX_SPAN, save_index
-from megatron_vlm.data.tar import TarIndex, index_tar, parse_members
+from megatron_vlm.data.shards import save_index
+from megatron_vlm.data.tar import parse_members
 from megatron_vlm.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TarJob:
-    """One tar to index as shard ``name`` of ``folder``; ``source`` is the number of its source."""
+    """One tar to index as shard ``name`` of each of ``folders``; ``source`` is the number of its source.
 
-    folder: str
+    ``halves`` says in which of the folders each of its samples goes; None: there is but one.
+    """
+
+    folders: Sequence[str]
     name: str
     tar: str
     layout: Layout
     layout_number: int
     source: int
+    halves: Mapping[int, int] | None = None
 
 
-def index_shard(job: TarJob) -> dict[str, Any]:
-    """Indexes one tar and returns its line of the manifest, its samples by source, and what is rejected.
+def index_shard(job: TarJob) -> list[dict[str, Any]]:
+    """Indexes one tar and returns, for each folder, its line of the manifest, its samples by source, and what is rejected.
 
-    A tar that is damaged as a whole is one problem, with record -1.
+    A tar that is damaged as a whole is one problem, with record -1. What is rejected stands in the first folder's.
     """
-    samples: list[tuple[int, ...]] = []
-    images: list[tuple[int, ...]] = []
+    tables: list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = [([], []) for _ in job.folders]
     rejected: list[dict[str, Any]] = []
 
-    def reject(record: int, message: str) -> None:
-        rejected.append({"source": job.source, "record": record, "file": job.tar, "message": message})
+    def reject(record: int, error: DataError) -> None:
+        problem = {"source": job.source, "record": record, "file": job.tar, "key": error.key or ""}
+        rejected.append(problem | {"message": error.message})
 
     size, digest = 0, ""
     try:
-        path = Path(job.tar)
-        if not path.is_file():
-            raise DataError("No such file" if not path.exists() else "not a regular file")
-        index = index_tar(path)
-        names = index.names()
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            size, digest = len(data), hashlib.sha256(data).hexdigest()
-            for number, (first, last) in enumerate(_bounds(index)):
-                try:
-                    found = _sample(job.layout, data, index, names, first, last)
-                except DataError as error:
-                    reject(number, f"{names[first]}: {error.message}")
-                    continue
-                start = int(index.starts[first])
-                span = (int(index.starts[last]) if last < len(index.starts) else index.end) - start
-                crc = zlib.crc32(data[start : start + span])
-                samples.append((start, span, crc, len(images), len(found)))
-                images += found
+        for number, sample in samples_of_tar(Path(job.tar), job.layout):
+            if isinstance(sample, DataError):
+                reject(number, sample)
+                continue
+            if job.halves is not None and number not in job.halves:
+                raise DataError("the tar has changed since the halves were drawn: build again")
+            samples, images = tables[job.halves[number] if job.halves is not None else 0]
+            try:
+                rows = _image_rows(sample)
+            except DataError as error:
+                reject(number, DataError(error.message, key=sample.key))
+                continue
+            samples.append((sample.start, len(sample.block), zlib.crc32(sample.block), len(images), len(rows)))
+            images += rows
+        with open(job.tar, "rb") as file:
+            digest, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
     except DataError as error:
-        samples, images = [], []
-        reject(-1, error.message)
-    line: dict[str, Any] = {
-        "name": f"{job.name}.tar",
-        "samples": len(samples),
-        "images": len(images),
-        "bytes": size,
-        "sha256": digest,
-    }
-    line |= {"tar": job.tar, "layout": job.layout_number}
-    if samples:
-        line["index"] = save_index(Path(job.folder, job.name), samples, images)
-    return {"shard": line, "by_source": [(job.source, len(samples))], "rejected": rejected}
+        tables = [([], []) for _ in job.folders]
+        reject(-1, error)
+    results = []
+    for folder, (samples, images) in zip(job.folders, tables):
+        line = {"name": f"{job.name}.tar", "samples": len(samples), "images": len(images), "bytes": size}
+        line |= {"sha256": digest, "tar": job.tar, "layout": job.layout_number}
+        if samples:
+            line["index"] = save_index(Path(folder, job.name), samples, images)
+        results.append({"shard": line, "by_source": [(job.source, len(samples))], "rejected": rejected})
+        rejected = []
+    return results
 
 
-def _bounds(index: TarIndex) -> list[tuple[int, int]]:
-    groups = [*index.groups.tolist(), len(index.starts)]
-    return list(itertools.pairwise(groups))
-
-
-def _sample(
-    layout: Layout, data: mmap.mmap, index: TarIndex, names: Sequence[str], first: int, last: int
-) -> list[tuple[int, ...]]:
-    """Checks the members ``first`` to ``last`` as a sample and returns its rows of the image table."""
-    parts = [split_name(name)[1] for name in names[first:last]]
-    if len(set(parts)) != len(parts):
-        raise DataError(f"two members of one name: {', '.join(names[first:last][:10])}")
-    if int(index.offsets[last - 1] + index.sizes[last - 1] - index.starts[first]) > MAX_SPAN:
-        raise DataError(f"the sample has more than {MAX_SPAN} bytes, the limit")
-    chosen = [first + i for i in images_of(layout, parts)]
-    if len(chosen) > MAX_IMAGES:
-        raise DataError(f"{len(chosen)} images, the limit is {MAX_IMAGES}")
+def _image_rows(sample: TarSample) -> list[tuple[int, ...]]:
+    """Decodes a sample's images and returns its rows of the image table."""
     rows: list[tuple[int, ...]] = []
-    for at in chosen:
-        start, size = int(index.offsets[at]), int(index.sizes[at])
-        if size > MAX_BYTES:
-            raise DataError(f"image {names[at]} has {size} bytes, the limit is {MAX_BYTES}")
-        content = data[start : start + size]
-        _, width, height = probe_image(content, f"image {names[at]}")
-        rows.append((start, size, zlib.crc32(content), width, height))
-    texts = {}
-    for at, part in zip(range(first, last), parts):
-        if is_text(part):
-            texts[part] = data[int(index.offsets[at]) : int(index.offsets[at] + index.sizes[at])]
-    parse_parts(layout, texts, len(rows))
+    for name, at, size in sample.images:
+        content = sample.block[at : at + size]
+        _, width, height = probe_image(content, f"image {name}")
+        rows.append((sample.start + at, size, zlib.crc32(content), width, height))
     return rows
 
 
@@ -126,6 +109,7 @@ def read_tar_sample(layout: Layout, block: bytes, num_images: int) -> RawSample:
         parts.append((part, name))
         if is_text(part):
             texts[part] = content
-    record: Record = parse_parts(layout, texts, num_images)
+    record = parse_parts(layout, texts, num_images)
     chosen = images_of(layout, [part for part, _ in parts])
-    return RawSample(key=key, turns=record.turns, image_names=tuple(parts[i][1] for i in chosen))
+    names = tuple(parts[i][1] for i in chosen)
+    return RawSample(key=key, turns=record.turns, image_names=names, label=record.label)

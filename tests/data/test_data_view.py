@@ -22,6 +22,7 @@ from megatron_vlm.data.types import Turn
 from megatron_vlm.models import registry
 from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
 from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
+from tests.data.formats.make import write_tar
 
 
 def turns(*pairs):
@@ -69,6 +70,57 @@ def test_check_of_records_names_every_problem(folder, idefics2_dir, capsys):
     (folder / "data.json").write_text(json.dumps([records[0]])[:-1] + ', {"id": ]')
     assert run(words) == 1
     assert re.search(r"bad json: .*line 1 column \d+", capsys.readouterr().out)
+
+
+def test_check_of_tars_names_every_problem(folder, idefics2_dir, capsys):
+    """As records: the same problems, each with its tar and key; and tars that cannot be read at all."""
+    problems = {kind: PROBLEMS[kind] for kind in PROBLEMS if kind not in ("missing image", "bad record")}
+    problems["bad json"] = {"image": "dot.png"}
+    for number in range(2):
+        write_tar(
+            folder / "in" / f"{number}.tar", members_of(folder, {"good": {"image": "dot.png", "conversations": GOOD}})
+        )
+    write_tar(folder / "in" / "2.tar", members_of(folder, {f"x/{k.replace(' ', '_')}": r for k, r in problems.items()}))
+    (folder / "in" / "3.tar").write_bytes((folder / "in" / "0.tar").read_bytes()[:700])
+    words = ["check", str(folder / "in"), str(folder / "none.tar"), "--format", "webdataset"]
+    assert run([*words, "--model", str(idefics2_dir), "--seq-length", "100"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for kind in problems:
+        place = f"sample x/{kind.replace(' ', '_')}, in {folder}/in/2.tar: "
+        assert [line for line in lines if line.startswith(f"{kind}: {place}")], (kind, lines)
+    assert [line for line in lines if line.startswith(f"damaged shard: in {folder}/in/3.tar: cut short")]
+    assert [line for line in lines if line.startswith(f"damaged shard: in {folder}/none.tar: the tar is missing")]
+    assert [line for line in lines if "the id 'good' is also that of good" in line and f"{folder}/in/1.tar" in line]
+    assert "       2  damaged shard" in lines and "       1  too long" in lines
+    assert lines[-1] == f"2 sound samples, {len(problems) + 2} problems, 1 warnings"
+    assert run(["check", str(folder / "in" / "0.tar"), "--format", "webdataset"]) == 0
+    assert "1 sound samples, 0 problems, 0 warnings" in capsys.readouterr().out
+
+
+def members_of(folder, records):
+    """The members of a tar of LLaVA's records, their images looked up in ``folder``."""
+    for key, record in records.items():
+        images = record.get("image") or []
+        for i, name in enumerate([images] if isinstance(images, str) else images):
+            yield f"{key}.{i}.png", (folder / name).read_bytes()
+        text = json.dumps({"id": key, **record})
+        yield f"{key}.json", (text if "conversations" in record else text[:-1]).encode()
+
+
+def test_check_of_one_part_of_an_energon_folder(folder, capsys):
+    for name, answer in (("a", "a dot"), ("b", "")):
+        record = {"image": "dot.png", "conversations": turns(("human", "<image>What?"), ("gpt", answer))}
+        write_tar(folder / "in" / f"{name}.tar", members_of(folder, {name: record}))
+    meta = folder / "in" / ".nv-meta"
+    meta.mkdir()
+    (meta / "dataset.yaml").write_text("sample_type: {__class__: CrudeWebdataset}\n")
+    (meta / "split.yaml").write_text("split_parts: {train: [a.tar], val: [b.tar]}\n")
+    words = ["check", str(folder / "in"), "--format", "webdataset"]
+    assert run(words) == 0
+    assert run([*words, "--part", "val"]) == 1
+    assert f"empty answer: sample b, in {folder}/in/b.tar: empty answer in turn 1" in capsys.readouterr().out
+    assert run([*words, "--part", "none"]) == 1
+    assert "no part 'none' in split_parts (known: train, val)" in capsys.readouterr().out
 
 
 def test_check_of_shards_with_a_model(digits_dir, idefics2_dir, capsys):
@@ -199,6 +251,7 @@ def test_preview_draws_tiles_apart(digits_dir, tmp_path):
     [
         (["stats", "--model", "MODEL"], "no data: name a folder"),
         (["check", "FILE"], "is no folder of shards: say what it is with --format"),
+        (["check", "DIR", "--part", "val"], "it goes with --format webdataset"),
         (["stats", "DIR", "--model", "MODEL", "--set", "training.seed=1"], "only settings of the data section"),
         (["stats", "DIR", "--model", "MODEL", "--set", "data.sliding=1"], "unknown config key 'data.sliding'"),
         (["preview", "DIR", "--model", "MODEL", "--out", "/no/where.html"], "cannot be written"),

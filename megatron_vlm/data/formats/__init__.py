@@ -17,6 +17,7 @@ from megatron_vlm.data.formats.llava import parse_llava
 from megatron_vlm.data.formats.openai import parse_openai
 from megatron_vlm.data.formats.parquet import parse_row, rows_of_parquet
 from megatron_vlm.data.formats.records import Record, Source
+from megatron_vlm.data.formats.webdataset import read_tars
 from megatron_vlm.data.formats.xcomposer import expand_xcomposer, parse_xcomposer
 from megatron_vlm.errors import ConfigError, DataError
 
@@ -49,7 +50,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-WEBDATASET = "webdataset"  # tars stay as they are: there are no records to read from them here
+WEBDATASET = "webdataset"  # not one file of records, but a sample in several members of several tars: ``read_tars``
 NAMES = (*FORMATS, WEBDATASET)
 
 
@@ -131,10 +132,8 @@ def read_source(source: Source) -> Iterator[tuple[int, Any, Record | DataError]]
         DataError: what makes the rest of the file unreadable.
     """
     if source.format == WEBDATASET:
-        message = (
-            "tars are checked as they are indexed: run 'data build --format webdataset', which reports each problem"
-        )
-        raise DataError(message, shard=source.path)
+        yield from read_tars(source)
+        return
     format = FORMATS[source.format]
     for number, value in format.rows(source):
         where: dict[str, Any] = {"shard": source.path, "key": f"record {number}"}

@@ -78,6 +78,9 @@ class Record:
         images: paths as written, or the encoded bytes where the record carries them.
         videos: paths as written: of a video file or of a folder of frames.
         options: see RawSample.
+        file: the tar that it lies in, of a source that is several; empty: the source's own file.
+        key: what the names of its members share; empty: it lies in no tar.
+        names: of ``images``, where they are members of a tar.
     """
 
     number: int
@@ -86,6 +89,9 @@ class Record:
     images: tuple[str | bytes, ...] = ()
     videos: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
+    key: str = ""
+    names: tuple[str, ...] = ()
 
 
 def make_record(

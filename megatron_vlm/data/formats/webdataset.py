@@ -6,19 +6,25 @@
 A sample is a run of members that share their name up to the first dot (webdataset's rule); its images are its image
 members, in the order of the tar. A folder with ``.nv-meta`` (Megatron-Energon) says which shards belong to which part
 (split.yaml) and which fields make a sample (dataset.yaml). Nothing in a tar is ever unpickled or run.
+
+tar --runs of members--> samples_of_tar: TarSamples, checked --> the index (tar_shards.py)
+                                                             --> read_tars: records, as of the other formats
 """
 
 import itertools
+import mmap
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_vlm.data.formats.json_file import MAX_RECORD_BYTES, strict_decoder
 from megatron_vlm.data.formats.parquet import COLUMNS, parse_row
 from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, make_record
-from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.images import MAX_BYTES
+from megatron_vlm.data.sample import MAX_IMAGES, MAX_SPAN, Turn
+from megatron_vlm.data.tar import TarIndex, index_tar
 from megatron_vlm.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -46,6 +52,29 @@ class Layout:
     kind: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
     prepend: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TarSample:
+    """A sample where it lies in its tar.
+
+    Attributes:
+        number: in its tar, from 0.
+        key: see ``split_name``.
+        start: of its first member's header, in the tar.
+        block: its bytes, up to the next sample.
+        images: (name, offset in ``block``, bytes) of its images, in order.
+        texts: part -> content.
+        record: what it says; see ``parse_parts``.
+    """
+
+    number: int
+    key: str
+    start: int
+    block: bytes
+    images: tuple[tuple[str, int, int], ...]
+    texts: Mapping[str, bytes]
+    record: Record
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -173,8 +202,90 @@ def _field(layout: Layout, texts: Mapping[str, bytes], name: str) -> Any:
     raise DataError(f"field {name}: {'; '.join(tried)}")
 
 
+def samples_of_tar(path: Path, layout: Layout) -> Iterator[tuple[int, TarSample | DataError]]:
+    """Yields (number, sample or what is wrong with it) of a tar; images are found, not opened.
+
+    Raises:
+        DataError: the tar is missing, or damaged as a whole.
+    """
+    if not path.is_file():
+        raise DataError("the tar is no regular file" if path.exists() else "the tar is missing", shard=str(path))
+    index = index_tar(path)
+    names = index.names()
+    bounds = itertools.pairwise([*index.groups.tolist(), len(names)])
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for number, (first, last) in enumerate(bounds):
+            found: TarSample | DataError
+            try:
+                found = _sample(layout, data, index, names, number, first, last)
+            except DataError as error:
+                found = DataError(error.message, key=split_name(names[first])[0], shard=str(path))
+            yield number, found
+
+
+def _sample(
+    layout: Layout, data: mmap.mmap, index: TarIndex, names: Sequence[str], number: int, first: int, last: int
+) -> TarSample:
+    """Checks the members ``first`` to ``last`` as a sample."""
+    keys, parts = zip(*(split_name(name) for name in names[first:last]))
+    if len(set(parts)) != len(parts):
+        raise DataError(f"two members of one name: {', '.join(names[first:last][:10])}")
+    start = int(index.starts[first])
+    span = (int(index.starts[last]) if last < len(names) else index.end) - start
+    if span > MAX_SPAN:
+        raise DataError(f"the sample has {span} bytes, the limit is {MAX_SPAN}")
+    places = [(int(index.offsets[at]) - start, int(index.sizes[at])) for at in range(first, last)]
+    images = tuple((names[first + i], *places[i]) for i in images_of(layout, parts))
+    if len(images) > MAX_IMAGES:
+        raise DataError(f"{len(images)} images, the limit is {MAX_IMAGES}")
+    for name, _, size in images:
+        if size > MAX_BYTES:
+            raise DataError(f"image {name} has {size} bytes, the limit is {MAX_BYTES}")
+    block = data[start : start + span]
+    texts = {part: block[at : at + size] for part, (at, size) in zip(parts, places) if is_text(part)}
+    record = parse_parts(layout, texts, len(images))
+    return TarSample(number=number, key=keys[0], start=start, block=block, images=images, texts=texts, record=record)
+
+
+def read_tars(source: Source) -> Iterator[tuple[int, Any, Record | DataError]]:
+    """Yields (number, json, record or what is wrong with it) of the samples of an input, one tar after the other.
+
+    The number counts over all tars, that of the record within its own; the json has webdataset's ``__key__`` as well. A tar
+    that is damaged as a whole is one problem.
+
+    Raises:
+        DataError: as ``open_tars``.
+    """
+    layout, tars = open_tars(source)
+    number = 0
+    for tar in tars:
+        try:
+            for _, found in samples_of_tar(tar, layout):
+                if isinstance(found, DataError):
+                    yield number, None, found
+                else:
+                    yield number, _value(found), _with_images(found, str(tar))
+                number += 1
+        except DataError as error:
+            yield number, None, DataError(error.message, shard=str(tar))
+
+
+def _with_images(sample: TarSample, tar: str) -> Record:
+    images = tuple(sample.block[at : at + size] for _, at, size in sample.images)
+    names = tuple(name for name, _, _ in sample.images)
+    return replace(sample.record, number=sample.number, images=images, names=names, file=tar, key=sample.key)
+
+
+def _value(sample: TarSample) -> dict[str, Any]:
+    try:
+        value = _json(sample.texts.get("json", b"{}"))
+    except DataError:  # a json that the layout does not look at
+        value = None
+    return {"__key__": sample.key, **(value if isinstance(value, dict) else {})}
+
+
 def open_tars(source: Source) -> tuple[Layout, list[Path]]:
-    """Returns the layout and the shards of an input: a tar, a folder of them, or an Energon folder.
+    """Returns the layout and the shards (absolute, links followed) of a tar, a folder of them, or an Energon folder.
 
     Raises:
         DataError: none, or metadata that cannot be used.
@@ -186,7 +297,7 @@ def open_tars(source: Source) -> tuple[Layout, list[Path]]:
     tars = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
     if not tars:
         raise DataError("a folder without .tar files", shard=str(path))
-    return Layout(prepend=source.prepend), tars
+    return Layout(prepend=source.prepend), [tar.resolve() for tar in tars]
 
 
 def _energon(source: Source, path: Path, meta: Path) -> tuple[Layout, list[Path]]:
@@ -220,7 +331,7 @@ def _energon(source: Source, path: Path, meta: Path) -> tuple[Layout, list[Path]
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DataError(f"shard {name} leads out of the folder", **where)
-    tars = [path / name for name in names if name not in excluded]
+    tars = [(path / name).resolve() for name in names if name not in excluded]
     if not tars:
         raise DataError(f"part {source.part!r} has no shards", **where)
     return Layout(kind=kind, fields=dict(fields), prepend=source.prepend), tars

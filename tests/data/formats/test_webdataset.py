@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from megatron_vlm.data.build import build_shards
 from megatron_vlm.data.check import check_folder
+from megatron_vlm.data.formats import open_sources, read_source
+from megatron_vlm.data.formats.records import Record
 from megatron_vlm.data.split import SplitSettings
-from megatron_vlm.errors import ConfigError, DataError
-from tests.data.formats.make import built, picture, records_of, write_tar
+from megatron_vlm.errors import DataError
+from tests.data.formats.make import built, picture, write_tar
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
 
@@ -35,13 +38,16 @@ def test_llava_records_in_tars(tmp_path):
     assert table["width"].tolist() == [20, 21, 22, 23] and table["height"].tolist() == [12] * 4
 
 
-def test_workers_make_the_same_index(tmp_path):
+def test_workers_make_the_same_index_of_each_half(tmp_path):
     for i in range(3):
         write_tar(tmp_path / "in" / f"{i}.tar", members(2 + i))
-    built(tmp_path / "a", "webdataset", str(tmp_path / "in" / "*.tar"))
-    built(tmp_path / "b", "webdataset", str(tmp_path / "in" / "*.tar"), num_workers=2)
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    sources = open_sources("webdataset", [tmp_path / "in" / "*.tar"])
+    for name, workers in (("a", 0), ("b", 2)):
+        build_shards(sources, tmp_path / name, num_workers=workers, split=SplitSettings(fraction=0.4, seed=2))
+    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert len(files) > 6
+    for path in files:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
 
 
 def test_openai_and_captions_and_folders_and_long_names(tmp_path):
@@ -144,12 +150,13 @@ def test_bad_samples_of_a_tar_are_named_or_left_out(tmp_path):
         built(tmp_path / "out", "webdataset", path)
     text = str(caught.value)
     for words in ("5 problems in 7 records", "b.jpg", "placeholders for 0 images", "two members of one name",
-                  "no conversation", "f.pickle"):  # fmt: skip
+                  "no conversation", "sample f:",
+                  "1  unreadable image", "1  placeholders"):  # fmt: skip
         assert words in text, words
     manifest, samples = built(tmp_path / "out", "webdataset", path, on_bad_sample="skip")
     assert [s.key for s in samples] == ["0000", "z0000"] and manifest["samples"] == 2
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert [line["record"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [(line["record"], line["key"]) for line in lines] == list(enumerate("bcdef", 1))
 
 
 def test_a_moved_tar_is_named(tmp_path):
@@ -160,9 +167,20 @@ def test_a_moved_tar_is_named(tmp_path):
     assert "is missing" in problem.message and "a.tar" in str(problem)
 
 
-def test_tars_are_not_split_and_not_read_as_records(tmp_path):
-    with pytest.raises(DataError, match="data build --format webdataset"):
-        records_of("webdataset", write_tar(tmp_path / "a.tar", members(2)))
-    with pytest.raises(ConfigError, match="--val-fraction"):
-        path = write_tar(tmp_path / "a.tar", members(2))
-        built(tmp_path / "out", "webdataset", path, split=SplitSettings(fraction=0.5))
+def test_records_of_tars_are_those_of_the_build(tmp_path):
+    """Numbers go on from tar to tar; a tar that is damaged is one problem, and the next one is read."""
+    for i in range(3):
+        write_tar(tmp_path / "in" / f"{i}.tar", members(2 + i))
+    (tmp_path / "in" / "1.tar").write_bytes(b"no tar at all" * 50)
+    (source,) = open_sources("webdataset", [tmp_path / "in"])
+    found = list(read_source(source))
+    assert [number for number, _, _ in found] == [0, 1, 2, 2, 3, 4, 5]
+    records = [record for _, _, record in found if isinstance(record, Record)]
+    assert [record.number for record in records] == [0, 1, 0, 1, 2, 3]
+    (problem,) = (record for _, _, record in found if isinstance(record, DataError))
+    assert "damaged tar header" in problem.message and problem.shard == str(tmp_path / "in" / "1.tar")
+    _, samples = built(tmp_path / "out", "webdataset", tmp_path / "in", on_bad_sample="skip")
+    assert [(r.key, r.turns, r.images, r.names) for r in records] == [
+        (s.key, s.turns, s.images, s.image_names) for s in samples
+    ]
+    assert found[0][1] == {"__key__": "0000", "conversations": TALK}

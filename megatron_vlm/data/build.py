@@ -78,6 +78,10 @@ class _Half:
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+# What makes a shard, of what, and for which halves under which name.
+_Task = tuple[Callable[[Any], Any], Any, tuple[Sequence[_Half], str]]
+
+
 def build_shards(
     sources: Sequence[Source],
     out: str | Path,
@@ -139,6 +143,7 @@ class _Build:
         self.fatal = False
         self.pending: dict[Future[Any], tuple[Sequence[_Half], str]] = {}
         self.pool: ProcessPoolExecutor | None = None
+        self.held: list[_Task] = []  # the first shard, until there is a second
         self.report: dict[str, Any] = {}
         self.layouts: list[dict[str, Any]] = []
 
@@ -155,6 +160,8 @@ class _Build:
                 self._index_tars(halves, chosen)
             else:
                 self._read(halves, chosen)
+            for work, item, where in self.held:
+                self._done(*where, work(item))
             while self.pending:
                 self._collect()
         finally:
@@ -222,17 +229,25 @@ class _Build:
         self._submit([half], name, make_shard, job)
 
     def _submit(self, halves: Sequence[_Half], name: str, make: Callable[[Any], Any], job: Any) -> None:
-        """Makes a shard of each half, unless that is done: in a worker process if there are any."""
+        """Makes a shard of each half, unless that is done: in a worker process if there are any, and more shards than one.
+
+        A process takes as long to start as some hundred samples take.
+        """
         done = self._done_file(halves, name)
         if done.exists():
             self._take(halves, name, json.loads(done.read_text(encoding="utf-8")))
         elif not self.workers:
             self._done(halves, name, make(job))
         else:
+            self.held.append((make, job, (halves, name)))
+            if self.pool is None and len(self.held) == 1:
+                return
             if self.pool is None:
                 context = multiprocessing.get_context("spawn")
                 self.pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
-            self.pending[self.pool.submit(make, job)] = halves, name
+            for work, item, where in self.held:
+                self.pending[self.pool.submit(work, item)] = where
+            self.held.clear()
             if len(self.pending) > self.workers:  # records wait in memory: not too many
                 self._collect()
 

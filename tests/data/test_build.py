@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from megatron_vlm.cli.main import main
+from megatron_vlm.data import build
 from megatron_vlm.data.kinds import kind_of
 from megatron_vlm.data.split import SplitSettings
 from megatron_vlm.errors import ConfigError, DataError
@@ -86,6 +87,15 @@ def test_processes_write_the_same(inputs, whole, tmp_path):
     assert main(command(inputs, tmp_path / "out", "--workers", "2")) == 0
     assert content(tmp_path / "out") == whole
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_one_shard_is_not_worth_a_process(inputs, tmp_path, monkeypatch):
+    words = ["--workers", "2", "--samples-per-shard"]
+    assert main(command(inputs, tmp_path / "alone", "--workers", "0", *words[2:], "60")) == 0
+    monkeypatch.setattr(build, "ProcessPoolExecutor", None)  # calling it would raise
+    assert main(command(inputs, tmp_path / "out", *words, "60")) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "alone")
+    assert main(command(inputs, tmp_path / "two", *words, "59")) == 1
 
 
 def start(inputs, out, log, workers):

@@ -19,8 +19,8 @@
 
 enum { BLOCK = 512, WINDOW = 1 << 16, MAX_EXTENSION = 1 << 15 };
 /* Bytes read at once. Where headers lie closer than NEAR on average, copying what is between them costs less than a call for
- * each; else one is read, and the next with it if a small member follows. */
-enum { NEAR = 1 << 12, MANY = WINDOW, FEW = 1 << 11 };
+ * each; else one is read, and the next with it if a small member follows: EXTENDED, if extension headers stand before each. */
+enum { NEAR = 1 << 12, MANY = WINDOW, FEW = 1 << 11, EXTENDED = 7 << 9 };
 
 typedef struct {
     char *data;
@@ -225,7 +225,7 @@ static int run(Walk *walk, int64_t *end, int extended) {
     int64_t at = 0, step = NEAR; /* step: from header to header, a running mean */
     int64_t start = -1;          /* of an extension header that waits for its member */
     for (;;) {
-        const unsigned char *block = view(walk, at, BLOCK, step <= NEAR ? MANY : FEW);
+        const unsigned char *block = view(walk, at, BLOCK, step <= NEAR ? MANY : extended ? EXTENDED : FEW);
         if (!block)
             return ODD;
         if (!block[0] && is_zero(block, BLOCK)) {

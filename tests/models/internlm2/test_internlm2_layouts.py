@@ -30,6 +30,6 @@ def test_layout_equals_one_process(layouts, case):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [*PAIRWISE_MORE[:1], *whole_matrix()], ids=str)
+@pytest.mark.parametrize("case", [*PAIRWISE_MORE[:2], *whole_matrix()], ids=str)
 def test_whole_matrix(layouts, case):
     layouts.check(case)

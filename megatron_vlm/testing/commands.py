@@ -6,6 +6,7 @@
 To import it anew takes a process longer than most runs of a test do. What is tested of the start itself needs a new Python.
 """
 
+import atexit
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ class Command:
         self._argv = list(argv)
         self._process = forkserver().Process(target=_run, args=(self._argv, str(out), str(err), variables, os.getcwd()))
         self._process.start()
+        atexit.register(self.kill)  # of a test that failed before it was done: multiprocessing would wait for it
 
     @property
     def pid(self) -> int:

@@ -144,16 +144,14 @@ def _questions(config: GenerateConfig, processor: Any, positions: int) -> Iterat
             turns, files = load_record(source, record)
             asked, reference = turns[:-1], turns[-1].text
             images = [decode_image(data, name) for name, data in files]
-            where = f"{source.path}, record {number}"
+            file, key = record.file or source.path, record.key or f"record {number}"
             try:
                 sample = processor.encode_prompt(asked, images)
             except DataError as error:
-                raise DataError(error.message, shard=source.path, key=f"record {number}") from error
-            check_length(sample, positions, config.sampling, where)
-            yield Question(
-                sample=sample,
-                record={"key": record.label or str(number), "prompt": asked[-1].text, "reference": reference},
-            )
+                raise DataError(error.message, shard=file, key=key) from error
+            check_length(sample, positions, config.sampling, f"{file}, {key}")
+            name = record.label or record.key or str(number)
+            yield Question(sample=sample, record={"key": name, "prompt": asked[-1].text, "reference": reference})
 
 
 def _write(question: Question, said: str, out: TextIO | None) -> None:

@@ -299,7 +299,7 @@ TARS = {
     "no_end_mark": (tar(*SAMPLE, end=False), "cut short"),
     "checksum": (flipped(ONE, 20), "checksum"),
     "checksum_field": (ONE[:148] + b"xxxxxx\0 " + ONE[156:], "checksum"),
-    "zeroed_header": (ONE[:512] + bytes(len(ONE) - 512), "not a readable|no conversation"),
+    "zeroed_header": (ONE[:512] + bytes(len(ONE) - 512), "no conversation"),
     "size_letters": (resized(ONE, b"zzzzzzzzzzz"), "size reads"),
     "size_negative": (resized(ONE, b"-0000000100"), "size reads|a size of|damaged"),
     "size_huge": (resized(ONE, b"77777777777"), "cut short|beyond the limit"),

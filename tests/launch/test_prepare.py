@@ -7,11 +7,13 @@ import pytest
 from PIL import Image
 
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.launch.checks import Report
 from megatron_vlm.launch.config import LaunchConfig
 from megatron_vlm.launch.prepare import build_data, check_data, open_inputs, tell_format
 from megatron_vlm.models import registry
+from tests.data.formats.make import write_tar
 from tests.launch.conftest import write_records
 
 CONFIG = DataConfig(seq_length=96, shortest_edge=24, num_workers=0)
@@ -127,3 +129,21 @@ def test_records_left_out_by_a_policy_are_no_failure(tmp_path, processor):
     report, config = Report(), CONFIG.replace(on_too_long="drop", on_bad_sample="skip")
     build_data(report, opened(tmp_path, path), config, processor, tmp_path / "cache")
     assert not report.failed and "8 samples" in report.findings[-1].text, report.findings
+
+
+def test_tars_are_checked_and_indexed_where_they_lie(tmp_path, processor):
+    path = write_records(tmp_path / "data", 4)
+    members = []
+    for record in json.loads(path.read_text()):
+        members.append((f"{record['id']}.png", (path.parent / record["image"]).read_bytes()))
+        members.append((f"{record['id']}.json", json.dumps({"conversations": record["conversations"]}).encode()))
+    tar = write_tar(tmp_path / "tars" / "a.tar", members)
+    report, inputs = Report(), opened(tmp_path, tar, data_format="webdataset")
+    check_data(report, inputs, CONFIG, processor, tmp_path / "cache")
+    build_data(report, inputs, CONFIG, processor, tmp_path / "cache")
+    assert not report.failed and len(Dataset([inputs.shards])) == 4 and not list(inputs.shards.glob("*.tar"))
+
+    write_tar(tar, [*members, ("bad.png", b"no picture"), members[1]])
+    report, inputs = Report(), opened(tmp_path, tar, data_format="webdataset")
+    check_data(report, inputs, CONFIG, processor, tmp_path / "cache")
+    assert "bad" in str(report.failed) and "a.tar" in str(report.failed)

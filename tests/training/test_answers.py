@@ -13,6 +13,7 @@ from megatron_vlm.testing.distributed import RankError, run_distributed
 from megatron_vlm.testing.runs import train
 from megatron_vlm.training.answers import EvaluateConfig, Prompt
 from megatron_vlm.training.generate import GenerateConfig, run_generate
+from tests.data.formats.make import write_tar
 
 NEW = 8
 
@@ -79,6 +80,27 @@ def test_answers_of_records_and_prompts_equal_transformers(twin, picture, tmp_pa
         {"key": f"r{number}", "prompt": text, "reference": f"answer {number}", "answer": answer}
         for number, ((text, _), answer) in enumerate(zip(asked, expected))
     ]
+    members = [("a.png", picture.read_bytes())]  # the same question as a tar's sample, without a label of its own
+    members.append(("a.json", json.dumps({"conversations": records[0]["conversations"]}).encode()))
+    tar = write_tar(tmp_path / "val.tar", members)
+    said = commands.run(
+        [
+            "generate",
+            "--load",
+            str(twin),
+            "--device",
+            "cpu",
+            "--format",
+            "webdataset",
+            "--input",
+            str(tar),
+            "--out",
+            str(out),
+        ]
+        + ["--max-new-tokens", str(NEW)]
+    )
+    assert said.returncode == 0, said.stderr
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [lines[0] | {"key": "a"}]
     asked_for = ["--prompt", "What digit is this?", "--image", str(picture), "--max-new-tokens", str(NEW)]
     said = commands.run(["generate", "--load", str(twin), "--device", "cpu", *asked_for])
     assert said.returncode == 0, said.stderr

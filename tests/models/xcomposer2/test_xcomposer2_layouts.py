@@ -51,7 +51,7 @@ def test_layout_equals_one_process(checks, case):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "case", [*PAIRWISE_MORE, *whole_matrix(recomputes=(False, True)), *whole_matrix("odd")], ids=str
+    "case", dict.fromkeys([*PAIRWISE_MORE, *whole_matrix(recomputes=(False, True)), *whole_matrix("odd")]), ids=str
 )
 def test_whole_matrix(checks, case):
     checks(case.twin).check(case)

@@ -143,7 +143,7 @@ def test_tars_are_checked_and_indexed_where_they_lie(tmp_path, processor):
     build_data(report, inputs, CONFIG, processor, tmp_path / "cache")
     assert not report.failed and len(Dataset([inputs.shards])) == 4 and not list(inputs.shards.glob("*.tar"))
 
-    write_tar(tar, [*members, ("bad.png", b"no picture"), members[1]])
+    write_tar(tar, [*members, ("bad.png", b"no picture"), ("bad.json", members[1][1])])
     report, inputs = Report(), opened(tmp_path, tar, data_format="webdataset")
     check_data(report, inputs, CONFIG, processor, tmp_path / "cache")
     assert "bad" in str(report.failed) and "a.tar" in str(report.failed)

@@ -112,8 +112,9 @@ def write_model(directory: Path, config: dict) -> int:
     """Random bf16 weights of every tensor of the model, sharded as ``save_pretrained`` shards; returns their bytes."""
     import torch
 
-    from megatron_vlm.conversion.hf_io import HFWriter, write_json
+    from megatron_vlm.conversion.hf_io import HFWriter
     from megatron_vlm.conversion.mapping import TensorInfo
+    from megatron_vlm.files import write_json
 
     from transformers import Idefics2Config, Idefics2ForConditionalGeneration  # isort: skip
 

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFWriter, copy_hf_files, list_names, read_json, resolve_directory
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFWriter, copy_hf_files, list_names, resolve_directory
 from megatron_vlm.conversion.mapping import DerivedTensors, Entry, HFModel, TensorInfo
 from megatron_vlm.conversion.megatron_dir import write_config, write_megatron
 from megatron_vlm.conversion.safetensors_io import PARAMS_DTYPES, aligned_order, atomic_directory, cast
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_hf, open_source
 from megatron_vlm.conversion.torch_files import load_weights_only
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
+from megatron_vlm.files import read_json
 from megatron_vlm.models import registry
 from megatron_vlm.models.registry import ExportSpec, FamilySpec
 from megatron_vlm.peft.nf4 import Quantization
@@ -314,7 +315,7 @@ def export_hf(
         else:
             other.files(source.hf_dir, copy.deepcopy(source.hf_config), directory)
             for folder in infos:
-                write_config(directory / folder, read_json(directory / folder / CONFIG_NAME), changed)
+                write_config(directory / folder, read_json(directory / folder / CONFIG_NAME, ConversionError), changed)
 
 
 def _other_layout(source: WeightSource, layout: str | None) -> ExportSpec | None:

@@ -5,20 +5,20 @@ directory or hub id --resolve_directory--> directory --HFTensors--> names, shape
 """
 
 import fnmatch
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from torch import Tensor
 
 from megatron_vlm.conversion.mapping import TensorInfo
-from megatron_vlm.conversion.safetensors_io import SafetensorsFile, SafetensorsWriter, aligned_order, sync_path
+from megatron_vlm.conversion.safetensors_io import SafetensorsFile, SafetensorsWriter, aligned_order
 from megatron_vlm.conversion.torch_files import TorchFile
 from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.files import read_json, sync_path, write_json
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -66,24 +66,6 @@ def resolve_directory(path_or_id: str | os.PathLike) -> Path:
             f"{text!r} is neither a directory here nor a model that could be fetched from the hub or found in "
             f"its cache {constants.HF_HUB_CACHE}{offline} ({reason})"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; errors name the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ConversionError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes a JSON object as HF does."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class HFTensors:
@@ -135,7 +117,7 @@ class HFTensors:
             self._file_of[tensor] = name
 
     def _open_index(self, index: Path) -> None:
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json(index, ConversionError).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{index} has no weight_map")
         for shard in sorted(set(weight_map.values())):

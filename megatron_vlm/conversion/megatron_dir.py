@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vlm.config import Config
-from megatron_vlm.conversion.hf_io import copy_hf_files, read_json, write_json
+from megatron_vlm.conversion.hf_io import copy_hf_files
 from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.conversion.safetensors_io import (
     SafetensorsWriter,
@@ -26,9 +26,9 @@ from megatron_vlm.conversion.safetensors_io import (
     aligned_order,
     atomic_directory,
     cast,
-    file_digest,
 )
 from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.files import file_digest, read_json, write_json
 from megatron_vlm.peft.nf4 import Quantization
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def write_megatron(
         write_config(directory / "hf", source.hf_config, dtype)
         for path in sorted((directory / "hf").rglob("*")):
             if path.is_file():
-                files[path.relative_to(directory).as_posix()] = file_digest(path)
+                files[path.relative_to(directory).as_posix()] = file_digest(path, ConversionError)
         manifest = Manifest(
             family=source.spec.name,
             tensor_model_parallel_size=tp,
@@ -197,7 +197,7 @@ def write_config(hf_dir: Path, hf_config: dict[str, Any], dtype: torch.dtype | N
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = str(dtype).removeprefix("torch.")
     path = hf_dir / "config.json"
-    if not path.exists() or read_json(path) != config:
+    if not path.exists() or read_json(path, ConversionError) != config:
         hf_dir.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
 
@@ -208,7 +208,7 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         ConversionError: another format or version, or a file absent or of another size.
     """
-    data = read_json(directory / MANIFEST)
+    data = read_json(directory / MANIFEST, ConversionError)
     if (data.get("format"), data.get("version")) != (FORMAT, FORMAT_VERSION):
         raise ConversionError(
             f"{directory / MANIFEST} says format {data.get('format')!r} version {data.get('version')!r}; "

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names, read_json
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names
 from megatron_vlm.conversion.mapping import Entry, Layout, TensorInfo
 from megatron_vlm.conversion.megatron_dir import MANIFEST, Stages, rank_file, read_manifest
 from megatron_vlm.conversion.nf4_files import Nf4Reader, nf4_file
 from megatron_vlm.conversion.safetensors_io import SafetensorsFile
 from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.files import read_json
 from megatron_vlm.models import registry
 from megatron_vlm.models.registry import FamilySpec
 from megatron_vlm.peft.nf4 import Nf4Tensor
@@ -30,7 +31,9 @@ class MegatronSource(WeightSource):
         self.directory = directory
         self.manifest = read_manifest(directory)
         hf_dir = directory / "hf"
-        super().__init__(hf_dir, read_json(hf_dir / CONFIG_NAME), spec or registry.get(self.manifest.family))
+        super().__init__(
+            hf_dir, read_json(hf_dir / CONFIG_NAME, ConversionError), spec or registry.get(self.manifest.family)
+        )
         self.stored_ties = self.manifest.stored_ties
         self.tp, self.pp = self.manifest.tensor_model_parallel_size, self.manifest.pipeline_model_parallel_size
         self._layouts = {

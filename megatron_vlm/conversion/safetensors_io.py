@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.files import remove_abandoned, sync_path, sync_tree, unique_temporary
 
 DTYPES = {
     "F64": torch.float64,
@@ -317,12 +318,6 @@ class Writers:
         return {key: writer.close() for key, writer in self.open.items()}
 
 
-def file_digest(path: Path) -> dict[str, Any]:
-    """``{"size", "sha256"}`` of a file."""
-    with open(path, "rb") as file:
-        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 @contextlib.contextmanager
 def atomic_directory(out: str | os.PathLike, need_bytes: int = 0) -> Iterator[Path]:
     """Yields a temporary directory that becomes ``out`` when the block ends well, and is removed when not.
@@ -346,7 +341,8 @@ def atomic_directory(out: str | os.PathLike, need_bytes: int = 0) -> Iterator[Pa
             raise ConversionError(
                 f"{out.parent} has {free / 1e9:.1f} GB free, the output needs {need_bytes / 1e9:.1f} GB"
             )
-        temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+        remove_abandoned(out)
+        temporary = unique_temporary(out)
         temporary.mkdir()
     except OSError as error:
         raise ConversionError(f"cannot write beside {out}: {error}") from error
@@ -358,20 +354,3 @@ def atomic_directory(out: str | os.PathLike, need_bytes: int = 0) -> Iterator[Pa
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def sync_tree(root: Path) -> None:
-    """Flushes every file and directory under ``root`` to disk."""
-    for directory, _, files in os.walk(root):
-        for name in files:
-            sync_path(Path(directory, name))
-        sync_path(Path(directory))
-
-
-def sync_path(path: Path) -> None:
-    """Flushes one file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, list_names, read_json, resolve_directory
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, list_names, resolve_directory
 from megatron_vlm.conversion.mapping import Entry, HFModel, Layout, Mapping, TensorInfo
 from megatron_vlm.conversion.megatron_dir import MANIFEST, read_manifest
 from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models import registry
 from megatron_vlm.models.registry import FamilySpec
@@ -252,7 +253,8 @@ def _open(directory: Path, family: str | None, base: str | os.PathLike | None) -
 
         recorded = registry.get(read_manifest(directory).family)
         return MegatronSource(
-            directory, choose_family(read_json(directory / "hf" / CONFIG_NAME), directory, family, recorded)
+            directory,
+            choose_family(read_json(directory / "hf" / CONFIG_NAME, ConversionError), directory, family, recorded),
         )
     if (directory / TRACKER).exists() or (directory / "state.json").exists():
         from megatron_vlm.conversion.training_source import open_iteration, tracked_folder
@@ -275,7 +277,7 @@ def _open(directory: Path, family: str | None, base: str | os.PathLike | None) -
             f"{directory} holds a {whole} in parts: put them together with `convert hf2mg --hf {directory}` first (or set the "
             "family, to take the language model alone)"
         )
-    spec = choose_family(read_json(directory / CONFIG_NAME), directory, family)
+    spec = choose_family(read_json(directory / CONFIG_NAME, ConversionError), directory, family)
     model = open_hf(directory)
     try:
         if any(".base_model.model." in name for name in model.tensors.infos):  # PEFT's layers are still in it
@@ -303,7 +305,9 @@ def _parts_family(directory: Path) -> str | None:
 
 def open_hf(directory: Path) -> HFModel:
     """Opens the config and the weights of an HF directory."""
-    return HFModel(directory=directory, config=read_json(directory / CONFIG_NAME), tensors=HFTensors(directory))
+    return HFModel(
+        directory=directory, config=read_json(directory / CONFIG_NAME, ConversionError), tensors=HFTensors(directory)
+    )
 
 
 def choose_family(

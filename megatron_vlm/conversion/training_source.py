@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names, read_json
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names
 from megatron_vlm.conversion.mapping import Layout
 from megatron_vlm.conversion.rank_files import RankFiles
-from megatron_vlm.conversion.safetensors_io import file_digest
 from megatron_vlm.conversion.source import TRACKER, WeightSource, check_entry, choose_family
 from megatron_vlm.errors import CheckpointError, ConversionError
+from megatron_vlm.files import file_digest, read_json
 from megatron_vlm.log import get_logger
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -46,7 +46,7 @@ def checked_files(directory: Path) -> dict[str, dict]:
     """
     if not (directory / MANIFEST).exists():
         raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}")
-    files: dict[str, dict] = read_json(directory / MANIFEST)["files"]
+    files: dict[str, dict] = read_json(directory / MANIFEST, ConversionError)["files"]
     for name, entry in files.items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != entry["size"]:
@@ -63,7 +63,7 @@ def check_file_digests(directory: Path, files: dict[str, dict]) -> None:
     """
     get_logger(__name__).info("checking the digests of %d files in %s", len(files), directory)
     for name, entry in files.items():
-        if file_digest(directory / name)["sha256"] != entry["sha256"]:
+        if file_digest(directory / name, ConversionError)["sha256"] != entry["sha256"]:
             raise CheckpointError(f"{directory / name} is damaged: its sha256 is not the one in {MANIFEST}")
 
 
@@ -75,7 +75,7 @@ def open_iteration(directory: Path, family: str | None = None, base: str | os.Pa
         family: as of ``open_source``.
         base: where the base of such a run is now; None: where it was.
     """
-    record = read_json(directory / STATE).get("peft")
+    record = read_json(directory / STATE, ConversionError).get("peft")
     if record is None:
         return TrainingSource(directory, family)
     from megatron_vlm.peft.merge import open_run
@@ -97,7 +97,7 @@ class TrainingSource(WeightSource):
     def __init__(self, directory: Path, family: str | None = None):
         self.directory = directory
         self._files = checked_files(directory)
-        hf_config = read_json(directory / "hf" / CONFIG_NAME)
+        hf_config = read_json(directory / "hf" / CONFIG_NAME, ConversionError)
         super().__init__(directory / "hf", hf_config, choose_family(hf_config, directory, family))
         self._tensors = RankFiles(directory)
         try:

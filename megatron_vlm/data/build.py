@@ -24,7 +24,7 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vlm.data.build_folder import fingerprint_of, partial_folder, sync_folder, write_synced
+from megatron_vlm.data.build_folder import fingerprint_of, partial_folder
 from megatron_vlm.data.formats import WEBDATASET, read_source
 from megatron_vlm.data.formats.records import Record, Source
 from megatron_vlm.data.formats.webdataset import open_tars
@@ -34,6 +34,7 @@ from megatron_vlm.data.split import Halves, SplitSettings, assign
 from megatron_vlm.data.tar_shards import TarJob, index_shard
 from megatron_vlm.data.video import check_settings
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.files import sync_path, write_synced
 
 REJECTED = "rejected.jsonl"
 MAX_INLINE = 64 * 2**20  # bytes of images inside the records of one job
@@ -295,11 +296,11 @@ class _Build:
             self.report["records"] = numbers
             self.report["realised_fraction"] = round(numbers["val"] / sum(numbers.values()), 6)
             write_synced(folder / "split.json", json.dumps(self.report, indent=1).encode())
-        sync_folder(folder)
+        sync_path(folder)
         if out.exists():
             out.rmdir()
         os.rename(folder, out)
-        sync_folder(out.parent)
+        sync_path(out.parent)
         return self.report if split is not None else self.report["manifest"]
 
 
@@ -321,7 +322,7 @@ def make_shard(job: Job) -> list[dict[str, Any]]:
             problem = Problem(source=number, record=record.number, file=source.path, message=error.message)
             rejected.append(dataclasses.asdict(problem))
     line = writer.close()
-    sync_folder(final.parent)
+    sync_path(final.parent)
     return [{"shard": line, "by_source": sorted(by_source.items()), "rejected": rejected}]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_vlm.data.formats.records import Source
 from megatron_vlm.data.shards import MANIFEST_VERSION
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import write_synced
 
 
 @contextlib.contextmanager
@@ -66,22 +67,3 @@ def fingerprint_of(sources: Sequence[Source], settings: Mapping[str, Any]) -> st
         inputs.append([dataclasses.asdict(source), stats])
     text = json.dumps([MANIFEST_VERSION, inputs, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file that appears whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sync_folder(path: Path) -> None:
-    """Syncs the names in a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,12 +5,11 @@ records  read, images found and decoded; also those of webdataset's tars
 both     placeholders, roles, answers; with a processor: too long, nothing supervised; duplicate ids (a warning)
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.dataset import Dataset, Shard
+from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.formats import read_source
 from megatron_vlm.data.formats.records import Source
 from megatron_vlm.data.images import probe_image
@@ -18,6 +17,7 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards import check_sample, load_record
 from megatron_vlm.data.types import NO_OPTIONS, Processor
 from megatron_vlm.errors import DataError
+from megatron_vlm.files import file_digest
 
 
 class DuplicateId(DataError):
@@ -39,7 +39,7 @@ def check_folder(folder: str | Path, processor: Processor | None = None) -> Iter
     seen: dict[str, str] = {}
     try:
         for number, shard in enumerate(dataset.shards):
-            if _sha256(shard) != shard.sha256:
+            if file_digest(shard.path, DataError)["sha256"] != shard.sha256:
                 yield DataError("damaged: its sha256 differs from the manifest", shard=str(shard.path))
             yield from _check_shard(dataset, number, processor, seen)
     finally:
@@ -124,8 +124,3 @@ def _check_label(label: str, seen: dict[str, str], where: Mapping[str, Any]) -> 
         yield DuplicateId(f"the id {label!r} is also that of {seen[label]}", **where)
     elif label:
         seen[label] = str(where["key"])
-
-
-def _sha256(shard: Shard) -> str:
-    with shard.path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

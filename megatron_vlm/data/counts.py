@@ -13,7 +13,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ from megatron_vlm.data.dataset import MAX_OPEN, Dataset, Recent
 from megatron_vlm.data.mixture import Source
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.files import unique_temporary
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
@@ -161,7 +161,7 @@ class TokenCounts:
     def _save(self, shard: int, counts: NDArray[Any]) -> Path:
         errors = []
         for path in self._places(shard):
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+            temporary = unique_temporary(path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with temporary.open("wb") as file:
@@ -344,7 +344,7 @@ def _replacing(path: Path | None) -> Iterator[IO[str] | None]:
         yield None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = unique_temporary(path)
     with temporary.open("w", encoding="utf-8") as file:
         try:
             yield file

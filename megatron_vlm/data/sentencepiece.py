@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_vlm.data.chat import FastTokenizer, plain_tokenizer
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import read_json
 
 _SPACE = "\u2581"  # SentencePiece writes a space so
 _BPE = 2  # TrainerSpec.ModelType
@@ -135,11 +136,11 @@ def _added_tokens(directory: Path) -> dict[int, str]:
     """id -> name of the tokens that the folder's files name: ``added_tokens_decoder``, or older ``added_tokens.json``."""
     path = directory / "tokenizer_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = read_json(path) if path.is_file() else {}
         added = {int(index): token["content"] for index, token in config.get("added_tokens_decoder", {}).items()}
         older = directory / "added_tokens.json"
         if not added and older.is_file():
-            added = {int(index): name for name, index in json.loads(older.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            added = {int(index): name for name, index in read_json(older).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the added tokens of {directory} cannot be read: {error!r}") from error
     return added

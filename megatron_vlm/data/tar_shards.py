@@ -5,7 +5,6 @@ index_shard: tar --samples_of_tar--> samples, checked --images probed--> the sam
 """
 
 import dataclasses
-import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from megatron_vlm.data.sample import RawSample
 from megatron_vlm.data.shards import save_index
 from megatron_vlm.data.tar import parse_members
 from megatron_vlm.errors import DataError
+from megatron_vlm.files import file_digest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def index_shard(job: TarJob) -> list[dict[str, Any]]:
         problem = {"source": job.source, "record": record, "file": job.tar, "key": error.key or ""}
         rejected.append(problem | {"message": error.message})
 
-    size, digest = 0, ""
+    digest: dict[str, Any] = {"size": 0, "sha256": ""}
     try:
         for number, sample in samples_of_tar(Path(job.tar), job.layout):
             if isinstance(sample, DataError):
@@ -71,15 +71,14 @@ def index_shard(job: TarJob) -> list[dict[str, Any]]:
                 continue
             samples.append((sample.start, len(sample.block), zlib.crc32(sample.block), len(images), len(rows)))
             images += rows
-        with open(job.tar, "rb") as file:
-            digest, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+        digest = file_digest(job.tar, DataError)
     except DataError as error:
         tables = [([], []) for _ in job.folders]
         reject(-1, error)
     results = []
     for folder, (samples, images) in zip(job.folders, tables):
-        line = {"name": f"{job.name}.tar", "samples": len(samples), "images": len(images), "bytes": size}
-        line |= {"sha256": digest, "tar": job.tar, "layout": job.layout_number}
+        line = {"name": f"{job.name}.tar", "samples": len(samples), "images": len(images), "bytes": digest["size"]}
+        line |= {"sha256": digest["sha256"], "tar": job.tar, "layout": job.layout_number}
         if samples:
             line["index"] = save_index(Path(folder, job.name), samples, images)
         results.append({"shard": line, "by_source": [(job.source, len(samples))], "rejected": rejected})

@@ -20,11 +20,12 @@ from typing import Any, Literal
 
 import psutil
 
-from megatron_vlm.conversion.hf_io import INDEX_NAME, read_json, resolve_directory
+from megatron_vlm.conversion.hf_io import INDEX_NAME, resolve_directory
 from megatron_vlm.conversion.source import WeightSource, open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import Processor
-from megatron_vlm.errors import MegatronVLMError
+from megatron_vlm.errors import ConversionError, MegatronVLMError
+from megatron_vlm.files import read_json
 
 GIB = 2**30
 DISTRIBUTION = "megatron_vlm"
@@ -179,7 +180,7 @@ def _absent_shards(directory: Path) -> list[str]:
     index = directory / INDEX_NAME
     if not index.is_file():
         return []
-    shards = sorted(set((read_json(index).get("weight_map") or {}).values()))
+    shards = sorted(set((read_json(index, ConversionError).get("weight_map") or {}).values()))
     return [shard for shard in shards if not (directory / shard).is_file()]
 
 

@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vlm.conversion.convert import mg2hf
-from megatron_vlm.conversion.hf_io import read_json
-from megatron_vlm.conversion.safetensors_io import sync_path
 from megatron_vlm.conversion.training_source import MANIFEST
-from megatron_vlm.errors import MegatronVLMError
+from megatron_vlm.errors import ConversionError, MegatronVLMError
+from megatron_vlm.files import read_json, sync_path
 from megatron_vlm.training.checkpoint_dir import iteration_of
 
 HF, MERGED, LOSS = "hf", "merged_model", "loss.png"
@@ -94,7 +93,7 @@ class EpochExports:
 
     def _export(self, folder: Path) -> None:
         try:
-            epoch = int(read_json(folder / "state.json")["run"]["epochs"] + 1e-9)
+            epoch = int(read_json(folder / "state.json", ConversionError)["run"]["epochs"] + 1e-9)
             out = self.output / f"epoch_{epoch}"
             if epoch and not out.exists():  # else it was saved amid the next epoch: by a signal, or at the last update
                 for path in export(folder, out, adapts=self.adapts, merged=False):

@@ -1,6 +1,5 @@
 """Tokenizer and processor files of an HF folder, read alike by the families' processors."""
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,26 +8,13 @@ from typing import Any
 from megatron_vlm.data.chat import plain_tokenizer
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import read_json
 
 IMAGE_SETTINGS = (
     "max_image_num", "image_size", "shortest_edge", "image_splitting", "dynamic_image_size", "min_dynamic_patch",
     "max_dynamic_patch", "use_thumbnail", "hd_num",
 )  # fmt: skip
 """Fields of DataConfig that say how images are seen; each family uses some of them."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a json file.
-
-    Raises:
-        ConfigError: it is absent or not json.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid json: {error}") from error
 
 
 def processor_settings(hf_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,9 +19,10 @@ from megatron_vlm.data.sentencepiece import load_tokenizer
 from megatron_vlm.data.templates import IMAGE, TEMPLATES, Template
 from megatron_vlm.data.types import EncodedSample, Turn
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
-from megatron_vlm.models.processor_files import chat_template, generation_stops, read_json
+from megatron_vlm.models.processor_files import chat_template, generation_stops
 
 LOGGER = get_logger(__name__)
 ALIASES = {"[UNUSED_TOKEN_146]": "<|im_start|>", "[UNUSED_TOKEN_145]": "<|im_end|>"}

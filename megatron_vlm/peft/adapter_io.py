@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_vlm.conversion.hf_io import read_json, write_json
 from megatron_vlm.conversion.mapping import Mapping, TensorInfo
 from megatron_vlm.conversion.safetensors_io import SafetensorsFile, SafetensorsWriter, aligned_order
 from megatron_vlm.conversion.torch_files import TorchFile
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.files import read_json, write_json
 from megatron_vlm.peft.adapter import WEIGHT, Adapter, Pair, hf_infos
 from megatron_vlm.peft.select import last_name
 
@@ -81,7 +81,7 @@ def unknown_modules(directory: Path, mapping: Mapping, folder: str = "") -> int:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    config = read_json(directory / CONFIG)
+    config = read_json(directory / CONFIG, ConversionError)
     if config.get("peft_type") != "LORA":
         raise ConversionError(f"{directory / CONFIG}: peft_type {config.get('peft_type')!r} is not read, only LORA is")
     if config.get("init_lora_weights") not in _PLAIN_INIT:

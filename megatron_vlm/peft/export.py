@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, HFWriter, list_names, read_json
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, HFWriter, list_names
 from megatron_vlm.conversion.mapping import Mapping, TensorInfo
 from megatron_vlm.conversion.safetensors_io import atomic_directory, cast
 from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.files import read_json
 from megatron_vlm.models.registry import ExportSpec
 from megatron_vlm.peft.adapter import Adapter, Pair, hf_infos, renamed
 from megatron_vlm.peft.adapter_folders import base_mark, marks_apart
@@ -80,7 +81,7 @@ def export_adapter(
             for folder in {hf.rpartition("/")[0] for hf in mapping.hf_names()}:
                 (files / folder).mkdir(exist_ok=True)
             export.files(source.hf_dir, copy.deepcopy(source.hf_config), files)
-            hf_config = read_json(files / CONFIG_NAME)
+            hf_config = read_json(files / CONFIG_NAME, ConversionError)
         if parts is not None:
             _write_parts(directory, adapter, mapping, parts, files, source)
         else:
@@ -183,7 +184,7 @@ def _write_parts(
     for part, folder in adapters.items():
         if not any(module.rpartition("/")[0] == part for module in (*adapter.pairs, *adapter.full)):
             continue
-        config: dict[str, Any] = read_json(files / part / CONFIG_NAME)
+        config: dict[str, Any] = read_json(files / part / CONFIG_NAME, ConversionError)
         (directory / folder).mkdir()
         base = Path(str(adapter.base), part)
         name = str(base) if not part or base.is_dir() else None  # XTuner is told the tower's place when it loads

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, copy_hf_files, list_names, read_json, write_json
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, copy_hf_files, list_names
 from megatron_vlm.conversion.mapping import DerivedTensors, Entry, HFModel, Layout, Mapping
 from megatron_vlm.conversion.rank_files import RankFiles
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_source
 from megatron_vlm.errors import CheckpointError, ConversionError
+from megatron_vlm.files import read_json, write_json
 from megatron_vlm.models.registry import FamilySpec
 from megatron_vlm.peft.adapter import WEIGHT, Adapter, Pair, hf_infos
 from megatron_vlm.peft.adapter_folders import open_adapter
@@ -281,7 +282,9 @@ def adapted(directory: Path, base: str | os.PathLike | None = None, family: str 
     Raises:
         ConversionError: no base is known, or it is another one.
     """
-    path = base or (read_json(directory / CONFIG).get("base_model_name_or_path") if is_adapter(directory) else None)
+    path = base or (
+        read_json(directory / CONFIG, ConversionError).get("base_model_name_or_path") if is_adapter(directory) else None
+    )
     if not path:
         raise ConversionError(f"{directory} holds an adapter and does not say of which model: give --base DIR")
     source = open_source(path, family)

@@ -9,7 +9,6 @@ group.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -20,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.conversion.safetensors_io import sync_path, sync_tree
+from megatron_vlm import files
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files import file_digest, sync_path, sync_tree, write_synced
 from megatron_vlm.log import get_logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -115,15 +115,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: absent, or not a JSON object.
     """
-    try:
-        data = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {name}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{folder / name} must hold a JSON object, got {type(data).__name__}")
-    return data
+    if not (folder / name).exists():
+        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {name}")
+    return files.read_json(folder / name, CheckpointError)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -159,17 +153,8 @@ def verify(folder: Path, *, share: int = 0, shares: int = 1, hashes: bool = True
         return
     # By size, so that shares are about equal.
     for name, (_, sha256) in sorted(files, key=lambda item: -item[1][0])[share::shares]:
-        if file_record(folder / name)["sha256"] != sha256:
+        if file_digest(folder / name, CheckpointError)["sha256"] != sha256:
             raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the one in the manifest")
-
-
-def file_record(path: Path) -> dict[str, Any]:
-    """``{"size", "sha256"}`` of a file, as in the manifest."""
-    try:
-        with open(path, "rb") as file:
-            return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def begin(root: Path, iteration: int, num_bytes: int) -> Path:
@@ -216,7 +201,7 @@ def commit(temporary: Path, records: Mapping[str, dict[str, Any]], facts: Mappin
                 "system that all nodes share"
             )
     files = {str(p.relative_to(temporary)): p for p in sorted(temporary.rglob("*")) if p.is_file()}
-    listed = {name: records.get(name) or file_record(path) for name, path in files.items()}
+    listed = {name: records.get(name) or file_digest(path, CheckpointError) for name, path in files.items()}
     write_json(temporary / MANIFEST, {"format": FORMAT, **facts, "files": listed})
     sync_tree(temporary)
     final = temporary.with_name(temporary.name.partition(".")[0])
@@ -225,7 +210,7 @@ def commit(temporary: Path, records: Mapping[str, dict[str, Any]], facts: Mappin
         os.rename(final, temporary.with_name(temporary.name.replace(".tmp-", ".old-")))
     os.rename(temporary, final)
     sync_path(final.parent)
-    _write_tracker(final.parent, iteration_of(final))
+    write_synced(final.parent / TRACKER, f"{iteration_of(final)}\n".encode())
     return final
 
 
@@ -258,13 +243,3 @@ def purge(root: Path, newest: int, keep_last: int | None, protect: Iterable[Path
         with contextlib.suppress(OSError):
             os.rename(folder, gone)
             shutil.rmtree(gone)
-
-
-def _write_tracker(root: Path, iteration: int) -> None:
-    temporary = root / f"{TRACKER}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(f"{iteration}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, root / TRACKER)
-    sync_path(root)

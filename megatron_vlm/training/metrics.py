@@ -17,6 +17,7 @@ import yaml
 from megatron_vlm.config import Config
 from megatron_vlm.data.types import IGNORE_INDEX, PackedRow
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import write_synced
 from megatron_vlm.log import get_logger
 from megatron_vlm.training.answers import Prompt
 from megatron_vlm.training.evaluate import EvalResult
@@ -214,9 +215,7 @@ def trim(path: Path, iteration: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_synced(path, "".join(kept).encode())
 
 
 def keep_old(path: Path) -> None:

@@ -15,9 +15,9 @@ from megatron_vlm.conversion.safetensors_io import (
     SafetensorsWriter,
     aligned_order,
     atomic_directory,
-    file_digest,
 )
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.files import file_digest
 
 TENSORS = {
     "odd": torch.arange(3, dtype=torch.uint8),

@@ -16,6 +16,7 @@ LEVELS = {
     "errors": 0,
     "log": 0,
     "config": 0,
+    "files": 0,
     "data": 1,
     "layers": 1,
     "conversion.mapping": 1,
@@ -31,7 +32,7 @@ LEVELS = {
 }
 # Neighbours on one level that must stay apart all the same.
 APART = {("data", "layers"), ("layers", "data"), ("data", "conversion.mapping"), ("conversion.mapping", "data")}
-NO_MEGATRON = ("data", "conversion.mapping", "conversion.rank_files", "errors", "log", "config")
+NO_MEGATRON = ("data", "conversion.mapping", "conversion.rank_files", "errors", "log", "config", "files")
 
 
 def module_name(path: Path) -> str:

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_vlm.conversion.rank_files import Piece, rank_file_name, write_rank_file
-from megatron_vlm.conversion.safetensors_io import file_digest
 from megatron_vlm.conversion.source import open_source
+from megatron_vlm.files import file_digest
 from megatron_vlm.models.assembling import generator
 from megatron_vlm.peft.adapter_io import CONFIG, WEIGHTS
 from megatron_vlm.peft.base import describe_base

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_vlm.conversion.rank_files import RankFiles
-from megatron_vlm.conversion.safetensors_io import file_digest
 from megatron_vlm.conversion.source import open_source
+from megatron_vlm.files import file_digest
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import adapted_plan
 from megatron_vlm.testing.runs import metrics_of, train, write_shards

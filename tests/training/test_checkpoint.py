@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from checkpoint_ranks import VOCAB_MULTIPLE, leg, merge, same_bits
 
-from megatron_vlm.conversion.hf_io import read_json
+from megatron_vlm.files import read_json
 from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_vlm.config import Config, nearest
 from megatron_vlm.conversion.mapping import DerivedTensors, HFModel, TensorInfo, TensorStore
 from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.assembling import copy_licences, extended_rows, generator
 
@@ -317,7 +318,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path, ConversionError) if path.exists() else {}
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

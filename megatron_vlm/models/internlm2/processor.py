@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.models.processor_files import check_image_settings, read_json
+from megatron_vlm.files import read_json
+from megatron_vlm.models.processor_files import check_image_settings
 from megatron_vlm.models.template_processor import TemplateProcessor, prompt_settings
 
 

@@ -23,6 +23,7 @@ from megatron_vlm.conversion.mapping import DerivedTensors, Entry, HFModel, Mapp
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.templates import IMAGE
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.files import read_json
 from megatron_vlm.models.assembling import copy_licences, copy_small_files, extended_rows, generator
 from megatron_vlm.models.internlm2.config import InternLM2ModelConfig
 from megatron_vlm.models.internlm2.llama import llama_config
@@ -194,7 +195,7 @@ def _write_config(
 def _write_processor_files(files: Path, vision: HFModel, tower: dict[str, Any]) -> None:
     """Files of transformers' LlavaProcessor, which pads images to squares as LLaVA-1.5 and XTuner do."""
     path, side = vision.directory / "preprocessor_config.json", tower["image_size"]
-    own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    own = read_json(path, ConversionError) if path.is_file() else {}
     images = {
         "image_processor_type": "LlavaImageProcessor",
         "processor_class": "LlavaProcessor",

@@ -15,9 +15,10 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images import pad_to_square, resize_and_crop
 from megatron_vlm.data.templates import IMAGE
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import read_json
 from megatron_vlm.models.llava_internlm2.config import LlavaModelConfig
 from megatron_vlm.models.pixels import CLIP, NormalisedPixels, pixel_fields
-from megatron_vlm.models.processor_files import check_image_settings, processor_settings, read_json
+from megatron_vlm.models.processor_files import check_image_settings, processor_settings
 from megatron_vlm.models.template_processor import TemplateProcessor, prompt_settings
 
 

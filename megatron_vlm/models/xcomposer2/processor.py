@@ -23,10 +23,11 @@ from megatron_vlm.data.sentencepiece import load_tokenizer
 from megatron_vlm.data.tiling import hd_size, hd_transform
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
 from megatron_vlm.models.pixels import CLIP
-from megatron_vlm.models.processor_files import check_image_settings, generation_stops, read_json, token_ids
+from megatron_vlm.models.processor_files import check_image_settings, generation_stops, token_ids
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
 
 IMAGE = "<image>"

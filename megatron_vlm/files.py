@@ -1,0 +1,232 @@
+"""Files as every part of the house reads and writes them: one path, one read, one write, one digest.
+
+expand_path    "~/x", "$DATA/x" -> Path, wherever a path enters (flags, YAML, environment)
+read_*         regular files only, of bounded size; a pipe, a device or an endless link is an error, not a hang
+write_synced   appears whole or not at all
+unique_temporary, remove_abandoned   names that no other process uses, and what dead ones left
+
+Errors are of the class that the caller names, so that a message speaks of a config, a checkpoint or a sample.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import uuid
+from collections.abc import Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.errors import ConfigError, MegatronVLMError
+
+MAX_TEXT_BYTES = 256 << 20
+"""Largest file read as one text: a tokenizer.json has tens of megabytes, an index of a very large model a few."""
+
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+
+
+def expand_path(path: str | os.PathLike, what: str = "path") -> Path:
+    """Returns the path with ``~`` and environment variables expanded.
+
+    Args:
+        path: as the user wrote it.
+        what: the setting it came from, for the error.
+
+    Raises:
+        ConfigError: a variable that is not set, or a user that does not exist.
+    """
+    text = os.fspath(path)
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ConfigError(f"{what} {text!r}: the environment variable {name} is not set")
+        return os.environ[name]
+
+    try:
+        return Path(_VARIABLE.sub(value, text)).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{what} {text!r}: {error}") from error
+
+
+def open_regular(path: str | os.PathLike, error: type[MegatronVLMError] = ConfigError) -> BufferedReader:
+    """Opens a regular file for reading bytes; never waits for the writer of a pipe.
+
+    Raises:
+        MegatronVLMError: of class ``error``: absent, unreadable, or no regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as caught:  # ValueError: a null byte in the name
+        raise error(f"cannot read {describe(path)}: {_reason(caught)}") from caught
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise error(f"cannot read {describe(path)}: it is {_kind(mode)}, not a file")
+    return open(descriptor, "rb")
+
+
+def read_bytes(
+    path: str | os.PathLike, error: type[MegatronVLMError] = ConfigError, max_bytes: int = MAX_TEXT_BYTES
+) -> bytes:
+    """Reads a whole regular file.
+
+    Raises:
+        MegatronVLMError: of class ``error``: as ``open_regular``, or the file has more than ``max_bytes``.
+    """
+    with open_regular(path, error) as file:
+        try:
+            data = file.read(max_bytes + 1)
+        except OSError as caught:
+            raise error(f"cannot read {describe(path)}: {_reason(caught)}") from caught
+    if len(data) > max_bytes:
+        raise error(f"{describe(path)} has more than {max_bytes:,} bytes, the limit for such a file")
+    return data
+
+
+def read_text(
+    path: str | os.PathLike, error: type[MegatronVLMError] = ConfigError, max_bytes: int = MAX_TEXT_BYTES
+) -> str:
+    """Reads a whole UTF-8 text; the same errors, and one for bytes that are not UTF-8. Line ends become ``\\n``."""
+    try:
+        text = read_bytes(path, error, max_bytes).decode("utf-8")
+    except UnicodeDecodeError as caught:
+        raise error(f"{describe(path)} is not UTF-8 text: {caught.reason} at byte {caught.start}") from caught
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json_value(
+    path: str | os.PathLike, error: type[MegatronVLMError] = ConfigError, max_bytes: int = MAX_TEXT_BYTES
+) -> Any:
+    """Reads any JSON value; the same errors, and one for what is not JSON."""
+    text = read_text(path, error, max_bytes)
+    try:
+        return json.loads(text)
+    except ValueError as caught:
+        raise error(f"{describe(path)} is not valid JSON: {caught}") from caught
+    except RecursionError as caught:
+        raise error(f"{describe(path)} is not valid JSON: nested too deeply") from caught
+
+
+def read_json(
+    path: str | os.PathLike, error: type[MegatronVLMError] = ConfigError, max_bytes: int = MAX_TEXT_BYTES
+) -> dict[str, Any]:
+    """Reads a JSON object; the same errors, and one for a value of another kind."""
+    data = read_json_value(path, error, max_bytes)
+    if not isinstance(data, dict):
+        raise error(f"{describe(path)} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes a JSON object as HF does, whole or not at all."""
+    write_synced(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file that appears whole, or not at all.
+
+    Raises:
+        OSError: as the disk says; nothing is left behind.
+    """
+    temporary = unique_temporary(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_path(path.parent)
+
+
+def unique_temporary(path: Path) -> Path:
+    """Returns a name beside ``path`` that no other process uses, and that says whose it is: ``.NAME.HOST.PID.ID.tmp``.
+
+    A process id alone is not unique: the first process of every container has the same.
+    """
+    # A name may have 255 bytes in all; the end of a long one tells nothing apart that the id does not.
+    name = os.fsencode(path.name)[:150].decode(errors="ignore")
+    return path.with_name(f".{name}.{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes what processes of this host that no longer live left under ``unique_temporary(path)``."""
+    prefix = os.fsencode(path.name)[:150].decode(errors="ignore")
+    left = re.compile(rf"\.{re.escape(prefix)}\.{re.escape(_host())}\.(\d+)\.[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError):
+        for entry in list(path.parent.iterdir()):
+            match = left.fullmatch(entry.name)
+            if match and not process_lives(int(match[1])):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this host has the number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def sync_tree(root: Path) -> None:
+    """Flushes every file and directory under ``root`` to disk."""
+    for directory, _, files in os.walk(root):
+        for name in files:
+            sync_path(Path(directory, name))
+        sync_path(Path(directory))
+
+
+def sync_path(path: Path) -> None:
+    """Flushes one file, or the names in a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: str | os.PathLike, error: type[MegatronVLMError] = ConfigError) -> dict[str, Any]:
+    """``{"size", "sha256"}`` of a regular file.
+
+    Raises:
+        MegatronVLMError: of class ``error``: as ``open_regular``.
+    """
+    with open_regular(path, error) as file:
+        try:
+            return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        except OSError as caught:
+            raise error(f"cannot read {describe(path)}: {_reason(caught)}") from caught
+
+
+def describe(path: str | os.PathLike) -> str:
+    """The path as a message can show it: names that are not text, and very long ones, included."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:40] or "host"

@@ -1,11 +1,16 @@
 """What every test shares: the GPU tests that cannot run here are left out before they start, and counted at the end."""
 
+import random
 from typing import Any
 
 import pytest
 import torch
 
 not_run: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and the tests of each, in a random order")
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +26,17 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects tests marked ``gpu`` on a machine without a CUDA device; the longest tests, which start programs, come first."""
-    items.sort(key=lambda item: item.path.parent.name not in ("examples", "cli"))
+    """Deselects tests marked ``gpu`` on a machine without a CUDA device; the longest tests, which start programs, come first.
+
+    With ``--shuffle`` the order is random instead, file by file: fixtures of a file are still made once.
+    """
+    if (seed := config.getoption("shuffle")) is None:
+        items.sort(key=lambda item: item.path.parent.name not in ("examples", "cli"))
+    else:
+        draw = random.Random(seed)
+        places = {path: draw.random() for path in sorted({item.path for item in items})}
+        draw.shuffle(items)
+        items.sort(key=lambda item: places[item.path])
     if torch.cuda.is_available():
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]

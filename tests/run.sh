@@ -4,6 +4,8 @@
 #   --fast    the same without the tests marked slow (about 3 minutes)
 #   --full    the whole matrix, before a capability is called done
 # Tests that need a GPU run where there is one; elsewhere they are counted, not hidden.
+# --shuffle SEED (a pytest argument, given last): files and the tests of each in a random order. No order, no processor
+# (ATEN_CPU_CAPABILITY=default, avx2) and no number of threads (OMP_NUM_THREADS) changes what passes: docs/numerics.md.
 # MEGATRON_VLM_TEST_PROCESSES (default 3) test files run at a time; 0: one after the other, in one process.
 set -eu
 cd "$(dirname "$0")/.."

@@ -44,7 +44,6 @@ def random_pairs(source: Any, settings: dict[str, Any], seed: int = 1, std: floa
 
 def twin_in_4bit(directory: str, dtype: torch.dtype, *, double: bool = True, device: str = "cpu") -> Any:
     """transformers' own 4-bit Idefics2: its decoder's linears quantised by bitsandbytes from ``dtype``, computing in it."""
-    from bitsandbytes.nn import Linear4bit
     from transformers import BitsAndBytesConfig, Idefics2ForConditionalGeneration
 
     config = BitsAndBytesConfig(
@@ -57,14 +56,24 @@ def twin_in_4bit(directory: str, dtype: torch.dtype, *, double: bool = True, dev
     model: Any = Idefics2ForConditionalGeneration.from_pretrained(
         directory, quantization_config=config, dtype=dtype, attn_implementation="eager", device_map={"": device}
     ).eval()
-    linears = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    linears = multiply_dequantised(model)
     if len(linears) != 7 * model.config.text_config.num_hidden_layers:
         raise AssertionError(f"{len(linears)} linears are in 4 bits")
-    for linear in linears:
-        linear.support_avx512bf16_for_cpu = (
-            False  # it would repack the weight in place, and give no gradient afterwards
-        )
     return model
+
+
+def multiply_dequantised(model: Any) -> dict[str, Any]:
+    """Returns bitsandbytes' 4-bit linears by name, set to multiply by dequantised weights on every processor.
+
+    On a CPU with AVX512_BF16 they would repack their weights in place, multiply in bf16 whatever the inputs are, and give no
+    gradient afterwards.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    for linear in linears.values():
+        linear.support_avx512bf16_for_cpu = False
+    return linears
 
 
 def our_name(name: str) -> str:

@@ -32,7 +32,8 @@ class OptimizerConfig(Config):
         lr_decay_style: curve after the warm-up.
         lr_decay_iters: updates until ``min_lr`` is reached; None: the length of the run.
         lr_warmup_iters: updates of linear warm-up.
-        lr_warmup_fraction: the same as a fraction of the decay length; excludes ``lr_warmup_iters``.
+        lr_warmup_fraction: the same as a fraction of the decay length, rounded up as transformers does; excludes
+            ``lr_warmup_iters``.
         lr_warmup_init: learning rate that the warm-up starts from.
         lr_warmup_start_factor: the same as a fraction of ``lr``; excludes ``lr_warmup_init``.
         weight_decay: decoupled; not applied to biases and one-dimensional parameters (norm weights), as in Megatron.
@@ -112,17 +113,19 @@ class Schedule:
             ConfigError: the warm-up is longer than the decay.
         """
         schedule = cls(config, config.lr_decay_iters or max(1, num_iterations))
-        if schedule.warmup_iters >= schedule.decay_iters and config.lr_decay_style != "constant":
+        # A fraction below 1 may come out as the whole of a run of a few updates, as in transformers.
+        if config.lr_warmup_iters >= schedule.decay_iters and config.lr_decay_style != "constant":
             raise ConfigError(
-                f"a warm-up of {schedule.warmup_iters} iterations leaves none of {schedule.decay_iters} to decay in: "
+                f"a warm-up of {config.lr_warmup_iters} iterations leaves none of {schedule.decay_iters} to decay in: "
                 "lower optimizer.lr_warmup_iters, or raise the length of the run or optimizer.lr_decay_iters"
             )
         return schedule
 
     @property
     def warmup_iters(self) -> int:
+        """Updates of warm-up. Source of the rounding: transformers, ``TrainingArguments.get_warmup_steps``."""
         fraction = self.config.lr_warmup_fraction
-        return self.config.lr_warmup_iters if fraction is None else int(fraction * self.decay_iters)
+        return self.config.lr_warmup_iters if fraction is None else math.ceil(self.decay_iters * fraction)
 
     def lr(self, step: int) -> float:
         """Learning rate of the update after ``step`` updates.

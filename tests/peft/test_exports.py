@@ -23,6 +23,7 @@ from megatron_vlm.peft.adapter_io import WEIGHTS
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.merge import continued, full_tensors
 from megatron_vlm.peft.select import make_plan, named_mapping
+from megatron_vlm.testing.peft_twin import multiply_dequantised
 from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
 from megatron_vlm.testing.twin_internvl3 import write_chat_layout, write_tiny_internvl3
 from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava_internlm2
@@ -313,7 +314,7 @@ def test_base_in_4_bits(tmp_path):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
     load = Idefics2ForConditionalGeneration.from_pretrained
     small, dense = load(tmp_path / "base", quantization_config=config, dtype=torch.float32), load(tmp_path / "base")
-    linears = {name: m for name, m in small.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    linears = multiply_dequantised(small)
     assert len(linears) == 28
     for name, module in linears.items():
         weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)

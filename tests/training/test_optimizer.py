@@ -1,5 +1,7 @@
 """The schedule against megatron-core's own, and the settings that cannot work."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from megatron_vlm.errors import ConfigError
@@ -39,6 +41,20 @@ def test_fraction_and_start_factor_are_relative():
     assert schedule.lr(5) == pytest.approx(5.5e-4)
     assert schedule.lr(10) == pytest.approx(1e-3)
     assert schedule.lr(40) == pytest.approx(0)
+
+
+def test_fraction_is_rounded_as_in_transformers():
+    """Up, float error included: 0.29 of 100 are 29 updates, and 0.07 of 100 are 8."""
+    from transformers import TrainingArguments
+
+    for ratio in [*(i / 100 for i in range(100)), 1 / 3, 0.015, 0.999, 1e-9]:
+        for total in (1, 2, 3, 7, 10, 33, 99, 100, 101, 700, 1000, 5198, 12345, 10**7 + 1):
+            wanted = TrainingArguments.get_warmup_steps(SimpleNamespace(warmup_steps=ratio), total)  # type: ignore[arg-type]
+            schedule = Schedule.of(OptimizerConfig(lr_warmup_fraction=ratio), total)
+            assert schedule.warmup_iters == wanted, (ratio, total)
+            assert all(0 <= schedule.lr(step) < 1.0001e-4 for step in (0, 1, total - 1, total))
+    sizes = [Schedule.of(OptimizerConfig(lr_warmup_fraction=f), 100).warmup_iters for f in (0.29, 0.07, 0.0)]
+    assert sizes == [29, 8, 0]
 
 
 def test_groups_follow_one_curve():

@@ -7,7 +7,6 @@ The run is always a child, so that this process, which never touches a GPU, save
 """
 
 import contextlib
-import ctypes
 import datetime
 import os
 import re
@@ -22,13 +21,13 @@ from types import FrameType
 from typing import Any
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.processes import signal_with_parent
 
 SAVE_SECONDS = 120
 """What a run may take to finish its step and save after a signal, before torchrun kills it; torchrun's own 30 are few."""
 _PREPARE_HOURS = 24
 _POLL_SECONDS = 0.2
 _WATCH_SECONDS = 0.5
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,4 +193,4 @@ class Run:
 
 def _end_with_parent() -> None:
     """A killed launch leaves no run behind: the kernel sends SIGTERM, which saves first."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_with_parent(signal.SIGTERM)

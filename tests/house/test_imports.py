@@ -17,6 +17,7 @@ LEVELS = {
     "log": 0,
     "config": 0,
     "files": 0,
+    "processes": 0,
     "data": 1,
     "layers": 1,
     "conversion.mapping": 1,
@@ -32,7 +33,7 @@ LEVELS = {
 }
 # Neighbours on one level that must stay apart all the same.
 APART = {("data", "layers"), ("layers", "data"), ("data", "conversion.mapping"), ("conversion.mapping", "data")}
-NO_MEGATRON = ("data", "conversion.mapping", "conversion.rank_files", "errors", "log", "config", "files")
+NO_MEGATRON = ("data", "conversion.mapping", "conversion.rank_files", "errors", "log", "config", "files", "processes")
 
 
 def module_name(path: Path) -> str:

@@ -5,14 +5,16 @@
 #   DATA, VAL_DATA         folders that `megatron-vlm data build` wrote, separated by commas
 #   OUTPUT                 where checkpoints and logs go; on several nodes, a file system that all of them see
 #   GPUS                   ranks on this node (default: its GPUs)
-#   BATCH_SIZE             rows (samples where packing is off) of one update over all ranks
-#   PER_DEVICE_BATCH_SIZE  1: one packed row at a time (default); above 1: packing off, that many samples at a time
+#   BATCH_SIZE             rows (samples where packing is off) of one update over all ranks (default: the recipe's)
+#   PER_DEVICE_BATCH_SIZE  1: one packed row at a time; above 1: packing off, that many samples at a time (default: the recipe's)
+#   PACKING                1: packed rows where the recipe takes samples one at a time
 #   TP, PP                 tensor and pipeline parallel size (default: TP the largest of 4, 2, 1 that GPUS allows, PP 1)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, GPUS_PER_NODE   several nodes: run the script on each
 #   DEVICE                 cpu or cuda (default: what is there)
 #   SHUTDOWN_TIMEOUT       seconds that a run may take to save after SIGTERM or SIGUSR1 (default: 120)
 #
-# A run whose OUTPUT already holds a checkpoint goes on from it, unless RESUME=0. Arguments are passed on to `megatron-vlm train`.
+# `~` and environment variables in paths are expanded, as `megatron-vlm` does. A run whose OUTPUT already holds a checkpoint goes on
+# from it, unless RESUME=0. Arguments are passed on to `megatron-vlm train`.
 
 ROOT=${ROOT:-$(cd "$(dirname "$0")/.." && pwd)}
 [ ! -x "$ROOT/.venv/bin/python" ] || PATH="$ROOT/.venv/bin:$PATH"
@@ -30,23 +32,57 @@ require() {
     done
 }
 
+# expand NAME ...: `~` and variables in the paths that these hold, as `megatron-vlm` reads them.
+expand() {
+    for name in "$@"; do
+        eval "value=\${$name:-}"
+        case $value in
+        "~"* | *\$*)
+            value=$(PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python -c 'import sys
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import expand_text
+try:
+    print(expand_text(sys.argv[2], sys.argv[1]))
+except ConfigError as error:
+    sys.exit(str(error))' "$name" "$value") || die "correct $name"
+            eval "$name=\$value"
+            ;;
+        esac
+    done
+}
+
+# listed FOLDERS: a YAML list of folders that commas separate, whatever their names are.
+listed() {
+    printf '%s' "$1" | sed 's/[\\"]/\\&/g; s/,/", "/g; s/^/["/; s/$/"]/'
+}
+
+# recipe_says RECIPE KEY: a number of the recipe's section training.
+recipe_says() {
+    [ ! -f "$ROOT/examples/$1" ] || sed -n "s/^  $2: *\([0-9][0-9]*\).*/\1/p" "$ROOT/examples/$1"
+}
+
 count_gpus() {
     nvidia-smi -L 2>/dev/null | grep -c . || true
 }
 
-# settings [DEFAULT_BATCH_SIZE]: fills in defaults, derives the accumulation, prints everything.
+# settings [RECIPE]: fills in defaults, the batch as the recipe says; derives the accumulation, prints everything.
 settings() {
+    expand MODEL LLM VISION OUTPUT
     GPUS_PER_NODE=${GPUS_PER_NODE:-${GPUS:-$(count_gpus)}}
     [ "$GPUS_PER_NODE" -gt 0 ] || die "GPUS is not set, and no GPU was found: set GPUS to the number of ranks on this node"
     NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
     if [ -z "${TP:-}" ]; then
         for TP in 4 2 1; do [ $((GPUS_PER_NODE % TP)) -ne 0 ] || break; done
     fi
-    PP=${PP:-1} PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-1}
+    RECIPE_DEVICE_BATCH_SIZE=$(recipe_says "${1:-}" micro_batch_size)
+    RECIPE_DEVICE_BATCH_SIZE=${RECIPE_DEVICE_BATCH_SIZE:-1}
+    [ "${PACKING:-0}" != 1 ] || PER_DEVICE_BATCH_SIZE=1
+    PP=${PP:-1} PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-$RECIPE_DEVICE_BATCH_SIZE}
     world=$((NNODES * GPUS_PER_NODE))
     [ $((world % (TP * PP))) -eq 0 ] || die "$NNODES x $GPUS_PER_NODE ranks do not divide into TP $TP x PP $PP"
     dp=$((world / (TP * PP)))
-    BATCH_SIZE=${BATCH_SIZE:-${1:-$((dp * PER_DEVICE_BATCH_SIZE))}}
+    BATCH_SIZE=${BATCH_SIZE:-$(recipe_says "${1:-}" global_batch_size)}
+    BATCH_SIZE=${BATCH_SIZE:-$((dp * PER_DEVICE_BATCH_SIZE))}
     [ $((BATCH_SIZE % (dp * PER_DEVICE_BATCH_SIZE))) -eq 0 ] ||
         die "BATCH_SIZE $BATCH_SIZE is not a multiple of $dp data parallel ranks x PER_DEVICE_BATCH_SIZE $PER_DEVICE_BATCH_SIZE"
     for name in MODEL LLM VISION DATA VAL_DATA OUTPUT DEVICE GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP \
@@ -78,16 +114,19 @@ train() {
     set -- "training.global_batch_size=$BATCH_SIZE" "parallel.tensor_model_parallel_size=$TP" \
         "parallel.pipeline_model_parallel_size=$PP" "$@"
     [ "$TP" -eq 1 ] || set -- parallel.sequence_parallel=true "$@"
-    [ "$PER_DEVICE_BATCH_SIZE" -eq 1 ] ||
+    if [ "$PER_DEVICE_BATCH_SIZE" -gt 1 ]; then
         set -- data.packing=false "training.micro_batch_size=$PER_DEVICE_BATCH_SIZE" "$@"
-    [ -z "${DATA:-}" ] || set -- "data.train=[$DATA]" "$@"
-    [ -z "${VAL_DATA:-}" ] || set -- "data.valid=[$VAL_DATA]" "$@"
+    elif [ "${PACKING:-0}" = 1 ] || [ "$RECIPE_DEVICE_BATCH_SIZE" -gt 1 ]; then
+        set -- data.packing=true data.group_by=null training.micro_batch_size=1 "$@"
+    fi
+    [ -z "${DATA:-}" ] || set -- "data.train=$(listed "$DATA")" "$@"
+    [ -z "${VAL_DATA:-}" ] || set -- "data.valid=$(listed "$VAL_DATA")" "$@"
     [ -z "${DEVICE:-}" ] || set -- "training.device=$DEVICE" "$@"
     if [ "${RESUME:-1}" != 0 ] && [ -f "$OUTPUT/latest_checkpointed_iteration.txt" ]; then
         echo "going on from the checkpoint in $OUTPUT"
-        set -- "checkpoint.load=$OUTPUT" "$@"
+        set -- --load "$OUTPUT" "$@"
     else
-        set -- "checkpoint.load=$MODEL" "$@"
+        set -- --load "$MODEL" "$@"
         # A training checkpoint of an earlier stage gives its weights alone: counters, schedule and data start anew.
         if [ -f "$MODEL/latest_checkpointed_iteration.txt" ] || [ -f "$MODEL/manifest.json" ]; then
             set -- checkpoint.finetune=true "$@"
@@ -99,5 +138,5 @@ train() {
     PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" \
         --nproc-per-node "$GPUS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
         --shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-        -m megatron_vlm train --config "$ROOT/examples/$config" "checkpoint.save=$OUTPUT" "$@"
+        -m megatron_vlm train --config "$ROOT/examples/$config" --save "$OUTPUT" "$@"
 }

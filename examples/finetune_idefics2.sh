@@ -7,5 +7,5 @@ set -eu
 
 require MODEL "HF directory or hub id of an Idefics2" \
     DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
-settings 128
+settings finetune_idefics2.yaml
 train finetune_idefics2.yaml "$@"

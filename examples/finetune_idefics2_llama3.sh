@@ -7,5 +7,5 @@ set -eu
 
 require MODEL "output of examples/pretrain_idefics2_llama3.sh, or an HF directory" \
     DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
-settings 128
+settings finetune_idefics2_llama3.yaml
 train finetune_idefics2_llama3.yaml "$@"

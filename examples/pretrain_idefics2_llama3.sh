@@ -8,6 +8,6 @@ set -eu
 [ -n "${MODEL:-}" ] || require LLM "directory or hub id of the language model (or set MODEL)" \
     VISION "directory or hub id of the SigLIP tower (or set MODEL)"
 require DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
-settings 256
+settings pretrain_idefics2_llama3.yaml
 [ -n "${MODEL:-}" ] || assemble idefics2_llama3
 train pretrain_idefics2_llama3.yaml "$@"

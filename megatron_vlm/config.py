@@ -2,7 +2,8 @@
 
     YAML text --load_yaml--> dict --apply_overrides--> dict --Config.from_dict--> frozen dataclass tree
 
-An unknown key is an error that names the nearest known one; a value of a wrong type is an error that shows the value.
+An unknown key is an error that names the nearest known one; a value of a wrong type is an error that shows the value. A path
+is a field of type Path or PathText: ``~`` and environment variables are expanded here, whoever wrote it, and nowhere else.
 """
 
 import dataclasses
@@ -12,11 +13,15 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-import yaml
+from typing import Annotated, Any, Self
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import expand_path, expand_text
+from megatron_vlm.yaml_values import as_bool, parse_yaml, plain, read_yaml, spelling
+
+_EXPANDED = "expanded"
+PathText = Annotated[str, _EXPANDED]
+"""A path, or where a setting takes one a hub id, as text."""
 
 
 def nearest(key: str, known: typing.Iterable[str]) -> str:
@@ -41,7 +46,7 @@ class Config:
             data = {}
         if not isinstance(data, Mapping):
             raise ConfigError(f"{where or cls.__name__} must be a mapping, got {data!r}")
-        hints = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
         known = {field.name for field in dataclasses.fields(cls)}
         values = {}
         for key, value in data.items():
@@ -65,16 +70,16 @@ class Config:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads one YAML mapping with the safe loader; errors name the file."""
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
+    """Reads one YAML mapping, as ``yaml_values.read_yaml``; errors name the file."""
+    data = read_yaml(path)
     if data is not None and not isinstance(data, dict):
         raise ConfigError(f"config file {path} must hold a mapping at the top, got {type(data).__name__}")
     return data or {}
+
+
+def parse_value(text: str, what: str) -> Any:
+    """Reads the value of ``section.key=value``, as YAML: none, true, numbers and lists can be written; empty is None."""
+    return parse_yaml(text, f"{what}={text}") if text else None
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         key, sep, text = item.partition("=")
         if not sep or not key:
             raise ConfigError(f"override {item!r} is not of the form section.key=value")
-        set_dotted(data, key.strip(), yaml.safe_load(text) if text else None)
+        set_dotted(data, key.strip(), parse_value(text, key.strip()))
     return data
 
 
@@ -117,21 +122,16 @@ def _plain(value: Any) -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return value
+        return plain(value)
+    if origin is Annotated:
+        text = _convert_scalar(str, value, path)
+        return expand_text(text, path) if _EXPANDED in args else text
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        errors = []
-        for arg in (arg for arg in args if arg is not type(None)):
-            try:
-                return _convert(arg, value, path)
-            except ConfigError as error:
-                errors.append(str(error))
-        raise ConfigError(errors[0])
+        return _convert_union(args, value, path)
     if origin is typing.Literal:
-        if value not in args:
+        if (value if value in args else spelling(value)) not in args:
             raise ConfigError(f"{path} must be one of {', '.join(map(str, args))}, got {value!r}")
-        return value
+        return value if value in args else spelling(value)
     if origin in (tuple, list):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ConfigError(f"{path} must be a list, got {value!r}")
@@ -149,15 +149,52 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return _convert_scalar(hint, value, path)
 
 
+def _convert_union(args: Sequence[Any], value: Any, path: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    args = [arg for arg in args if arg is not type(None)]
+    # What the value has the form of comes first: its error is the one to show.
+    args.sort(key=lambda arg: _form(arg) != _form_of(value))
+    errors = []
+    for arg in args:
+        try:
+            return _convert(arg, value, path)
+        except ConfigError as error:
+            errors.append(str(error))
+    raise ConfigError(errors[0])
+
+
+def _form(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is dict or (isinstance(hint, type) and issubclass(hint, Config)):
+        return "mapping"
+    return "list" if origin in (tuple, list) else "scalar"
+
+
+def _form_of(value: Any) -> str:
+    if isinstance(value, Mapping | Config):
+        return "mapping"
+    return "scalar" if isinstance(value, str) or not isinstance(value, Sequence) else "list"
+
+
 def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
     wrong = ConfigError(f"{path} must be {getattr(hint, '__name__', hint)}, got {value!r}")
     if hint is bool:
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        if not isinstance(value, bool):
+        meant = as_bool(value)
+        if meant is None:
             raise wrong
-        return value
-    if isinstance(value, bool) or value is None:
+        return meant
+    if value is None:
+        raise (
+            ConfigError(f"{wrong} (a word that means nothing in YAML goes into quotes)")
+            if hint in (str, Path)
+            else wrong
+        )
+    if hint in (str, Path):
+        if isinstance(value, list | tuple | Mapping):
+            raise wrong
+        return expand_path(spelling(value), path) if hint is Path else spelling(value)
+    if isinstance(value, bool):
         raise wrong
     try:
         if hint is int:
@@ -166,12 +203,6 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
             return int(value)
         if hint is float:
             return float(value)  # YAML reads 1e-3 as text
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise wrong from error
-    if hint is str:
-        if isinstance(value, list | Mapping):
-            raise wrong
-        return str(value)
-    if hint is Path:
-        return Path(str(value))
     return value

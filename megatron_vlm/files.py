@@ -1,6 +1,6 @@
 """Files as every part of the house reads and writes them: one path, one read, one write, one digest.
 
-expand_path    "~/x", "$DATA/x" -> Path, wherever a path enters (flags, YAML, environment)
+expand_path    "~/x", "$DATA/x" -> Path, wherever a path enters (flags, YAML, environment); expand_text: as text, or a hub id
 read_*         regular files only, of bounded size; a pipe, a device or an endless link is an error, not a hang
 write_synced   appears whole or not at all
 unique_temporary, remove_abandoned   names that no other process uses, and what dead ones left
@@ -31,16 +31,20 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
 def expand_path(path: str | os.PathLike, what: str = "path") -> Path:
-    """Returns the path with ``~`` and environment variables expanded.
+    """Returns the path with ``~`` and environment variables expanded, as ``expand_text`` does."""
+    return Path(expand_text(os.fspath(path), what))
+
+
+def expand_text(text: str, what: str = "path") -> str:
+    """Returns a path, or a hub id, with ``~`` and environment variables expanded, and all else as it is written.
 
     Args:
-        path: as the user wrote it.
+        text: as the user wrote it.
         what: the setting it came from, for the error.
 
     Raises:
-        ConfigError: a variable that is not set, or a user that does not exist.
+        ConfigError: a variable that is not set, a user that does not exist, or a name that no file can have.
     """
-    text = os.fspath(path)
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
@@ -48,8 +52,13 @@ def expand_path(path: str | os.PathLike, what: str = "path") -> Path:
             raise ConfigError(f"{what} {text!r}: the environment variable {name} is not set")
         return os.environ[name]
 
+    if "\0" in text:
+        raise ConfigError(f"{what} {text!r}: a path has no null byte")
+    expanded = _VARIABLE.sub(value, text)
+    if not expanded.startswith("~"):
+        return expanded
     try:
-        return Path(_VARIABLE.sub(value, text)).expanduser()
+        return str(Path(expanded).expanduser())
     except RuntimeError as error:
         raise ConfigError(f"{what} {text!r}: {error}") from error
 

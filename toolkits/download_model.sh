@@ -12,6 +12,7 @@ command -v python >/dev/null 2>&1 || { echo "download_model: no python; make the
 exec python - "$@" <<'PY'
 import argparse
 import json
+import os
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,6 +24,7 @@ parser.add_argument("--revision", metavar="R", help="branch, tag or commit (defa
 parser.add_argument("--include", nargs="+", metavar="PATTERN", help="only these files")
 parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="not these")
 args = parser.parse_args()
+args.directory = os.path.expanduser(os.path.expandvars(args.directory))
 
 from huggingface_hub import HfApi, snapshot_download
 

@@ -7,9 +7,10 @@
 # set, OUT/preview.html shows samples as that model gets them. `megatron-vlm launch` does all of this by itself from raw files.
 set -eu
 [ $# -ge 3 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 1; }
-here=$(cd "$(dirname "$0")/.." && pwd)
-[ ! -x "$here/.venv/bin/python" ] || PATH="$here/.venv/bin:$PATH"
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+. "$ROOT/examples/common.sh"
 format=$1 input=$2 out=$3
+expand out MODEL # the other paths go to megatron-vlm, which reads them in the same way
 shift 3
 case ${1:-} in
 "" | --*) ;;

@@ -8,5 +8,5 @@ ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 
 require MODEL "HF directory or hub id of an InternLM2" \
     DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
-settings 16
+settings internlm2/finetune_internlm2.yaml
 train internlm2/finetune_internlm2.yaml "$@"

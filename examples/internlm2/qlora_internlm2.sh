@@ -9,5 +9,5 @@ ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 require MODEL "HF directory or hub id of an InternLM2" \
     DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
 TP=${TP:-1} # a base that takes no gradients fits one GPU
-settings 16
+settings internlm2/qlora_internlm2.yaml
 train internlm2/qlora_internlm2.yaml "$@"

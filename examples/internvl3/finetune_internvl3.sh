@@ -9,7 +9,5 @@ ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 
 require MODEL "HF directory or hub id of an InternVL3, of either layout" \
     DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
-PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-4}
-[ "$PER_DEVICE_BATCH_SIZE" -eq 1 ] || set -- data.group_by=length "$@"
-settings 128
+settings internvl3/finetune_internvl3.yaml
 train internvl3/finetune_internvl3.yaml "$@"

@@ -10,7 +10,5 @@ ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 require MODEL "HF directory or hub id of an InternVL3, of either layout" \
     DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
 TP=${TP:-1} # a base that takes no gradients fits one GPU
-PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-4}
-[ "$PER_DEVICE_BATCH_SIZE" -eq 1 ] || set -- data.group_by=length "$@"
-settings 32
+settings "${RECIPE:-internvl3/lora_internvl3.yaml}"
 train "${RECIPE:-internvl3/lora_internvl3.yaml}" "$@"

@@ -10,7 +10,5 @@ ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 
 require MODEL "output of pretrain_llava_internlm2.sh, or an HF directory" \
     DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
-PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-16}
-[ "$PER_DEVICE_BATCH_SIZE" -eq 1 ] || set -- data.group_by=modality "$@"
-settings 128
+settings llava_internlm2/finetune_llava_internlm2.yaml
 train llava_internlm2/finetune_llava_internlm2.yaml "$@"

@@ -12,7 +12,6 @@ ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 [ -n "${MODEL:-}" ] || require LLM "directory or hub id of the language model (or set MODEL)" \
     VISION "directory or hub id of the CLIP tower (or set MODEL)"
 require DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
-PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-32}
-settings 256
+settings llava_internlm2/pretrain_llava_internlm2.yaml
 [ -n "${MODEL:-}" ] || assemble llava_internlm2
 train llava_internlm2/pretrain_llava_internlm2.yaml "$@"

@@ -9,6 +9,5 @@ ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 
 require MODEL "HF directory or hub id of an InternLM-XComposer2-4KHD" \
     DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
-[ "${PACKING:-0}" = 1 ] || set -- data.packing=false "$@"
-settings 64
+settings xcomposer2/finetune_xcomposer2_4khd.yaml
 train xcomposer2/finetune_xcomposer2_4khd.yaml "$@"

@@ -10,6 +10,5 @@ ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 require MODEL "HF directory or hub id of an InternLM-XComposer2" \
     DATA "folder that megatron-vlm data build wrote" OUTPUT "folder for checkpoints and logs"
 TP=${TP:-1} # a base that takes no gradients fits one GPU
-[ "${PACKING:-0}" = 1 ] || set -- data.packing=false "$@"
-settings 64
+settings "${RECIPE:-xcomposer2/lora_xcomposer2.yaml}"
 train "${RECIPE:-xcomposer2/lora_xcomposer2.yaml}" "$@"

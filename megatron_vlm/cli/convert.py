@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_vlm.cli.paths import PathArgument
 from megatron_vlm.config import apply_overrides
 from megatron_vlm.errors import ConfigError, MegatronVLMError
 from megatron_vlm.log import get_logger, setup_logging
@@ -15,22 +16,37 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_hf2mg(commands)
     parser = commands.add_parser("mg2hf", help="Megatron weights or a training checkpoint -> Hugging Face directory")
     parser.add_argument(
-        "--load", required=True, metavar="DIR", help="Megatron weights, a training checkpoint or one iter_ folder"
+        "--load",
+        required=True,
+        metavar="DIR",
+        action=PathArgument,
+        help="Megatron weights, a training checkpoint or one iter_ folder",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="absent or an empty directory")
+    parser.add_argument("--out", required=True, metavar="DIR", action=PathArgument, help="absent or an empty directory")
     parser.add_argument("--family", help="checked against what --load holds (default: taken from it)")
     _add_output(parser)
     adapter = parser.add_argument_group("adapters (a checkpoint of a run with peft settings, or an adapter's folder)")
     adapter.add_argument("--adapter-only", action="store_true", help="write the adapter, for PEFT")
     adapter.add_argument("--merge", action="store_true", help="write the model with the adapter merged into its base")
     adapter.add_argument(
-        "--base", metavar="DIR", help="the base, where it has moved; with --adapter-only, what is named as the base"
+        "--base",
+        metavar="DIR",
+        action=PathArgument,
+        help="the base, where it has moved; with --adapter-only, what is named as the base",
     )
     parser.set_defaults(run=_run_mg2hf)
     parser = commands.add_parser("merge", help="a model and an adapter of it -> the merged Hugging Face directory")
-    parser.add_argument("--base", required=True, metavar="DIR", help="the model that the adapter was trained on")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="PEFT's folder, or XTuner's with its adapters")
-    parser.add_argument("--out", required=True, metavar="DIR", help="absent or an empty directory")
+    parser.add_argument(
+        "--base", required=True, metavar="DIR", action=PathArgument, help="the model that the adapter was trained on"
+    )
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        metavar="DIR",
+        action=PathArgument,
+        help="PEFT's folder, or XTuner's with its adapters",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", action=PathArgument, help="absent or an empty directory")
     _add_output(parser)
     parser.set_defaults(run=_run_merge)
     parser = commands.add_parser(
@@ -42,9 +58,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "paths",
         nargs="+",
         metavar="[CONFIG] CHECKPOINT OUT",
+        action=PathArgument,
         help="XTuner's order; its config is not needed, as a checkpoint knows its model",
     )
-    parser.add_argument("--base", metavar="DIR", help="with adapters: the model that is named as their base")
+    parser.add_argument(
+        "--base", metavar="DIR", action=PathArgument, help="with adapters: the model that is named as their base"
+    )
     _add_dtype(parser)
     parser.set_defaults(run=_run_pth2hf)
     _add_verify(commands)
@@ -67,11 +86,12 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "verify", help="is --load the model of --hf, and does it compute the same? exit code 0 or 1"
     )
-    parser.add_argument("--hf", required=True, metavar="DIR", help="the Hugging Face model")
+    parser.add_argument("--hf", required=True, metavar="DIR", action=PathArgument, help="the Hugging Face model")
     parser.add_argument(
         "--load",
         required=True,
         metavar="DIR",
+        action=PathArgument,
         help="Megatron weights of any tp and pp, a training checkpoint or an export",
     )
     parser.add_argument("--family", help="checked against both (default: told by the files)")
@@ -92,11 +112,22 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser("hf2mg", help="Hugging Face directory -> Megatron weights for tp x pp ranks")
     parser.add_argument("--family", help="model family (default: told by config.json)")
     source = parser.add_argument_group("source (a hub id is taken wherever a directory is)")
-    source.add_argument("--hf", metavar="DIR", help="a whole model; Megatron weights of another layout work too")
-    source.add_argument("--llm", metavar="DIR", help="language model to assemble from, with --vision")
-    source.add_argument("--vision", metavar="DIR", help="vision tower to assemble from, with --llm")
-    source.add_argument("--projector", metavar="PATH", help="trained projector for them: a folder, or XTuner's .pth")
-    parser.add_argument("--out", required=True, metavar="DIR", help="absent or an empty directory")
+    source.add_argument(
+        "--hf", metavar="DIR", action=PathArgument, help="a whole model; Megatron weights of another layout work too"
+    )
+    source.add_argument(
+        "--llm", metavar="DIR", action=PathArgument, help="language model to assemble from, with --vision"
+    )
+    source.add_argument(
+        "--vision", metavar="DIR", action=PathArgument, help="vision tower to assemble from, with --llm"
+    )
+    source.add_argument(
+        "--projector",
+        metavar="PATH",
+        action=PathArgument,
+        help="trained projector for them: a folder, or XTuner's .pth",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", action=PathArgument, help="absent or an empty directory")
     parser.add_argument(
         "--tp", "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="tensor parallel size"
     )

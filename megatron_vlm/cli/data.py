@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.cli import data_view
+from megatron_vlm.cli.paths import PathArgument
 from megatron_vlm.errors import ConfigError
 
 
@@ -25,9 +26,27 @@ def _add_build(commands: Any) -> None:
     build = commands.add_parser("build", help="turn records and images into tar shards with an index")
     add = build.add_argument
     add("--format", required=True, help="llava, xcomposer, internvl, openai, parquet, webdataset")
-    add("--input", required=True, nargs="+", metavar="FILE", help="files or globs; for webdataset also folders")
-    add("--image-root", metavar="DIR", help="folder that relative image paths start from (default: .)")
-    add("--out", required=True, metavar="DIR", help="folder to make; with --val-fraction DIR/train and DIR/val")
+    add(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        action=PathArgument,
+        help="files or globs; for webdataset also folders",
+    )
+    add(
+        "--image-root",
+        metavar="DIR",
+        action=PathArgument,
+        help="folder that relative image paths start from (default: .)",
+    )
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        action=PathArgument,
+        help="folder to make; with --val-fraction DIR/train and DIR/val",
+    )
     add("--samples-per-shard", type=int, default=1000, metavar="N")
     add("--workers", type=int, metavar="N", help="processes (default: one per core, 8 at most)")
     add("--repeat", type=float, nargs="+", default=[], metavar="X",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.cli.paths import PathArgument
 from megatron_vlm.errors import ConfigError, DataError
 
 
@@ -17,7 +18,12 @@ def add_parsers(commands: Any) -> None:
     check.add_argument(
         "--format", help="format of inputs that are not shards: llava, xcomposer, internvl, openai, parquet, webdataset"
     )
-    check.add_argument("--image-root", metavar="DIR", help="folder that relative image paths start from (default: .)")
+    check.add_argument(
+        "--image-root",
+        metavar="DIR",
+        action=PathArgument,
+        help="folder that relative image paths start from (default: .)",
+    )
     check.add_argument("--missing-placeholder", choices=["refuse", "prepend"], default="refuse",
         help="as for `data build`")  # fmt: skip
     check.add_argument("--part", metavar="NAME", help="as for `data build`")
@@ -26,24 +32,29 @@ def add_parsers(commands: Any) -> None:
     stats = commands.add_parser("stats", help="lengths, images, supervised share, packing, steps; as text and PNG")
     _add_common(stats, "folder of shards", model_required=True)
     stats.add_argument("--global-batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
-    stats.add_argument("--out", metavar="FILE.png", help="histograms")
+    stats.add_argument("--out", metavar="FILE.png", action=PathArgument, help="histograms")
     stats.set_defaults(handler=_stats)
 
     preview = commands.add_parser("preview", help="one HTML page: tokens, images and rows as the model gets them")
     _add_common(preview, "folder of shards", model_required=True)
-    preview.add_argument("--out", required=True, metavar="FILE.html")
+    preview.add_argument("--out", required=True, metavar="FILE.html", action=PathArgument)
     preview.add_argument("--samples", type=int, default=24, metavar="N", help="(default: %(default)s)")
     preview.add_argument("--seed", type=int, default=1234, metavar="N", help="training.seed (default: %(default)s)")
     preview.set_defaults(handler=_preview)
 
 
 def _add_common(parser: argparse.ArgumentParser, what: str, *, model_required: bool) -> None:
-    parser.add_argument("paths", nargs="*", metavar="PATH", help=what)
+    parser.add_argument("paths", nargs="*", metavar="PATH", action=PathArgument, help=what)
     parser.add_argument("--set", action="append", default=[], metavar="data.KEY=VALUE",
         help="a setting as `train` takes it: data.answer_loss_only=true; may be given several times")  # fmt: skip
-    parser.add_argument("--model", required=model_required, metavar="DIR",
+    parser.add_argument("--model", required=model_required, metavar="DIR", action=PathArgument,
         help="HF folder, converted weights or checkpoint whose processor is used")  # fmt: skip
-    parser.add_argument("--config", metavar="FILE", help="YAML of a run: its data section is used, folders included")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action=PathArgument,
+        help="YAML of a run: its data section is used, folders included",
+    )
     parser.add_argument(
         "--seq-length", type=int, metavar="N", help="data.seq_length (default: the config's, else 4096)"
     )
@@ -152,12 +163,12 @@ def _sources(config: Any, paths: Sequence[str]) -> Sequence[Any]:
 
 def _processor(model: str, config: Any) -> Any:
     """Returns the processor of a model. Weights are needed only where a training folder has to say which checkpoint."""
-    from megatron_vlm.config import load_yaml
+    from megatron_vlm.files import read_json
     from megatron_vlm.models.registry import family_of
 
     for folder in (Path(model), Path(model, "hf")):
         if (folder / "config.json").is_file():
-            return family_of(load_yaml(folder / "config.json")).processor(folder, config)
+            return family_of(read_json(folder / "config.json")).processor(folder, config)
     from megatron_vlm.conversion.source import open_source
 
     source = open_source(model)

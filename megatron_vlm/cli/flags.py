@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-
 from megatron_vlm.cli.aliases import (
     BATCH_FLAGS,
     IGNORED,
@@ -29,7 +27,7 @@ from megatron_vlm.cli.aliases import (
     TOLD_ALIASES,
     VALUES,
 )
-from megatron_vlm.config import nearest
+from megatron_vlm.config import nearest, parse_value
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.launch.arguments import TOLD, Told
 
@@ -75,7 +73,7 @@ def parse_flags(argv: Sequence[str], command: Command = "train") -> ParsedFlags:
             key, sep, value = word.partition("=")
             if not sep or "." not in key:
                 raise ConfigError(f"cannot read argument {word!r}: expected --flag or section.key=value")
-            parsed.settings.append((key.strip(), _plain(value)))
+            parsed.settings.append((key.strip(), parse_value(value, key.strip())))
             continue
         name, sep, inline = word[2:].partition("=")
         flag = name.replace("_", "-")
@@ -179,7 +177,12 @@ def flags_help(command: Command = "train") -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return one == other or (isinstance(one, str) and isinstance(other, str) and _plain(one) == _plain(other))
+    return one == other or (isinstance(one, str) and isinstance(other, str) and _number(one) == _number(other))
+
+
+def _number(text: str) -> Any:
+    """A flag's value to compare: 1e-4 and 0.0001 say the same."""
+    return float(text) if _is_number(text) else text.lower()
 
 
 def _text(value: Any) -> str:
@@ -229,11 +232,3 @@ def _one(word: str, values: list[str]) -> str:
     if len(values) != 1:
         raise ConfigError(f"{word.split('=')[0]} needs one value, got {' '.join(values) or 'none'}")
     return values[0]
-
-
-def _plain(text: str) -> Any:
-    """A value as YAML reads it, so that none, true and lists can be written."""
-    try:
-        return yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read value {text!r}: {error}") from error

@@ -42,7 +42,7 @@ def resolve_directory(path_or_id: str | os.PathLike) -> Path:
     Raises:
         ConversionError: neither a directory nor a model that the hub or its cache has.
     """
-    path = Path(path_or_id).expanduser()
+    path = Path(path_or_id)
     if path.is_dir():
         return path
     text = str(path_or_id)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vlm.config import Config
+from megatron_vlm.config import Config, PathText
 from megatron_vlm.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ class SourceConfig(Config):
         per_epoch: samples that an epoch reads.
     """
 
-    path: str
+    path: PathText
     weight: float | None = None
     repeat: float | None = None
     per_epoch: int | None = None
@@ -75,8 +75,8 @@ class DataConfig(Config):
         cache_dir: where token counts go if a data folder is read-only; None: ``~/.cache/megatron_vlm``.
     """
 
-    train: tuple[SourceConfig | str, ...] = ()
-    valid: tuple[str, ...] = ()
+    train: tuple[SourceConfig | PathText, ...] = ()
+    valid: tuple[PathText, ...] = ()
     seq_length: int
     packing: bool = False
     max_patches_per_row: int | None = None
@@ -103,7 +103,7 @@ class DataConfig(Config):
     bad_sample_rate: float = 0.001
     bad_sample_consecutive: int = 100
     allow_data_change: bool = False
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
 
     def __post_init__(self) -> None:
         for name, least in (

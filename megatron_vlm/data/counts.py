@@ -26,7 +26,7 @@ from megatron_vlm.data.dataset import MAX_OPEN, Dataset, Recent
 from megatron_vlm.data.mixture import Source
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.files import unique_temporary
+from megatron_vlm.files import expand_path, unique_temporary
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
@@ -90,7 +90,7 @@ class TokenCounts:
             self._limits[TOO_LONG] = ("tokens", processor.seq_length)
             processor = dataclasses.replace(processor, seq_length=NO_LIMIT)  # type: ignore[type-var]
         self._fingerprint = processor.fingerprint[:16]
-        self._cache = Path(cache_dir or os.path.expanduser("~/.cache/megatron_vlm"))
+        self._cache = Path(cache_dir or expand_path("~/.cache/megatron_vlm"))
         self._paths: dict[int, Path] = {}
         number = len(dataset.shards)
         missing = []

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.yaml_values import as_bool
 
 if TYPE_CHECKING:
     from megatron_vlm.launch.arguments import Told
@@ -146,14 +147,22 @@ def _trained_in_full(
     model, saved = run.get("model") or {}, list[str]()
     for part in ("connector", "vision"):
         key = f"model.freeze_{part}"
-        if key in given and model.get(f"freeze_{part}") is False and not (part == "vision" and told.use_backbone_lora):
+        if (
+            key in given
+            and as_bool(model.get(f"freeze_{part}")) is False
+            and not (part == "vision" and told.use_backbone_lora)
+        ):
             saved += parts.get(part, ())
             if told.use_lora and family == "xcomposer2":
                 flag = "fix_sampler" if part == "connector" else "fix_vit"
                 notes.append(
                     f"--{flag} False trains {' and '.join(parts[part])} in full; with --use_lora the original froze it"
                 )
-    if "model.freeze_llm" in given and model.get("freeze_llm") is False and (told.use_lora or told.use_llm_lora):
+    if (
+        "model.freeze_llm" in given
+        and as_bool(model.get("freeze_llm")) is False
+        and (told.use_lora or told.use_llm_lora)
+    ):
         notes.append(
             "--freeze_llm False has no effect with adapters: the language model's own weights stay as they are"
         )

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_vlm.config import Config, set_dotted
+from megatron_vlm.config import Config, PathText, set_dotted
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import expand_text
 from megatron_vlm.launch import adapters, recipes, trainer_flags
 from megatron_vlm.launch.config import LaunchConfig
 from megatron_vlm.launch.deepspeed import Sharding, read_sharding
+from megatron_vlm.yaml_values import spelling
 
 TOLD = "--"
 """A setting whose key starts so is a field of Told."""
@@ -28,6 +30,13 @@ EXCLUSIVE = (
     ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_fraction"),
     ("optimizer.lr_warmup_init", "optimizer.lr_warmup_start_factor"),
 )
+
+
+# Settings of the run that are paths, hub ids or lists of them.
+PATHS = (
+    "data.train", "data.valid", "data.cache_dir", "peft.adapter", "checkpoint.load", "checkpoint.save", "checkpoint.base",
+    "logging.output_dir", "logging.tensorboard_dir",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +58,7 @@ class Told(Config):
             parallelism.
     """
 
-    model_name_or_path: str | None = None
+    model_name_or_path: PathText | None = None
     learning_rate: float | None = None
     num_train_epochs: float | None = None
     max_steps: int | None = None
@@ -84,12 +93,12 @@ class Told(Config):
     ps_version: str | None = None
     down_sample_ratio: float | None = None
     use_deepspeed: bool | None = None
-    deepspeed: str | None = None
+    deepspeed: PathText | None = None
     use_fsdp: bool | None = None
     fsdp: tuple[str, ...] = ()
     fsdp_policy: str | None = None
     fsdp_wrap_cls: str | None = None
-    fsdp_config: str | None = None
+    fsdp_config: PathText | None = None
     fsdp_transformer_layer_cls_to_wrap: str | None = None
 
     @property
@@ -207,6 +216,7 @@ def read_request(
             launch[key.removeprefix("launch.")] = value
         else:
             _put(run, key, value, given)
+    _expand_paths(run)
     flags = _flags(told)
     config = LaunchConfig.from_dict(launch, "launch")
     _name_outputs(run, config, flags, given, command)
@@ -271,6 +281,23 @@ def check_facts(told: Told, hf_config: Mapping[str, Any], family: str) -> list[s
     return []
 
 
+def _expand_paths(run: Mapping[str, Any]) -> None:
+    """Expands paths of the sections in place: they are used before RunConfig, which imports megatron-core, reads the whole."""
+
+    def expanded(value: Any, key: str) -> Any:
+        if isinstance(value, list):
+            return [expanded(item, f"{key}[{number}]") for number, item in enumerate(value)]
+        if isinstance(value, dict):
+            return {**value, "path": expanded(value["path"], f"{key}.path")} if "path" in value else value
+        return value if value is None else expand_text(spelling(value), key)
+
+    for key in PATHS:
+        section, name = key.split(".")
+        values = run.get(section)
+        if isinstance(values, dict) and name in values:
+            values[name] = expanded(values[name], key)
+
+
 def _flags(told: Mapping[str, Any]) -> Told:
     try:
         return Told.from_dict(told)
@@ -305,7 +332,7 @@ def _name_outputs(run: dict[str, Any], launch: LaunchConfig, told: Told, given: 
         folder = folder or f"runs/{_at(run, 'logging.name') or 'train'}"
         for key in ("logging.output_dir", "checkpoint.save"):
             if _at(run, key) is None:
-                _put(run, key, str(folder), given)
+                _put(run, key, spelling(folder), given)
     elif (told.save_strategy or told.save_steps) and _at(run, "checkpoint.save") is None:
         folder = _at(run, "logging.output_dir")
         if folder is not None:

@@ -6,7 +6,7 @@ flags, YAML section ``launch`` --launch/arguments.py--> Request(run settings, La
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vlm.config import Config
+from megatron_vlm.config import Config, PathText
 from megatron_vlm.errors import ConfigError
 
 
@@ -41,18 +41,18 @@ class LaunchConfig(Config):
         no_launch: check, print the plan and stop.
     """
 
-    train_json: tuple[str, ...] = ()
-    val_json: tuple[str, ...] = ()
-    data_path: tuple[str, ...] = ()
-    eval_data_path: tuple[str, ...] = ()
-    meta_path: str | None = None
-    image_root: str | None = None
+    train_json: tuple[PathText, ...] = ()
+    val_json: tuple[PathText, ...] = ()
+    data_path: tuple[PathText, ...] = ()
+    eval_data_path: tuple[PathText, ...] = ()
+    meta_path: PathText | None = None
+    image_root: PathText | None = None
     data_format: Literal["llava", "xcomposer", "internvl", "openai", "webdataset", "parquet"] | None = None
     missing_placeholder: Literal["refuse", "prepend"] | None = None
     min_num_frame: int | None = None
     max_num_frame: int | None = None
     given_num: bool | None = None
-    output_dir: str | None = None
+    output_dir: PathText | None = None
     overwrite_output_dir: bool = False
     save_merged_model: bool = False
     export_each_epoch: bool = False
@@ -63,8 +63,8 @@ class LaunchConfig(Config):
     single_process: bool = False
     cuda_visible_devices: str | None = None
     master_port: int = 29501
-    cache_dir: str | None = None
-    shard_cache: str | None = None
+    cache_dir: PathText | None = None
+    shard_cache: PathText | None = None
     memory_gib: float | None = None
     no_launch: bool = False
 

@@ -33,6 +33,7 @@ from megatron_vlm.data.loader import open_data
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.files import expand_path
 from megatron_vlm.launch.checks import Report
 from megatron_vlm.launch.config import LaunchConfig
 from megatron_vlm.training.progress import Bar
@@ -81,7 +82,7 @@ class Inputs:
 
 def cache_folder(launch: LaunchConfig) -> Path:
     """Where built shards are kept."""
-    return Path(launch.shard_cache or "~/.cache/megatron_vlm/shards").expanduser()
+    return Path(launch.shard_cache or expand_path("~/.cache/megatron_vlm/shards"))
 
 
 def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, family: str) -> Inputs:

@@ -12,33 +12,36 @@ from typing import Any, Literal
 
 from megatron_vlm.config import load_yaml, nearest
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import expand_path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
-# (family or variant, what trains) -> (recipe, the published batch: rows of an update, or accumulation as of FT.py)
-_DEFAULTS: dict[tuple[str, str], tuple[str, dict[str, int]]] = {
-    ("idefics2", "full"): ("finetune_idefics2", {"global": 128}),
-    ("idefics2", "lora"): ("lora_idefics2", {"global": 16}),
-    ("idefics2", "qlora"): ("qlora_idefics2", {"global": 16}),
-    ("idefics2_llama3", "full"): ("finetune_idefics2_llama3", {"global": 128}),
-    ("idefics2_llama3", "lora"): ("lora_idefics2", {"global": 16}),
-    ("idefics2_llama3", "qlora"): ("qlora_idefics2", {"global": 16}),
-    ("internvl3", "full"): ("internvl3/finetune_internvl3", {"global": 128}),
-    ("internvl3", "lora"): ("internvl3/lora_internvl3", {"global": 32}),
-    ("internvl3", "qlora"): ("internvl3/qlora_internvl3", {"global": 32}),
-    ("internlm2", "full"): ("internlm2/finetune_internlm2", {"global": 16}),
-    ("internlm2", "lora"): ("internlm2/qlora_internlm2", {"global": 16}),
-    ("internlm2", "qlora"): ("internlm2/qlora_internlm2", {"global": 16}),
-    ("llava_internlm2", "full"): ("llava_internlm2/finetune_llava_internlm2", {"global": 128}),
-    ("llava_internlm2", "lora"): ("llava_internlm2/qlora_llava_internlm2", {"global": 128}),
-    ("llava_internlm2", "qlora"): ("llava_internlm2/qlora_llava_internlm2", {"global": 128}),
-    ("xcomposer2", "full"): ("xcomposer2/finetune_xcomposer2", {"accumulation": 8}),
-    ("xcomposer2", "lora"): ("xcomposer2/lora_xcomposer2", {"accumulation": 8}),
-    ("xcomposer2", "qlora"): ("xcomposer2/lora_xcomposer2", {"accumulation": 8}),
-    ("xcomposer2-4khd", "full"): ("xcomposer2/finetune_xcomposer2_4khd", {"accumulation": 8}),
-    ("xcomposer2-4khd", "lora"): ("xcomposer2/lora_xcomposer2_4khd", {"accumulation": 8}),
-    ("xcomposer2-4khd", "qlora"): ("xcomposer2/lora_xcomposer2_4khd", {"accumulation": 8}),
+# (family or variant, what trains) -> recipe
+_DEFAULTS: dict[tuple[str, str], str] = {
+    ("idefics2", "full"): "finetune_idefics2",
+    ("idefics2", "lora"): "lora_idefics2",
+    ("idefics2", "qlora"): "qlora_idefics2",
+    ("idefics2_llama3", "full"): "finetune_idefics2_llama3",
+    ("idefics2_llama3", "lora"): "lora_idefics2",
+    ("idefics2_llama3", "qlora"): "qlora_idefics2",
+    ("internvl3", "full"): "internvl3/finetune_internvl3",
+    ("internvl3", "lora"): "internvl3/lora_internvl3",
+    ("internvl3", "qlora"): "internvl3/qlora_internvl3",
+    ("internlm2", "full"): "internlm2/finetune_internlm2",
+    ("internlm2", "lora"): "internlm2/qlora_internlm2",
+    ("internlm2", "qlora"): "internlm2/qlora_internlm2",
+    ("llava_internlm2", "full"): "llava_internlm2/finetune_llava_internlm2",
+    ("llava_internlm2", "lora"): "llava_internlm2/qlora_llava_internlm2",
+    ("llava_internlm2", "qlora"): "llava_internlm2/qlora_llava_internlm2",
+    ("xcomposer2", "full"): "xcomposer2/finetune_xcomposer2",
+    ("xcomposer2", "lora"): "xcomposer2/lora_xcomposer2",
+    ("xcomposer2", "qlora"): "xcomposer2/lora_xcomposer2",
+    ("xcomposer2-4khd", "full"): "xcomposer2/finetune_xcomposer2_4khd",
+    ("xcomposer2-4khd", "lora"): "xcomposer2/lora_xcomposer2_4khd",
+    ("xcomposer2-4khd", "qlora"): "xcomposer2/lora_xcomposer2_4khd",
 }
+_ACCUMULATION = {"xcomposer2": 8}
+"""Of FT.py, whose batch grows with the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,7 @@ def copy(name: str, directory: str | Path) -> Path:
         ConfigError: the file is there already.
     """
     source = path_of(name)
-    target = Path(directory) / source.name
+    target = Path(directory, source.name)
     if target.exists():
         raise ConfigError(f"{target} exists already: name another folder, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,9 +125,8 @@ def load_config(config: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is neither.
     """
-    if Path(config).exists() or Path(config).suffix:
-        return load_yaml(config)
-    return load_yaml(path_of(config))
+    path = expand_path(config, "--config")
+    return load_yaml(path if path.exists() or path.suffix else path_of(config))
 
 
 def defaults_of(family: str, hf_config: Mapping[str, Any], kind: Literal["full", "lora", "qlora"]) -> Recipe:
@@ -138,12 +140,18 @@ def defaults_of(family: str, hf_config: Mapping[str, Any], kind: Literal["full",
         variant = "xcomposer2-4khd"
     if (variant, kind) not in _DEFAULTS:
         raise ConfigError(f"family {family} has no recipe to take settings from: give a config file (--config)")
-    name, batch = _DEFAULTS[variant, kind]
+    name = _DEFAULTS[variant, kind]
     settings = load_yaml(path_of(name))
+    # The batch is the published one, in units that fit the ranks; what lies in a row, as the original program's flags say.
+    batch = {"global": settings["training"].pop("global_batch_size")}
+    if family in _ACCUMULATION:
+        batch = {"accumulation": _ACCUMULATION[family]}
+    settings["training"].pop("micro_batch_size", None)
+    settings["data"].pop("group_by", None)
     if kind == "lora":
         # QLoRA's recipe serves LoRA on whole weights too: the same settings without 4 bits.
         for key in ("quantize", "double_quant", "quantize_groups"):
             settings["peft"].pop(key, None)
     elif kind == "qlora":
         settings["peft"].setdefault("quantize", "nf4")
-    return Recipe(name=name, settings=settings, batch=dict(batch))
+    return Recipe(name=name, settings=settings, batch=batch)

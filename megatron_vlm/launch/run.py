@@ -26,7 +26,7 @@ def launch(request: Request) -> int:
     """Runs all of it; returns the exit code: 0 done, 1 a check or the run failed, 143 saved and stopped by a signal."""
     place = start.find_place(os.environ)
     if request.launch.cache_dir is not None:  # before the hub's library is imported, which reads it once
-        os.environ["HF_HUB_CACHE"] = str(Path(request.launch.cache_dir).expanduser())
+        os.environ["HF_HUB_CACHE"] = request.launch.cache_dir
     if request.launch.no_launch:
         return 0 if place.rank or _prepare(request, place) is not None else 1
     with start.prepared_once(place) as share:

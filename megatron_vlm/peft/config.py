@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_vlm.config import Config
+from megatron_vlm.config import Config, PathText
 from megatron_vlm.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -56,7 +56,7 @@ class PeftConfig(Config):
     bias: Literal["none", "all", "lora_only"] = "none"
     init: Literal["kaiming", "gaussian"] = "kaiming"
     names: str | None = None
-    adapter: str | None = None
+    adapter: PathText | None = None
     quantize: Literal["nf4"] | None = None
     double_quant: bool = True
     quantize_groups: tuple[str, ...] = ("llm",)

@@ -107,7 +107,7 @@ class MergedSource(WeightSource):
 
 def absolute(path_or_id: str | os.PathLike) -> str:
     """A directory's whole path, or a hub id as it is."""
-    path = Path(path_or_id).expanduser()
+    path = Path(path_or_id)
     return str(path.resolve()) if path.is_dir() else str(path_or_id)
 
 
@@ -219,7 +219,7 @@ def continued(config: PeftConfig, source: WeightSource) -> tuple[WeightSource, P
         ConversionError: the adapter does not fit the base.
     """
     assert config.adapter is not None
-    folder = Path(config.adapter).expanduser()
+    folder = Path(config.adapter)
     if isinstance(source, MergedSource):
         if folder.resolve() != source.directory.resolve():
             raise ConversionError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_vlm.config import Config
+from megatron_vlm.config import Config, PathText
 from megatron_vlm.data.images import decode_image
 from megatron_vlm.data.types import EncodedSample, Turn
 from megatron_vlm.errors import ConfigError, DataError
@@ -31,7 +31,7 @@ class Prompt(Config):
     """
 
     text: str
-    images: tuple[str, ...] = ()
+    images: tuple[PathText, ...] = ()
     system: str | None = None
 
     @property

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_vlm.config import Config
+from megatron_vlm.config import Config, PathText
 from megatron_vlm.conversion.hf_io import copy_hf_files
 from megatron_vlm.conversion.mapping import Mapping
 from megatron_vlm.conversion.rank_files import RankFiles, rank_file_bytes, rank_file_name, write_rank_file
@@ -59,8 +59,8 @@ class CheckpointConfig(Config):
         verify_hashes: read every file once more before loading and compare its sha256; sizes are compared in any case.
     """
 
-    load: str | None = None
-    save: str | None = None
+    load: PathText | None = None
+    save: PathText | None = None
     ckpt_step: int | None = None
     save_interval: int | None = None
     save_epochs: float | None = None
@@ -69,7 +69,7 @@ class CheckpointConfig(Config):
     no_load_optim: bool = False
     no_load_rng: bool = False
     no_save_optim: bool = False
-    base: str | None = None
+    base: PathText | None = None
     verify_hashes: bool = True
 
     def __post_init__(self) -> None:
@@ -218,7 +218,7 @@ def save_checkpoint(
         raise CheckpointError(
             "checkpoint.save is not set, so there is no place for a checkpoint: name a folder (--save)"
         )
-    root, rank, save_optim = Path(config.save).expanduser(), topology.rank, not config.no_save_optim
+    root, rank, save_optim = Path(config.save), topology.rank, not config.no_save_optim
     mapping = _mapping(spec, model_config, topology, vocab_multiple, peft)
     what = f"saving iteration {iteration} to {root}"
     facts = {"iteration": iteration, "layout": topology.name(), "optimizer": save_optim}
@@ -284,7 +284,7 @@ def find_checkpoint(config: CheckpointConfig, device: torch.device) -> Checkpoin
     """
     if config.load is None:
         return None
-    path, rank, ckpt_step = Path(config.load).expanduser(), dist.get_rank(), config.ckpt_step
+    path, rank, ckpt_step = Path(config.load), dist.get_rank(), config.ckpt_step
     found: checkpoint_dir.Candidates | None = None
     with _together(f"looking for a checkpoint in {path}", device):
         if rank == 0:

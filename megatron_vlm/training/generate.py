@@ -13,7 +13,7 @@ from typing import Any, Literal, TextIO
 
 import torch
 
-from megatron_vlm.config import Config
+from megatron_vlm.config import Config, PathText
 from megatron_vlm.conversion.source import load_stages, open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.formats import open_sources, read_source
@@ -52,13 +52,13 @@ class GenerateConfig(Config):
         data: how images are treated, as in training (``image_size`` and the like).
     """
 
-    load: str
-    base: str | None = None
+    load: PathText
+    base: PathText | None = None
     family: str | None = None
     prompt: Prompt | None = None
-    input: tuple[str, ...] = ()
+    input: tuple[PathText, ...] = ()
     format: str = "llava"
-    image_root: str = "."
+    image_root: PathText = "."
     out: Path | None = None
     limit: int | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -56,7 +56,7 @@ def test_config_takes_a_recipes_name_too(tmp_path):
     assert recipes.load_config("internvl3/lora_internvl3")["peft"]["r"] == 32
     (tmp_path / "mine").write_text("data: {seq_length: 8}")
     assert recipes.load_config(str(tmp_path / "mine")) == {"data": {"seq_length": 8}}
-    with pytest.raises(ConfigError, match=r"cannot read config file nowhere.yaml"):
+    with pytest.raises(ConfigError, match=r"cannot read nowhere.yaml: No such file"):
         recipes.load_config("nowhere.yaml")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,13 +155,105 @@ def test_accumulation_is_derived(variables, said, tmp_path):
     assert said in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda p: p.name)
-def test_recipes_are_valid(path):
-    """Every recipe resolves, with packing on, once data and a checkpoint are named."""
+RECIPES = sorted(path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in EXAMPLES.rglob("*.yaml"))
+BATCHES = {
+    "finetune_idefics2": 128, "finetune_idefics2_llama3": 128, "pretrain_idefics2_llama3": 256, "lora_idefics2": 16,
+    "qlora_idefics2": 16, "internlm2/finetune_internlm2": 16, "internlm2/qlora_internlm2": 16,
+    "internvl3/finetune_internvl3": 128, "internvl3/lora_internvl3": 32, "internvl3/qlora_internvl3": 32,
+    "llava_internlm2/pretrain_llava_internlm2": 256, "llava_internlm2/finetune_llava_internlm2": 128,
+    "llava_internlm2/qlora_llava_internlm2": 128, "xcomposer2/finetune_xcomposer2": 64, "xcomposer2/lora_xcomposer2": 64,
+    "xcomposer2/finetune_xcomposer2_4khd": 64, "xcomposer2/lora_xcomposer2_4khd": 64, "quickstart/train": 1,
+    "quickstart/lora": 1,
+}  # fmt: skip
+"""Samples or packed rows of an update, as published."""
+
+
+def words_of(script: str, folder: Path, *arguments: str, **variables: object) -> list[str]:
+    """What a script has torchrun start: the words after `megatron_vlm train`."""
+    shutil.copytree(EXAMPLES, folder / "examples")  # where no environment of the checkout comes first
+    (folder / "megatron_vlm").symlink_to(ROOT / "megatron_vlm")
+    (folder / "torchrun").write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > '{folder}/words'\n")
+    (folder / "torchrun").chmod(0o755)
+    names = environment(
+        **{"MODEL": "m", "DATA": "d", "OUTPUT": folder / "out", "GPUS": 1, "DEVICE": "cpu", **variables}
+    )
+    names["PATH"] = f"{folder}{os.pathsep}{names['PATH']}"
+    done = subprocess.run(
+        ["sh", str(folder / "examples" / script), *arguments], env=names, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = (folder / "words").read_text().splitlines()
+    return words[words.index("train") + 1 :]
+
+
+def what_trains(config) -> dict:
+    """A resolved run without its paths, its device and its layout."""
+    plain = config.to_dict()
+    for section in ("parallel", "checkpoint", "logging"):
+        plain.pop(section)
+    for section, names in (("data", ("train", "valid")), ("training", ("device",))):
+        for name in names:
+            plain[section].pop(name)
+    return plain
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_the_same_run_through_every_door(name, tmp_path):
+    """`train --config`, `launch --config` and the script of the recipe: the same batch, rows and settings."""
+    from megatron_vlm.cli.train import resolve
+    from megatron_vlm.launch import recipes
+    from megatron_vlm.launch.arguments import read_request
+    from megatron_vlm.training.run_config import RunConfig
+
+    paths = ["--load", "x", "--data-path", "y", "--save", "z", "--device", "cpu"]
+    config, _ = resolve(["--config", name, *paths])
+    assert config.training.global_batch_size == BATCHES[name]
+    settings = [("checkpoint.load", "x"), ("data.train", ["y"]), ("checkpoint.save", "z"), ("training.device", "cpu")]
+    request = read_request(recipes.load_config(name), settings, command="launch")
+    launched = RunConfig.from_dict(request.complete({}, "", 1).run)
+    assert what_trains(launched) == what_trains(config)
+    if "quickstart" not in name:
+        scripted, _ = resolve(words_of(f"{name}.sh", tmp_path))
+        assert what_trains(scripted) == what_trains(config)
+
+
+def test_the_batch_of_a_script_can_be_said(tmp_path):
     from megatron_vlm.cli.train import resolve
 
-    config, _ = resolve(["--config", str(path), "--load", "x", "--data-path", "y", "--save", "z", "--device", "cpu"])
-    assert config.data.packing
+    script = "internvl3/finetune_internvl3.sh"
+    packed, _ = resolve(words_of(script, tmp_path / "a", PER_DEVICE_BATCH_SIZE=1, BATCH_SIZE=8))
+    assert (packed.data.packing, packed.data.group_by, packed.training.micro_batch_size) == (True, None, 1)
+    assert packed.training.global_batch_size == 8
+    two, _ = resolve(words_of("finetune_idefics2.sh", tmp_path / "b", PER_DEVICE_BATCH_SIZE=2))
+    assert (two.data.packing, two.training.micro_batch_size, two.training.global_batch_size) == (False, 2, 128)
+    rows, _ = resolve(words_of("xcomposer2/lora_xcomposer2.sh", tmp_path / "c", PACKING=1))
+    assert rows.data.packing and rows.training.global_batch_size == 64
+
+
+def test_paths_of_a_script_are_expanded(tmp_path):
+    """One reading of `~`, of variables and of names that YAML takes for something else."""
+    from megatron_vlm.cli.train import resolve
+
+    out = tmp_path / "home" / "out"
+    out.mkdir(parents=True)
+    (out / "latest_checkpointed_iteration.txt").write_text("1")
+    words = words_of(
+        "finetune_idefics2.sh",
+        tmp_path / "run",
+        HOME=tmp_path / "home",
+        DISK="/disk",
+        DATA="007,/a: b #c,~/d,$DISK/e",
+        OUTPUT="~/out",
+    )
+    previous = {name: os.environ.get(name) for name in ("HOME", "DISK")}
+    os.environ |= {"HOME": str(tmp_path / "home"), "DISK": "/disk"}
+    try:
+        config, _ = resolve(words)
+    finally:
+        os.environ |= {name: value for name, value in previous.items() if value is not None}
+        os.environ.pop("DISK")
+    assert config.data.train == ("007", "/a: b #c", str(tmp_path / "home" / "d"), "/disk/e")
+    assert config.checkpoint.save == config.checkpoint.load == str(out)  # it goes on from what lies there
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ LEVELS = {
     "log": 0,
     "config": 0,
     "files": 0,
+    "yaml_values": 0,
     "processes": 0,
     "data": 1,
     "layers": 1,
@@ -33,7 +34,17 @@ LEVELS = {
 }
 # Neighbours on one level that must stay apart all the same.
 APART = {("data", "layers"), ("layers", "data"), ("data", "conversion.mapping"), ("conversion.mapping", "data")}
-NO_MEGATRON = ("data", "conversion.mapping", "conversion.rank_files", "errors", "log", "config", "files", "processes")
+NO_MEGATRON = (
+    "data",
+    "conversion.mapping",
+    "conversion.rank_files",
+    "errors",
+    "log",
+    "config",
+    "files",
+    "yaml_values",
+    "processes",
+)
 
 
 def module_name(path: Path) -> str:

@@ -22,7 +22,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.errors import ConfigError, MegatronVLMError
+from megatron_vlm.errors import ConfigError, MegatronVLMError, printable
 
 MAX_TEXT_BYTES = 256 << 20
 """Largest file read as one text: a tokenizer.json has tens of megabytes, an index of a very large model a few."""
@@ -224,7 +224,10 @@ def file_digest(path: str | os.PathLike, error: type[MegatronVLMError] = ConfigE
 
 def describe(path: str | os.PathLike) -> str:
     """The path as a message can show it: names that are not text, and very long ones, included."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, which no file system has
+        text = printable(os.fsdecode(path))
     return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
 
 

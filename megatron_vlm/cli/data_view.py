@@ -68,8 +68,7 @@ def part_of(args: argparse.Namespace) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.check import DuplicateId
-    from megatron_vlm.data.kinds import kind_of
+    from megatron_vlm.errors import Reason
 
     kinds: Counter[str] = Counter()
     sound = problems = 0
@@ -77,9 +76,9 @@ def _check(args: argparse.Namespace) -> int:
         if isinstance(found, str):
             sound += 1
             continue
-        kind = kind_of(found.message)
+        kind = found.reason.words
         kinds[kind] += 1
-        warning = isinstance(found, DuplicateId)
+        warning = found.reason is Reason.DUPLICATE_ID
         problems += not warning
         print(f"{'warning' if warning else kind}: {found}")
     for kind, number in kinds.most_common():

@@ -28,12 +28,11 @@ from megatron_vlm.data.build_folder import fingerprint_of, partial_folder
 from megatron_vlm.data.formats import WEBDATASET, read_source
 from megatron_vlm.data.formats.records import Record, Source
 from megatron_vlm.data.formats.webdataset import open_tars
-from megatron_vlm.data.kinds import kind_of
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION, ShardWriter, load_record
 from megatron_vlm.data.split import Halves, SplitSettings, assign
 from megatron_vlm.data.tar_shards import TarJob, index_shard
 from megatron_vlm.data.video import check_settings
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import sync_path, write_synced
 
 REJECTED = "rejected.jsonl"
@@ -55,13 +54,17 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A record that cannot be used; ``record`` is -1 where the rest of a file is lost, ``key`` that of a tar's sample."""
+    """A record that cannot be used; ``record`` is -1 where the rest of a file is lost, ``key`` that of a tar's sample.
+
+    ``reason`` is the number of a Reason: problems are kept as json.
+    """
 
     source: int
     record: int
     file: str
     message: str
     key: str = ""
+    reason: int = Reason.BAD_RECORD.number
 
     def __str__(self) -> str:
         where = f", record {self.record}" if self.record >= 0 else ""
@@ -178,7 +181,7 @@ class _Build:
                 for record, _, found in read_source(source):
                     self.total += 1
                     if isinstance(found, DataError):
-                        self._problem(number, record, found.message)
+                        self._problem(number, record, found)
                     else:
                         self._add(halves[0 if chosen is None else chosen[number, ""][record]], number, found)
                     if not self.total % 100:
@@ -186,7 +189,7 @@ class _Build:
             except DataError as error:
                 self.fatal = True
                 where = f"{error.key}: " if error.key else ""
-                self._problem(number, -1, f"{where}{error.message}", error.shard)
+                self._problem(number, -1, error, where)
         for half in halves:
             self._flush(half)
 
@@ -209,9 +212,10 @@ class _Build:
                 self._submit(halves, job.name, index_shard, job)
                 self.progress(self.total)
 
-    def _problem(self, source: int, record: int, message: str, file: str | None = None) -> None:
+    def _problem(self, source: int, record: int, error: DataError, where: str = "") -> None:
+        file = error.shard or self.sources[source].path
         self.problems.append(
-            Problem(source=source, record=record, file=file or self.sources[source].path, message=message)
+            Problem(source=source, record=record, file=file, message=where + error.message, reason=error.reason.number)
         )
 
     def _add(self, half: _Half, source: int, record: Record) -> None:
@@ -319,8 +323,8 @@ def make_shard(job: Job) -> list[dict[str, Any]]:
             writer.add(f"{job.stems[number]}-{record.number:09d}", text, turns, images)
             by_source[number] += 1
         except DataError as error:
-            problem = Problem(source=number, record=record.number, file=source.path, message=error.message)
-            rejected.append(dataclasses.asdict(problem))
+            where = {"source": number, "record": record.number, "file": source.path}
+            rejected.append(where | {"message": error.message, "reason": error.reason.number})
     line = writer.close()
     sync_path(final.parent)
     return [{"shard": line, "by_source": sorted(by_source.items()), "rejected": rejected}]
@@ -372,7 +376,7 @@ def unique_stems(titles: Sequence[str]) -> list[str]:
 
 def describe(problems: Sequence[Problem], total: int, fatal: bool) -> str:
     """Returns the text of an error: each problem, and a count by kind."""
-    kinds = Counter(kind_of(problem.message) for problem in problems)
+    kinds = Counter(Reason.numbered(problem.reason).words for problem in problems)
     shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
     more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     counts = "\n".join(f"  {number:8d}  {kind}" for kind, number in kinds.most_common())

@@ -11,20 +11,30 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vlm.data import literal
 from megatron_vlm.data.types import Turn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A stretch of a prompt. ``answer`` says that it is the assistant's own text; ``ids`` stand for what is not text."""
+    """A stretch of a prompt.
+
+    Attributes:
+        text: of it.
+        answer: it is the assistant's own.
+        loss: false: no loss is taken on it, whatever the settings.
+        ids: stand for what is not text.
+    """
 
     text: str = ""
     answer: bool = False
+    loss: bool = True
     ids: tuple[int, ...] | None = None
 
 
@@ -58,29 +68,62 @@ class FastTokenizer:
     def __init__(self, text: str):
         self.text = text
         self._tokenizer: Any = None
+        self._literal: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"text": self.text, "_tokenizer": None}
+        return {"text": self.text, "_tokenizer": None, "_literal": None}
+
+    def steered_by(self, tokens: Sequence[str]) -> "FastTokenizer":
+        """Returns the same one, ``tokens`` among its special tokens whatever its files say of them."""
+        data = json.loads(self.text)
+        for token in data["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in tokens
+        return FastTokenizer(json.dumps(data, ensure_ascii=False))
+
+    @cached_property
+    def specials(self) -> tuple[str, ...]:
+        """Tokens that steer a model, which no text of a record may write; see ``literal.specials_of``."""
+        added = self._load().get_added_tokens_decoder()
+        return literal.specials_of(token.content for _, token in sorted(added.items()) if token.special)
 
     def ids(self, text: str) -> list[int]:
-        """Returns the ids of a text alone: no BOS or EOS is added."""
+        """Returns the ids of a text alone: no BOS or EOS is added. What ``literal.hidden`` hid in it is text."""
+        if literal.hides(text):
+            return self._renamed().encode(literal.shown(text, self.specials), add_special_tokens=False).ids
         return self._load().encode(text, add_special_tokens=False).ids
 
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token by its name, or None."""
         return self._load().token_to_id(token)
 
-    def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns ids (int64 [L]) and the character that each token starts at (int64 [L]; -1: added, as BOS is)."""
-        encoding = self._load().encode(text)
+    def encode(self, parts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+        """Tokenises parts as one string; what ``literal.hidden`` hid in them is text.
+
+        Returns:
+            ids (int64 [L]), the character that each token starts at (int64 [L]; -1: added, as BOS is), and the number of
+            characters of each part.
+        """
+        if any(literal.hides(part) for part in parts):
+            parts = [literal.shown(part, self.specials) for part in parts]
+            encoding = self._renamed().encode("".join(parts))
+        else:
+            encoding = self._load().encode("".join(parts))
         ids = np.array(encoding.ids, dtype=np.int64)
         starts = np.fromiter((start for start, _ in encoding.offsets), dtype=np.int64, count=len(ids))
         starts[np.array(encoding.special_tokens_mask, dtype=bool)] = -1
-        return ids, starts
+        return ids, starts, [len(part) for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens shown."""
         return self._load().decode(list(ids), skip_special_tokens=False)
+
+    def _renamed(self) -> Any:
+        """The tokenizer under which a special token's own text is text; see ``literal.renamed``."""
+        if self._literal is None:
+            from tokenizers import Tokenizer
+
+            self._literal = Tokenizer.from_str(literal.renamed(self.text, self.specials))
+        return self._literal
 
     def _load(self) -> Any:
         if self._tokenizer is None:
@@ -109,15 +152,15 @@ def encode_pieces(
         answer_only: supervise answers alone; else everything.
         never: ids that no loss is taken on (BOS, image tokens).
     """
-    ids, starts = tokenizer.encode("".join(piece.text for piece in pieces))
-    bounds = np.cumsum([0, *(len(piece.text) for piece in pieces)])
+    ids, starts, lengths = tokenizer.encode([piece.text for piece in pieces])
+    bounds = np.cumsum([0, *lengths])
     owner = np.searchsorted(bounds[1:], starts, side="right")
-    answers = np.array(
-        [*(piece.answer for piece in pieces), False]
-    )  # the last one: a token of no width at the very end
-    added = starts < 0
-    in_answer = answers[np.minimum(owner, len(pieces))] & ~added
-    supervised = (in_answer if answer_only else ~added) & ~np.isin(ids, np.array(never, dtype=np.int64))
+    # The last one of these: a token of no width at the very end.
+    answers = np.array([*(piece.answer for piece in pieces), False])
+    loss = np.array([*(piece.loss and (piece.answer or not answer_only) for piece in pieces), not answer_only])
+    added, place = starts < 0, np.minimum(owner, len(pieces))
+    in_answer = answers[place] & ~added
+    supervised = loss[place] & ~added & ~np.isin(ids, np.array(never, dtype=np.int64))
     last = max((i for i, piece in enumerate(pieces) if piece.answer), default=len(pieces))
     answer_start = int(np.argmax((owner == last) & ~added)) if in_answer.any() else len(ids)
     return Tokens(ids=ids, supervised=supervised, answer_start=answer_start, num_turns=num_turns)
@@ -133,8 +176,8 @@ def encode_separately(
     parts = [tokenizer.ids(piece.text) if piece.ids is None else list(piece.ids) for piece in pieces]
     ids = np.array([i for part in parts for i in part], dtype=np.int64)
     lengths = [len(part) for part in parts]
-    in_answer = np.repeat([piece.answer for piece in pieces], lengths).astype(bool)
-    supervised = (in_answer if answer_only else np.ones(len(ids), dtype=bool)) & ~np.isin(ids, list(never))
+    loss = np.repeat([piece.loss and (piece.answer or not answer_only) for piece in pieces], lengths).astype(bool)
+    supervised = loss & ~np.isin(ids, list(never))
     last = max((i for i, piece in enumerate(pieces) if piece.answer), default=len(pieces))
     return Tokens(ids=ids, supervised=supervised, answer_start=sum(lengths[:last]), num_turns=num_turns)
 

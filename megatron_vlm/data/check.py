@@ -16,12 +16,8 @@ from megatron_vlm.data.images import probe_image
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards import check_sample, load_record
 from megatron_vlm.data.types import NO_OPTIONS, Processor
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 from megatron_vlm.files import file_digest
-
-
-class DuplicateId(DataError):
-    """A record with the ``id`` of another one: a warning. Ids are labels; what names a sample is source and number."""
 
 
 def check_folder(folder: str | Path, processor: Processor | None = None) -> Iterator[str | DataError]:
@@ -40,7 +36,8 @@ def check_folder(folder: str | Path, processor: Processor | None = None) -> Iter
     try:
         for number, shard in enumerate(dataset.shards):
             if file_digest(shard.path, DataError)["sha256"] != shard.sha256:
-                yield DataError("damaged: its sha256 differs from the manifest", shard=str(shard.path))
+                message = "damaged: its sha256 differs from the manifest"
+                yield DataError(message, reason=Reason.DAMAGED_SHARD, shard=str(shard.path))
             yield from _check_shard(dataset, number, processor, seen)
     finally:
         dataset.close()
@@ -66,7 +63,7 @@ def check_sources(sources: Sequence[Source], processor: Processor | None = None)
                     sizes = [probe_image(data, f"image {name}")[1:] for name, data in images]
                     _check_processor(processor, turns, sizes, record.options)
                 except DataError as error:
-                    yield DataError(error.message, **where)
+                    yield error.at(**where)
                 else:
                     yield record.key or f"{source.title} record {number}"
                 yield from _check_label(record.label, seen, where)
@@ -96,10 +93,11 @@ def _check_shard(
             first = int(entry["first_image"])
             expected = [tuple(size) for size in sizes[first : first + int(entry["num_images"])].tolist()]
             if found != expected:
-                raise DataError(f"the index says {expected} of the images' sizes, they are {found}")
+                message = f"the index says {expected} of the images' sizes, they are {found}"
+                raise DataError(message, reason=Reason.DAMAGED_SHARD)
             _check_processor(processor, sample.turns, found, sample.options)
         except DataError as error:
-            yield DataError(error.message, **where)
+            yield error.at(**where)
         else:
             yield sample.key
         yield from _check_label(sample.label, seen, where)
@@ -114,13 +112,13 @@ def _check_processor(
     if processor is not None:
         count = processor.count(turns, sizes, options)
         if count.reason:
-            raise DataError(
-                f"{count.reason}: {count.tokens} tokens, seq_length {processor.seq_length}, {len(sizes)} images"
-            )
+            message = f"{count.reason}: {count.tokens} tokens, seq_length {processor.seq_length}, {len(sizes)} images"
+            raise DataError(message, reason=count.reason)
 
 
-def _check_label(label: str, seen: dict[str, str], where: Mapping[str, Any]) -> Iterator[DuplicateId]:
+def _check_label(label: str, seen: dict[str, str], where: Mapping[str, Any]) -> Iterator[DataError]:
+    """A second record with an ``id`` is a warning: ids are labels, what names a sample is source and number."""
     if label and label in seen:
-        yield DuplicateId(f"the id {label!r} is also that of {seen[label]}", **where)
+        yield DataError(f"the id {label!r} is also that of {seen[label]}", reason=Reason.DUPLICATE_ID, **where)
     elif label:
         seen[label] = str(where["key"])

@@ -53,6 +53,9 @@ class DataConfig(Config):
         on_bad_sample: a sample that cannot be read or encoded: ``raise`` stops; ``skip`` leaves a hole without loss
             and a line in ``quarantine.jsonl``.
         answer_loss_only: take the loss on the assistant's text alone; off, on all text.
+        special_tokens_in_text: a text that writes out a special token of the model (``</s>``, ``<|im_end|>``): ``text`` encodes
+            it as the characters it is, never as the token; ``refuse`` excludes the sample. Placeholders of images, and marks of
+            grounding as ``<box>``, keep their meaning.
         template: prompt format, where the model's family has several; None: the one that fits the model's vocabulary.
         max_image_num: samples with more images are excluded; None: no limit.
         image_size: longest edge of an image in pixels; None: as the model's processor files say.
@@ -84,6 +87,7 @@ class DataConfig(Config):
     on_too_long: Literal["truncate", "drop", "raise"] = "raise"
     on_bad_sample: Literal["raise", "skip"] = "raise"
     answer_loss_only: bool = False
+    special_tokens_in_text: Literal["text", "refuse"] = "text"
     template: str | None = None
     max_image_num: int | None = None
     image_size: int | None = None

@@ -25,27 +25,13 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.dataset import MAX_OPEN, Dataset, Recent
 from megatron_vlm.data.mixture import Source
 from megatron_vlm.data.types import Processor
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import expand_path, unique_temporary
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
-UNREADABLE = "unreadable"
-TOO_LONG, TOO_MANY = "too_long", "too_many_patches"
 NO_LIMIT = 2**31 - 1
 MANY = 20_000  # samples worth starting processes for: counting takes about a millisecond each
-# Why a sample is excluded, by the code kept on disk: append only.
-REASONS = (
-    "",
-    TOO_LONG,
-    "nothing_supervised",
-    "placeholders",
-    "max_image_num",
-    "control_tokens",
-    UNREADABLE,
-    "image_too_small",
-    TOO_MANY,
-)
 COUNT_DTYPE = np.dtype(
     [
         ("tokens", "<u4"),
@@ -85,9 +71,9 @@ class TokenCounts:
         num_ranks: int = 1,
     ):
         self.dataset = dataset
-        self._limits = {TOO_MANY: ("patches", max_patches or NO_LIMIT)}
+        self._limits = {Reason.TOO_MANY_PATCHES: ("patches", max_patches or NO_LIMIT)}
         if not processor.truncate:
-            self._limits[TOO_LONG] = ("tokens", processor.seq_length)
+            self._limits[Reason.TOO_LONG] = ("tokens", processor.seq_length)
             processor = dataclasses.replace(processor, seq_length=NO_LIMIT)  # type: ignore[type-var]
         self._fingerprint = processor.fingerprint[:16]
         self._cache = Path(cache_dir or expand_path("~/.cache/megatron_vlm"))
@@ -120,7 +106,7 @@ class TokenCounts:
 
     def _limit(self, counts: NDArray[Any]) -> NDArray[Any]:
         for reason, (field, most) in self._limits.items():
-            counts["reason"][(counts["reason"] == 0) & (counts[field] > most)] = REASONS.index(reason)
+            counts["reason"][(counts["reason"] == 0) & (counts[field] > most)] = reason.number
         return counts
 
     def _places(self, shard: int) -> tuple[Path, Path]:
@@ -202,12 +188,13 @@ def count_shard(dataset: Dataset, shard: int, processor: Processor) -> NDArray[A
             sample = dataset.read_text(shard, row)
         except DataError as error:
             LOGGER.warning("%s", error)
-            counts[row]["reason"] = REASONS.index(UNREADABLE)
+            counts[row]["reason"] = Reason.UNREADABLE.number
             continue
         of_images = [(width, height) for width, height in sizes[first : first + number]]
         count = processor.count(sample.turns, of_images, sample.options)
-        reason = REASONS.index(count.reason)
-        counts[row] = (count.tokens, count.supervised, count.image_tokens, count.patches, reason, count.truncated)
+        counts[row] = (
+            count.tokens, count.supervised, count.image_tokens, count.patches, count.reason.number, count.truncated
+        )  # fmt: skip
     return counts
 
 
@@ -233,7 +220,10 @@ def survey(
     report: dict[str, Any] = {"samples": len(dataset), "excluded": {}, "truncated": 0, "tokens": 0}
     report["supervised_tokens"] = 0
     digest = hashlib.sha256()
-    refused: dict[str, list[str]] = {TOO_LONG: [], TOO_MANY: [], UNREADABLE: []}  # the first few of each
+    # The first few of each.
+    refused: dict[Reason, list[str]] = {
+        reason: [] for reason in (Reason.TOO_LONG, Reason.TOO_MANY_PATCHES, Reason.UNREADABLE)
+    }
     firsts = np.array([source.first for source in sources], dtype=np.int64)
     used = np.zeros((2, len(sources)), dtype=np.int64)  # usable samples and their tokens
     path = None if output_dir is None else output_dir / "excluded.jsonl"
@@ -251,8 +241,8 @@ def survey(
                 used[0] += np.bincount(which, minlength=len(sources))
                 used[1] += np.bincount(which, table["tokens"][usable], len(sources)).astype(np.int64)
             for row in np.flatnonzero(~usable).tolist():
-                reason, tokens = REASONS[table["reason"][row]], int(table["tokens"][row])
-                report["excluded"][reason] = report["excluded"].get(reason, 0) + 1
+                reason, tokens = Reason.numbered(int(table["reason"][row])), int(table["tokens"][row])
+                report["excluded"][reason.text] = report["excluded"].get(reason.text, 0) + 1
                 if len(refused.get(reason, "12345")) < 5:
                     refused[reason].append(_describe(dataset, shard, row, tokens))
                 if file is not None:
@@ -302,18 +292,18 @@ def shares(sources: Sequence[Source], usable: Sequence[int], tokens: Sequence[in
     return rows
 
 
-def _refuse(report: dict[str, Any], refused: dict[str, list[str]], config: DataConfig) -> None:
+def _refuse(report: dict[str, Any], refused: dict[Reason, list[str]], config: DataConfig) -> None:
     advice = {
-        TOO_LONG: f"have more than {config.seq_length} tokens: raise data.seq_length, or set data.on_too_long to "
+        Reason.TOO_LONG: f"have more than {config.seq_length} tokens: raise data.seq_length, or set data.on_too_long to "
         "truncate or drop",
-        TOO_MANY: f"have more than {config.max_patches_per_row} image patches: raise data.max_patches_per_row, or set "
-        "data.on_too_long to drop",
-        UNREADABLE: "cannot be read: build the folder again, or set data.on_bad_sample to skip",
+        Reason.TOO_MANY_PATCHES: f"have more than {config.max_patches_per_row} image patches: raise "
+        "data.max_patches_per_row, or set data.on_too_long to drop",
+        Reason.UNREADABLE: "cannot be read: build the folder again, or set data.on_bad_sample to skip",
     }
     for reason, names in refused.items():
-        policy = config.on_bad_sample if reason == UNREADABLE else config.on_too_long
+        policy = config.on_bad_sample if reason is Reason.UNREADABLE else config.on_too_long
         if policy == "raise" and names:
-            number = report["excluded"][reason]
+            number = report["excluded"][reason.text]
             more = f" and {number - len(names)} more" if number > len(names) else ""
             all_ = report["samples"]
             raise DataError(f"{number} of {all_} samples {advice[reason]}. They are {', '.join(names)}{more}")
@@ -327,12 +317,12 @@ def _describe(dataset: Dataset, shard: int, row: int, tokens: int) -> str:
     return f"{key} ({tokens} tokens)" if tokens else key
 
 
-def _excluded_line(dataset: Dataset, shard: int, row: int, reason: str, tokens: int) -> dict[str, Any]:
+def _excluded_line(dataset: Dataset, shard: int, row: int, reason: Reason, tokens: int) -> dict[str, Any]:
     return {
         "sample": _describe(dataset, shard, row, 0),
         "shard": str(dataset.shards[shard].path),
         "offset": int(dataset.index(shard)[row]["offset"]),
-        "reason": reason,
+        "reason": reason.text,
         "tokens": tokens,
     }
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from megatron_vlm.data.shards import (
 )
 from megatron_vlm.data.tar import BLOCK, parse_header
 from megatron_vlm.data.tar_shards import read_tar_sample
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 
 MAX_OPEN = 128  # shards whose file and index stay open in each process
 TEXT_BYTES = 8192  # read at first for a sample's text: most fit
+_damaged = partial(DataError, reason=Reason.DAMAGED_SHARD)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +173,7 @@ class Dataset:
         with self._naming(shard, entry):
             block = self._pread(shard, int(entry["offset"]), int(entry["span"]))
             if zlib.crc32(block) != int(entry["crc32"]):
-                raise DataError("damaged: its crc32 differs from the index")
+                raise _damaged("damaged: its crc32 differs from the index")
             first = int(entry["first_image"])
             table = self._images(shard)[first : first + int(entry["num_images"])]
             images = tuple(self._image(shard, image, block, int(entry["offset"])) for image in table)
@@ -183,7 +185,7 @@ class Dataset:
             return block[start : start + size]
         data = self._pread(shard, int(image["offset"]), size)  # another sample of the shard holds it
         if zlib.crc32(data) != int(image["crc32"]):
-            raise DataError("damaged: the crc32 of an image differs from the index")
+            raise _damaged("damaged: the crc32 of an image differs from the index")
         return data
 
     def read_text(self, shard: int, row: int) -> RawSample:
@@ -207,13 +209,13 @@ class Dataset:
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         if size > MAX_SPAN:
-            raise DataError(f"the sample has {size} bytes, the limit is {MAX_SPAN}")
+            raise _damaged(f"the sample has {size} bytes, the limit is {MAX_SPAN}")
         try:
             block = os.pread(self._files(shard), size, offset)
         except OSError as error:
-            raise DataError(f"cannot read: {error.strerror}") from error
+            raise _damaged(f"cannot read: {error.strerror}") from error
         if len(block) != size:
-            raise DataError(f"the shard is cut short: {len(block)} of {size} bytes")
+            raise _damaged(f"the shard is cut short: {len(block)} of {size} bytes")
         return block
 
     @contextmanager
@@ -222,7 +224,7 @@ class Dataset:
             yield
         except DataError as error:
             name, offset = str(self.shards[shard].path), int(entry["offset"])
-            raise DataError(error.message, key=error.key, shard=name, offset=offset) from error
+            raise error.at(key=error.key, shard=name, offset=offset) from error
 
     def close(self) -> None:
         """Closes the files."""
@@ -244,13 +246,13 @@ def _open_array(path: Path, dtype: np.dtype, length: int, crc32: int | None) -> 
         # An empty array cannot be mapped, and a text-only shard has one.
         array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read the index: {error}", shard=str(path)) from error
+        raise _damaged(f"cannot read the index: {error}", shard=str(path)) from error
     if array.dtype != dtype or len(array) != length:
-        raise DataError(
+        raise _damaged(
             f"the index has {len(array)} rows of {array.dtype}, expected {length} of {dtype}", shard=str(path)
         )
     if crc32 is not None and zlib.crc32(array.view(np.uint8)) != crc32:
-        raise DataError("damaged: the crc32 of the index differs from the manifest", shard=str(path))
+        raise _damaged("damaged: the crc32 of the index differs from the manifest", shard=str(path))
     return array
 
 
@@ -259,7 +261,7 @@ def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int,
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["version"] != MANIFEST_VERSION:
-            raise DataError(f"version {manifest['version']} is not read here, only {MANIFEST_VERSION}", shard=str(path))
+            raise _damaged(f"version {manifest['version']} is not read here, only {MANIFEST_VERSION}", shard=str(path))
         layouts = [Layout(**layout) for layout in manifest.get("layouts", [])]
         shards = [
             Shard(
@@ -278,19 +280,19 @@ def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int,
         sources = _read_sources(manifest.get("sources"), sum(shard.num_samples for shard in shards), folder.name)
     except FileNotFoundError as error:
         message = "no manifest.json: name a folder made by 'megatron-vlm data build'"
-        raise DataError(message, shard=str(folder)) from error
+        raise _damaged(message, shard=str(folder)) from error
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise DataError(f"not a readable manifest: {error!r}", shard=str(path)) from error
+        raise _damaged(f"not a readable manifest: {error!r}", shard=str(path)) from error
     for shard in shards:
         if os.path.basename(shard.name) != shard.name:
-            raise DataError(f"shard name {shard.name} leads out of its folder", shard=str(path))
+            raise _damaged(f"shard name {shard.name} leads out of its folder", shard=str(path))
         try:
             size = os.stat(shard.tar or os.path.join(shard.folder, shard.name)).st_size
         except OSError:
             size = None
         if size != shard.num_bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise DataError(f"the shard {found}, the manifest says {shard.num_bytes} bytes", shard=str(shard.path))
+            raise _damaged(f"the shard {found}, the manifest says {shard.num_bytes} bytes", shard=str(shard.path))
     return shards, sources
 
 

@@ -3,21 +3,26 @@
 Cutting them into tiles: ``tiling.py``.
 """
 
+import contextlib
 import io
 import os
 import random
-import stat
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from megatron_vlm.errors import DataError
+from megatron_vlm.data.foreign import told
+from megatron_vlm.errors import DataError, Reason
+from megatron_vlm.files import describe, open_regular
 
-EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # an MPO file (phones) opens as JPEG, its first frame
+EXTENSIONS = {
+    "PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "AVIF": "avif", "HEIF": "heic",
+}  # fmt: skip
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF", "HEIF")  # an MPO file (phones) opens as JPEG, its first frame
 MAX_BYTES = 64 * 2**20
 MAX_SIDE = 16_384
 MAX_PIXELS = 50_000_000
@@ -25,8 +30,15 @@ MAX_ASPECT = 200
 JPEG_QUALITIES = (75, 100)
 _UPRIGHT_SWAPS = (5, 6, 7, 8)  # values of the EXIF orientation that turn an image by 90 degrees
 _ORIENTATION = 0x0112
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_unreadable = partial(DataError, reason=Reason.UNREADABLE_IMAGE)
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, OverflowError)
 Image.init()  # plugins are listed once, not in the first worker's first image
+with contextlib.suppress(ImportError):  # the extra `heif`; AVIF is Pillow's own
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+_KNOWN = tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def read_image_file(path: str | Path) -> bytes:
@@ -36,41 +48,54 @@ def read_image_file(path: str | Path) -> bytes:
         DataError: unreadable, not a regular file (a device or pipe is never waited for), or beyond the limit of bytes.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"cannot read image {path}: not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise DataError(f"image {path} has {status.st_size} bytes, the limit is {MAX_BYTES}")
-        with open(path, "rb") as file:
+        with open_regular(path, DataError) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise _unreadable(f"image {describe(path)} has {size} bytes, the limit is {MAX_BYTES}")
             return file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read image {path}: {getattr(error, 'strerror', None) or error}") from error
+    except DataError as error:
+        if error.reason is Reason.UNREADABLE_IMAGE:
+            raise
+        message = error.message.replace("cannot read", "cannot read image", 1)
+        raise DataError(message, reason=Reason.MISSING_IMAGE) from error
+    except OSError as error:
+        message = f"cannot read image {describe(path)}: {error.strerror}"
+        raise DataError(message, reason=Reason.MISSING_IMAGE) from error
 
 
 def open_image(data: bytes, name: str = "image") -> Image.Image:
     """Opens an encoded image without decoding it.
 
     Raises:
-        DataError: not a readable PNG, JPEG, WebP, GIF or BMP, animated, 16-bit, or beyond a limit (numbers shown).
+        DataError: not a readable picture of one of FORMATS, animated, 16-bit, or beyond a limit (numbers shown).
     """
     if len(data) > MAX_BYTES:
-        raise DataError(f"{name} has {len(data)} bytes, the limit is {MAX_BYTES}")
+        raise _unreadable(f"{name} has {len(data)} bytes, the limit is {MAX_BYTES}")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_KNOWN)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name} is refused: {error}") from error
+        raise _unreadable(f"{name} is refused: {error}") from error
     except _DECODE_ERRORS as error:
-        raise DataError(f"{name} is not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
+        raise _unreadable(f"{name} is {_not_an_image(data)}") from error
     width, height = image.size
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise DataError(f"{name} is {width} x {height}, the limits are {MAX_SIDE} a side and {MAX_PIXELS} pixels")
+        raise _unreadable(f"{name} is {width} x {height}, the limits are {MAX_SIDE} a side and {MAX_PIXELS} pixels")
     if not width or not height or max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataError(f"{name} is {width} x {height}, the longer side may be {MAX_ASPECT} times the shorter one")
+        raise _unreadable(f"{name} is {width} x {height}, the longer side may be {MAX_ASPECT} times the shorter one")
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise DataError(f"{name} is animated: give single frames")
+        raise _unreadable(f"{name} is animated: give single frames")
     if image.mode.startswith(("I", "F")):
-        raise DataError(f"{name} has pixels of mode {image.mode}: convert it to 8 bits a channel")
+        raise _unreadable(f"{name} has pixels of mode {image.mode}: convert it to 8 bits a channel")
     return image
+
+
+def _not_an_image(data: bytes) -> str:
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in _HEIF_BRANDS and "HEIF" not in _KNOWN:
+        return "a HEIC picture, which needs pillow-heif: pip install 'megatron_vlm[heif]', or convert it"
+    if brand == b"avif" and "AVIF" not in _KNOWN:
+        return "an AVIF picture, which this build of Pillow does not read: install Pillow's wheel, or convert it"
+    return told(data) or f"not a readable {', '.join(_KNOWN[:-1])} or {_KNOWN[-1]} image"
 
 
 def decode_image(data: bytes, name: str = "image") -> Image.Image:
@@ -83,7 +108,7 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
     try:
         return upright_rgb(image)
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be decoded: {error}") from error
+        raise _unreadable(f"{name} cannot be decoded: {error}") from error
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -117,7 +142,7 @@ def probe_image(data: bytes, name: str = "image") -> tuple[str, int, int]:
         image.load()
         turned = image.getexif().get(_ORIENTATION) in _UPRIGHT_SWAPS
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be decoded: {error}") from error
+        raise _unreadable(f"{name} cannot be decoded: {error}") from error
     return (extension, height, width) if turned else (extension, width, height)
 
 

@@ -89,7 +89,7 @@ class RowReader:
                     f"{len(encoded.input_ids)} tokens, its count says {tokens}: remove the token counts (.tokens.npy)"
                 )
         except DataError as error:
-            raise DataError(error.message, key=sample.key, shard=path, offset=offset) from error
+            raise error.at(key=sample.key, shard=path, offset=offset) from error
         except Exception as error:  # a bug, not a bad sample: no policy hides it, but it gets a name
             raise RuntimeError(f"encoding sample {sample.key} of {path} failed: {error!r}") from error
         return encoded

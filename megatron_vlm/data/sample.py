@@ -4,16 +4,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+IMAGE_PLACEHOLDER = "<image>"
 MAX_IMAGES = 2**16 - 1  # of a sample: their number
 MAX_SPAN = 2**30  # and bytes of its members
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One message. ``role`` is ``user``, ``assistant`` or ``system``; ``<image>`` in ``text`` marks an image's place."""
+    """One message.
+
+    Attributes:
+        role: ``user``, ``assistant`` or ``system``.
+        text: ``<image>`` in it marks an image's place.
+        loss: false where its author wants no loss taken on it, whatever the settings; true: as they say.
+    """
 
     role: str
     text: str
+    loss: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +31,7 @@ class RawSample:
     Attributes:
         key: names it in every error.
         turns: the conversation.
-        images: encoded files (PNG, JPEG, WebP, GIF, BMP), in order of use; frames of a video among them.
+        images: encoded files, in order of use; frames of a video among them.
         image_names: where each came from.
         options: what the data set's own settings ask of the processor for this sample, known keys in
             ``formats.records.OPTIONS``; a family without the notion (tiles, say) leaves a key unused.

@@ -91,7 +91,9 @@ def from_sentencepiece(path: str | Path, added: Mapping[int, str], aliases: Mapp
         for index, name in enumerate(names)
         if index in added or index >= len(proto.pieces) or proto.pieces[index].type in (_CONTROL, _USER_DEFINED)
     ]
-    tokenizer.add_tokens([AddedToken(names[index], normalized=False, special=True) for index in whole])
+    # User-defined pieces are whole in any text, but they are text: only control pieces and tokens of the folder's own steer.
+    text = {i for i in whole if i not in added and i < len(proto.pieces) and proto.pieces[i].type == _USER_DEFINED}
+    tokenizer.add_tokens([AddedToken(names[index], normalized=False, special=index not in text) for index in whole])
     return plain_tokenizer(tokenizer)
 
 

@@ -33,7 +33,7 @@ from megatron_vlm.data.images import probe_image, read_image_file
 from megatron_vlm.data.sample import MAX_IMAGES, MAX_SPAN, RawSample, Turn
 from megatron_vlm.data.tar import BLOCK
 from megatron_vlm.data.video import announce, read_frames
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 2
@@ -126,7 +126,7 @@ class ShardWriter:
         members = [self._stored[d][0] if d in self._stored else new[d][0] for d in digests]
         content = {
             **text,
-            "turns": [{"role": turn.role, "text": turn.text} for turn in turns],
+            "turns": [_written(turn) for turn in turns],
             "images": [name for name, _ in images],
             "members": members,
         }
@@ -196,14 +196,27 @@ def parse_text(name: str, content: bytes) -> RawSample:
     """
     key = name.removesuffix(".json")
     if key == name:
-        raise DataError(f"a sample starts with its KEY.json member, not with {name!r}")
+        message = f"a sample starts with its KEY.json member, not with {name!r}"
+        raise DataError(message, reason=Reason.DAMAGED_SHARD)
     try:
         data = strict_decoder().decode(content.decode("utf-8"))
-        turns = tuple(Turn(role=turn["role"], text=turn["text"]) for turn in data["turns"])
+        turns = tuple(_turn(turn) for turn in data["turns"])
         options, label = data.get("options", {}), str(data.get("id", ""))
         return RawSample(key=key, turns=turns, image_names=tuple(data["images"]), options=options, label=label)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"bad {name}: {error!r}", key=key) from error
+        raise DataError(f"bad {name}: {error!r}", reason=Reason.BAD_JSON, key=key) from error
+
+
+def _written(turn: Turn) -> dict[str, Any]:
+    """As KEY.json has it; ``loss`` stands only where it is false, so that data without it has the bytes that it always had."""
+    return {"role": turn.role, "text": turn.text, **({} if turn.loss else {"loss": False})}
+
+
+def _turn(data: dict[str, Any]) -> Turn:
+    role, text, loss = data["role"], data["text"], data.get("loss", True)
+    if not isinstance(role, str) or not isinstance(text, str) or not isinstance(loss, bool):
+        raise TypeError(f"turn {data!r:.200}")
+    return Turn(role=role, text=text, loss=loss)
 
 
 def check_sample(sample: RawSample) -> list[tuple[int, int]]:

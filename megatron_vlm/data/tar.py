@@ -12,13 +12,14 @@ import mmap
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 
 try:
     from megatron_vlm.data import _tar as _native
@@ -26,6 +27,7 @@ except ImportError:  # installed without a C compiler
     _native = None  # type: ignore[assignment]
 
 BLOCK = 512
+_damaged = partial(DataError, reason=Reason.DAMAGED_SHARD)
 MAX_MEMBER = 2**30
 MAX_EXTENSION = 2**20  # of a pax or GNU header
 _REGULAR = (0, ord("0"))
@@ -84,7 +86,7 @@ def index_tar(path: str | Path) -> TarIndex:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             if size < BLOCK:
-                raise DataError("not a tar archive: it has no header")
+                raise _damaged("not a tar archive: it has no header")
             found = _native.walk(file.fileno(), size, MAX_MEMBER) if _native else None
             if found is not None:
                 *numbers, names, end = found
@@ -93,9 +95,9 @@ def index_tar(path: str | Path) -> TarIndex:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _index(path, data, size)
     except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", shard=str(path)) from error
+        raise _damaged(f"cannot read: {error.strerror}", shard=str(path)) from error
     except DataError as error:
-        raise DataError(error.message, key=error.key, shard=str(path), offset=error.offset) from error
+        raise error.at(key=error.key, shard=str(path), offset=error.offset) from error
 
 
 def _index(path: Path, data: mmap.mmap, size: int) -> TarIndex:
@@ -129,9 +131,9 @@ def _index(path: Path, data: mmap.mmap, size: int) -> TarIndex:
             names[row] = prefix + b"/" + names[row]
     regular, extension = np.isin(kinds, _REGULAR), np.isin(kinds, _EXTENSIONS)
     for row in np.flatnonzero(~regular & ~extension & (kinds != _FOLDER))[:1].tolist():
-        raise DataError(f"tar member {names[row]!r} is not a regular file", offset=int(headers[row]))
+        raise _damaged(f"tar member {names[row]!r} is not a regular file", offset=int(headers[row]))
     for row in np.flatnonzero(sizes > np.where(extension, MAX_EXTENSION, MAX_MEMBER))[:1].tolist():
-        raise DataError(f"tar member {names[row]!r} has {sizes[row]} bytes, beyond the limit", offset=int(headers[row]))
+        raise _damaged(f"tar member {names[row]!r} has {sizes[row]} bytes, beyond the limit", offset=int(headers[row]))
     starts, names, sizes = headers[regular], names[regular], sizes[regular]
     offsets = starts + BLOCK
     if extension.any():
@@ -165,7 +167,7 @@ def _walk(data: mmap.mmap, size: int) -> tuple[NDArray[np.int64], int]:
         block = data[position : position + BLOCK]
         if len(block) < BLOCK:
             last = headers[-2] if len(headers) > 1 else 0
-            raise DataError(f"cut short: it has {size} bytes, the mark at the end belongs at {position}", offset=last)
+            raise _damaged(f"cut short: it has {size} bytes, the mark at the end belongs at {position}", offset=last)
         if not any(block):
             headers.insert(0, 0)
             return np.array(headers[:-1], dtype=np.int64), position
@@ -181,7 +183,7 @@ def _size(field: bytes, position: int) -> int:
             return int.from_bytes(field[1:], "big")
         return int(text, 8)
     except ValueError as error:
-        raise DataError(f"damaged tar header: its size reads {field!r}", offset=position) from error
+        raise _damaged(f"damaged tar header: its size reads {field!r}", offset=position) from error
 
 
 def _check_sums(part: NDArray[np.uint64], headers: NDArray[np.int64]) -> None:
@@ -199,7 +201,7 @@ def _check_sums(part: NDArray[np.uint64], headers: NDArray[np.int64]) -> None:
                 continue
         except ValueError:
             pass
-        raise DataError(
+        raise _damaged(
             f"damaged tar header: its checksum reads {text!r}, found {sums[row]:o}", offset=int(headers[row])
         )
 
@@ -227,9 +229,9 @@ def _plain_name(name: bytes) -> str:
     try:
         text = name.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"tar member {name!r}: its name is not UTF-8") from error
+        raise _damaged(f"tar member {name!r}: its name is not UTF-8") from error
     if text.startswith("/") or (".." in text and ".." in text.split("/")):
-        raise DataError(f"tar member {text!r} leads out of the archive")
+        raise _damaged(f"tar member {text!r} leads out of the archive")
     return text
 
 
@@ -243,14 +245,14 @@ def _named_by_tarfile(
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    raise DataError(f"tar member {member.name!r} is not a regular file", offset=member.offset)
+                    raise _damaged(f"tar member {member.name!r} is not a regular file", offset=member.offset)
                 names.append(member.name.encode("utf-8", "surrogateescape"))
                 starts.append(member.offset)
                 places.append((member.offset_data, member.size))
     except (tarfile.TarError, ValueError, EOFError) as error:
-        raise DataError(f"damaged extension header: {error}") from error
+        raise _damaged(f"damaged extension header: {error}") from error
     if places != list(zip(offsets.tolist(), sizes.tolist())):
-        raise DataError("extension headers give members another place than their own headers")
+        raise _damaged("extension headers give members another place than their own headers")
     return np.array(starts, dtype=np.int64), np.array(names, dtype=np.bytes_)
 
 
@@ -263,9 +265,9 @@ def parse_header(block: bytes, position: int = 0) -> tuple[str, int]:
     try:
         header = tarfile.TarInfo.frombuf(block[position : position + BLOCK], "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        raise DataError(f"damaged tar header: {error}") from error
+        raise _damaged(f"damaged tar header: {error}") from error
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or header.size < 0:
-        raise DataError(f"tar member {header.name!r} is not a regular file")
+        raise _damaged(f"tar member {header.name!r} is not a regular file")
     return header.name, header.size
 
 
@@ -282,7 +284,7 @@ def parse_members(block: bytes) -> Iterator[tuple[str, bytes]]:
         name, size = parse_header(block, position)
         start = position + BLOCK
         if start + size > len(block):
-            raise DataError(f"tar member {name!r} is cut short")
+            raise _damaged(f"tar member {name!r} is cut short")
         yield name, block[start : start + size]
         position = start + size + -size % BLOCK
 
@@ -295,7 +297,7 @@ def _members_by_tarfile(block: bytes) -> Iterator[tuple[str, bytes]]:
                     continue
                 content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
                 if content is None:
-                    raise DataError(f"tar member {member.name!r} is not a regular file")
+                    raise _damaged(f"tar member {member.name!r} is not a regular file")
                 yield member.name, content.read()
     except (tarfile.TarError, ValueError, EOFError) as error:
-        raise DataError(f"damaged extension header: {error}") from error
+        raise _damaged(f"damaged extension header: {error}") from error

@@ -23,7 +23,7 @@ from megatron_vlm.data.images import probe_image
 from megatron_vlm.data.sample import RawSample
 from megatron_vlm.data.shards import save_index
 from megatron_vlm.data.tar import parse_members
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 from megatron_vlm.files import file_digest
 
 
@@ -53,7 +53,7 @@ def index_shard(job: TarJob) -> list[dict[str, Any]]:
 
     def reject(record: int, error: DataError) -> None:
         problem = {"source": job.source, "record": record, "file": job.tar, "key": error.key or ""}
-        rejected.append(problem | {"message": error.message})
+        rejected.append(problem | {"message": error.message, "reason": error.reason.number})
 
     digest: dict[str, Any] = {"size": 0, "sha256": ""}
     try:
@@ -62,12 +62,14 @@ def index_shard(job: TarJob) -> list[dict[str, Any]]:
                 reject(number, sample)
                 continue
             if job.halves is not None and number not in job.halves:
-                raise DataError("the tar has changed since the halves were drawn: build again")
+                raise DataError(
+                    "the tar has changed since the halves were drawn: build again", reason=Reason.DAMAGED_SHARD
+                )
             samples, images = tables[job.halves[number] if job.halves is not None else 0]
             try:
                 rows = _image_rows(sample)
             except DataError as error:
-                reject(number, DataError(error.message, key=sample.key))
+                reject(number, error.at(key=sample.key))
                 continue
             samples.append((sample.start, len(sample.block), zlib.crc32(sample.block), len(images), len(rows)))
             images += rows

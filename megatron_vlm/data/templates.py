@@ -28,7 +28,7 @@ class Template:
         answer: an answer and what ends it; both are supervised.
         eos: the answer is followed by the vocabulary's EOS token, supervised, and the next turn by BOS again.
         separator: follows an answer, never supervised.
-        special: tokens that the vocabulary must have and no turn may hold.
+        special: tokens that the vocabulary must have.
         whole: the prompt is tokenised as one string, not piece by piece.
     """
 
@@ -57,12 +57,12 @@ class Template:
             elif turn.role == "user":
                 if begin and bos is not None:
                     pieces.append(Piece(ids=(bos,)))
-                pieces.append(Piece(text=system + _fill(self.user, turn)))
+                pieces.append(Piece(text=system + _fill(self.user, turn), loss=turn.loss))
                 system, begin = "", self.eos
             else:
-                pieces.append(Piece(text=_fill(self.answer, turn), answer=True))
+                pieces.append(Piece(text=_fill(self.answer, turn), answer=True, loss=turn.loss))
                 if self.eos:
-                    pieces.append(Piece(ids=(eos,), answer=True))
+                    pieces.append(Piece(ids=(eos,), answer=True, loss=turn.loss))
                 if self.separator:
                     pieces.append(Piece(text=self.separator))
         return pieces

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_vlm.data.sample import RawSample as RawSample
 from megatron_vlm.data.sample import Turn as Turn
+from megatron_vlm.errors import Reason
 
 IGNORE_INDEX = -100
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -34,7 +35,7 @@ class TokenCount:
         supervised: labels that are not -100 (aligned with ``input_ids``; the first token is never predicted).
         image_tokens: tokens that hold image features.
         patches: patches the vision tower sees (its cost).
-        reason: empty, or why the sample is excluded (``too_long``, ``nothing_supervised``, ``placeholders`` ...).
+        reason: why the sample is excluded; ``Reason.NONE``: it is not.
         truncated: the too-long policy shortened it.
     """
 
@@ -42,7 +43,7 @@ class TokenCount:
     supervised: int
     image_tokens: int
     patches: int
-    reason: str = ""
+    reason: Reason = Reason.NONE
     truncated: bool = False
 
 

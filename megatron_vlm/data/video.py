@@ -5,15 +5,18 @@ Frames are taken from the middles of equal parts of the video, so that the same 
 
 import io
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, VideoSettings
 from megatron_vlm.data.images import MAX_ASPECT, MAX_PIXELS, MAX_SIDE, read_image_file
 from megatron_vlm.data.sample import Turn
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError, DataError, Reason
 
 FRAME_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+_unreadable = partial(DataError, reason=Reason.UNREADABLE_IMAGE)
 MAX_VIDEO_FRAMES = 500_000  # of a file, before some are taken
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # of frames that were decoded from a file
 
@@ -25,7 +28,7 @@ def spread(total: int, settings: VideoSettings, name: str = "video") -> list[int
         DataError: fewer than ``min_frames``.
     """
     if total < settings.min_frames:
-        raise DataError(f"{name} has {total} frames, at least {settings.min_frames} are needed: lower --video-frames")
+        raise _unreadable(f"{name} has {total} frames, at least {settings.min_frames} are needed: lower --video-frames")
     number = min(total, settings.max_frames)
     return [(2 * i + 1) * total // (2 * number) for i in range(number)]
 
@@ -45,7 +48,8 @@ def read_frames(root: str | Path, name: str, settings: VideoSettings) -> list[tu
         wanted = spread(len(files), settings, f"video {path}")
         return [(f"{name}/{files[i].name}", read_image_file(files[i])) for i in wanted]
     if not path.is_file():
-        raise DataError(f"cannot read video {path}: {'not a regular file' if path.exists() else 'No such file'}")
+        message = f"cannot read video {path}: {'not a regular file' if path.exists() else 'No such file'}"
+        raise DataError(message, reason=Reason.MISSING_IMAGE)
     return [(f"{name}#{index}", data) for index, data in _decode(path, settings)]
 
 
@@ -74,23 +78,23 @@ def _decode(path: Path, settings: VideoSettings) -> list[tuple[int, bytes]]:
         options = {"protocol_whitelist": "file"}
         with av.open(os.path.abspath(path), options=options, metadata_errors="ignore") as container:
             if not container.streams.video:
-                raise DataError(f"video {path} has no pictures")
+                raise _unreadable(f"video {path} has no pictures")
             stream = container.streams.video[0]
             width, height = stream.codec_context.width, stream.codec_context.height
             if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-                raise DataError(
+                raise _unreadable(
                     f"video {path} is {width} x {height}: the limit is {MAX_SIDE} a side, {MAX_PIXELS} pixels"
                 )
             if not width or not height or max(width, height) > MAX_ASPECT * min(width, height):
-                raise DataError(f"video {path} is {width} x {height}")
+                raise _unreadable(f"video {path} is {width} x {height}")
             total = _count(container, stream, path)
             wanted = spread(total, settings, f"video {path}")
             container.seek(0)
             frames = _take(container, stream, wanted)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"video {path} cannot be decoded: {error}") from error
+        raise _unreadable(f"video {path} cannot be decoded: {error}") from error
     if len(frames) < settings.min_frames:
-        raise DataError(f"video {path} cannot be decoded: {len(frames)} of {len(wanted)} frames came out")
+        raise _unreadable(f"video {path} cannot be decoded: {len(frames)} of {len(wanted)} frames came out")
     return frames
 
 
@@ -100,7 +104,7 @@ def _count(container: Any, stream: Any, path: Path) -> int:
     for packet in container.demux(stream):
         total += packet.size > 0
         if total > MAX_VIDEO_FRAMES:
-            raise DataError(f"video {path} has more than {MAX_VIDEO_FRAMES} frames: cut it")
+            raise _unreadable(f"video {path} has more than {MAX_VIDEO_FRAMES} frames: cut it")
     return total
 
 
@@ -134,7 +138,7 @@ def announce(turns: tuple[Turn, ...], frames: list[int], settings: VideoSettings
         for part in rest:
             lines = "\n".join(settings.announce.replace("{i}", str(i)) for i in range(1, next(left) + 1))
             head = head + lines + part
-        written.append(Turn(role=turn.role, text=head))
+        written.append(replace(turn, text=head))
     return tuple(written)
 
 

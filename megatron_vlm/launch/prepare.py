@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.build import Problem, build_shards, describe
-from megatron_vlm.data.check import DuplicateId, check_folder, check_sources
+from megatron_vlm.data.check import check_folder, check_sources
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.counts import REASONS, TOO_LONG, survey
+from megatron_vlm.data.counts import survey
 from megatron_vlm.data.formats import FORMATS, WEBDATASET, expand_inputs, open_sources, read_source
 from megatron_vlm.data.formats.json_file import read_json, read_json_records
 from megatron_vlm.data.formats.records import Source, VideoSettings
 from megatron_vlm.data.loader import open_data
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION
 from megatron_vlm.data.types import Processor
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import expand_path
 from megatron_vlm.launch.checks import Report
 from megatron_vlm.launch.config import LaunchConfig
@@ -310,12 +310,14 @@ def _tell(report: Report, inputs: Inputs, config: DataConfig, found: Iterator[st
     for item in found:
         if isinstance(item, str):
             sound += 1
-        elif isinstance(item, DuplicateId):
+        elif item.reason is Reason.DUPLICATE_ID:
             excluded["warning: id of another record"] += 1
         elif _policy_excludes(item, config):
-            excluded[item.message.split(":")[0]] += 1
+            excluded[item.reason.text] += 1
         else:
-            problems.append(Problem(source=0, record=-1, file=_place(item), message=item.message))
+            problems.append(
+                Problem(source=0, record=-1, file=_place(item), message=item.message, reason=item.reason.number)
+            )
     words = "".join(f", {number} {reason}" for reason, number in excluded.most_common())
     if problems and config.on_bad_sample == "raise":
         text = describe(problems, sound + len(problems), fatal=False)
@@ -333,8 +335,8 @@ def _place(error: DataError) -> str:
 
 def _policy_excludes(error: DataError, config: DataConfig) -> bool:
     """Whether a run leaves a sample out, rather than stop over it."""
-    reason = error.message.split(":")[0]
-    return reason in REASONS[1:] and not (reason == TOO_LONG and config.on_too_long == "raise")
+    raised = error.reason is Reason.TOO_LONG and config.on_too_long == "raise"
+    return error.reason.of_the_processor and not raised
 
 
 def _survey(report: Report, inputs: Inputs, config: DataConfig, processor: Processor) -> None:

@@ -22,9 +22,10 @@ from torch import Tensor
 from megatron_vlm.data.chat import FastTokenizer, Tokens, fit
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images import upright_rgb
+from megatron_vlm.data.literal import RESERVED, found, hidden
 from megatron_vlm.data.shards import num_placeholders
 from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 
 Size = tuple[int, int]
 
@@ -35,6 +36,7 @@ def data_fields(config: DataConfig) -> dict[str, Any]:
         "seq_length": config.seq_length,
         "truncate": config.on_too_long == "truncate",
         "answer_loss_only": config.answer_loss_only,
+        "special_tokens_in_text": config.special_tokens_in_text,
         "max_image_num": config.max_image_num,
     }
 
@@ -48,7 +50,7 @@ class ConversationProcessor:
         image_token_id: holds the place of image features; -1: the model has no images.
         filler_token_id: of filler.
         stop_ids: tokens that end an answer.
-        seq_length, truncate, answer_loss_only, max_image_num: see DataConfig.
+        seq_length, truncate, answer_loss_only, special_tokens_in_text, max_image_num: see DataConfig.
     """
 
     tokenizer: FastTokenizer
@@ -58,6 +60,7 @@ class ConversationProcessor:
     seq_length: int
     truncate: bool
     answer_loss_only: bool
+    special_tokens_in_text: str
     max_image_num: int | None
 
     # ---- what a family gives ----
@@ -67,9 +70,9 @@ class ConversationProcessor:
         """Ids that the too-long policy does not cut off: of an image's tokens."""
         return (self.image_token_id,)
 
-    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
-        """Why a sample is left out, by a reason of ``data.counts.REASONS``; empty if it is not."""
-        return ""
+    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> Reason:
+        """Why a sample is left out; ``Reason.NONE``: it is not."""
+        return Reason.NONE
 
     def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> Sequence[Any]:
         """How each image is seen, from its (width, height): what the next three are given."""
@@ -96,7 +99,7 @@ class ConversationProcessor:
     @cached_property
     def fingerprint(self) -> str:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer"}
-        text = json.dumps([3, self.tokenizer.text, values], sort_keys=True, default=dataclasses.asdict)
+        text = json.dumps([4, self.tokenizer.text, values], sort_keys=True, default=dataclasses.asdict)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def count(
@@ -118,7 +121,7 @@ class ConversationProcessor:
         count, tokens, plans = self._count(turns, [image.size for image in images], options)
         if tokens is None or count.reason:
             limits = f"{count.tokens} tokens, seq_length {self.seq_length}, {len(images)} images"
-            raise DataError(f"cannot be trained on: {count.reason} ({limits})", key=key)
+            raise DataError(f"cannot be trained on: {count.reason} ({limits})", reason=count.reason, key=key)
         ids = torch.from_numpy(tokens.ids)
         labels = ids.where(torch.from_numpy(tokens.supervised), torch.tensor(IGNORE_INDEX))
         return self._sample(
@@ -132,11 +135,21 @@ class ConversationProcessor:
             DataError: as many images as placeholders are needed.
         """
         if num_placeholders(turns) != len(images):
-            raise DataError(f"{num_placeholders(turns)} <image> placeholders for {len(images)} images")
+            message = f"{num_placeholders(turns)} <image> placeholders for {len(images)} images"
+            raise DataError(message, reason=Reason.PLACEHOLDERS)
         images = [upright_rgb(image) for image in images]
+        turns = self._as_text(turns)
         plans = self.plans(turns, [image.size for image in images], NO_OPTIONS)
         ids = torch.from_numpy(self.tokenise(turns, plans, prompt=True).ids)
         return self._sample("prompt", ids, torch.full_like(ids, IGNORE_INDEX), images, plans, None)
+
+    def special_tokens(self, turns: Sequence[Turn]) -> list[str]:
+        """Returns the special tokens that texts of a conversation write out."""
+        specials = self.tokenizer.specials
+        return sorted({token for turn in turns for token in found(turn.text, specials)})
+
+    def _as_text(self, turns: Sequence[Turn]) -> list[Turn]:
+        return [dataclasses.replace(turn, text=hidden(turn.text, self.tokenizer.specials)) for turn in turns]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of an answer's ids, without the tokens that end it."""
@@ -159,28 +172,32 @@ class ConversationProcessor:
         self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]
     ) -> tuple[TokenCount, Tokens | None, Sequence[Any]]:
         """Counts, tokens, and plans of the images that the too-long policy leaves."""
-        reason = ""
+        reason = Reason.NONE
         if num_placeholders(turns) != len(sizes):
-            reason = "placeholders"
+            reason = Reason.PLACEHOLDERS
         elif self.max_image_num is not None and len(sizes) > self.max_image_num:
-            reason = "max_image_num"
+            reason = Reason.MAX_IMAGE_NUM
+        steering = self.special_tokens(turns)
+        if steering and (self.special_tokens_in_text == "refuse" or any(RESERVED.search(t.text) for t in turns)):
+            reason = reason or Reason.CONTROL_TOKENS
         reason = reason or self.unusable(turns, sizes)
         if reason:
             return TokenCount(tokens=0, supervised=0, image_tokens=0, patches=0, reason=reason), None, ()
+        turns = self._as_text(turns) if steering else turns
         plans = self.plans(turns, sizes, options)
         tokens = fit(
             lambda some: self.tokenise(some, plans), turns, self.seq_length, truncate=self.truncate, keep=self.never_cut
         )
         if tokens is None:
             length = len(self.tokenise(turns, plans).ids)
-            return TokenCount(tokens=length, supervised=0, image_tokens=0, patches=0, reason="too_long"), None, ()
+            return TokenCount(tokens=length, supervised=0, image_tokens=0, patches=0, reason=Reason.TOO_LONG), None, ()
         plans = plans[: num_placeholders(turns[: tokens.num_turns])]
         count = TokenCount(
             tokens=len(tokens.ids),
             supervised=tokens.num_supervised,
             image_tokens=int((tokens.ids == self.image_token_id).sum()),
             patches=sum(self.patches(plan) for plan in plans),
-            reason="" if tokens.num_supervised else "nothing_supervised",
+            reason=Reason.NONE if tokens.num_supervised else Reason.NOTHING_SUPERVISED,
             truncated=tokens.truncated,
         )
         return count, tokens, plans

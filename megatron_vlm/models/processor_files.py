@@ -73,7 +73,7 @@ def token_ids(hf_dir: Path, find: Callable[[str], int | None], needed: Sequence[
 
 
 def tokenizer_fields(
-    hf_dir: Path, tokenizer: Any, image_token_id: int, configured: int | None, vocab_size: int
+    hf_dir: Path, tokenizer: Any, image_token_id: int, configured: int | None, vocab_size: int, steering: Sequence[str]
 ) -> dict[str, Any]:
     """Fields of a processor from a tokenizer of transformers, of which the backend alone is kept.
 
@@ -83,6 +83,7 @@ def tokenizer_fields(
         image_token_id: its id of the token that holds the place of image features.
         configured: the same by config.json; None: it does not say.
         vocab_size: of the model.
+        steering: tokens that the prompt is made of.
 
     Raises:
         ConfigError: the two differ.
@@ -91,7 +92,7 @@ def tokenizer_fields(
         raise ConfigError(f"{hf_dir}: config.json has image_token_id {configured}, the tokenizer {image_token_id}")
     fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return {
-        "tokenizer": plain_tokenizer(tokenizer.backend_tokenizer),
+        "tokenizer": plain_tokenizer(tokenizer.backend_tokenizer).steered_by(steering),
         "image_token_id": image_token_id,
         "filler_token_id": next(i for i in fillers if i is not None and i < vocab_size),
     }

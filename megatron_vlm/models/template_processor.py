@@ -18,7 +18,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.sentencepiece import load_tokenizer
 from megatron_vlm.data.templates import IMAGE, TEMPLATES, Template
 from megatron_vlm.data.types import EncodedSample, Turn
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
@@ -40,13 +40,11 @@ class TemplateProcessor(ConversationProcessor):
         template: prompt format.
         bos_token_id: begins a conversation, never supervised; None: nothing does.
         eos_token_id: id of EOS.
-        control_tokens: no turn may hold their text.
     """
 
     template: Template
     bos_token_id: int | None
     eos_token_id: int
-    control_tokens: tuple[str, ...]
 
     @property
     def tokens_per_image(self) -> int:
@@ -62,10 +60,8 @@ class TemplateProcessor(ConversationProcessor):
         """Prepares an RGB image: float32 [3, H, W]."""
         raise NotImplementedError
 
-    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
-        if sizes and self.image_token_id < 0:
-            return "images_for_a_text_model"
-        return "control_tokens" if any(t in turn.text for turn in turns for t in self.control_tokens) else ""
+    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> Reason:
+        return Reason.IMAGES_FOR_A_TEXT_MODEL if sizes and self.image_token_id < 0 else Reason.NONE
 
     def patches(self, plan: Size) -> int:
         return self.patches_per_image
@@ -75,7 +71,8 @@ class TemplateProcessor(ConversationProcessor):
 
     def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
         if images and self.image_token_id < 0:
-            raise DataError("this model has no vision tower: ask it without images")
+            message = "this model has no vision tower: ask it without images"
+            raise DataError(message, reason=Reason.IMAGES_FOR_A_TEXT_MODEL)
         return super().encode_prompt(turns, images)
 
     def tokenise(self, turns: Sequence[Turn], plans: Sequence[Size], prompt: bool = False) -> Tokens:
@@ -104,7 +101,7 @@ class TemplateProcessor(ConversationProcessor):
         """
         if self.image_token_id < 0 or turn.role != "user" or turn.text.count(IMAGE) != 1:
             return turn
-        return Turn(role=turn.role, text=f"{IMAGE}\n{turn.text.replace(IMAGE, '').strip()}".strip())
+        return dataclasses.replace(turn, text=f"{IMAGE}\n{turn.text.replace(IMAGE, '').strip()}".strip())
 
 
 def prompt_settings(hf_dir: Path, config: DataConfig, family: str, vocab_size: int) -> dict[str, Any]:
@@ -138,14 +135,12 @@ def prompt_settings(hf_dir: Path, config: DataConfig, family: str, vocab_size: i
         )
     ids = {name: tokenizer.token_id(token) for name, token in (("bos", bos), ("pad", pad)) if token}
     ends = [found[token] for token in template.special if template.answer.endswith(token)]
-    control = {*template.special, eos, *([bos] if bos else [])}
     return dict(
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.steered_by([*template.special, eos, *([bos] if bos else [])]),
         template=template,
         bos_token_id=ids.get("bos"),
         eos_token_id=found[eos],
         filler_token_id=next(i for i in (ids.get("pad"), found[eos]) if i is not None and i < vocab_size),
-        control_tokens=tuple(sorted(control)),
         stop_ids=generation_stops(hf_dir, *ends, found[eos]),
         **data_fields(config),
     )

@@ -126,9 +126,9 @@ RECORDS = {
     "image_other_object": (talk(image={"file": "good.png"}), "'image' must be"),
     "image_nested_list": (talk(image=[["good.png"]]), "'image' must be"),
     "image_missing": (talk(image="no.png"), "no.png: No such file"),
-    "image_folder": (talk(image="."), "not a regular file"),
-    "image_is_a_pipe": (talk(image="pipe"), "not a regular file"),
-    "image_is_a_device": (talk(image="/dev/zero"), "not a regular file"),
+    "image_folder": (talk(image="."), "it is a folder, not a file"),
+    "image_is_a_pipe": (talk(image="pipe"), "it is a pipe, not a file"),
+    "image_is_a_device": (talk(image="/dev/zero"), "it is a device, not a file"),
     "image_with_nul": (talk(image="a\0b"), "null byte"),
     "image_name_too_long": (talk(image="x" * 5000), "too long"),
     "image_surrogate": ('{"image": "\\ud800", "conversations": ' + json.dumps(TALK) + "}", "surrogate"),
@@ -189,7 +189,7 @@ IMAGES = {
     "none": (b"", "not a readable"),
     "zeros": (bytes(1000), "not a readable"),
     "text": (b"not an image", "not a readable"),
-    "html": (b"<!DOCTYPE html><html>404</html>", "not a readable"),
+    "html": (b"<!DOCTYPE html><html>404</html>", "is a web page"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a readable"),
     "pdf": (b"%PDF-1.4\n%%EOF", "not a readable"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable"),
@@ -338,7 +338,7 @@ TARS = {
     "text_bytes": (tar(("a.png", PNG), ("a.txt", b"\xff")), "not UTF-8"),
     "text_empty": (tar(("a.png", PNG), ("a.txt", b"")), "empty answer"),
     "image_bomb": (tar(("a.png", png(30_000, 30_000)), ("a.json", TEXT)), "limits|refused"),
-    "image_lies": (tar(("a.png", b"<html>"), ("a.json", TEXT)), "not a readable"),
+    "image_lies": (tar(("a.png", b"<html>"), ("a.json", TEXT)), "is a web page"),
 }  # fmt: skip
 TARS["pickle"] = (TARS["pickle"][0], OK)  # the member is not even looked at; the text is a sample without images
 

@@ -16,7 +16,6 @@ import pytest
 
 from megatron_vlm.cli.main import main
 from megatron_vlm.data import build
-from megatron_vlm.data.kinds import kind_of
 from megatron_vlm.data.split import SplitSettings
 from megatron_vlm.errors import ConfigError, DataError
 from tests.data.formats.make import built, picture, write_json, write_pictures
@@ -227,12 +226,6 @@ def test_every_problem_is_reported_with_counts(inputs, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "d.json"]
     with pytest.raises(DataError, match="cannot be read"):  # no policy goes past a broken array
         built(tmp_path / "out", "llava", tmp_path / "d.json", on_bad_sample="skip")
-
-
-def test_kinds():
-    assert kind_of("3 <image> placeholders for 4 images: write one per image") == "placeholders"
-    assert kind_of("cannot read image /a/b.png: No such file") == "missing image"
-    assert kind_of("something nobody thought of") == "bad record"
 
 
 def images_in(samples):

@@ -38,7 +38,7 @@ PROBLEMS = {
     "empty answer": {"image": "dot.png", "conversations": turns(("human", "<image>What?"), ("gpt", " "))},
     "bad record": {"image": 7, "conversations": GOOD},
     "too long": {"conversations": turns(("human", "a " * 60), ("gpt", "b " * 60))},
-    "refused by the processor": {"conversations": turns(("human", "a"), ("gpt", "<end_of_utterance>"))},
+    "control tokens": {"conversations": turns(("human", "a"), ("gpt", "<end_of_utterance>"))},
 }
 
 
@@ -54,7 +54,8 @@ def test_check_of_records_names_every_problem(folder, idefics2_dir, capsys):
     records = [{"id": 1, **good}, *({"id": kind, **record} for kind, record in PROBLEMS.items()), {"id": 1, **good}]
     (folder / "data.json").write_text(json.dumps(records))
     words = ["check", str(folder / "data.json"), "--format", "llava", "--image-root", str(folder)]
-    assert run([*words, "--model", str(idefics2_dir), "--seq-length", "100"]) == 1
+    refuse = ["--set", "data.special_tokens_in_text=refuse"]
+    assert run([*words, "--model", str(idefics2_dir), "--seq-length", "100", *refuse]) == 1
     lines = capsys.readouterr().out.splitlines()
     for number, kind in enumerate(PROBLEMS, 1):
         assert [line for line in lines if line.startswith(f"{kind}: ") and f"record {number}" in line], (kind, lines)
@@ -83,7 +84,8 @@ def test_check_of_tars_names_every_problem(folder, idefics2_dir, capsys):
     write_tar(folder / "in" / "2.tar", members_of(folder, {f"x/{k.replace(' ', '_')}": r for k, r in problems.items()}))
     (folder / "in" / "3.tar").write_bytes((folder / "in" / "0.tar").read_bytes()[:700])
     words = ["check", str(folder / "in"), str(folder / "none.tar"), "--format", "webdataset"]
-    assert run([*words, "--model", str(idefics2_dir), "--seq-length", "100"]) == 1
+    refuse = ["--set", "data.special_tokens_in_text=refuse"]
+    assert run([*words, "--model", str(idefics2_dir), "--seq-length", "100", *refuse]) == 1
     lines = capsys.readouterr().out.splitlines()
     for kind in problems:
         place = f"sample x/{kind.replace(' ', '_')}, in {folder}/in/2.tar: "

@@ -19,7 +19,7 @@ from megatron_vlm.data.formats.parquet import parse_row, rows_of_parquet
 from megatron_vlm.data.formats.records import Record, Source
 from megatron_vlm.data.formats.webdataset import read_tars
 from megatron_vlm.data.formats.xcomposer import expand_xcomposer, parse_xcomposer
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError, DataError, Reason
 
 Rows = Iterator[tuple[int, Any]]
 
@@ -142,6 +142,6 @@ def read_source(source: Source) -> Iterator[tuple[int, Any, Record | DataError]]
                 raise value
             yield number, value, format.parse(source, number, value)
         except DataError as error:
-            yield number, None, DataError(error.message, **where)
+            yield number, None, error.at(**where)
         except RecursionError:
-            yield number, None, DataError("nested too deeply", **where)
+            yield number, None, DataError("nested too deeply", reason=Reason.BAD_JSON, **where)

@@ -3,14 +3,16 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 
 MAX_RECORD_BYTES = 4 * 2**20
 MAX_INLINE_BYTES = 64 * 2**20  # of a record that carries its images itself
 CHUNK = 2**20
+_bad = partial(DataError, reason=Reason.BAD_JSON)
 JSON_LINES = (".jsonl", ".ndjson")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -28,14 +30,14 @@ def read_json_records(path: str | Path, max_bytes: int = MAX_RECORD_BYTES) -> It
     path = Path(path)
     try:
         if not path.is_file():
-            raise DataError("is a folder" if path.is_dir() else "No such file", shard=str(path))
+            raise _bad("is a folder" if path.is_dir() else "No such file", shard=str(path))
         with path.open("rb") as file:
             if path.suffix.lower() in JSON_LINES:
                 yield from _lines(file, max_bytes)
             else:
                 yield from _Array(path, file, max_bytes).records()
     except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", shard=str(path)) from error
+        raise _bad(f"cannot read the file: {error.strerror}", shard=str(path)) from error
 
 
 def _lines(file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, Any]]:
@@ -43,7 +45,7 @@ def _lines(file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, Any]]:
     while raw := file.readline(max_bytes + 2):
         line_number += 1
         if len(raw) > max_bytes and not raw.endswith(b"\n"):
-            yield number, DataError(f"the record has more than {max_bytes} bytes, the limit, line {line_number}")
+            yield number, _bad(f"the record has more than {max_bytes} bytes, the limit, line {line_number}")
             while (rest := file.readline(CHUNK)) and not rest.endswith(b"\n"):
                 pass
             number += 1
@@ -52,7 +54,7 @@ def _lines(file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, Any]]:
             line = raw.decode("utf-8-sig" if line_number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             message = f"not UTF-8 text: {error.reason}, line {line_number} byte {error.start + 1}"
-            yield number, DataError(message)
+            yield number, _bad(message)
             number += 1
             continue
         if not line.strip():
@@ -62,7 +64,7 @@ def _lines(file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, Any]]:
             value, end = _decode(decoder, line, start, lambda index, n=line_number: f"line {n} column {index + 1}")
             end = _after_space(line, end)
             if end < len(line):
-                raise DataError(f"bad json: text after the json value, line {line_number} column {end + 1}")
+                raise _bad(f"bad json: text after the json value, line {line_number} column {end + 1}")
             yield number, value
         except DataError as error:
             yield number, error
@@ -95,12 +97,12 @@ class _Array:
                 except DataError as error:
                     if len(self._text) - self._at > self._max_bytes:
                         message = f"the record has more than {self._max_bytes} bytes, the limit, or is bad json"
-                        raise DataError(f"{message}: {error.message}", shard=str(self._path), key=key) from error
+                        raise _bad(f"{message}: {error.message}", shard=str(self._path), key=key) from error
                     if not self._more():
-                        raise DataError(error.message, shard=str(self._path), key=key) from error
+                        raise error.at(shard=str(self._path), key=key) from error
             if end - self._at > self._max_bytes:
                 message = f"the record has {end - self._at} characters, the limit is {self._max_bytes}"
-                raise DataError(message, shard=str(self._path), key=key)
+                raise _bad(message, shard=str(self._path), key=key)
             self._at = end
             yield number, value
             number += 1
@@ -139,7 +141,7 @@ class _Array:
         except UnicodeDecodeError as error:
             if self._ended or error.start < len(data) - 3:
                 position = self._read - len(self._pending) + error.start
-                raise DataError(f"not UTF-8 text: {error.reason} at byte {position}", shard=str(self._path)) from error
+                raise _bad(f"not UTF-8 text: {error.reason} at byte {position}", shard=str(self._path)) from error
             text, self._pending = data[: error.start].decode("utf-8"), data[error.start :]
         if not self._read:
             text = text.removeprefix("\ufeff")
@@ -154,7 +156,7 @@ class _Array:
         return f"line {line} column {column}"
 
     def _wrong(self, message: str) -> DataError:
-        return DataError(f"bad json: {message} at {self._where(self._at)}", shard=str(self._path))
+        return _bad(f"bad json: {message} at {self._where(self._at)}", shard=str(self._path))
 
 
 def _after_space(text: str, index: int) -> int:
@@ -165,11 +167,11 @@ def _decode(decoder: json.JSONDecoder, text: str, start: int, where: Any) -> tup
     try:
         return decoder.raw_decode(text, start)
     except json.JSONDecodeError as error:
-        raise DataError(f"bad json: {error.msg}, {where(error.pos)}") from error
+        raise _bad(f"bad json: {error.msg}, {where(error.pos)}") from error
     except RecursionError as error:
-        raise DataError(f"bad json: nested too deeply, {where(start)}") from error
+        raise _bad(f"bad json: nested too deeply, {where(start)}") from error
     except ValueError as error:
-        raise DataError(f"bad json: {error}, in the value that starts at {where(start)}") from error
+        raise _bad(f"bad json: {error}, in the value that starts at {where(start)}") from error
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_INLINE_BYTES) -> Any:
@@ -184,11 +186,11 @@ def read_json(path: str | Path, max_bytes: int = MAX_INLINE_BYTES) -> Any:
             raw = file.read(max_bytes + 1)
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", shard=str(path)) from error
+        raise _bad(f"cannot read the file: {error.strerror}", shard=str(path)) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text: {error.reason} at byte {error.start}", shard=str(path)) from error
+        raise _bad(f"not UTF-8 text: {error.reason} at byte {error.start}", shard=str(path)) from error
     if len(raw) > max_bytes:
-        raise DataError(f"the file has more than {max_bytes} bytes, the limit", shard=str(path))
+        raise _bad(f"the file has more than {max_bytes} bytes, the limit", shard=str(path))
 
     def where(index: int) -> str:
         return f"line {text.count(chr(10), 0, index) + 1} column {index - text.rfind(chr(10), 0, index)}"
@@ -198,9 +200,9 @@ def read_json(path: str | Path, max_bytes: int = MAX_INLINE_BYTES) -> Any:
         value, end = _decode(strict_decoder(), text, start, where)
         end = _after_space(text, end)
         if end < len(text):
-            raise DataError(f"bad json: text after the json value, {where(end)}")
+            raise _bad(f"bad json: text after the json value, {where(end)}")
     except DataError as error:
-        raise DataError(error.message, shard=str(path)) from error
+        raise error.at(shard=str(path)) from error
     return value
 
 

@@ -3,14 +3,14 @@
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data.sample import IMAGE_PLACEHOLDER as IMAGE_PLACEHOLDER
 from megatron_vlm.data.sample import Turn
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 
-IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
          "system": "system"}  # fmt: skip
@@ -119,7 +119,8 @@ def make_record(
         if not source.prepend:
             raise DataError(
                 f"0 {IMAGE_PLACEHOLDER} placeholders for {len(images)} images and {len(videos)} videos: write one per "
-                "image, in its place, or set --missing-placeholder prepend to put them before the first question"
+                "image, in its place, or set --missing-placeholder prepend to put them before the first question",
+                reason=Reason.PLACEHOLDERS,
             )
         turns = _prepend(turns, len(images), len(videos), "" if source.format == "xcomposer" else "\n")
     check_turns(turns, len(images), len(videos))
@@ -136,7 +137,7 @@ def make_record(
 def _prepend(turns: Sequence[Turn], num_images: int, num_videos: int, end: str) -> list[Turn]:
     marks = f"{IMAGE_PLACEHOLDER}{end}" * num_images + f"{VIDEO_PLACEHOLDER}{end}" * num_videos
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
-    return [Turn(role=t.role, text=marks + t.text) if i == first else t for i, t in enumerate(turns)]
+    return [replace(t, text=marks + t.text) if i == first else t for i, t in enumerate(turns)]
 
 
 def check_turns(turns: Sequence[Turn], num_images: int, num_videos: int = 0) -> None:
@@ -150,15 +151,19 @@ def check_turns(turns: Sequence[Turn], num_images: int, num_videos: int = 0) -> 
         wanted = ("user", "assistant")[index % 2]
         if turn.role != wanted:
             roles = ", ".join(t.role for t in turns[:20]) + (" ..." if len(turns) > 20 else "")
-            raise DataError(f"roles out of order: expected {wanted} and found {turn.role} (turns: {roles})")
+            raise DataError(
+                f"roles out of order: expected {wanted} and found {turn.role} (turns: {roles})", reason=Reason.ROLES
+            )
         if turn.role == "assistant" and not turn.text.strip():
-            raise DataError(f"empty answer in turn {index + len(turns) - len(body)}")
+            raise DataError(f"empty answer in turn {index + len(turns) - len(body)}", reason=Reason.EMPTY_ANSWER)
     if len(body) % 2 or not body:
-        raise DataError("roles out of order: the last user turn has no answer" if body else "there is no user turn")
+        message = "roles out of order: the last user turn has no answer" if body else "there is no user turn"
+        raise DataError(message, reason=Reason.ROLES)
     for mark, kind, number in ((IMAGE_PLACEHOLDER, "image", num_images), (VIDEO_PLACEHOLDER, "video", num_videos)):
         found = sum(turn.text.count(mark) for turn in turns)
         if found != number:
-            raise DataError(f"{found} {mark} placeholders for {number} {kind}s: write one per {kind}, in its place")
+            message = f"{found} {mark} placeholders for {number} {kind}s: write one per {kind}, in its place"
+            raise DataError(message, reason=Reason.PLACEHOLDERS)
 
 
 def role_of(name: Any, where: str) -> str:
@@ -169,7 +174,7 @@ def role_of(name: Any, where: str) -> str:
     """
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        raise DataError(f"{where}: unknown role {name!r} (known: {', '.join(ROLES)})")
+        raise DataError(f"{where}: unknown role {name!r} (known: {', '.join(ROLES)})", reason=Reason.ROLES)
     return role
 
 

@@ -25,7 +25,7 @@ from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source,
 from megatron_vlm.data.images import MAX_BYTES
 from megatron_vlm.data.sample import MAX_IMAGES, MAX_SPAN, Turn
 from megatron_vlm.data.tar import TarIndex, index_tar
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 TEXT_SUFFIXES = (".json", ".txt", ".caption", ".cls")
@@ -163,22 +163,22 @@ def _best(answers: Any, weights: Any) -> Any:
 
 def _json(content: bytes) -> Any:
     if len(content) > MAX_RECORD_BYTES:
-        raise DataError(f"the json has {len(content)} bytes, the limit is {MAX_RECORD_BYTES}")
+        raise DataError(f"the json has {len(content)} bytes, the limit is {MAX_RECORD_BYTES}", reason=Reason.BAD_JSON)
     try:
         return strict_decoder().decode(content.decode("utf-8-sig"))
     except RecursionError as error:
-        raise DataError("bad json: nested too deeply") from error
+        raise DataError("bad json: nested too deeply", reason=Reason.BAD_JSON) from error
     except ValueError as error:
-        raise DataError(f"bad json: {error}") from error
+        raise DataError(f"bad json: {error}", reason=Reason.BAD_JSON) from error
 
 
 def _text(content: bytes) -> str:
     if len(content) > MAX_RECORD_BYTES:
-        raise DataError(f"the text has {len(content)} bytes, the limit is {MAX_RECORD_BYTES}")
+        raise DataError(f"the text has {len(content)} bytes, the limit is {MAX_RECORD_BYTES}", reason=Reason.BAD_JSON)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise DataError(f"not UTF-8 text: {error.reason} at byte {error.start}", reason=Reason.BAD_JSON) from error
 
 
 def _field(layout: Layout, texts: Mapping[str, bytes], name: str) -> Any:
@@ -209,7 +209,8 @@ def samples_of_tar(path: Path, layout: Layout) -> Iterator[tuple[int, TarSample 
         DataError: the tar is missing, or damaged as a whole.
     """
     if not path.is_file():
-        raise DataError("the tar is no regular file" if path.exists() else "the tar is missing", shard=str(path))
+        message = "the tar is no regular file" if path.exists() else "the tar is missing"
+        raise DataError(message, reason=Reason.DAMAGED_SHARD, shard=str(path))
     index = index_tar(path)
     names = index.names()
     bounds = itertools.pairwise([*index.groups.tolist(), len(names)])
@@ -219,7 +220,7 @@ def samples_of_tar(path: Path, layout: Layout) -> Iterator[tuple[int, TarSample 
             try:
                 found = _sample(layout, data, index, names, number, first, last)
             except DataError as error:
-                found = DataError(error.message, key=split_name(names[first])[0], shard=str(path))
+                found = error.at(key=split_name(names[first])[0], shard=str(path))
             yield number, found
 
 
@@ -240,7 +241,8 @@ def _sample(
         raise DataError(f"{len(images)} images, the limit is {MAX_IMAGES}")
     for name, _, size in images:
         if size > MAX_BYTES:
-            raise DataError(f"image {name} has {size} bytes, the limit is {MAX_BYTES}")
+            message = f"image {name} has {size} bytes, the limit is {MAX_BYTES}"
+            raise DataError(message, reason=Reason.UNREADABLE_IMAGE)
     block = data[start : start + span]
     texts = {part: block[at : at + size] for part, (at, size) in zip(parts, places) if is_text(part)}
     record = parse_parts(layout, texts, len(images))
@@ -267,7 +269,7 @@ def read_tars(source: Source) -> Iterator[tuple[int, Any, Record | DataError]]:
                     yield number, _value(found), _with_images(found, str(tar))
                 number += 1
         except DataError as error:
-            yield number, None, DataError(error.message, shard=str(tar))
+            yield number, None, error.at(shard=str(tar))
 
 
 def _with_images(sample: TarSample, tar: str) -> Record:

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_vlm.data.formats.llava import parse_llava
 from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, object_of
 from megatron_vlm.errors import DataError
+from megatron_vlm.files import read_text
 
 PLACEHOLDER = "<ImageHere>"
 
@@ -51,12 +52,7 @@ def expand_xcomposer(source: Source) -> list[Source]:
         return [source]
     if source.repeat is not None:
         raise DataError("--repeat: the list file itself says how much of each source an epoch takes", shard=str(path))
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", shard=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text: {error.reason} at byte {error.start}", shard=str(path)) from error
+    lines = read_text(path, DataError).removeprefix("\ufeff").split("\n")
     sources = []
     for number, line in enumerate(lines, 1):
         line = line.strip()

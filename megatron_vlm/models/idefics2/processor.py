@@ -24,7 +24,7 @@ from megatron_vlm.data.chat import Piece, Tokens, encode_pieces
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images import quarters, size_within
 from megatron_vlm.data.types import Turn
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, Reason
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
 from megatron_vlm.models.pixels import HALF, NormalisedPixels, pixel_fields
@@ -123,12 +123,9 @@ class Idefics2Processor(NormalisedPixels, ConversationProcessor):
     def never_cut(self) -> tuple[int, ...]:
         return (self.image_token_id, self.fake_token_id)
 
-    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
-        if any(FAKE in turn.text or self.end in turn.text for turn in turns):
-            return "control_tokens"
-        if self.splitting and any(min(size) < 2 for size in sizes):
-            return "image_too_small"  # it has no four quarters
-        return ""
+    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> Reason:
+        quartered = self.splitting and any(min(size) < 2 for size in sizes)
+        return Reason.IMAGE_TOO_SMALL if quartered else Reason.NONE
 
     def patches(self, plan: Size) -> int:
         sizes = [self.resized(right - left, low - top) for left, top, right, low in self.boxes(*plan)]
@@ -156,7 +153,8 @@ class Idefics2Processor(NormalisedPixels, ConversationProcessor):
             pieces.append(Piece(text=f"{turn.role.capitalize()}:"))
             space = "" if turn.text.startswith(IMAGE) else " "
             # The space is the model's to write: generation goes on from "Assistant:".
-            pieces.append(Piece(text=f"{space}{self._expand(turn.text)}{self.end}", answer=answer))
+            text = f"{space}{self._expand(turn.text)}{self.end}"
+            pieces.append(Piece(text=text, answer=answer, loss=turn.loss))
             pieces.append(Piece(text="\n"))
         if prompt:
             pieces.append(Piece(text="Assistant:"))
@@ -187,7 +185,7 @@ def _tokens_of(hf_dir: Path, model: dict[str, Any]) -> dict[str, Any]:
         if text != wanted:
             raise ConfigError(f"{hf_dir} has a chat template that is not Idefics2's: it makes {text!r}, not {wanted!r}")
     return {
-        **tokenizer_fields(hf_dir, tokenizer, ids[IMAGE], model.get("image_token_id", 32001), vocab_size),
+        **tokenizer_fields(hf_dir, tokenizer, ids[IMAGE], model.get("image_token_id", 32001), vocab_size, (FAKE, end)),
         "fake_token_id": ids[FAKE],
         "bos_token_id": tokenizer.bos_token_id,
         "end": end,

@@ -84,10 +84,6 @@ class InternVL3Processor(DynamicTiles, ConversationProcessor):
     def never_cut(self) -> tuple[int, ...]:
         return (self.image_token_id, self.start_token_id, self.stop_token_id)
 
-    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
-        marks = (START, CONTEXT, STOP, OPEN, CLOSE)
-        return "control_tokens" if any(mark in turn.text for turn in turns for mark in marks) else ""
-
     def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> list[TilePlan]:
         return [self.tile_plan(size, most) for size, most in zip(sizes, self.limits(turns, options))]
 
@@ -109,12 +105,17 @@ class InternVL3Processor(DynamicTiles, ConversationProcessor):
             for number, text in enumerate(texts):
                 if number:
                     context = (self.image_token_id,) * (self.tile_tokens * next(numbers))
-                    pieces.append(Piece(ids=(self.start_token_id, *context, self.stop_token_id), answer=answer))
+                    image = (self.start_token_id, *context, self.stop_token_id)
+                    pieces.append(Piece(ids=image, answer=answer, loss=turn.loss))
                 ids = tuple(self.tokenizer.ids(text))
                 ends = answer and number == len(texts) - 1
                 end = len(ids) - 1 if ends else len(ids)  # without the line break at the very end
                 start = header if number == 0 else 0
-                pieces += [Piece(ids=ids[:start]), Piece(ids=ids[start:end], answer=answer), Piece(ids=ids[end:])]
+                pieces += [
+                    Piece(ids=ids[:start]),
+                    Piece(ids=ids[start:end], answer=answer, loss=turn.loss),
+                    Piece(ids=ids[end:]),
+                ]
         if prompt:
             pieces.append(Piece(text=ASSISTANT))
         never = self.never_cut
@@ -164,9 +165,10 @@ def _native_settings(hf_dir: Path, content: dict[str, Any], model: InternVL3Mode
 
 def _tokens_of(hf_dir: Path, model: InternVL3ModelConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(hf_dir)
-    ids = token_ids(hf_dir, tokenizer.get_vocab().get, (START, CONTEXT, STOP, OPEN, CLOSE), "InternVL3")
+    marks = (START, CONTEXT, STOP, OPEN, CLOSE)
+    ids = token_ids(hf_dir, tokenizer.get_vocab().get, marks, "InternVL3")
     return {
-        **tokenizer_fields(hf_dir, tokenizer, ids[CONTEXT], model.image_token_id, model.text.vocab_size),
+        **tokenizer_fields(hf_dir, tokenizer, ids[CONTEXT], model.image_token_id, model.text.vocab_size, marks),
         "start_token_id": ids[START],
         "stop_token_id": ids[STOP],
         "stop_ids": generation_stops(hf_dir, ids[CLOSE]),

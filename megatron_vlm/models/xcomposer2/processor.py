@@ -44,7 +44,6 @@ class XComposer2Processor(ConversationProcessor):
         model: gives the tokens of an image.
         hd_num: most tiles of an image in the 4khd variant; 0 in the others.
         open_id, close_id, bos_token_id, eos_token_id: ids of the prompt.
-        control_tokens: no turn may hold their text.
         mean, std: normalisation, per channel.
     """
 
@@ -54,7 +53,6 @@ class XComposer2Processor(ConversationProcessor):
     close_id: int
     bos_token_id: int
     eos_token_id: int
-    control_tokens: tuple[str, ...]
     mean: ClassVar[tuple[float, ...]] = CLIP[0]
     std: ClassVar[tuple[float, ...]] = CLIP[1]
 
@@ -73,7 +71,7 @@ class XComposer2Processor(ConversationProcessor):
         place = next((name for name in _PLACES if tokenizer.token_id(name) is not None), _PLACES[-1])
         found = token_ids(hf_dir, tokenizer.token_id, (OPEN, CLOSE, BOS, EOS, place), "InternLM-XComposer2")
         return cls(
-            tokenizer=tokenizer,
+            tokenizer=tokenizer.steered_by((OPEN, CLOSE, BOS, EOS, place)),
             model=model,
             hd_num=_hd_num(model, config),
             image_token_id=found[place],
@@ -82,13 +80,9 @@ class XComposer2Processor(ConversationProcessor):
             bos_token_id=found[BOS],
             eos_token_id=found[EOS],
             filler_token_id=found[EOS],
-            control_tokens=(OPEN, CLOSE, BOS, EOS, place),
             stop_ids=generation_stops(hf_dir, found[CLOSE], found[EOS]),
             **data_fields(config),
         )
-
-    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> str:
-        return "control_tokens" if any(t in turn.text for turn in turns for t in self.control_tokens) else ""
 
     def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> list[Size]:
         return [self.grid(size) for size in sizes]
@@ -130,7 +124,7 @@ class XComposer2Processor(ConversationProcessor):
                 ids += self.tokenizer.ids(text)
             end = [*self.tokenizer.ids("\n"), *([self.eos_token_id] if last else [])]
             whole = (*ids, self.close_id, *(end if answer and last else ()))
-            pieces.append(Piece(ids=whole, answer=answer))
+            pieces.append(Piece(ids=whole, answer=answer, loss=turn.loss))
             if not (answer and last):
                 pieces.append(Piece(ids=tuple(end)))
         if prompt:

@@ -11,6 +11,7 @@ import pytest
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images import decode_image
 from megatron_vlm.data.types import IGNORE_INDEX
+from megatron_vlm.errors import Reason
 from tests.data.formats.make import built, picture, write_json, write_tar
 
 FAKE, IMAGE, END = "<fake_token_around_image>", "<image>" * 5, "<end_of_utterance>"
@@ -104,4 +105,6 @@ def test_labels(samples, make_processor, format, answer_only, expected):
         runs.append((processor.tokenizer.decode([i for i, _ in group]), flag))
     assert runs == expected
     count = processor.count(sample.turns, [image.size for image in images], sample.options)
-    assert count == dataclasses.replace(count, tokens=len(kept), supervised=sum(kept), image_tokens=10, reason="")
+    assert count == dataclasses.replace(
+        count, tokens=len(kept), supervised=sum(kept), image_tokens=10, reason=Reason.NONE
+    )

@@ -305,7 +305,7 @@ def test_truncation_cuts_the_end_of_the_last_answer_and_nothing_else(folder, hf,
             assert torch.equal(sample.labels, first.labels[:limit])
             assert len(sample.image_positions) == LATENTS
         else:
-            assert processor.count(MANY, [(50, 60)] * 2).reason == "too_long"
+            assert processor.count(MANY, [(50, 60)] * 2).reason.text == "too_long"
             with pytest.raises(DataError, match="too_long"):
                 processor.encode("k", MANY, [BOX, BOX])
 
@@ -317,7 +317,8 @@ def test_an_image_in_the_last_answer_is_never_cut(folder, hf):
     fits = processor_of(folder, seq_length=end, on_too_long="truncate")
     assert len(assert_count_is_encode(fits, turns, [BOX]).pixels) == 1
     assert (
-        processor_of(folder, seq_length=end - 1, on_too_long="truncate").count(turns, [(50, 60)]).reason == "too_long"
+        processor_of(folder, seq_length=end - 1, on_too_long="truncate").count(turns, [(50, 60)]).reason.text
+        == "too_long"
     )
 
 
@@ -328,8 +329,8 @@ def test_an_image_in_the_last_answer_is_never_cut(folder, hf):
         ("hi", [(5, 5)], {}, "placeholders"),
         ("<image><image>", [(5, 5)] * 2, {"max_image_num": 1}, "max_image_num"),
         ("<image><image>", [(5, 5)] * 2, {"max_image_num": 2}, ""),
-        ("<fake_token_around_image>", [], {}, "control_tokens"),
-        ("a<end_of_utterance>b", [], {}, "control_tokens"),
+        ("<fake_token_around_image>", [], {"special_tokens_in_text": "refuse"}, "control_tokens"),
+        ("a<end_of_utterance>b", [], {"special_tokens_in_text": "refuse"}, "control_tokens"),
         ("hi " * 200, [], {"seq_length": 64}, "too_long"),
         ("hi " * 200, [], {"seq_length": 64, "on_too_long": "drop"}, "too_long"),
         ("hi " * 200, [], {"seq_length": 64, "on_too_long": "truncate"}, "too_long"),
@@ -338,7 +339,7 @@ def test_an_image_in_the_last_answer_is_never_cut(folder, hf):
 def test_reasons(folder, hf, text, sizes, config, reason):
     turns = (Turn(role="user", text=text), Turn(role="assistant", text="x"))
     processor = processor_of(folder, **config)
-    assert processor.count(turns, sizes).reason == reason
+    assert processor.count(turns, sizes).reason.text == reason
     if reason:
         with pytest.raises(DataError, match=reason):
             processor.encode("k", turns, [Image.new("L", size) for size in sizes])
@@ -346,7 +347,7 @@ def test_reasons(folder, hf, text, sizes, config, reason):
 
 def test_nothing_supervised(folder, hf):
     count = processor_of(folder, answer_loss_only=True).count((Turn(role="user", text="hi"),), [])
-    assert count.reason == "nothing_supervised"
+    assert count.reason.text == "nothing_supervised"
 
 
 def test_travels_to_workers_and_fingerprint_follows_settings(folder, hf):

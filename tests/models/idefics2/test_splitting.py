@@ -70,8 +70,8 @@ def test_several_images_and_turns(hf, folder):
 
 def test_an_image_without_quarters_is_left_out(hf, folder):
     turns = (Turn(role="user", text="<image>What?"), Turn(role="assistant", text="seven"))
-    assert ours(folder).count(turns, [(1, 50)]).reason == "image_too_small"
-    assert ours(folder, image_splitting=False).count(turns, [(1, 50)]).reason == ""
+    assert ours(folder).count(turns, [(1, 50)]).reason.text == "image_too_small"
+    assert ours(folder, image_splitting=False).count(turns, [(1, 50)]).reason.text == ""
 
 
 def test_prompt_equals_hf_generation_prompt(hf, folder):

@@ -206,7 +206,7 @@ def test_truncation_takes_whole_turns_with_their_images(folders):
     assert torch.equal(sample.input_ids, first.input_ids)
     assert torch.equal(sample.pixels[0], whole.pixels[0]) and len(sample.pixels) == 1
     drop = processor_of(folders, seq_length=64)
-    assert drop.count(turns, [image.size for image in images]).reason == "too_long"
+    assert drop.count(turns, [image.size for image in images]).reason.text == "too_long"
     with pytest.raises(DataError, match="too_long"):
         drop.encode("k", turns, images)
 
@@ -217,13 +217,13 @@ def test_truncation_takes_whole_turns_with_their_images(folders):
         ("<image>", 0, {}, "placeholders"),
         ("hi", 1, {}, "placeholders"),
         ("<image><image>", 2, {"max_image_num": 1}, "max_image_num"),
-        ("a<IMG_CONTEXT>b", 0, {}, "control_tokens"),
-        ("a<|im_end|>b", 0, {}, "control_tokens"),
+        ("a<IMG_CONTEXT>b", 0, {"special_tokens_in_text": "refuse"}, "control_tokens"),
+        ("a<|im_end|>b", 0, {"special_tokens_in_text": "refuse"}, "control_tokens"),
     ],
 )
 def test_reasons(folders, text, number, config, reason):
     turns, processor = turns_of(text, "x"), processor_of(folders, **config)
-    assert processor.count(turns, [(8, 8)] * number).reason == reason
+    assert processor.count(turns, [(8, 8)] * number).reason.text == reason
     with pytest.raises(DataError, match=reason):
         processor.encode("k", turns, [DIGIT] * number)
 

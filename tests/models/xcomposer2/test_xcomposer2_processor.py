@@ -182,15 +182,15 @@ def test_long_conversations_lose_whole_exchanges_and_their_images(folders):
     long_answer = turns("what", "seven and then " * 20)
     cut = processor_of(folders, seq_length=30, on_too_long="truncate").encode("k", long_answer, [])
     assert len(cut.input_ids) == 30 and int((cut.labels != -100).sum()) == 30 - 11  # its beginning is kept
-    assert processor_of(folders, seq_length=100).count(conversation, [(9, 9)] * 2).reason == "too_long"
+    assert processor_of(folders, seq_length=100).count(conversation, [(9, 9)] * 2).reason.text == "too_long"
 
 
 def test_unusable_samples_say_why(folders):
-    processor = processor_of(folders, max_image_num=1)
-    assert processor.count(turns("what", "seven"), [(9, 9)]).reason == "placeholders"
-    assert processor.count(turns("<image><image>", "seven"), [(9, 9)] * 2).reason == "max_image_num"
-    assert processor.count(turns("what [UNUSED_TOKEN_145]", "seven"), []).reason == "control_tokens"
-    assert processor.count(turns("what"), []).reason == "nothing_supervised"
+    processor = processor_of(folders, max_image_num=1, special_tokens_in_text="refuse")
+    assert processor.count(turns("what", "seven"), [(9, 9)]).reason.text == "placeholders"
+    assert processor.count(turns("<image><image>", "seven"), [(9, 9)] * 2).reason.text == "max_image_num"
+    assert processor.count(turns("what [UNUSED_TOKEN_145]", "seven"), []).reason.text == "control_tokens"
+    assert processor.count(turns("what"), []).reason.text == "nothing_supervised"
     with pytest.raises(DataError, match="placeholders"):
         processor.encode("k", turns("what", "seven"), [noise(9, 9)])
 

@@ -6,14 +6,14 @@
 docs/from-deepspeed.md holds the whole table.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import read_json
 from megatron_vlm.launch.config import LaunchConfig
+from megatron_vlm.launch.deepspeed_schedule import read_scheduler
 from megatron_vlm.launch.trainer_flags import ADAMW
 
 if TYPE_CHECKING:
@@ -27,13 +27,23 @@ NEAREST = (
 """In words, where no estimate is at hand."""
 
 # Keys of a DeepSpeed file that are read; of the others the top ones are named as without effect.
-_SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _READ = {
     "zero_optimization", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps", "fp16", "bf16", "optimizer", "scheduler", "zero_allow_untested_optimizer",
 }  # fmt: skip
 _ZERO_READ = {"stage", "offload_optimizer", "offload_param", "cpu_offload", "overlap_comm"}
+# Sections that change what is computed where they are on, and their switch; off, they have no effect.
+_CHANGES = {
+    "amp": "enabled", "torch_autocast": "enabled", "curriculum_learning": "enabled", "data_efficiency": "enabled",
+    "progressive_layer_drop": "enabled", "elasticity": "enabled", "quantize_training": "enabled", "sparse_attention": "mode",
+    "compression_training": "",
+}  # fmt: skip
+_ZERO_CHANGES = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 _NONE = (None, "", "none", "None", "no", "False", "false")
+_ADAM = {"lr": ("lr", 1e-3), "eps": ("adam_eps", 1e-8), "weight_decay": ("weight_decay", 0.0)}
+_FP16 = {"loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
+_SCALE_POWER = 16
+"""Defaults of DeepSpeed: deepspeed/ops/adam/fused_adam.py, deepspeed/runtime/constants.py, runtime/precision_config.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +121,7 @@ def read_sharding(told: "Told", given: Mapping[str, Any], launch: LaunchConfig) 
     if file is None:
         # FT.py writes a file of its own then.
         return Sharding(stage=2, offload=("optimizer state",), source="--use_deepspeed without --deepspeed_config")
-    return _File(str(file), given, launch).read()
+    return DeepSpeedFile(str(file), given, launch).read()
 
 
 def _fsdp(told: "Told", words: list[str], notes: list[str]) -> Sharding:
@@ -130,24 +140,16 @@ def _fsdp(told: "Told", words: list[str], notes: list[str]) -> Sharding:
     return Sharding(stage=stage, offload=offload, source=source, settings=settings, notes=tuple(notes))
 
 
-class _File:
+class DeepSpeedFile:
     """One DeepSpeed JSON on its way to settings."""
 
     def __init__(self, path: str, given: Mapping[str, Any], launch: LaunchConfig):
         self.path, self.given, self.launch = path, given, launch
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read the DeepSpeed file {path}: {error.strerror}") from error
-        try:
-            self.data = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"the DeepSpeed file {path} is not valid JSON: {error}") from error
-        if not isinstance(self.data, dict):
-            raise ConfigError(f"the DeepSpeed file {path} must hold an object, got {type(self.data).__name__}")
+        self.data = read_json(path)
         self.settings: dict[str, Any] = {}
         self.batch: dict[str, int] = {}
         self.without: list[str] = sorted(self.data.keys() - _READ)
+        self.notes: list[str] = []
 
     def read(self) -> Sharding:
         """Returns what the file says.
@@ -155,8 +157,8 @@ class _File:
         Raises:
             ConfigError: a number contradicts the command line's, or a value is not built.
         """
-        zero = self._section("zero_optimization")
-        stage = self._number(zero.get("stage", 0), "zero_optimization.stage")
+        zero = self.section("zero_optimization")
+        stage = self.number(zero.get("stage", 0), "zero_optimization.stage")
         if stage not in (0, 1, 2, 3):
             raise ConfigError(f"{self.path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage}")
         offload = []
@@ -166,21 +168,21 @@ class _File:
                 offload.append(what)
         if zero.get("cpu_offload") and "optimizer state" not in offload:
             offload.append("optimizer state")
+        self._refuse_changes(zero)
         if stage:
-            self._set("parallel.use_distributed_optimizer", True, f"zero_optimization.stage {int(stage)}")
+            self.set("parallel.use_distributed_optimizer", True, f"zero_optimization.stage {int(stage)}")
         if stage and zero.get("overlap_comm") is True:
             self.settings.setdefault("parallel.overlap_grad_reduce", True)
         self.without += [f"zero_optimization.{key}" for key in sorted(zero.keys() - _ZERO_READ)]
         self._batch()
         self._precision()
         self._optimizer()
-        self._scheduler()
-        if self._told(self.data.get("gradient_clipping")):
-            clip = float(self._number(self.data["gradient_clipping"], "gradient_clipping"))
-            self._set("optimizer.clip_grad", clip, "gradient_clipping")
+        read_scheduler(self)
+        self.take(self.data, "gradient_clipping", "optimizer.clip_grad", 0.0)
         words = {0: "no sharding: plain data parallel replicas", 1: "stage 1 is the distributed optimizer"}
         words[2] = "stage 2 with adapters alone is the distributed optimizer: nothing else has gradients"
         notes = [f"{self.path}: {words[int(stage)]}"] if int(stage) in words else []
+        notes += [f"{self.path}: {note}" for note in self.notes]
         if self.without:
             notes.append(f"{self.path}: no effect here: {', '.join(self.without)}")
         return Sharding(
@@ -197,108 +199,125 @@ class _File:
             ("train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
             ("gradient_accumulation_steps", "gradient_accumulation_steps"),
         ):
-            if not self._told(self.data.get(key)):
+            if not self.told(self.data.get(key)):
                 continue
-            value = int(self._number(self.data[key], key))
+            value = int(self.number(self.data[key], key))
             flag = getattr(self.launch, name)
             said = flag * (self.launch.batch_size or 1) if flag and name.startswith("per") else flag
             if said is not None and said != value:
                 raise ConfigError(f"{self.path}: {key} is {value}, but --{name} says {said}: change one, or write auto")
             self.batch[name] = flag or value
-        if self._told(self.data.get("train_batch_size")):
-            value = int(self._number(self.data["train_batch_size"], "train_batch_size"))
-            self._set("training.global_batch_size", value, "train_batch_size")
+        if self.told(self.data.get("train_batch_size")):
+            value = int(self.number(self.data["train_batch_size"], "train_batch_size"))
+            self.set("training.global_batch_size", value, "train_batch_size")
 
     def _precision(self) -> None:
         on = {}
         for name in ("bf16", "fp16"):
-            enabled = self._section(name).get("enabled", False)
+            enabled = self.section(name).get("enabled")
             if enabled is True:
                 on[name] = True
+            elif enabled is False and self.given.get("training.precision") == name:
+                raise ConfigError(
+                    f"{self.path}: {name}.enabled is false, but the command line says training.precision = {name}: change one, "
+                    "or write auto"
+                )
         if len(on) == 2:
             raise ConfigError(f"{self.path}: bf16 and fp16 are both enabled; enable one of them")
         for name in on:
-            self._set("training.precision", name, f"{name}.enabled")
-        fp16 = self._section("fp16")
+            self.set("training.precision", name, f"{name}.enabled")
         if self.given.get("training.precision", self.settings.get("training.precision")) != "fp16":
             return
-        if self._told(fp16.get("loss_scale")) and fp16["loss_scale"]:
-            self._set("optimizer.loss_scale", float(fp16["loss_scale"]), "fp16.loss_scale")
-        if self._told(fp16.get("initial_scale_power")):
-            power = self._number(fp16["initial_scale_power"], "fp16.initial_scale_power")
-            self._set("optimizer.initial_loss_scale", 2.0**power, "fp16.initial_scale_power")
-        for key, name in (
-            ("loss_scale_window", "loss_scale_window"),
-            ("hysteresis", "hysteresis"),
-            ("min_loss_scale", "min_loss_scale"),
-        ):
-            if self._told(fp16.get(key)):
-                self._set(f"optimizer.{name}", self._number(fp16[key], f"fp16.{key}"), f"fp16.{key}")
+        fp16 = self.section("fp16")
+        if self.told(fp16.get("loss_scale")) and fp16["loss_scale"]:
+            self.set(
+                "optimizer.loss_scale", float(self.number(fp16["loss_scale"], "fp16.loss_scale")), "fp16.loss_scale"
+            )
+        power = fp16.get("initial_scale_power", _SCALE_POWER)
+        if self.told(power):
+            where = "fp16.initial_scale_power"
+            self.set("optimizer.initial_loss_scale", 2.0 ** self.number(power, where), where)
+        for key, value in _FP16.items():
+            self.take(fp16, key, f"optimizer.{key}", value, "fp16")
 
     def _optimizer(self) -> None:
-        section = self._section("optimizer")
-        kind = section.get("type")
-        if kind is not None and kind.lower() not in ("adamw", "adam", *ADAMW):
-            raise ConfigError(f"{self.path}: optimizer.type {kind} is not built yet: AdamW is the only optimizer")
-        params = section.get("params") or {}
-        names = {"lr": "lr", "eps": "adam_eps", "weight_decay": "weight_decay"}
-        for key, name in names.items():
-            if self._told(params.get(key)):
-                self._set(
-                    f"optimizer.{name}", self._number(params[key], f"optimizer.params.{key}"), f"optimizer.params.{key}"
-                )
-        if self._told(params.get("betas")):
-            for name, value in zip(("adam_beta1", "adam_beta2"), params["betas"]):
-                self._set(f"optimizer.{name}", self._number(value, "optimizer.params.betas"), "optimizer.params.betas")
-        self.without += [f"optimizer.params.{key}" for key in sorted(params.keys() - {*names, "betas"})]
-
-    def _scheduler(self) -> None:
-        section = self._section("scheduler")
+        section = self.section("optimizer")
         kind = section.get("type")
         if kind is None:
             return
-        if kind not in _SCHEDULERS:
-            raise ConfigError(
-                f"{self.path}: scheduler.type {kind} is not built yet: use one of {', '.join(_SCHEDULERS)}"
-            )
-        if "optimizer.lr_decay_style" in self.given:
-            self.without.append(f"scheduler {kind}, as --lr_scheduler_type is given")
-            return
-        self._set("optimizer.lr_decay_style", _SCHEDULERS[kind], "scheduler.type")
-        params = section.get("params") or {}
-        names = {
-            "warmup_max_lr": "lr",
-            "warmup_min_lr": "lr_warmup_init",
-            "warmup_num_steps": "lr_warmup_iters",
-            "total_num_steps": "lr_decay_iters",
-        }
-        for key, name in names.items():
-            if self._told(params.get(key)):
-                where = f"scheduler.params.{key}"
-                self._set(f"optimizer.{name}", self._number(params[key], where), where)
-        self.without += [f"scheduler.params.{key}" for key in sorted(params.keys() - names.keys())]
+        if not isinstance(kind, str) or kind.lower() not in ("adamw", "adam", *ADAMW):
+            raise ConfigError(f"{self.path}: optimizer.type {kind} is not built yet: AdamW is the only optimizer")
+        params = self.params_of(section, "optimizer")
+        for key, (name, value) in _ADAM.items():
+            self.take(params, key, f"optimizer.{name}", value, "optimizer.params")
+        betas = params.get("betas", [0.9, 0.999])
+        if self.told(betas):
+            if not isinstance(betas, list) or len(betas) != 2:
+                raise ConfigError(f"{self.path}: optimizer.params.betas must be two numbers or auto, got {betas!r}")
+            for name, value in zip(("adam_beta1", "adam_beta2"), betas):
+                self.set(f"optimizer.{name}", self.number(value, "optimizer.params.betas"), "optimizer.params.betas")
+        for key, only in (("adam_w_mode", True), ("bias_correction", True), ("amsgrad", False)):
+            if params.get(key, only) is not only:
+                raise ConfigError(f"{self.path}: optimizer.params.{key} {params[key]} is not built yet; leave it out")
+        read = {*_ADAM, "betas", "adam_w_mode", "bias_correction", "amsgrad"}
+        self.without += [f"optimizer.params.{key}" for key in sorted(params.keys() - read)]
 
-    def _set(self, key: str, value: Any, where: str) -> None:
+    def _refuse_changes(self, zero: Mapping[str, Any]) -> None:
+        """Raises ConfigError for what would change the numbers and is not built."""
+        for key, switch in _CHANGES.items():
+            value = self.data.get(key)
+            on = value.get(switch) if isinstance(value, dict) and switch else value
+            if on not in (None, False, {}, "none"):
+                raise ConfigError(f"{self.path}: {key} is on, which is not built yet: switch it off, or leave it out")
+        for key in _ZERO_CHANGES:
+            if zero.get(key):
+                raise ConfigError(f"{self.path}: zero_optimization.{key} is not built yet: leave it out")
+
+    def take(self, section: Mapping[str, Any], key: str, setting: str, default: float | None, where: str = "") -> None:
+        """Sets a key of the run from a number of the file, or from what DeepSpeed takes where it is not written."""
+        name = f"{where}.{key}" if where else key
+        if key not in section or section[key] is None:
+            if default is not None:
+                self.set(setting, default, name, written=False)
+        elif self.told(section[key]):
+            self.set(setting, self.number(section[key], name), name)
+
+    def set(self, key: str, value: Any, where: str, *, written: bool = True) -> None:
         """Sets a key of the run, unless the command line sets it; another value there is an error."""
-        if key not in self.given or self.given[key] is None:
+        if self.given.get(key) is None:
             self.settings[key] = value
         elif not _equal(self.given[key], value):
+            said = f"is {value}" if written else f"is not written, which means {value} to DeepSpeed"
             raise ConfigError(
-                f"{self.path}: {where} is {value}, but the command line says {key} = {self.given[key]}: change one, or write auto"
+                f"{self.path}: {where} {said}, but the command line says {key} = {self.given[key]}: change one, or write auto"
             )
 
-    def _section(self, key: str) -> dict[str, Any]:
+    def at(self, key: str) -> Any:
+        """What the command line or the file says of a key so far."""
+        return self.given.get(key) if self.given.get(key) is not None else self.settings.get(key)
+
+    def params_of(self, section: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """``params`` of optimizer or scheduler."""
+        params = section.get("params") or {}
+        if not isinstance(params, dict):
+            raise ConfigError(f"{self.path}: {name}.params must be an object, got {params!r}")
+        return params
+
+    def section(self, key: str) -> dict[str, Any]:
+        """A section of the file."""
         value = self.data.get(key) or {}
         if not isinstance(value, dict):
             raise ConfigError(f"{self.path}: {key} must be an object, got {value!r}")
         return value
 
-    def _number(self, value: Any, where: str) -> float:
+    def number(self, value: Any, where: str) -> float:
+        """A value that must be a number."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{self.path}: {where} must be a number or auto, got {value!r}")
         return value
 
-    def _told(self, value: Any) -> bool:
+    def told(self, value: Any) -> bool:
+        """Whether the file says a value of its own."""
         return value is not None and value != "auto"
 
 

@@ -31,7 +31,8 @@ class OptimizerConfig(Config):
             curve has the shape of ``lr``'s.
         lr_decay_style: curve after the warm-up.
         lr_decay_iters: updates until ``min_lr`` is reached; None: the length of the run.
-        lr_warmup_iters: updates of linear warm-up.
+        lr_warmup_iters: updates of warm-up.
+        lr_warmup_style: ``linear``, or ``log`` as DeepSpeed's schedulers warm up: by log(1 + updates) / log(lr_warmup_iters).
         lr_warmup_fraction: the same as a fraction of the decay length, rounded up as transformers does; excludes
             ``lr_warmup_iters``.
         lr_warmup_init: learning rate that the warm-up starts from.
@@ -52,6 +53,7 @@ class OptimizerConfig(Config):
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     lr_decay_iters: int | None = None
     lr_warmup_iters: int = 0
+    lr_warmup_style: Literal["linear", "log"] = "linear"
     lr_warmup_fraction: float | None = None
     lr_warmup_init: float = 0.0
     lr_warmup_start_factor: float | None = None
@@ -134,7 +136,11 @@ class Schedule:
         """
         config, warmup = self.config, self.warmup_iters
         if warmup and step <= warmup:
-            return config.warmup_start + (config.lr - config.warmup_start) * step / warmup
+            if config.lr_warmup_style == "log":  # of deepspeed/runtime/lr_schedules.py, which has two updates at least
+                share = math.log(step + 1) / math.log(max(2, warmup))
+            else:
+                share = step / warmup
+            return config.warmup_start + (config.lr - config.warmup_start) * min(1.0, share)
         if config.lr_decay_style == "constant":
             return config.lr
         if step > self.decay_iters:

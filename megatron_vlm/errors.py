@@ -45,6 +45,9 @@ class Reason(enum.Enum):
     UNREADABLE_IMAGE = "unreadable_image", 16
     DAMAGED_SHARD = "damaged_shard", 17
     DUPLICATE_ID = "duplicate_id", 18
+    UNKNOWN_KEYS = "unknown_keys", 19
+    SPECIAL_TOKENS_AS_TEXT = "special_tokens_as_text", 20
+    SKIPPED_MEMBERS = "skipped_members", 21
 
     def __init__(self, text: str, number: int):
         self.text, self.number = text, number
@@ -65,6 +68,11 @@ class Reason(enum.Enum):
         """Whether the sample is sound in itself, and only this model with these settings cannot use it."""
         return self in _OF_THE_PROCESSOR
 
+    @property
+    def is_warning(self) -> bool:
+        """Whether it is worth saying, and nothing is left out for it."""
+        return self in _WARNINGS
+
     @classmethod
     def numbered(cls, number: int) -> "Reason":
         """Returns the reason that a file of counts means."""
@@ -73,6 +81,7 @@ class Reason(enum.Enum):
 
 _NUMBERED = {reason.number: reason for reason in Reason}
 _OF_THE_PROCESSOR = frozenset(reason for reason in Reason if reason.number in (1, 2, 4, 5, 7, 8, 9))
+_WARNINGS = frozenset({Reason.DUPLICATE_ID, Reason.UNKNOWN_KEYS, Reason.SPECIAL_TOKENS_AS_TEXT, Reason.SKIPPED_MEMBERS})
 
 
 class DataError(MegatronVLMError):

@@ -68,7 +68,6 @@ def part_of(args: argparse.Namespace) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from megatron_vlm.errors import Reason
 
     kinds: Counter[str] = Counter()
     sound = problems = 0
@@ -78,7 +77,7 @@ def _check(args: argparse.Namespace) -> int:
             continue
         kind = found.reason.words
         kinds[kind] += 1
-        warning = found.reason is Reason.DUPLICATE_ID
+        warning = found.reason.is_warning
         problems += not warning
         print(f"{'warning' if warning else kind}: {found}")
     for kind, number in kinds.most_common():

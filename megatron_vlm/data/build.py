@@ -28,13 +28,16 @@ from megatron_vlm.data.build_folder import fingerprint_of, partial_folder
 from megatron_vlm.data.formats import WEBDATASET, read_source
 from megatron_vlm.data.formats.records import Record, Source
 from megatron_vlm.data.formats.webdataset import open_tars
+from megatron_vlm.data.notes import Notes
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION, ShardWriter, load_record
 from megatron_vlm.data.split import Halves, SplitSettings, assign
 from megatron_vlm.data.tar_shards import TarJob, index_shard
 from megatron_vlm.data.video import check_settings
 from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import sync_path, write_synced
+from megatron_vlm.log import get_logger
 
+LOGGER = get_logger(__name__)
 REJECTED = "rejected.jsonl"
 MAX_INLINE = 64 * 2**20  # bytes of images inside the records of one job
 SHOWN = 50  # problems that an error lists
@@ -145,6 +148,7 @@ class _Build:
         self.problems: list[Problem] = []
         self.total = 0
         self.fatal = False
+        self.notes = Notes()
         self.pending: dict[Future[Any], tuple[Sequence[_Half], str]] = {}
         self.pool: ProcessPoolExecutor | None = None
         self.held: list[_Task] = []  # the first shard, until there is a second
@@ -183,6 +187,7 @@ class _Build:
                     if isinstance(found, DataError):
                         self._problem(number, record, found)
                     else:
+                        self.notes.add(source.title, Reason.UNKNOWN_KEYS, found.unknown)
                         self._add(halves[0 if chosen is None else chosen[number, ""][record]], number, found)
                     if not self.total % 100:
                         self.progress(self.total)
@@ -270,12 +275,16 @@ class _Build:
     def _take(self, halves: Sequence[_Half], name: str, results: list[dict[str, Any]]) -> None:
         for half, result in zip(halves, results, strict=True):
             self.problems += [Problem(**problem) for problem in result["rejected"]]
+            for source, reason, what, number in result.get("notes", []):
+                self.notes.add(self.sources[source].title, Reason.numbered(reason), [what], number)
             half.shards[name] = result
             if self.layouts:
                 self.total += result["shard"]["samples"] + len(result["rejected"])
 
     def finish(self, halves: list[_Half], out: Path, split: SplitSettings | None, on_bad_sample: str) -> dict[str, Any]:
         """Writes the manifests and puts the folder in place; raises if the policy says so."""
+        for line in self.notes.lines():
+            LOGGER.warning("%s", line)
         self.problems.sort(key=lambda p: (p.source, p.file, p.record < 0, p.record))
         names = ", ".join(source.title for source in self.sources) or "the inputs"
         if self.problems and (on_bad_sample == "raise" or self.fatal):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.formats.records import Source
+from megatron_vlm.data.formats.records import RECORDS_VERSION, Source
 from megatron_vlm.data.shards import MANIFEST_VERSION
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import write_synced
@@ -65,5 +65,5 @@ def fingerprint_of(sources: Sequence[Source], settings: Mapping[str, Any]) -> st
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
         inputs.append([dataclasses.asdict(source), stats])
-    text = json.dumps([MANIFEST_VERSION, inputs, settings], sort_keys=True, default=str)
+    text = json.dumps([MANIFEST_VERSION, RECORDS_VERSION, inputs, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -2,7 +2,8 @@
 
 folder   files against the manifest, crc32, text, images decoded, sizes against the index
 records  read, images found and decoded; also those of webdataset's tars
-both     placeholders, roles, answers; with a processor: too long, nothing supervised; duplicate ids (a warning)
+both     placeholders, roles, answers; with a processor: too long, nothing supervised; warnings: duplicate ids, keys
+         that nobody knows, special tokens in texts
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.formats import read_source
 from megatron_vlm.data.formats.records import Source
 from megatron_vlm.data.images import probe_image
+from megatron_vlm.data.notes import Notes
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards import check_sample, load_record
 from megatron_vlm.data.types import NO_OPTIONS, Processor
@@ -33,12 +35,14 @@ def check_folder(folder: str | Path, processor: Processor | None = None) -> Iter
         yield error
         return
     seen: dict[str, str] = {}
+    notes = Notes()
     try:
         for number, shard in enumerate(dataset.shards):
             if file_digest(shard.path, DataError)["sha256"] != shard.sha256:
                 message = "damaged: its sha256 differs from the manifest"
                 yield DataError(message, reason=Reason.DAMAGED_SHARD, shard=str(shard.path))
-            yield from _check_shard(dataset, number, processor, seen)
+            yield from _check_shard(dataset, number, processor, seen, notes)
+        yield from notes.warnings()
     finally:
         dataset.close()
 
@@ -52,16 +56,19 @@ def check_sources(sources: Sequence[Source], processor: Processor | None = None)
     """
     for source in sources:
         seen: dict[str, str] = {}
+        notes = Notes()
         try:
             for number, _, record in read_source(source):
                 if isinstance(record, DataError):
                     yield record
                     continue
                 where: dict[str, Any] = {"shard": record.file or source.path, "key": record.key or f"record {number}"}
+                notes.add(source.path, Reason.UNKNOWN_KEYS, record.unknown)
                 try:
                     turns, images = load_record(source, record)
                     sizes = [probe_image(data, f"image {name}")[1:] for name, data in images]
                     _check_processor(processor, turns, sizes, record.options)
+                    notes.add(source.path, Reason.SPECIAL_TOKENS_AS_TEXT, _special_tokens(processor, turns))
                 except DataError as error:
                     yield error.at(**where)
                 else:
@@ -69,10 +76,11 @@ def check_sources(sources: Sequence[Source], processor: Processor | None = None)
                 yield from _check_label(record.label, seen, where)
         except DataError as error:  # the rest of the file cannot be read
             yield error
+        yield from notes.warnings()
 
 
 def _check_shard(
-    dataset: Dataset, number: int, processor: Processor | None, seen: dict[str, str]
+    dataset: Dataset, number: int, processor: Processor | None, seen: dict[str, str], notes: Notes
 ) -> Iterator[str | DataError]:
     name = str(dataset.shards[number].path)
     try:
@@ -96,6 +104,11 @@ def _check_shard(
                 message = f"the index says {expected} of the images' sizes, they are {found}"
                 raise DataError(message, reason=Reason.DAMAGED_SHARD)
             _check_processor(processor, sample.turns, found, sample.options)
+            notes.add(
+                str(dataset.shards[number].folder),
+                Reason.SPECIAL_TOKENS_AS_TEXT,
+                _special_tokens(processor, sample.turns),
+            )
         except DataError as error:
             yield error.at(**where)
         else:
@@ -114,6 +127,10 @@ def _check_processor(
         if count.reason:
             message = f"{count.reason}: {count.tokens} tokens, seq_length {processor.seq_length}, {len(sizes)} images"
             raise DataError(message, reason=count.reason)
+
+
+def _special_tokens(processor: Processor | None, turns: Sequence[Turn]) -> Sequence[str]:
+    return () if processor is None else processor.special_tokens(turns)
 
 
 def _check_label(label: str, seen: dict[str, str], where: Mapping[str, Any]) -> Iterator[DataError]:

@@ -20,6 +20,7 @@ from megatron_vlm.data.formats.webdataset import (
     split_name,
 )
 from megatron_vlm.data.images import probe_image
+from megatron_vlm.data.notes import Notes
 from megatron_vlm.data.sample import RawSample
 from megatron_vlm.data.shards import save_index
 from megatron_vlm.data.tar import parse_members
@@ -48,6 +49,7 @@ def index_shard(job: TarJob) -> list[dict[str, Any]]:
 
     A tar that is damaged as a whole is one problem, with record -1. What is rejected stands in the first folder's.
     """
+    notes = Notes()
     tables: list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = [([], []) for _ in job.folders]
     rejected: list[dict[str, Any]] = []
 
@@ -65,6 +67,7 @@ def index_shard(job: TarJob) -> list[dict[str, Any]]:
                 raise DataError(
                     "the tar has changed since the halves were drawn: build again", reason=Reason.DAMAGED_SHARD
                 )
+            notes.add("", Reason.UNKNOWN_KEYS, sample.record.unknown)
             samples, images = tables[job.halves[number] if job.halves is not None else 0]
             try:
                 rows = _image_rows(sample)
@@ -83,8 +86,10 @@ def index_shard(job: TarJob) -> list[dict[str, Any]]:
         line |= {"sha256": digest["sha256"], "tar": job.tar, "layout": job.layout_number}
         if samples:
             line["index"] = save_index(Path(folder, job.name), samples, images)
-        results.append({"shard": line, "by_source": [(job.source, len(samples))], "rejected": rejected})
-        rejected = []
+        found = [(job.source, reason.number, name, number) for (_, reason, name), number in notes.counts.items()]
+        result = {"shard": line, "by_source": [(job.source, len(samples))], "rejected": rejected, "notes": found}
+        results.append(result)
+        rejected, notes = [], Notes()
     return results
 
 

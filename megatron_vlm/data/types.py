@@ -170,6 +170,9 @@ class Processor(Protocol):
     def tiles(self, pixels: Tensor) -> tuple[int, int]:
         """How to show [C, H, W] that the tower gets in tiles: (side of one, tiles in a row); (0, 0): it gets them whole."""
 
+    def special_tokens(self, turns: Sequence[Turn]) -> Sequence[str]:
+        """Special tokens that the texts of a conversation write out."""
+
     def count(
         self, turns: Sequence[Turn], image_sizes: Sequence[tuple[int, int]], options: Mapping[str, Any] = NO_OPTIONS
     ) -> TokenCount:

@@ -28,7 +28,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.counts import survey
 from megatron_vlm.data.formats import FORMATS, WEBDATASET, expand_inputs, open_sources, read_source
 from megatron_vlm.data.formats.json_file import read_json, read_json_records
-from megatron_vlm.data.formats.records import Source, VideoSettings
+from megatron_vlm.data.formats.records import RECORDS_VERSION, Source, VideoSettings
 from megatron_vlm.data.loader import open_data
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION
 from megatron_vlm.data.types import Processor
@@ -215,7 +215,7 @@ def _listed(shards: Path) -> list[Any] | None:
 
 def _digest(sources: Sequence[Source]) -> str:
     """Of the files of records and how they are read."""
-    digest = hashlib.sha256(f"{MANIFEST_VERSION}".encode())
+    digest = hashlib.sha256(f"{MANIFEST_VERSION} {RECORDS_VERSION}".encode())
     for source in sources:
         digest.update(json.dumps(dataclasses.asdict(source), sort_keys=True).encode())
         path = Path(source.path)
@@ -310,8 +310,8 @@ def _tell(report: Report, inputs: Inputs, config: DataConfig, found: Iterator[st
     for item in found:
         if isinstance(item, str):
             sound += 1
-        elif item.reason is Reason.DUPLICATE_ID:
-            excluded["warning: id of another record"] += 1
+        elif item.reason.is_warning:
+            excluded[f"warning: {item.reason.words}"] += 1
         elif _policy_excludes(item, config):
             excluded[item.reason.text] += 1
         else:

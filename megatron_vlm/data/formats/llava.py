@@ -7,7 +7,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_vlm.data.formats.records import Record, Source, list_of, make_record, object_of, role_of
+from megatron_vlm.data.formats.keys import LOSS, loss_of, unknown_keys
+from megatron_vlm.data.formats.records import Record, Source, files_beside, object_of, record_of, role_of
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import DataError
 
@@ -19,22 +20,23 @@ def parse_llava(source: Source, number: int, data: Any) -> Record:
         DataError: what is wrong with it.
     """
     data = object_of(data)
-    turns = turns_of(data)
-    images = list_of(data, "image") + list_of(data, "images")
-    videos = list_of(data, "video") + list_of(data, "videos")
-    if any(isinstance(video, bytes) for video in videos):
-        raise DataError("'video' must be a path or a list of paths")
-    return make_record(source, number, data.get("id"), turns, images, videos)
+    turns, unknown = turns_of(data)
+    images, videos = files_beside(data)
+    return record_of(source, number, data, turns, images, videos, read=["conversations"], unknown=unknown)
 
 
-def turns_of(data: Mapping[str, Any]) -> list[Turn]:
-    """Returns the turns under ``conversations``; raises DataError."""
+def turns_of(data: Mapping[str, Any]) -> tuple[list[Turn], list[str]]:
+    """Returns the turns under ``conversations``, and their keys that nobody knows; raises DataError."""
     conversations = data.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise DataError("'conversations' must be a non-empty list")
-    turns = []
+    turns: list[Turn] = []
+    unknown: list[str] = []
     for index, item in enumerate(conversations):
+        where = f"conversations[{index}]"
         if not isinstance(item, Mapping) or not isinstance(item.get("value"), str) or "from" not in item:
-            raise DataError(f"conversations[{index}] must have the texts 'from' and 'value'")
-        turns.append(Turn(role=role_of(item["from"], f"conversations[{index}]"), text=item["value"]))
-    return turns
+            raise DataError(f"{where} must have the texts 'from' and 'value'")
+        role = role_of(item["from"], where)
+        turns.append(Turn(role=role, text=item["value"], loss=loss_of(item, role, where)))
+        unknown += [f"conversations[].{key}" for key in unknown_keys(item, ("from", "value", *LOSS), where)]
+    return turns, unknown

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data.formats.keys import LOSS, loss_of, unknown_keys
 from megatron_vlm.data.formats.llava import parse_llava
 from megatron_vlm.data.formats.openai import parse_openai
-from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, list_of, make_record, object_of
+from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, files_beside, object_of, record_of
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError
 
@@ -43,15 +44,19 @@ def _parse_texts(source: Source, number: int, data: Mapping[str, Any]) -> Record
     texts = data["texts"]
     if not isinstance(texts, list) or not texts:
         raise DataError("'texts' must be a non-empty list")
-    images = list_of(data, "image") + list_of(data, "images")
-    turns = []
+    images, videos = files_beside(data)
+    turns: list[Turn] = []
+    unknown: list[str] = []
     for index, item in enumerate(texts):
         if not isinstance(item, Mapping) or not all(isinstance(item.get(role), str) for role in ("user", "assistant")):
             raise DataError(f"texts[{index}] must have the texts 'user' and 'assistant'")
-        turns += [Turn(role=role, text=item[role]) for role in ("user", "assistant")]
+        loss = loss_of(item, "assistant", f"texts[{index}]")
+        turns += [Turn(role="user", text=item["user"]), Turn(role="assistant", text=item["assistant"], loss=loss)]
+        found = unknown_keys(item, ("user", "assistant", *LOSS), f"texts[{index}]")
+        unknown += [f"texts[].{key}" for key in found]
     if images and not any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
         turns[0] = Turn(role="user", text=IMAGE_PLACEHOLDER * len(images) + turns[0].text)
-    return make_record(source, number, data.get("id"), turns, images)
+    return record_of(source, number, data, turns, images, videos, read=["texts"], unknown=unknown)
 
 
 def rows_of_parquet(source: Source) -> Iterator[tuple[int, Any]]:

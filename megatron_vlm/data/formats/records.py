@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data.formats import keys
 from megatron_vlm.data.sample import IMAGE_PLACEHOLDER as IMAGE_PLACEHOLDER
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import DataError, Reason
 
 VIDEO_PLACEHOLDER = "<video>"
+RECORDS_VERSION = 2  # of what records mean: shards that were built of the same files with another one are built anew
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
          "system": "system"}  # fmt: skip
 # RawSample.options: settings that a data set makes for its samples (InternVL's meta.json has these).
@@ -81,6 +83,7 @@ class Record:
         file: the tar that it lies in, of a source that is several; empty: the source's own file.
         key: what the names of its members share; empty: it lies in no tar.
         names: of ``images``, where they are members of a tar.
+        unknown: keys that nobody knows here; see ``keys``.
     """
 
     number: int
@@ -92,6 +95,52 @@ class Record:
     file: str = ""
     key: str = ""
     names: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
+def record_of(
+    source: Source,
+    number: int,
+    data: Mapping[str, Any],
+    turns: Sequence[Turn],
+    images: Sequence[str | bytes],
+    videos: Sequence[str | bytes] = (),
+    *,
+    read: Sequence[str],
+    unknown: Sequence[str] = (),
+) -> Record:
+    """Adds what a record says beside its conversation, in every format alike: system text, history; and looks at its keys.
+
+    Args:
+        source, number: of the record.
+        data: the whole of it.
+        turns: of its conversation.
+        images, videos: of it.
+        read: the keys that its format has read, but for those that all formats have.
+        unknown: keys of its turns that nobody knows.
+
+    Raises:
+        DataError: what is wrong with it.
+    """
+    if any(isinstance(video, bytes) for video in videos):
+        raise DataError("'video' must be a path or a list of paths")
+    turns = list(turns)
+    system = keys.system_of(data)
+    head = int(bool(turns) and turns[0].role == "system")
+    if system is not None and not head:
+        turns, head = [Turn(role="system", text=system), *turns], 1
+    elif system is not None and turns[0].text != system:
+        raise DataError("a system text beside the conversation, and another as its first turn: keep one")
+    pairs = keys.history_of(data)
+    turns[head:head] = [Turn(role=r, text=t) for pair in pairs for r, t in zip(("user", "assistant"), pair)]
+    here = (*read, "id", "image", "images", "video", "videos", "history", *keys.SYSTEM)
+    strange = [*unknown, *keys.unknown_keys(data, (*here, *keys.IMAGE_NAMES))]
+    named = [name for name in keys.IMAGE_NAMES if not keys.says_nothing(data.get(name))]
+    if named and not images and not videos:
+        message = f"an image under {named[0]!r} is not read, and would be missing in training: call the key 'image'"
+        raise DataError(message, reason=Reason.UNSUPPORTED)
+    record = make_record(source, number, data.get("id"), turns, images, [str(video) for video in videos])
+    return replace(record, unknown=tuple(dict.fromkeys(strange)))
 
 
 def make_record(
@@ -109,11 +158,13 @@ def make_record(
     """
     if not (label is None or isinstance(label, str | int | float)):
         raise DataError(f"'id' must be a text or a number, this is {type(label).__name__}")
-    for index, turn in enumerate(turns):
+    texts = [(f"turn {index}", turn.text) for index, turn in enumerate(turns)] + [("'id'", str(label))]
+    texts += [("a path", name) for name in (*images, *videos) if isinstance(name, str)]
+    for what, text in texts:
         try:
-            turn.text.encode()
+            text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"turn {index} has half a character (a lone surrogate) at {error.start}") from error
+            raise DataError(f"{what} has half a character (a lone surrogate) at {error.start}") from error
     marks = "".join(turn.text for turn in turns)
     if (images or videos) and not (IMAGE_PLACEHOLDER in marks or VIDEO_PLACEHOLDER in marks):
         if not source.prepend:
@@ -186,24 +237,43 @@ def object_of(data: Any) -> Mapping[str, Any]:
 
 
 def list_of(data: Mapping[str, Any], key: str, what: str = "a path or a list of paths") -> list[Any]:
-    """Returns the list under ``key``; a single value is a list of one, an absent one is empty.
+    """Returns the list under ``key``; a single value is a list of one, an absent or empty one is empty.
 
     Raises:
         DataError: an entry is neither text, bytes nor an object of one of them (``{"bytes", "path"}``).
     """
     value = data.get(key)
-    entries = [] if value is None else value if isinstance(value, list) else [value]
+    entries = [] if value is None or value == "" else value if isinstance(value, list) else [value]
     entries = [_unwrap(entry) for entry in entries]
     if not all(isinstance(entry, str | bytes) and entry for entry in entries):
         raise DataError(f"'{key}' must be {what}")
     return [inline(entry) for entry in entries]
 
 
+def files_beside(data: Mapping[str, Any]) -> tuple[list[str | bytes], list[str | bytes]]:
+    """Returns the images and the videos that stand beside a conversation; raises DataError."""
+    images, videos = ([*list_of(data, kind), *list_of(data, f"{kind}s")] for kind in ("image", "video"))
+    return images, videos
+
+
 def _unwrap(entry: Any) -> Any:
-    """HF ``datasets`` keeps an image as ``{"bytes": ..., "path": ...}``."""
-    if isinstance(entry, Mapping) and set(entry) <= {"bytes", "path"}:
-        return entry.get("bytes") or entry.get("path")
+    """HF ``datasets`` keeps an image as ``{"bytes": ..., "path": ...}``; json has its bytes as base64."""
+    if isinstance(entry, Mapping) and set(entry) <= {"bytes", "path", "url"}:
+        if isinstance(entry.get("bytes"), str) and entry["bytes"]:
+            return from_base64(entry["bytes"], "'bytes'")
+        return entry.get("bytes") or entry.get("path") or entry.get("url")
     return entry
+
+
+def from_base64(text: str, what: str) -> bytes:
+    """Decodes base64; raises DataError naming ``what`` where it is none, or holds nothing."""
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"{what} is not base64: {error}", reason=Reason.UNREADABLE_IMAGE) from error
+    if not data:
+        raise DataError(f"{what} holds nothing", reason=Reason.UNREADABLE_IMAGE)
+    return data
 
 
 def inline(entry: str | bytes) -> str | bytes:
@@ -218,16 +288,11 @@ def inline(entry: str | bytes) -> str | bytes:
         head, comma, body = entry.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise DataError(f"a data URI must read data:image/...;base64,...; this one starts {entry[:40]!r}")
-        try:
-            data = base64.b64decode(body, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise DataError(f"a data URI is not base64: {error}") from error
-        if not data:
-            raise DataError("a data URI holds nothing")
-        return data
+        return from_base64(body, "a data URI")
     scheme, colon, rest = entry.partition("://")
     if colon and scheme.lower() == "file":
         return rest
     if colon and scheme.isalnum():
-        raise DataError(f"image {entry[:80]!r}: only files are read; download it first")
+        message = f"image {entry[:80]!r}: only files are read; download it first"
+        raise DataError(message, reason=Reason.UNSUPPORTED)
     return entry

@@ -123,7 +123,11 @@ def parse_parts(layout: Layout, texts: Mapping[str, bytes], num_images: int) -> 
     if layout.kind in ("", "CrudeWebdataset"):
         data = _json(texts["json"]) if "json" in texts else None
         if isinstance(data, Mapping) and any(data.get(column) is not None for column in COLUMNS):
-            return parse_row(source, 0, {**data, "images": images or None, "image": None, "video": None})
+            if data.get("video") or data.get("videos"):
+                raise DataError(
+                    "a video beside a tar is not read: its frames can be members", reason=Reason.UNSUPPORTED
+                )
+            return parse_row(source, 0, {**data, "images": images or None, "image": None})
         caption = next((texts[part] for part in ("txt", "caption") if part in texts), None)
         if caption is None:
             found = ", ".join(sorted(texts)) or "none"

@@ -28,17 +28,28 @@ def parse_xcomposer(source: Source, number: int, data: Any) -> Record:
     conversations = data.get("conversations")
     if isinstance(conversations, list):
         data = {**data, "conversations": [_renamed(index, item) for index, item in enumerate(conversations)]}
+    history = data.get("history")
+    if isinstance(history, list):
+        data = {**data, "history": [_history(index, pair) for index, pair in enumerate(history)]}
     return parse_llava(source, number, data)
+
+
+def _history(index: int, pair: Any) -> Any:
+    if not isinstance(pair, list) or not all(isinstance(text, str) for text in pair):
+        return pair
+    return [_marked(f"history[{index}]", text) for text in pair]
 
 
 def _renamed(index: int, item: Any) -> Any:
     if not isinstance(item, Mapping) or not isinstance(item.get("value"), str):
         return item  # parse_llava says what is wrong
-    if IMAGE_PLACEHOLDER in item["value"]:
-        raise DataError(
-            f"conversations[{index}] has {IMAGE_PLACEHOLDER}: the placeholder of this format is {PLACEHOLDER}"
-        )
-    return {**item, "value": item["value"].replace(PLACEHOLDER, IMAGE_PLACEHOLDER)}
+    return {**item, "value": _marked(f"conversations[{index}]", item["value"])}
+
+
+def _marked(where: str, text: str) -> str:
+    if IMAGE_PLACEHOLDER in text:
+        raise DataError(f"{where} has {IMAGE_PLACEHOLDER}: the placeholder of this format is {PLACEHOLDER}")
+    return text.replace(PLACEHOLDER, IMAGE_PLACEHOLDER)
 
 
 def expand_xcomposer(source: Source) -> list[Source]:

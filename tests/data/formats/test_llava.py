@@ -72,7 +72,8 @@ def with_turns(*values, **rest):
         (with_turns("<image><image>", "a", image=["x.png"]), "2 <image> placeholders for 1 images"),
         (with_turns("<image>", "a", image=3), "'image' must be"),
         (with_turns("<image>", "a", image=[None]), "'image' must be"),
-        (with_turns("<image>", "a", image=""), "'image' must be"),
+        (with_turns("<image>", "a", image=""), "1 <image> placeholders for 0 images"),
+        (with_turns("<image>", "a", image=[""]), "'image' must be"),
     ],
 )
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])

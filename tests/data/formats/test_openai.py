@@ -63,11 +63,7 @@ def test_text_and_parts(tmp_path):
         (messages(("user", [url("data:image/png;base64,!!")]), ("assistant", "a")), "not base64"),
         (messages(("user", [url("data:image/png;base64,")]), ("assistant", "a")), "holds nothing"),
         ({**messages(("user", [url("a")]), ("assistant", "a")), "images": ["b"]}, "and beside them"),
-        (
-            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]},
-            "weight 0",
-        ),
-        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [1]}]}, "tool calls"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [1]}]}, "calls of tools"),
         (messages(("user", "a"), ("user", "b"), ("assistant", "c")), "roles out of order"),
         (messages(("user", "<image>"), ("assistant", "c")), "1 <image> placeholders for 0 images"),
     ],

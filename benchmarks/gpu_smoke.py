@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from megatron_vlm.data.types import IGNORE_INDEX, EncodedSample, PackedRow, row_from_samples
+from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, Row, row_from_samples
 from megatron_vlm.layers.attention import attention, select_backend
 from megatron_vlm.models import registry
 from megatron_vlm.models.idefics2.config import Idefics2ModelConfig
@@ -105,7 +105,7 @@ def attention_errors(device: torch.device, shrink: int) -> None:
     select_backend.cache_clear()
 
 
-def make_row(config: Idefics2ModelConfig, tokens: int, image: int, seed: int) -> PackedRow:
+def make_row(config: Idefics2ModelConfig, tokens: int, image: int, seed: int) -> Row:
     """A full row of four samples, each with one image and random text."""
     generator = torch.Generator().manual_seed(seed)
     latents, samples = config.perceiver.num_latents, []

@@ -31,8 +31,9 @@ from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.loader import RowLoader
 from megatron_vlm.data.mixture import Mixture, resolve
 from megatron_vlm.data.plan import DataState, Stream
+from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.shards import MANIFEST_VERSION
-from megatron_vlm.data.types import EncodedSample, TokenCount
+from megatron_vlm.data.types import TokenCount
 
 SAMPLES = 10**9
 BARS = {"memory_mb": 150, "resume_s": 1.0, "samples_per_cpu_s": 200_000, "decode_ratio": 0.95}

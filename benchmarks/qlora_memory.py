@@ -19,7 +19,7 @@ import torch
 
 from megatron_vlm.conversion.mapping import DerivedTensors, HFModel, TensorInfo
 from megatron_vlm.conversion.source import HFSource, load_stages
-from megatron_vlm.data.types import EncodedSample, PackedRow, row_from_samples
+from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.models import registry
 from megatron_vlm.models.vlm import ModelOptions, global_named_modules
 from megatron_vlm.parallel.rng import seed_step
@@ -108,7 +108,7 @@ def held(module: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
-def make_row(tokens: int, vocabulary: int) -> PackedRow:
+def make_row(tokens: int, vocabulary: int) -> Row:
     """Four samples of random text."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocabulary, (4, tokens // 4), generator=generator)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_vlm.conversion.source import WeightSource, load_stages
 from megatron_vlm.conversion.verify import Report, Row, module_of
-from megatron_vlm.data.types import IGNORE_INDEX, EncodedSample, VLMBatch, row_from_samples
+from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
 
 TIMES_NOISE = 3.0
 """How many times HF's own fp32-fp64 distance ours may be. Measured on twins: up to 1.5 (activations), 1.9 (gradients)."""
@@ -111,7 +111,7 @@ def run_ours(reference: Any, source: WeightSource, samples: Sequence[EncodedSamp
     (model,) = load_stages(source, topology, ModelOptions(make_vocab_size_divisible_by=1))
     model.eval()
     row = row_from_samples(samples)
-    batch = VLMBatch.from_row(row)
+    batch = row
     run = Run(logits=torch.empty(0))
 
     def keep(probe: Any, output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Rows for training and evaluation: plan -> workers that read and encode -> PackedRow, with a state of a few integers.
+"""Rows for training and evaluation: plan -> workers that read and encode -> Row, with a state of a few integers.
 
     Stream.steps(state) --RowPlan--> worker processes: read, decode, encode, lay end to end --> StepRows
 
@@ -18,7 +18,8 @@ from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.mixture import Mixture, Source, resolve
 from megatron_vlm.data.plan import DataState, RowPlan, StepPlan, Stream, row_plan
 from megatron_vlm.data.reader import Quarantine, RowReader
-from megatron_vlm.data.types import PackedRow, Processor
+from megatron_vlm.data.row import Row
+from megatron_vlm.data.types import Processor
 from megatron_vlm.data.workers import Rows
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
@@ -38,7 +39,7 @@ class StepRows:
         num_samples: their number, holes included.
     """
 
-    rows: tuple[PackedRow, ...]
+    rows: tuple[Row, ...]
     state: DataState
     sample_ids: tuple[int, ...]
     num_samples: int
@@ -191,7 +192,7 @@ def evaluation_rows(
     max_rows: int | None = None,
     cache_dir: str | Path | None = None,
     output_dir: str | Path | None = None,
-) -> Iterator[PackedRow]:
+) -> Iterator[Row]:
     """Yields this rank's held-out rows: every usable sample once over all ranks, in the order of the shards.
 
     Every rank gets the same number of rows: filler rows without loss make up the difference.

@@ -17,7 +17,8 @@ from megatron_vlm.data.images import decode_image
 from megatron_vlm.data.loader import OpenedData
 from megatron_vlm.data.plan import Item
 from megatron_vlm.data.reader import RowReader
-from megatron_vlm.data.types import IGNORE_INDEX, EncodedSample, Processor
+from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample
+from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import DataError
 
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#edc948")

@@ -12,7 +12,8 @@ from megatron_vlm.data.counts import digest_of
 from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.images import decode_image
 from megatron_vlm.data.plan import RowPlan
-from megatron_vlm.data.types import EncodedSample, PackedRow, Processor, row_from_samples
+from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
+from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import DataError
 from megatron_vlm.log import get_logger
 
@@ -24,7 +25,7 @@ BAD_RATE_OVER = 10_000  # samples that the bad-sample rate is taken over at leas
 class Fetched:
     """What comes back for one RowPlan: the row, which samples are sound and a record of each that is not, or an error."""
 
-    row: PackedRow | None = None
+    row: Row | None = None
     sound: tuple[bool, ...] = ()
     failures: tuple[dict[str, Any], ...] = ()
     error: DataError | None = None

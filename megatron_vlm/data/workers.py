@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -25,7 +26,7 @@ from torch import Tensor
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.plan import RowPlan
 from megatron_vlm.data.reader import Fetched, RowReader
-from megatron_vlm.data.types import PackedRow
+from megatron_vlm.data.row import Row, pack_pixels
 from megatron_vlm.errors import TrainingError
 from megatron_vlm.log import get_logger
 from megatron_vlm.processes import signal_with_parent, state
@@ -53,7 +54,7 @@ class Rows(Iterator[Fetched]):
         self._most_rows = config.num_workers * config.prefetch_rows
         self._most_bytes = config.prefetch_mb * 2**20
         self._sent = self._taken = 0  # plans given to workers, rows given to the caller
-        self._ready: dict[int, tuple[Fetched, tuple[Tensor, ...]]] = {}
+        self._ready: dict[int, tuple[Fetched, _Packed]] = {}
         self._held = self._largest = 0  # bytes of the rows that are ready; of the largest row so far
         context = torch.multiprocessing.get_context("spawn")
         self._tasks = context.Queue()
@@ -87,11 +88,12 @@ class Rows(Iterator[Fetched]):
             while self._taken not in self._ready:
                 self._receive()
                 self._send()
-            bare, tensors = self._ready.pop(self._taken)
+            item, packed = self._ready.pop(self._taken)
             self._taken += 1
-            self._held -= _size(tensors)
+            self._held -= _size(packed)
             self._send()
-            item = _restore(bare, tensors) if tensors else bare
+            if packed is not None:
+                item = replace(item, row=Row.unpack(*packed))
         if item.error is not None:
             raise item.error
         return item
@@ -142,7 +144,7 @@ class Rows(Iterator[Fetched]):
         connection = ready[0]
         assert isinstance(connection, Connection)
         try:
-            number, item, tensors, failure = connection.recv()
+            number, item, packed, failure = connection.recv()
         except (EOFError, OSError):  # it ended while it told of a row, or of where the row's memory is
             for _ in range(20):
                 self._check()
@@ -150,8 +152,8 @@ class Rows(Iterator[Fetched]):
             raise
         if failure:
             raise RuntimeError(f"in a data worker:\n{failure}")
-        self._ready[number] = (item, tensors)
-        size = _size(tensors)
+        self._ready[number] = (item, packed)
+        size = _size(packed)
         self._held += size
         self._largest = max(self._largest, size)
 
@@ -200,50 +202,25 @@ def _work(
         except queue.Empty:
             continue
         try:
-            item, tensors, failure = *_flatten(reader[plan]), ""
+            item, packed, failure = *_pack(reader[plan]), ""
         except Exception:  # goes to the parent as text: not every exception can be sent
-            item, tensors, failure = Fetched(), (), traceback.format_exc()
+            item, packed, failure = Fetched(), None, traceback.format_exc()
         try:
-            results.send((number, item, tensors, failure))
+            results.send((number, item, packed, failure))
         except OSError:  # nobody takes it any more
             break
     os._exit(0)  # a row that nobody takes any more would hold up an orderly exit
 
 
-_FIELDS = ("input_ids", "position_ids", "labels", "cu_seqlens", "image_positions")
+_Packed = tuple[dict[str, Any], Tensor, Tensor] | None  # a row's header, whole numbers and pixels
 
 
-def _flatten(item: Fetched) -> tuple[Fetched, tuple[Tensor, ...]]:
-    """Joins a row's tensors by dtype: each tensor that leaves a worker takes a file descriptor of shared memory."""
-    row = item.row
-    if row is None:
-        return item, ()
-    fields = [getattr(row, name) for name in _FIELDS]
-    lengths = torch.tensor([len(f) for f in fields])
-    shapes = torch.tensor([p.shape for p in row.pixels], dtype=torch.int64).reshape(-1, 3)
-    pixels = torch.cat([p.reshape(-1) for p in row.pixels]) if row.pixels else torch.empty(0)
-    none = torch.empty(0, dtype=torch.int64)
-    bare = PackedRow(input_ids=none, position_ids=none, labels=none, cu_seqlens=none)
-    bare = replace(bare, keys=row.keys, num_filler=row.num_filler, holes=row.holes, truncated=row.truncated)
-    return replace(item, row=bare), (lengths, torch.cat([f.to(torch.int64) for f in fields]), shapes, pixels)
+def _pack(item: Fetched) -> tuple[Fetched, _Packed]:
+    """Joins a row's tensors to two: each tensor that leaves a worker takes a file descriptor of shared memory."""
+    if item.row is None:
+        return item, None
+    return replace(item, row=None), (*item.row.pack(), pack_pixels(item.row.pixels))
 
 
-def _restore(item: Fetched, tensors: tuple[Tensor, ...]) -> Fetched:
-    assert item.row is not None
-    lengths, values, shapes, pixels = tensors
-    ids, positions, labels, cu_seqlens, image_positions = values.split(lengths.tolist())
-    parts = pixels.split(shapes.prod(1).tolist()) if len(shapes) else ()
-    row = replace(
-        item.row,
-        input_ids=ids,
-        position_ids=positions,
-        labels=labels,
-        cu_seqlens=cu_seqlens.to(torch.int32),
-        image_positions=image_positions,
-        pixels=tuple(part.view(*shape) for part, shape in zip(parts, shapes.tolist())),
-    )
-    return replace(item, row=row)
-
-
-def _size(tensors: tuple[Tensor, ...]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _size(packed: _Packed) -> int:
+    return 0 if packed is None else packed[1].nbytes + packed[2].nbytes

@@ -23,8 +23,9 @@ from megatron_vlm.data.chat import FastTokenizer, Tokens, fit
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images import upright_rgb
 from megatron_vlm.data.literal import RESERVED, found, hidden
+from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample
 from megatron_vlm.data.shards import num_placeholders
-from megatron_vlm.data.types import IGNORE_INDEX, NO_OPTIONS, EncodedSample, TokenCount, Turn
+from megatron_vlm.data.types import NO_OPTIONS, TokenCount, Turn
 from megatron_vlm.errors import DataError, Reason
 
 Size = tuple[int, int]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vlm.config import Config
-from megatron_vlm.data.types import EncodedSample, PackedRow, VLMBatch, row_from_samples
+from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, Row, row_from_samples
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.core_attention import KVCache, RowParams
 from megatron_vlm.parallel.batch import device_batch
@@ -132,21 +132,16 @@ def _unwrapped(chunk: Any) -> Any:
     return chunk
 
 
-def _next_row(tokens: Sequence[int], positions: Sequence[int], filler_token_id: int, multiple: int) -> PackedRow:
+def _next_row(tokens: Sequence[int], positions: Sequence[int], filler_token_id: int, multiple: int) -> Row:
     """A row of one token per answer, at the position after what it has."""
     filler = -len(tokens) % multiple
     ids = torch.tensor([*tokens, *[filler_token_id] * filler])
-    starts = [*range(len(tokens) + 1), *([len(ids)] if filler else [])]
-    return PackedRow(
-        input_ids=ids,
-        position_ids=torch.tensor([*positions, *range(filler)]),
-        labels=torch.full_like(ids, -100),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        num_filler=filler,
-    )
+    places = torch.tensor([*positions, *range(filler)])
+    made = {"input_ids": ids, "position_ids": places, "labels": torch.full_like(ids, IGNORE_INDEX)}
+    return Row.of(made, [1] * len(tokens) + ([filler] if filler else []), num_filler=filler)
 
 
-def _forward(stages: Sequence[Any], row: PackedRow, params: RowParams, topology: Topology) -> Tensor | None:
+def _forward(stages: Sequence[Any], row: Row, params: RowParams, topology: Topology) -> Tensor | None:
     """Runs a row through all stages, in order; the last stage's ranks return logits [N, V], the others None."""
     ranks = dist.get_process_group_ranks(topology.pp_group)
     before, after = ranks[topology.pp_rank - 1], ranks[(topology.pp_rank + 1) % topology.pp]
@@ -158,7 +153,7 @@ def _forward(stages: Sequence[Any], row: PackedRow, params: RowParams, topology:
             hidden = torch.empty(length, 1, config.hidden_size, dtype=config.params_dtype, device=topology.device)
             dist.recv(hidden, before)
             stage.set_input_tensor(hidden)
-        batch: VLMBatch = device_batch(topology, row, pixels=stage.pre_process)
+        batch = device_batch(topology, row, pixels=stage.pre_process, dtype=stage.config.params_dtype)
         output = stage.next_logits(batch, params)
         if not stage.post_process:
             dist.send(output.contiguous(), after)

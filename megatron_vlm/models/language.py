@@ -161,21 +161,21 @@ class Decoder(GPTModel):
             self.output_layer.weight.tied_copy = True
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """[1, T] ids -> [T, 1, H], whole on every tensor parallel rank."""
-        return self.embedding(input_ids=input_ids, position_ids=position_ids)
+        """[T] ids -> [T, 1, H], whole on every tensor parallel rank."""
+        return self.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
 
     def forward(self, decoder_input: Tensor | None, position_ids: Tensor, row: RowParams) -> Tensor:
         """Runs this stage's layers (and the final norm on the last stage).
 
         Args:
             decoder_input: [T(/tp), 1, H] on the first stage; None elsewhere (see ``set_input_tensor``).
-            position_ids: int64 [1, T], restarting in each segment.
+            position_ids: int64 [T], restarting in each segment.
             row: the row's segments.
 
         Returns:
             Hidden states [T(/tp), 1, H].
         """
-        angles = self.rotary_angles(position_ids[0], row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_kv)
+        angles = self.rotary_angles(position_ids, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_kv)
         return self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from megatron_vlm.data.types import IGNORE_INDEX, EncodedSample
+from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.config import Config, nearest
 from megatron_vlm.conversion.mapping import Layout, Mapping
-from megatron_vlm.data.types import VLMBatch
+from megatron_vlm.data.row import Row
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.models.fusion import fuse, touch
@@ -106,21 +106,21 @@ class VisionLanguageModel(MegatronModule):
     def set_input_tensor(self, input_tensor: Any) -> None:
         self.language_model.set_input_tensor(input_tensor)
 
-    def forward(self, batch: VLMBatch) -> Tensor:
+    def forward(self, batch: Row) -> Tensor:
         """Runs the stage on one row.
 
         Returns:
             The last stage: fp32 scalar, the sum of token losses of the row. Other stages: hidden states [T(/tp), 1, H].
         """
         hidden = self._hidden(batch)
-        return self.language_model.loss(hidden, batch.labels[0], batch.loss_positions) if self.post_process else hidden
+        return self.language_model.loss(hidden, batch.labels, batch.loss_positions) if self.post_process else hidden
 
-    def logits(self, batch: VLMBatch) -> Tensor:
+    def logits(self, batch: Row) -> Tensor:
         """As ``forward``, but the last stage returns logits [T, true vocabulary]."""
         hidden = self._hidden(batch)
         return self.language_model.logits(hidden) if self.post_process else hidden
 
-    def next_logits(self, batch: VLMBatch, row: RowParams) -> Tensor:
+    def next_logits(self, batch: Row, row: RowParams) -> Tensor:
         """As ``logits``, with a cache in ``row``: the last stage returns those after each real segment, [N, true V]."""
         hidden = self._hidden(batch, row)
         if not self.post_process:
@@ -128,7 +128,7 @@ class VisionLanguageModel(MegatronModule):
         assert row.cache is not None
         return self.language_model.logits(hidden, row.cu_seqlens_q[1:][: len(row.cache.lengths)].long() - 1)
 
-    def image_features(self, batch: VLMBatch) -> Tensor:
+    def image_features(self, batch: Row) -> Tensor:
         """[F, H], features of all images of the row in order (first stage)."""
         vision, connector = self._vision_parts()
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(vision)):
@@ -138,16 +138,16 @@ class VisionLanguageModel(MegatronModule):
             return checkpoint(connector, patches, counts, use_reentrant=False, context_fn=_same_numbers)
         return connector(patches, counts)
 
-    def _hidden(self, batch: VLMBatch, row: RowParams | None = None) -> Tensor:
+    def _hidden(self, batch: Row, row: RowParams | None = None) -> Tensor:
         embeddings = self._embeddings(batch) if self.pre_process else None
-        row = row or RowParams.of(batch.cu_seqlens, batch.max_seqlen, batch.position_ids.shape[1])
+        row = row or RowParams.of(batch.cu_seqlens, max(batch.segments), batch.starts[-1])
         row.image_positions = batch.image_positions
         return self.language_model(embeddings, batch.position_ids, row)
 
-    def _embeddings(self, batch: VLMBatch) -> Tensor:
+    def _embeddings(self, batch: Row) -> Tensor:
         x = self.language_model.embed(batch.input_ids, batch.position_ids)
-        if batch.num_images:
-            x = fuse(x, self.image_features(batch), batch.image_positions, batch.num_images)
+        if batch.pixels:
+            x = fuse(x, self.image_features(batch), batch.image_positions, len(batch.pixels))
         elif self.vision_model is not None:
             x = touch(x, self._vision_parts())
         if self.config.sequence_parallel:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.data.types import PackedRow, VLMBatch
+from megatron_vlm.data.row import Row, pack_pixels, unpack_pixels
 from megatron_vlm.errors import DataError, MegatronVLMError
 from megatron_vlm.parallel.topology import Topology
 
@@ -65,8 +65,8 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def share_rows(
-    topology: Topology, rows: Sequence[PackedRow] | None, extra: Any, error: BaseException | None
-) -> tuple[tuple[PackedRow, ...], Any]:
+    topology: Topology, rows: Sequence[Row] | None, extra: Any, error: BaseException | None
+) -> tuple[tuple[Row, ...], Any]:
     """Gives the rows of a replica's source rank, without pixels, to all its ranks. A collective of the whole job.
 
     Args:
@@ -90,74 +90,44 @@ def share_rows(
     source, group, device = topology.model_source, topology.model_group, topology.device
     if topology.rank == source:
         assert rows is not None
-        header = {"rows": [_describe(row) for row in rows], "extra": extra}
-        numbers = torch.cat([part for row in rows for part in _numbers(row)] or [torch.empty(0, dtype=torch.int64)])
+        packed = [row.pack() for row in rows]
+        sizes = [len(numbers) for _, numbers in packed]
+        header = {"rows": [header for header, _ in packed], "sizes": sizes, "extra": extra}
+        numbers = torch.cat([numbers for _, numbers in packed]) if packed else torch.empty(0, dtype=torch.int64)
         _broadcast_bytes(json.dumps(header).encode(), source, group, device)
         if rows:
             dist.broadcast(numbers.to(device), source, group=group)
         return tuple(rows), extra
     header = json.loads(_broadcast_bytes(b"", source, group, device))
-    flat = torch.empty(sum(sum(row["sizes"]) for row in header["rows"]), dtype=torch.int64, device=device)
+    flat = torch.empty(sum(header["sizes"]), dtype=torch.int64, device=device)
     if header["rows"]:
         dist.broadcast(flat, source, group=group)
-    pieces = iter(flat.cpu().split([size for row in header["rows"] for size in row["sizes"]]))
-    return tuple(_rebuild(row, [next(pieces) for _ in row["sizes"]]) for row in header["rows"]), header["extra"]
+    parts = flat.cpu().split(header["sizes"])
+    return tuple(Row.unpack(*packed) for packed in zip(header["rows"], parts)), header["extra"]
 
 
-def device_batch(topology: Topology, row: PackedRow, *, pixels: bool) -> VLMBatch:
+def device_batch(topology: Topology, row: Row, *, pixels: bool, dtype: torch.dtype) -> Row:
     """Moves a row to the device for one forward pass; with ``pixels``, a collective of the first stage's tp ranks.
 
     Args:
         topology: the layout.
         row: one of ``share_rows``.
         pixels: the model chunk holds the vision tower.
+        dtype: of the tower's parameters, in which pixels travel.
     """
-    if not pixels:
-        return VLMBatch.from_row(row, topology.device, pixels=False)
-    if topology.tp > 1 and row.pixels:
-        row = replace(row, pixels=_share_pixels(topology, row.pixels))
-    return VLMBatch.from_row(row, topology.device)
+    if pixels and topology.tp > 1 and row.pixels:
+        row = replace(row, pixels=_share_pixels(topology, row.pixels, dtype))
+    return row.to(topology.device, dtype, pixels=pixels)
 
 
-def _share_pixels(topology: Topology, pixels: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _share_pixels(topology: Topology, pixels: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     shapes, source = [p.shape for p in pixels], topology.model_source
     if topology.rank == source:
-        flat = torch.cat([p.reshape(-1) for p in pixels]).to(topology.device, torch.float32)
+        flat = pack_pixels(pixels, dtype).to(topology.device)
     else:
-        flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=torch.float32, device=topology.device)
+        flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=dtype, device=topology.device)
     dist.broadcast(flat, source, group=topology.tp_group)
-    return tuple(p.view(shape) for p, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes))
-
-
-def _numbers(row: PackedRow) -> list[torch.Tensor]:
-    return [row.input_ids, row.position_ids, row.labels, row.cu_seqlens.long(), row.image_positions]
-
-
-def _describe(row: PackedRow) -> dict[str, Any]:
-    return {
-        "sizes": [len(part) for part in _numbers(row)],
-        "images": [list(p.shape) for p in row.pixels],
-        "keys": list(row.keys),
-        "num_filler": row.num_filler,
-        "holes": row.holes,
-        "truncated": row.truncated,
-    }
-
-
-def _rebuild(header: dict[str, Any], numbers: list[torch.Tensor]) -> PackedRow:
-    input_ids, position_ids, labels, cu_seqlens, image_positions = numbers
-    return PackedRow(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        labels=labels,
-        cu_seqlens=cu_seqlens.int(),
-        pixels=tuple(torch.empty(shape, device="meta") for shape in header["images"]),
-        image_positions=image_positions,
-        keys=tuple(header["keys"]),
-        num_filler=header["num_filler"],
-        holes=header["holes"],
-        truncated=header["truncated"],
-    )
+    return unpack_pixels(flat, shapes)
 
 
 def _broadcast_bytes(data: bytes, source: int, group: Any, device: torch.device) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_vlm.conversion.mapping import Mapping
 from megatron_vlm.conversion.source import open_source
-from megatron_vlm.data.types import EncodedSample, row_from_samples
+from megatron_vlm.data.row import EncodedSample, row_from_samples
 from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import adapted_mapping, gradient_errors, layout_run, merge_gradients

@@ -4,7 +4,7 @@ Case --measured: real model of random weights, optimizer, two steps on each rank
 """
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.types import PackedRow
+from megatron_vlm.data.row import Row
 from megatron_vlm.models import registry
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.topology import ParallelConfig, init_process_group
@@ -122,13 +122,10 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
     return stage, peak.bytes
 
 
-def make_row(row: RowShape, model_config: Any) -> PackedRow:
+def make_row(row: RowShape, model_config: Any) -> Row:
     """A row of that shape with a loss on every token."""
-    batch = make_batch(row, sum(row.segments), model_config, pixels=False)
-    return PackedRow(
-        input_ids=batch.input_ids[0], position_ids=batch.position_ids[0], labels=batch.labels[0], cu_seqlens=batch.cu_seqlens,
-        pixels=tuple(torch.randn(image) for image in row.images), image_positions=batch.image_positions, keys=("row",),
-    )  # fmt: skip
+    made = make_batch(row, sum(row.segments), model_config, torch.float32)
+    return replace(made, pixels=tuple(torch.randn(image) for image in row.images), keys=("row",))
 
 
 class PeakOnCpu:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.data.types import PackedRow, VLMBatch
+from megatron_vlm.data.row import Row
 from megatron_vlm.testing.parity import build_for_test
 
 
 def mutated_logits(
-    mutate: Callable[[str, Any, VLMBatch, Callable[[Any, str, Any], None]], VLMBatch],
+    mutate: Callable[[str, Any, Row, Callable[[Any, str, Any], None]], Row],
     directory: str,
-    row: PackedRow,
+    row: Row,
     names: Sequence[str],
 ) -> list[Tensor]:
     """On a rank: logits of the true model first, then of each mistake, each on a model of its own.
@@ -37,7 +37,7 @@ def mutated_logits(
             undo.append((owner, attribute, getattr(owner, attribute)))
             setattr(owner, attribute, value)
 
-        batch = mutate(name, model.eval(), VLMBatch.from_row(row), patch)
+        batch = mutate(name, model.eval(), row, patch)
         with torch.no_grad():
             results.append(model.logits(batch))
         for owner, attribute, value in undo:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vlm.conversion.mapping import Mapping
-from megatron_vlm.data.types import EncodedSample, PackedRow, VLMBatch
+from megatron_vlm.data.row import EncodedSample, Row
 
 
 def random_samples(
@@ -162,16 +162,13 @@ def adapted_mapping(source: Any, settings: dict[str, Any], tp: int) -> Mapping:
     return adapter_mapping(base, adapted_plan(source, settings), tp)
 
 
-def layout_logits(
-    hf_dir: str, rows: Sequence[PackedRow], parallel: dict, options: dict, peft: dict | None = None
-) -> dict:
+def layout_logits(hf_dir: str, rows: Sequence[Row], parallel: dict, options: dict, peft: dict | None = None) -> dict:
     """On a rank of a layout without pipeline: logits of each row [T, V], loss sum and supervised tokens."""
     topology, _, (model,), _ = build_for_test(hf_dir, parallel, options, peft)
     model.eval()
     with torch.no_grad():
-        batches = [VLMBatch.from_row(row) for row in rows]
-        logits = [model.logits(batch) for batch in batches]
-        loss = sum(float(model(batch)) for batch in batches)
+        logits = [model.logits(row) for row in rows]
+        loss = sum(float(model(row)) for row in rows)
     return {"logits": logits, "loss": loss / sum(row.num_supervised for row in rows), "tp_rank": topology.tp_rank}
 
 
@@ -198,7 +195,7 @@ def layout_answers(
 
 def layout_run(
     hf_dir: str,
-    rows: Sequence[PackedRow],
+    rows: Sequence[Row],
     parallel: dict,
     options: dict,
     steps: int = 0,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vlm.data.types import IGNORE_INDEX, EncodedSample, PackedRow
+from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, Row
 from megatron_vlm.errors import MegatronVLMError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -91,10 +91,10 @@ def metrics_of(out: Path, evaluations: bool = False) -> list[dict[str, Any]]:
     ]
 
 
-def samples_of(row: PackedRow, tokens_per_image: int) -> list[EncodedSample]:
+def samples_of(row: Row, tokens_per_image: int) -> list[EncodedSample]:
     """The samples of a row again, as they were before they were laid end to end (without filler)."""
     samples, images = [], list(row.pixels)
-    edges = row.cu_seqlens.tolist()
+    edges = row.starts
     for key, start, end in zip(row.keys, edges, edges[1:]):
         inside = (row.image_positions >= start) & (row.image_positions < end)
         number = int(inside.sum()) // tokens_per_image

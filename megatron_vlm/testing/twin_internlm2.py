@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.data.types import EncodedSample
+from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.testing.twins import CORPUS, randomise
 
 CHAT_TOKENS = {"[UNUSED_TOKEN_145]": "<|im_end|>", "[UNUSED_TOKEN_146]": "<|im_start|>"}

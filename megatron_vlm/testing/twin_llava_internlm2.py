@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_vlm.data.types import EncodedSample
+from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
 from megatron_vlm.testing.twins import randomise, tiny_tokenizer
 

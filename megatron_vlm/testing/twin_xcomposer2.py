@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.data.types import EncodedSample
+from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
 from megatron_vlm.testing.twin_internlm2 import fuse, write_sentencepiece
 from megatron_vlm.testing.twins import randomise

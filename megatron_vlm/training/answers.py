@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_vlm.config import Config, PathText
 from megatron_vlm.data.images import decode_image
-from megatron_vlm.data.types import EncodedSample, Turn
+from megatron_vlm.data.row import EncodedSample
+from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.generation import SamplingConfig, generate
 from megatron_vlm.parallel.topology import Topology

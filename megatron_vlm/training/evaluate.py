@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from megatron_vlm.data.types import PackedRow, row_from_samples
+from megatron_vlm.data.row import Row, row_from_samples
 from megatron_vlm.parallel.batch import share_rows
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.training.step import reduce_over_job, run_schedule
@@ -23,9 +23,7 @@ class EvalResult:
     supervised_tokens: int
 
 
-def evaluate(
-    chunks: Sequence[Any], rows: Iterator[PackedRow] | None, topology: Topology, *, fill_to: int = 0
-) -> EvalResult:
+def evaluate(chunks: Sequence[Any], rows: Iterator[Row] | None, topology: Topology, *, fill_to: int = 0) -> EvalResult:
     """Runs the model over held-out rows without gradients.
 
     Args:
@@ -61,7 +59,7 @@ def evaluate(
     return EvalResult(loss=loss, samples=int(total["samples"]), supervised_tokens=supervised)
 
 
-def _take(rows: Iterator[PackedRow] | None, count: int) -> tuple[list[PackedRow] | None, BaseException | None]:
+def _take(rows: Iterator[Row] | None, count: int) -> tuple[list[Row] | None, BaseException | None]:
     assert rows is not None
     try:
         return list(islice(rows, count)), None

@@ -18,8 +18,8 @@ from megatron_vlm.conversion.source import load_stages, open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.formats import open_sources, read_source
 from megatron_vlm.data.images import decode_image
+from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.shards import load_record
-from megatron_vlm.data.types import EncodedSample
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.log import setup_logging
 from megatron_vlm.models.generation import SamplingConfig

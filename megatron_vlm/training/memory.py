@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_vlm.conversion.mapping import TensorInfo
-from megatron_vlm.data.types import VLMBatch
+from megatron_vlm.data.row import Row
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.registry import FamilySpec
 from megatron_vlm.parallel import cpu
@@ -305,11 +305,11 @@ def _chunk_bytes(
     tokens = max(sum(row.segments), config.row_fill)
     tokens = -(-tokens // config.row_multiple) * config.row_multiple
     local = tokens // topology.tp if config.parallel.sequence_parallel else tokens
-    batch = functools.partial(make_batch, row, tokens, model_config, pixels=chunk.pre_process)
+    batch = functools.partial(make_batch, row, tokens, model_config, chunk.config.params_dtype)
     return measure_chunk(chunk, batch, (local, 1, model_config.text.hidden_size), device_kind)
 
 
-def make_batch(row: RowShape, tokens: int, model_config: Any, *, pixels: bool) -> VLMBatch:
+def make_batch(row: RowShape, tokens: int, model_config: Any, dtype: torch.dtype) -> Row:
     """A batch of ``row``, filled to ``tokens``, with a loss on every token; image features come first.
 
     Raises:
@@ -322,18 +322,12 @@ def make_batch(row: RowShape, tokens: int, model_config: Any, *, pixels: bool) -
             f"a row of {row} needs {features} tokens for its images: raise data.seq_length, or lower data.image_size, "
             "max_dynamic_patch or hd_num"
         )
-    starts = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return VLMBatch(
-        input_ids=torch.zeros(1, tokens, dtype=torch.int64),
-        position_ids=torch.cat([torch.arange(n) for n in segments])[None],
-        labels=torch.zeros(1, tokens, dtype=torch.int64),
-        cu_seqlens=starts,
-        cu_seqlens_host=tuple(starts.tolist()),
-        max_seqlen=max(segments),
-        loss_positions=torch.arange(tokens),
-        pixels=tuple(torch.empty(image, device="meta") for image in row.images) if pixels else (),
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    return Row.of(
+        {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in segments]), "labels": ids},
+        segments,
+        pixels=tuple(torch.empty(image, dtype=dtype, device="meta") for image in row.images),
         image_positions=torch.arange(features),
-        num_images=len(row.images),
     )
 
 

@@ -150,7 +150,7 @@ def measure_chunk(
 
     Args:
         chunk: ``VisionLanguageModel`` on meta, in training mode.
-        make_batch: makes the ``VLMBatch``; its pixels count.
+        make_batch: makes the ``Row``; its pixels count.
         hidden: shape of what the stage before hands over.
         device_kind: device that is meant.
     """

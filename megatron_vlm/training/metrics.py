@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_vlm.config import Config
-from megatron_vlm.data.types import IGNORE_INDEX, PackedRow
+from megatron_vlm.data.row import IGNORE_INDEX, Row
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import write_synced
 from megatron_vlm.log import get_logger
@@ -229,9 +229,9 @@ def keep_old(path: Path) -> None:
     log.warning(f"{path} is of an earlier run: kept as {aside.name}")
 
 
-def show_sample(row: PackedRow, processor: Any) -> str:
+def show_sample(row: Row, processor: Any) -> str:
     """The first sample of a row as text: supervised parts in ``[[ ]]``, runs of image tokens as ``<image> x n``."""
-    end = int(row.cu_seqlens[1])
+    end = row.starts[1]
     ids = row.input_ids[:end].tolist()
     supervised = [False] + (row.labels[: end - 1] != IGNORE_INDEX).tolist()  # labels[t] is the token at t + 1
     parts: list[str] = []

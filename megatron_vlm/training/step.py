@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vlm.data.types import IGNORE_INDEX, PackedRow
+from megatron_vlm.data.row import Row
 from megatron_vlm.errors import TrainingError
 from megatron_vlm.parallel.batch import device_batch
 from megatron_vlm.parallel.topology import Topology
@@ -56,23 +56,23 @@ class StepResult:
 class Cursor:
     """Hands out the rows of a step to one model chunk and remembers the one in work, for errors."""
 
-    def __init__(self, rows: Sequence[PackedRow]):
+    def __init__(self, rows: Sequence[Row]):
         self.rows, self.position = rows, 0
 
-    def __iter__(self) -> Iterator[PackedRow]:
+    def __iter__(self) -> Iterator[Row]:
         return self
 
-    def __next__(self) -> PackedRow:
+    def __next__(self) -> Row:
         row = self.rows[self.position]
         self.position += 1
         return row
 
     @property
-    def current(self) -> PackedRow:
+    def current(self) -> Row:
         return self.rows[max(0, self.position - 1)]
 
 
-def train_step(chunks: Sequence[Any], optimizer: Any, rows: Sequence[PackedRow], topology: Topology) -> StepResult:
+def train_step(chunks: Sequence[Any], optimizer: Any, rows: Sequence[Row], topology: Topology) -> StepResult:
     """Runs forward, backward and the update for one global batch.
 
     Args:
@@ -112,7 +112,7 @@ def train_step(chunks: Sequence[Any], optimizer: Any, rows: Sequence[PackedRow],
 
 
 def run_schedule(
-    chunks: Sequence[Any], rows: Sequence[PackedRow], topology: Topology, *, forward_only: bool
+    chunks: Sequence[Any], rows: Sequence[Row], topology: Topology, *, forward_only: bool
 ) -> list[dict[str, Tensor]]:
     """Runs megatron-core's schedule over the rows; the last stage returns the loss sum of each, others an empty list.
 
@@ -141,23 +141,24 @@ def run_schedule(
         raise TrainingError(out_of_memory_message(topology, current, error)) from error
 
 
-def forward_step(topology: Topology, rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Callable]:
+def forward_step(topology: Topology, rows: Iterator[Row], model: Any) -> tuple[Tensor, Callable]:
     """One microbatch of one model chunk, as megatron-core's schedules call it."""
     row = next(rows)
     stage = model
     while hasattr(stage, "module"):
         stage = stage.module
-    return model(device_batch(topology, row, pixels=stage.pre_process)), partial(_loss, row)
+    batch = device_batch(topology, row, pixels=stage.pre_process, dtype=stage.config.params_dtype)
+    return model(batch), partial(_loss, row)
 
 
-def _loss(row: PackedRow, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(row: Row, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The one place of the loss formula: the sum of token losses goes backward, and with ``calculate_per_token_loss``
     megatron-core divides the summed gradients by the number of supervised tokens of the global batch."""
     count = torch.tensor(row.num_supervised, dtype=torch.int, device=loss_sum.device)
     return loss_sum, count, {"loss_sum": loss_sum.detach()}
 
 
-def reduce_over_job(losses: list[dict[str, Tensor]], rows: Sequence[PackedRow], topology: Topology) -> dict[str, float]:
+def reduce_over_job(losses: list[dict[str, Tensor]], rows: Sequence[Row], topology: Topology) -> dict[str, float]:
     """Sums loss and counts over the global batch; every rank gets the result. A collective of the whole job.
 
     Each row is counted once: by tensor parallel rank 0 of the last stage, which knows its loss.
@@ -166,7 +167,7 @@ def reduce_over_job(losses: list[dict[str, Tensor]], rows: Sequence[PackedRow], 
     if topology.last_stage and topology.tp_rank == 0:
         values[0] = torch.stack([loss["loss_sum"].double() for loss in losses]).sum()
         for row in rows:
-            counts = (row.num_tokens, int((row.labels != IGNORE_INDEX).sum()), len(row.pixels), len(row.keys))
+            counts = (row.num_tokens, row.num_supervised, len(row.pixels), len(row.keys))
             values[1:] += torch.tensor([*counts, row.holes, row.truncated], dtype=torch.float64, device=topology.device)
     dist.all_reduce(values)
     return dict(zip(("loss_sum", *_COUNTS), values.tolist()))
@@ -184,7 +185,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def out_of_memory_message(topology: Topology, row: PackedRow, error: BaseException) -> str:
+def out_of_memory_message(topology: Topology, row: Row, error: BaseException) -> str:
     """Says where memory ran out, over what, and which settings to lower in which order."""
     shapes = [tuple(p.shape[-2:]) for p in row.pixels]
     largest = max(shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_vlm.conversion.source import load_stages
 from megatron_vlm.data.loader import DataState, RowLoader, StepRows, evaluation_rows
-from megatron_vlm.data.types import PackedRow
+from megatron_vlm.data.row import Row
 from megatron_vlm.log import get_logger, setup_logging
 from megatron_vlm.models.vlm import ModelOptions, build_model
 from megatron_vlm.parallel.batch import any_rank, share_rows, together
@@ -329,7 +329,7 @@ class Trainer:
 
     # ---- one iteration ----
 
-    def _next_rows(self) -> tuple[PackedRow, ...]:
+    def _next_rows(self) -> tuple[Row, ...]:
         """The rows of the next step on every rank of the replica; the data state is kept once the step is committed."""
         step: StepRows | None = None
         error: Exception | None = None

@@ -20,7 +20,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.images import decode_image
 from megatron_vlm.data.loader import DataState, RowLoader, evaluation_rows
-from megatron_vlm.data.types import IGNORE_INDEX
+from megatron_vlm.data.row import IGNORE_INDEX
 from megatron_vlm.errors import ConfigError, DataError
 
 SIZE = 97

@@ -14,7 +14,7 @@ from megatron_vlm.data import workers
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.plan import RowPlan
 from megatron_vlm.data.reader import Fetched
-from megatron_vlm.data.types import PackedRow
+from megatron_vlm.data.row import Row
 from megatron_vlm.data.workers import Rows
 from megatron_vlm.errors import TrainingError
 from megatron_vlm.processes import state
@@ -36,7 +36,7 @@ class Maker:
         Path(self.folder, str(number)).touch()
         ids = torch.tensor([number])
         pixels = (torch.full((1, self.mib * MIB // 4, 1), float(number)),)
-        return Fetched(row=PackedRow(input_ids=ids, position_ids=ids, labels=ids, cu_seqlens=ids, pixels=pixels))
+        return Fetched(row=Row.of({"input_ids": ids, "position_ids": ids, "labels": ids}, [len(ids)], pixels=pixels))
 
 
 def plans_of(numbers):

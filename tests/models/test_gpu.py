@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models import registry
 from megatron_vlm.testing.parity import hf_reference, random_samples
 from megatron_vlm.testing.twins import write_tiny_idefics2
@@ -49,7 +49,7 @@ def test_fp32_logits_equal_hf(twin):
     expected = hf_reference(hf, samples, gradients=False)[1]
     _, (model,) = build(directory, "fp32")
     with torch.no_grad():
-        logits = model.eval().logits(VLMBatch.from_row(row_from_samples(samples), "cuda")).cpu()
+        logits = model.eval().logits(row_from_samples(samples).to("cuda")).cpu()
     assert float((logits - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 
 
@@ -59,7 +59,7 @@ def test_bf16_kernels_are_close(twin):
     expected = hf_reference(hf, samples, gradients=False)[1]
     _, (model,) = build(directory, "bf16")
     with torch.no_grad():
-        logits = model.eval().logits(VLMBatch.from_row(row_from_samples(samples), "cuda")).float().cpu()
+        logits = model.eval().logits(row_from_samples(samples).to("cuda")).float().cpu()
     # Rounding alone: HF itself in bf16 on the CPU gives the scale of it.
     rounded = hf_reference(copy.deepcopy(hf).to(torch.bfloat16), samples, gradients=False)[1].float()
     noise = float((rounded - expected).norm())

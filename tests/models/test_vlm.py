@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import RankError, run_distributed
@@ -29,7 +29,7 @@ def gradients(directory, row, recompute, frozen_names, touch_only=False):
     for name, parameter in parameters.items():
         parameter.requires_grad_(not name.startswith(tuple(frozen_names)))
     model.train()
-    model(VLMBatch.from_row(row)).backward()
+    model(row).backward()
     return {name: p.grad for name, p in parameters.items()}
 
 
@@ -74,7 +74,7 @@ def test_a_row_without_images_touches_the_tower(twin):
 def wrong_count(directory, row):
     _, _, (model,), _ = build_for_test(directory, {}, {})
     try:
-        model(VLMBatch.from_row(row))
+        model(row)
     except DataError as error:
         return str(error)
     return ""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_vlm.conversion.source import open_source
-from megatron_vlm.data.types import row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models.vlm import global_named_parameters
 from megatron_vlm.peft.lora import draw
 from megatron_vlm.testing.distributed import run_distributed

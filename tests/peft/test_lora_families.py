@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vlm.conversion.source import open_source
-from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing import twin_internlm2, twin_internvl3, twin_llava_internlm2, twin_xcomposer2
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import (
@@ -83,9 +83,8 @@ def adapted_and_merged(directory, rows, parallel, settings):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     _, _, (plain,), _ = build_for_test(directory, parallel, {})
     fill([plain], base, topology, merged)
-    batches = [VLMBatch.from_row(row) for row in rows]
     with torch.no_grad():
-        return [[m.eval().logits(batch) for batch in batches] for m in (model, plain)], trained
+        return [[m.eval().logits(batch) for batch in rows] for m in (model, plain)], trained
 
 
 @pytest.mark.parametrize(

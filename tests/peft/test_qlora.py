@@ -6,7 +6,7 @@ import torch
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.source import load_stages, open_source
 from megatron_vlm.conversion.verify import verify
-from megatron_vlm.data.types import row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.nf4 import Quantization, get_backend, quantise

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from megatron_vlm.conversion.mapping import ROW, direct, gated, qkv
 from megatron_vlm.conversion.source import load_stages, open_source
-from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models.vlm import ModelOptions
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
@@ -132,7 +132,7 @@ def test_fp32_equals_peft_on_bitsandbytes(twin):
     loss.backward()
     theirs = {our_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
     stage, hf_names, _ = build(twin, "fp32", tensors, quantize="nf4", **TARGETS)
-    batch = VLMBatch.from_row(row_from_samples(samples), "cuda")
+    batch = row_from_samples(samples).to("cuda")
     with torch.no_grad():
         logits = stage.eval().logits(batch)
     whole = torch.cat(expected)

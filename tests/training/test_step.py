@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_vlm.conversion.source import open_source
-from megatron_vlm.data.types import row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import build_for_test, hf_reference, random_samples
 from megatron_vlm.testing.twins import write_tiny_idefics2

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from megatron_vlm.data.types import EncodedSample
+from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.reference import Probe, Reference, decoder_probes, layer_probes, random_sample
 
 

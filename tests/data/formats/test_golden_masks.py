@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images import decode_image
-from megatron_vlm.data.types import IGNORE_INDEX
+from megatron_vlm.data.row import IGNORE_INDEX
 from megatron_vlm.errors import Reason
 from tests.data.formats.make import built, picture, write_json, write_tar
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
-from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.layers.vision.internvit import InternVisionModel, ScaledResidual, WidthRMSNorm, pixel_shuffle
 from megatron_vlm.models import registry
@@ -99,7 +99,7 @@ def losses(directory, row, parallel, rate):
     for _ in range(2):
         seed_step(topology, seed=7, iteration=3)
         model.zero_grad()
-        loss = model(VLMBatch.from_row(row))
+        loss = model(row)
         loss.backward()
         found.append(float(loss))
     gradient = model.vision_model.patch_embedding.weight.grad

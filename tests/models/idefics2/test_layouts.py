@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_vlm.data.types import row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.layouts import Case, LayoutCheck, whole_matrix

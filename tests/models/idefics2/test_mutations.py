@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Idefics2ForConditionalGeneration
 
-from megatron_vlm.data.types import row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.layers import perceiver
 from megatron_vlm.layers.core_attention import CoreAttention
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
@@ -78,12 +78,12 @@ def mutate(name, model, batch, patch):
     elif name == "rope restarts inside a sample":
         # (That positions run on over the row instead changes nothing but round-off: RoPE is relative.)
         positions = batch.position_ids.clone()
-        start = batch.cu_seqlens_host[2] + 20
-        positions[0, start:] -= positions[0, start].clone()
-        return dataclasses.replace(batch, position_ids=positions)
+        start = batch.starts[2] + 20
+        positions[start:] -= positions[start].clone()
+        return dataclasses.replace(batch, tokens={**batch.tokens, "position_ids": positions})
     elif name == "attention across samples":
-        total = batch.cu_seqlens_host[-1]
-        return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), max_seqlen=total)
+        total = batch.starts[-1]
+        return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), starts=(0, total))
     elif name == "tower eps x 10":
         set_eps(model, "vision_model", LayerNorm, 10)
     elif name == "perceiver eps x 10":

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from megatron_vlm.data.types import row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_reference, layout_logits, random_samples

@@ -8,7 +8,8 @@ from PIL import Image
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images import open_image
-from megatron_vlm.data.types import IGNORE_INDEX, Turn, row_from_samples
+from megatron_vlm.data.row import IGNORE_INDEX, row_from_samples
+from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.idefics2.processor import Idefics2Processor
 from megatron_vlm.testing.distributed import run_distributed

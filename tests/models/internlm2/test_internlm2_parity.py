@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.data.types import row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.rope import RotaryAngles
 from megatron_vlm.models import registry
@@ -88,11 +88,11 @@ def mutate(name, model, batch, patch):
         patch(model.language_model.rotary_angles, "base", 1e5)
     elif name == "rope restarts inside a sample":
         positions = batch.position_ids.clone()
-        positions[0, 30:81] -= positions[0, 30].clone()
-        return dataclasses.replace(batch, position_ids=positions)
+        positions[30:81] -= positions[30].clone()
+        return dataclasses.replace(batch, tokens={**batch.tokens, "position_ids": positions})
     elif name == "attention across samples":
-        total = batch.cu_seqlens_host[-1]
-        return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), max_seqlen=total)
+        total = batch.starts[-1]
+        return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), starts=(0, total))
     elif name == "w1 and w3 exchanged":
         for layer in model.language_model.decoder.layers:
             weight = layer.mlp.linear_fc1.weight.data

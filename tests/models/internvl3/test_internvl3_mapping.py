@@ -10,7 +10,7 @@ from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.mapping import REPLICATED
 from megatron_vlm.conversion.verify import verify
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.types import row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models import registry
 from megatron_vlm.models.internvl3.processor import InternVL3Processor

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import InternVLForConditionalGeneration
 
-from megatron_vlm.data.types import row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 from megatron_vlm.layers.vision import internvit
 from megatron_vlm.models import registry
@@ -119,8 +119,8 @@ def mutate(name, model, batch, patch):
     elif name == "no norm in the connector":
         model.connector.layernorm = nn.Identity()
     elif name == "attention across samples":
-        total = batch.cu_seqlens_host[-1]
-        return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), max_seqlen=total)
+        total = batch.starts[-1]
+        return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), starts=(0, total))
     elif name == "norm per head":
         patch(internvit.WidthRMSNorm, "forward", norm_per_head)
     elif name == "tower eps x 10":

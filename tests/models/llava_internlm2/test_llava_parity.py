@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_vlm.data.types import row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 from megatron_vlm.layers.vision import clip
 from megatron_vlm.models import registry
@@ -104,13 +104,13 @@ def mutate(name, model, batch, patch):
     elif name == "attention across images":
         patch(clip, "cumulative", one_segment)
     elif name == "attention across samples":
-        total = batch.cu_seqlens_host[-1]
-        return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), max_seqlen=total)
+        total = batch.starts[-1]
+        return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), starts=(0, total))
     elif name == "rope restarts inside a sample":
         positions = batch.position_ids.clone()
-        start = batch.cu_seqlens_host[1] + 20
-        positions[0, start : batch.cu_seqlens_host[2]] -= positions[0, start].clone()
-        return dataclasses.replace(batch, position_ids=positions)
+        start = batch.starts[1] + 20
+        positions[start : batch.starts[2]] -= positions[start].clone()
+        return dataclasses.replace(batch, tokens={**batch.tokens, "position_ids": positions})
     elif name == "tower eps x 10":
         scale_eps(tower, LayerNorm, 10)
     elif name == "decoder eps x 10":

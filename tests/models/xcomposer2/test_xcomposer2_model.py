@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from megatron_vlm.data.types import VLMBatch, row_from_samples
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import DataError
 from megatron_vlm.layers.vision.hd import lay_out
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
@@ -114,15 +114,15 @@ def dropped(directory, rows, parallel, options):
     again = layout_run(directory, rows, parallel, options)
     _, _, (model,), _ = build_for_test(directory, parallel, options)
     with torch.no_grad():
-        row = VLMBatch.from_row(rows[0])
+        row = rows[0]
         training, evaluation = float(model.train()(row)), float(model.eval()(row))
         text = row_from_samples(make_samples_of_text(rows))
-        text_losses = float(model.train()(VLMBatch.from_row(text))), float(model.eval()(VLMBatch.from_row(text)))
+        text_losses = float(model.train()(text)), float(model.eval()(text))
     return result["loss"], result["grads"], again["loss"], (training, evaluation), text_losses
 
 
 def make_samples_of_text(rows):
-    from megatron_vlm.data.types import EncodedSample
+    from megatron_vlm.data.row import EncodedSample
 
     ids = rows[0].input_ids[:32]
     return [EncodedSample(key="text", input_ids=ids, labels=ids.clone())]
@@ -154,10 +154,10 @@ def mutate(name, model, batch, patch):
     """Makes one mistake in the model, the module or the batch; returns the batch to run."""
     layers = model.language_model.decoder.layers
     if name == "branches on every token":
-        everywhere = torch.arange(batch.input_ids.shape[1])
+        everywhere = torch.arange(len(batch.input_ids))
         patch(type(layers[0]), "forward", with_positions(type(layers[0]).forward, everywhere))
     elif name == "branches one token late":
-        late = (batch.image_positions + 1).clamp(max=batch.input_ids.shape[1] - 1)
+        late = (batch.image_positions + 1).clamp(max=len(batch.input_ids) - 1)
         patch(type(layers[0]), "forward", with_positions(type(layers[0]).forward, late))
     elif name == "no branch in one linear of one layer":
         layers[2].mlp.linear_fc2.plora.b.data.zero_()

@@ -1,0 +1,79 @@
+"""Rows: samples end to end, there and back through workers and broadcast, and on a device."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_vlm.data.row import EncodedSample, Row, pack_pixels, row_from_samples
+
+
+def sample(length: int, images: int = 0, rank: int = 1, more: bool = False) -> EncodedSample:
+    ids = torch.arange(length) + 10 * length
+    return EncodedSample(
+        key=f"s{length}",
+        input_ids=ids,
+        labels=ids.clone(),
+        position_ids=torch.stack([torch.arange(length) * (i + 1) for i in range(3)]) if rank == 3 else None,
+        pixels=tuple(torch.randn(3, 4 + i, 5) for i in range(images)),
+        grids=tuple((1, 4 + i, 5) for i in range(images)),
+        image_positions=torch.arange(images),
+        more={"kinds": torch.ones(2, length, dtype=torch.int32)} if more else {},
+    )
+
+
+def same(a: Row, b: Row) -> bool:
+    tensors = all(torch.equal(a.tokens[n], b.tokens[n]) and a.tokens[n].dtype == b.tokens[n].dtype for n in a.tokens)
+    rest = all(getattr(a, n) == getattr(b, n) for n in ("starts", "grids", "keys", "num_filler", "holes", "truncated"))
+    numbers = all(
+        torch.equal(getattr(a, n), getattr(b, n)) for n in ("cu_seqlens", "loss_positions", "image_positions")
+    )
+    return tensors and rest and numbers and a.tokens.keys() == b.tokens.keys()
+
+
+def test_samples_end_to_end():
+    row = row_from_samples([sample(3, 1), sample(4, 2)], filler_token_id=7, multiple_of=5, holes=2)
+    assert row.input_ids.tolist() == [30, 31, 32, 40, 41, 42, 43, 7, 7, 7]
+    assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2]
+    assert row.labels.tolist() == [31, 32, -100, 41, 42, 43, -100, -100, -100, -100]
+    assert row.starts == (0, 3, 7, 10) and row.cu_seqlens.tolist() == [0, 3, 7, 10] and row.segments == (3, 4, 3)
+    assert row.image_positions.tolist() == [0, 3, 4] and len(row.pixels) == 3 and row.grids[2] == (1, 5, 5)
+    assert row.loss_positions.tolist() == [0, 1, 3, 4, 5] and row.num_supervised == 5
+    assert (row.num_tokens, row.num_filler, row.holes, row.keys) == (7, 3, 2, ("s3", "s4"))
+
+
+def test_a_row_of_holes_is_filler():
+    row = row_from_samples([], filler_token_id=7, fill_to=4, holes=1)
+    assert row.input_ids.tolist() == [7] * 4 and row.num_supervised == 0 and row.num_tokens == 0
+
+
+def test_positions_of_any_rank_and_further_tensors():
+    """Three positions a token, as families with positions in time, height and width have them, and what a family adds."""
+    row = row_from_samples([sample(2, rank=3, more=True), sample(3, rank=3, more=True)], multiple_of=4)
+    assert row.position_ids.tolist()[2] == [0, 3, 0, 3, 6, 0, 1, 2]
+    assert row.tokens["kinds"].tolist() == [[1] * 5 + [0] * 3] * 2
+    assert row.slice(torch.tensor([4, 0]))["position_ids"].tolist() == [[2, 0], [4, 0], [6, 0]]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: row_from_samples([sample(3, 1), sample(4, 2)], multiple_of=5, holes=1),
+    lambda: row_from_samples([sample(5, 2, rank=3, more=True)], multiple_of=8),
+    lambda: row_from_samples([], fill_to=3),
+])  # fmt: skip
+def test_there_and_back(make):
+    row = make()
+    header, numbers = row.pack()
+    header = json.loads(json.dumps(header))
+    again = Row.unpack(header, numbers, pack_pixels(row.pixels))
+    assert same(again, row) and all(torch.equal(a, b) for a, b in zip(again.pixels, row.pixels, strict=True))
+    bare = Row.unpack(header, numbers)
+    assert same(bare, row) and [p.shape for p in bare.pixels] == [p.shape for p in row.pixels]
+    assert all(p.is_meta for p in bare.pixels)
+
+
+def test_pixels_travel_in_the_models_dtype():
+    row = row_from_samples([sample(3, 2)])
+    moved = row.to("cpu", torch.bfloat16)
+    assert same(moved, row) and all(torch.equal(a, b.bfloat16()) for a, b in zip(moved.pixels, row.pixels, strict=True))
+    assert pack_pixels(row.pixels, torch.bfloat16).nbytes * 2 == pack_pixels(row.pixels).nbytes
+    assert all(p.is_meta for p in row.to("cpu", pixels=False).pixels)

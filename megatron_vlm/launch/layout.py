@@ -7,7 +7,7 @@ recomputation (a second forward pass), the bubble of a pipeline, and what a micr
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +24,11 @@ _TENSOR_DOUBLING = 1.1  # time of a step, relative
 _RECOMPUTE = 4 / 3  # three passes of work become four
 _MICROBATCH_TOKENS = 512  # that a microbatch costs beside its own
 _MAX_TP = 8  # GPUs that share fast links
+_SHOWN = 4  # reasons
+
+
+class NothingFits(ConfigError):
+    """Layouts there are, but none that fits the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +115,15 @@ def choose_layout(
         micro_batch_sizes: sizes to choose among; empty: the config's own.
 
     Raises:
-        ConfigError: none fits; with the one that needs least, what takes most of it, and what would help.
+        NothingFits: with the layout that needs least, what takes most of it, and what would help.
+        ConfigError: no layout goes with model and batch, with the reasons; or a setting that is wrong in any of them.
     """
     refused: list[Layout] = []
-    for candidate in candidates(config, model_config, gpus, config_for, micro_batch_sizes):
+    found_out: dict[str, str] = {}
+    there = candidates(config, model_config, gpus, config_for, micro_batch_sizes, left_out=found_out)
+    if not there:
+        raise ConfigError(_none_divides(config, gpus, found_out))
+    for candidate in there:
         tried = candidate.apply(config_for(candidate.dp) if config_for else config)
         ends = sorted({0, candidate.pp - 1})
         for trace in (False, True):  # what stays between steps is known at once, and often enough
@@ -124,7 +134,7 @@ def choose_layout(
                 break
         else:
             return replace(found, reason=_reason(found, refused, bytes_per_gpu))
-    raise ConfigError(_nothing_fits(config, refused, gpus, bytes_per_gpu))
+    raise NothingFits(_nothing_fits(refused, gpus, bytes_per_gpu))
 
 
 def candidates(
@@ -133,15 +143,25 @@ def candidates(
     gpus: int,
     config_for: Callable[[int], RunConfig] | None = None,
     micro_batch_sizes: Sequence[int] = (),
+    *,
+    left_out: dict[str, str] | None = None,
 ) -> list[Layout]:
-    """All layouts of ``gpus`` ranks that the model and the global batch divide over, fastest first."""
+    """All layouts of ``gpus`` ranks that the model and the batch divide over, fastest first.
+
+    ``left_out`` gets the others, by name, with why: one that contradicts the batch per device, say, is no candidate.
+    """
+    left_out = {} if left_out is None else left_out
     found = []
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
     for tp, pp, recompute in itertools.product(sizes, sizes, (False, True)):
         if gpus % (tp * pp) or tp > _MAX_TP:
             continue
         dp = gpus // (tp * pp)
-        run = config_for(dp) if config_for else config
+        try:
+            run = config_for(dp) if config_for else config
+        except ConfigError as error:
+            left_out.setdefault(f"tp {tp} pp {pp} dp {dp}", str(error))
+            continue
         for micro in micro_batch_sizes or (run.training.micro_batch_size,):
             layout = Layout(
                 tp=tp,
@@ -154,19 +174,20 @@ def candidates(
                 accumulation=max(1, run.training.global_batch_size // (micro * dp)),
                 tokens=run.data.seq_length * micro,
             )
-            if _divides(layout, run, model_config, gpus):
+            try:
+                _check(layout, run, model_config, gpus)
+            except ConfigError as error:
+                left_out.setdefault(layout.name, str(error))
+            else:
                 found.append(layout)
     return sorted(found, key=lambda layout: (layout.slowness, layout.pp, layout.tp))
 
 
-def _divides(layout: Layout, config: RunConfig, model_config: Any, gpus: int) -> bool:
-    try:
-        layout.apply(config).check_world(gpus)
-        check_tensor_parallel(model_config.text, layout.tp)
-        layout.apply(config).parallel.virtual_size(model_config.text.num_layers)
-    except ConfigError:
-        return False
-    return True
+def _check(layout: Layout, config: RunConfig, model_config: Any, gpus: int) -> None:
+    """Raises ConfigError where model or batch do not divide over the layout."""
+    layout.apply(config).check_world(gpus)
+    check_tensor_parallel(model_config.text, layout.tp)
+    layout.apply(config).parallel.virtual_size(model_config.text.num_layers)
 
 
 def _reason(found: Layout, refused: Sequence[Layout], limit: int) -> str:
@@ -181,12 +202,18 @@ def _reason(found: Layout, refused: Sequence[Layout], limit: int) -> str:
     )
 
 
-def _nothing_fits(config: RunConfig, refused: Sequence[Layout], gpus: int, limit: int) -> str:
-    if not refused:
-        return (
-            f"no layout of {gpus} GPUs divides the model and training.global_batch_size "
-            f"{config.training.global_batch_size}: set it to a multiple of micro_batch_size x {gpus}"
-        )
+def _none_divides(config: RunConfig, gpus: int, left_out: Mapping[str, str]) -> str:
+    reasons: dict[str, str] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, name)
+    listed = "".join(f"\n  {name}: {reason}" for reason, name in itertools.islice(reasons.items(), _SHOWN))
+    return (
+        f"no layout of {gpus} ranks divides the model and training.global_batch_size {config.training.global_batch_size}: "
+        f"set it to a multiple of micro_batch_size x {gpus}{listed}"
+    )
+
+
+def _nothing_fits(refused: Sequence[Layout], gpus: int, limit: int) -> str:
     least = min(refused, key=lambda layout: layout.need)
     most = max(least.stages, key=lambda stage: stage.total)
     advice = {

@@ -14,12 +14,12 @@ from typing import Any
 from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.conversion.training_source import TRACKER
 from megatron_vlm.data.types import Processor
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError, ConversionError, DataError, MegatronVLMError
 from megatron_vlm.launch import checks
 from megatron_vlm.launch.arguments import Request
 from megatron_vlm.launch.checks import GIB, Devices, Report
 from megatron_vlm.launch.finish import HF, LOSS, MERGED
-from megatron_vlm.launch.layout import USABLE, choose_layout
+from megatron_vlm.launch.layout import USABLE, NothingFits, choose_layout
 from megatron_vlm.launch.prepare import Inputs, cache_folder, open_inputs
 from megatron_vlm.launch.start import Place, command
 from megatron_vlm.training.memory import StageMemory, estimate, table
@@ -88,8 +88,9 @@ def make_plan(request: Request, place: Place, report: Report) -> Plan | None:
         world = place.world or devices.ranks
         try:
             return _plan(request, place, report, source, devices, world, load)
-        except (ConfigError, DataError) as error:
-            report.fail("data" if isinstance(error, DataError) else "settings", str(error), "")
+        except MegatronVLMError as error:
+            label = {DataError: "data", ConversionError: "model"}.get(type(error), "settings")
+            report.fail(label, str(error), "")
             return None
 
 
@@ -116,7 +117,7 @@ def _plan(
             sections["checkpoint"]["save_epochs"] = 1.0
         return RunConfig.from_dict(sections), completed.notes
 
-    config, notes = config_for(_replicas(request.run, world))
+    config, notes = _first_config(config_for, _replicas(request.run, world))
     for note in notes:
         print(f"note     {note}", flush=True)
     processor = checks.check_processor(report, source, config.data)
@@ -124,7 +125,7 @@ def _plan(
         fixed = bool(launch.per_device_train_batch_size or launch.batch_size)
         fixed = fixed or bool((request.run.get("training") or {}).get("micro_batch_size"))
         laid = _lay_out(request.run, config, source, devices, world, lambda dp: config_for(dp)[0], fixed)
-    except ConfigError as error:
+    except NothingFits as error:
         advice = (
             "take more or larger GPUs, --use_lora (with --quantize nf4), a shorter --max_length, or fewer images a row"
         )
@@ -189,6 +190,25 @@ def _folders(run: dict[str, Any], part: str) -> list[str]:
     return [str(entry["path"] if isinstance(entry, dict) else entry) for entry in entries]
 
 
+def _first_config(
+    config_for: Callable[[int], tuple[RunConfig, tuple[str, ...]]], most: int
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """The run at the largest data parallel size, of those that ``most`` ranks allow, which its batch does not contradict.
+
+    Raises:
+        ConfigError: that of the largest, where there is none.
+    """
+    first: ConfigError | None = None
+    for dp in range(most, 0, -1):
+        if most % dp == 0:
+            try:
+                return config_for(dp)
+            except ConfigError as error:
+                first = first or error
+    assert first is not None
+    raise first
+
+
 def _model_ranks(run: dict[str, Any]) -> int | None:
     """Ranks of one replica on the CPU, where its sizes are named: there is no number of GPUs to go by."""
     sizes = [int((run.get("parallel") or {}).get(name) or 1) for name in SIZES]
@@ -212,7 +232,8 @@ def _lay_out(
     """The run with a layout that fits, its estimate, and why: the sizes that are named, else the fastest that fits.
 
     Raises:
-        ConfigError: nothing fits.
+        NothingFits: that, or no other layout, fits the memory.
+        ConfigError: a setting that is wrong, or a batch that no layout divides.
     """
     parallel = run.get("parallel") or {}
     if any(name in parallel for name in SIZES):
@@ -221,7 +242,7 @@ def _lay_out(
         need = max(stage.total for stage in stages)
         words = f"as named, {need / GIB:.2f} of {devices.memory / GIB:.1f} GiB"
         if need > USABLE * devices.memory:
-            raise ConfigError(f"too little memory: {words} a rank\n" + "\n".join(table(stages)))
+            raise NothingFits(f"too little memory: {words} a rank\n" + "\n".join(table(stages)))
         return config, stages, words
     layout = choose_layout(
         config,

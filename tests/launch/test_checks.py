@@ -82,6 +82,32 @@ def test_too_little_memory(launch, data, tmp_path):
     assert_not_started(code, output, tmp_path, "FAILED   memory", "0.0 GiB", "--use_lora")
 
 
+@pytest.mark.parametrize("by", ["--global-batch-size 32", "--deepspeed FILE"])
+def test_layouts_that_contradict_the_batch_are_no_candidates(launch, data, tmp_path, by):
+    """InternVL3's own numbers on two processes: 4 per device x accumulation 4 x dp 2 = 32; tp 2 x dp 1 would be 16."""
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 32}')
+    words = "--num_processes 2 --per_device_train_batch_size 4 --gradient_accumulation_steps 4"
+    words = f"{words} {by.replace('FILE', str(tmp_path / 'ds.json'))} --train_json {data} --max_steps 3 --no-launch"
+    code, output = launch(words)
+    assert code == 0 and "layout     tp 1 pp 1 dp 2" in output, output
+    assert "4 samples x 4 microbatches x dp 2 = 32 samples an update" in output
+    # Four processes: dp 4 contradicts the batch, a layout with dp 2 does not.
+    code, output = launch(words.replace("processes 2", "processes 4"))
+    assert code == 0 and " dp 2: " in output and "= 32 samples an update" in output, output
+    code, output = launch(words.replace("steps 4", "steps 5"))
+    assert_not_started(code, output, tmp_path, "FAILED   settings", "x accumulation 5 x 2 data parallel replicas = 40")
+
+
+def test_each_failure_keeps_its_own_name(launch, data, tmp_path):
+    """A mistyped target is found where memory is estimated, and is no want of memory."""
+    code, output = launch(f"--train_json {data} --max_steps 3 --use_lora True --lora_target_modules q_prooj")
+    assert_not_started(code, output, tmp_path, "FAILED   settings", "q_prooj")
+    assert "FAILED   memory" not in output and "take more or larger GPUs" not in output
+    code, output = launch(f"--train_json {data} --max_steps 3 --num_processes 3 --global-batch-size 4")
+    assert_not_started(code, output, tmp_path, "FAILED   settings", "no layout of 3 ranks divides", "multiple of")
+    assert "larger GPUs" not in output
+
+
 def test_disk_full(launch, data, tmp_path):
     code, output = launch(f"--train_json {data} --max_steps 1000000000 --save_steps 1")
     assert_not_started(

@@ -69,6 +69,11 @@ class Reason(enum.Enum):
         return self in _OF_THE_PROCESSOR
 
     @property
+    def asked_for(self) -> bool:
+        """Whether a limit that the run sets itself leaves the sample out: it is counted, and no sign of bad data."""
+        return self in (Reason.TOO_LONG, Reason.TOO_MANY_PATCHES, Reason.MAX_IMAGE_NUM)
+
+    @property
     def is_warning(self) -> bool:
         """Whether it is worth saying, and nothing is left out for it."""
         return self in _WARNINGS

@@ -36,6 +36,7 @@ VALUES = _inverted(
         "data.max_patches_per_row": "max-patches-per-row",
         "data.on_too_long": "on-too-long",
         "data.on_bad_sample": "on-bad-sample",
+        "data.max_bad_fraction": "max-bad-fraction",
         # parallel
         "parallel.tensor_model_parallel_size": "tensor-model-parallel-size",
         "parallel.pipeline_model_parallel_size": "pipeline-model-parallel-size",

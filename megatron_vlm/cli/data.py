@@ -55,6 +55,8 @@ def _add_build(commands: Any) -> None:
         help="a record with images and no place for them: refuse it, or put them before its first question")  # fmt: skip
     add("--on-bad-sample", choices=["raise", "skip"], default="raise",
         help="records that cannot be used: report them all and make nothing, or leave them out and list them")  # fmt: skip
+    add("--max-bad-fraction", type=float, default=0.01, metavar="F",
+        help="largest share of records that `skip` may leave out; above it nothing is made (default: 0.01)")  # fmt: skip
     add("--val-fraction", type=float, metavar="F", help="share of the records that goes to DIR/val")
     add("--split-by", metavar="id|image|KEY",
         help="what halves must not share besides images; of tars also __key__ (default: image)")  # fmt: skip
@@ -80,6 +82,8 @@ def _build(args: argparse.Namespace) -> int:
     part = data_view.part_of(args)
     if args.val_fraction is None and (args.split_by is not None or args.split_seed is not None):
         raise ConfigError("--split-by and --split-seed go with --val-fraction")
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise ConfigError(f"--max-bad-fraction must be between 0 and 1, got {args.max_bad_fraction}")
     least, most = args.video_frames
     sources = open_sources(
         args.format,
@@ -101,6 +105,7 @@ def _build(args: argparse.Namespace) -> int:
             args.out,
             samples_per_shard=args.samples_per_shard,
             on_bad_sample=args.on_bad_sample,
+            max_bad_fraction=args.max_bad_fraction,
             split=split,
             num_workers=min(os.cpu_count() or 1, 8) if args.workers is None else args.workers,
             progress=bar.show,

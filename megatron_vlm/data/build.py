@@ -28,7 +28,9 @@ from megatron_vlm.data.build_folder import fingerprint_of, partial_folder
 from megatron_vlm.data.formats import WEBDATASET, read_source
 from megatron_vlm.data.formats.records import Record, Source
 from megatron_vlm.data.formats.webdataset import open_tars
+from megatron_vlm.data.image_roots import wrong_root
 from megatron_vlm.data.notes import Notes
+from megatron_vlm.data.problems import REJECTED, Problem, describe, rejected_line
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION, ShardWriter, load_record
 from megatron_vlm.data.split import Halves, SplitSettings, assign
 from megatron_vlm.data.tar_shards import TarJob, index_shard
@@ -38,9 +40,7 @@ from megatron_vlm.files import sync_path, write_synced
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
-REJECTED = "rejected.jsonl"
 MAX_INLINE = 64 * 2**20  # bytes of images inside the records of one job
-SHOWN = 50  # problems that an error lists
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -53,25 +53,6 @@ class Job:
     sources: Sequence[Source]
     stems: Sequence[str]
     records: Sequence[tuple[int, Record]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """A record that cannot be used; ``record`` is -1 where the rest of a file is lost, ``key`` that of a tar's sample.
-
-    ``reason`` is the number of a Reason: problems are kept as json.
-    """
-
-    source: int
-    record: int
-    file: str
-    message: str
-    key: str = ""
-    reason: int = Reason.BAD_RECORD.number
-
-    def __str__(self) -> str:
-        where = f", record {self.record}" if self.record >= 0 else ""
-        return f"{self.file}{where}{f', sample {self.key}' if self.key else ''}: {self.message}"
 
 
 @dataclass(kw_only=True)
@@ -95,6 +76,7 @@ def build_shards(
     *,
     samples_per_shard: int = 1000,
     on_bad_sample: Literal["raise", "skip"] = "raise",
+    max_bad_fraction: float = 1.0,
     split: SplitSettings | None = None,
     num_workers: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -107,6 +89,7 @@ def build_shards(
         samples_per_shard: records in every shard but the last of a folder.
         on_bad_sample: ``raise`` reports every record that cannot be used and makes nothing; ``skip`` leaves them out
             and lists them in ``OUT/rejected.jsonl``.
+        max_bad_fraction: largest share of records that ``skip`` may leave out; above it nothing is made.
         split: write ``OUT/train`` and ``OUT/val`` instead, and a report to ``OUT/split.json``.
         num_workers: processes; 0: this one. Never changes what is written.
         progress: called with the number of records gone over so far.
@@ -116,7 +99,7 @@ def build_shards(
 
     Raises:
         ConfigError: ``out`` holds something, or a setting cannot work.
-        DataError: records that cannot be used, with source and record number.
+        DataError: records that cannot be used, with source and record number; ``OUT.rejected.jsonl`` lists all of them.
     """
     out = Path(out)
     if samples_per_shard < 1:
@@ -130,7 +113,7 @@ def build_shards(
             return json.loads((out / ("split.json" if split else MANIFEST)).read_text(encoding="utf-8"))
         build = _Build(sources, folder, samples_per_shard, num_workers, progress)
         halves = build.run(split)
-        return build.finish(halves, out, split, on_bad_sample)
+        return build.finish(halves, out, split, on_bad_sample, max_bad_fraction)
 
 
 class _Build:
@@ -281,14 +264,26 @@ class _Build:
             if self.layouts:
                 self.total += result["shard"]["samples"] + len(result["rejected"])
 
-    def finish(self, halves: list[_Half], out: Path, split: SplitSettings | None, on_bad_sample: str) -> dict[str, Any]:
+    def finish(
+        self,
+        halves: list[_Half],
+        out: Path,
+        split: SplitSettings | None,
+        on_bad_sample: str,
+        max_bad_fraction: float,
+    ) -> dict[str, Any]:
         """Writes the manifests and puts the folder in place; raises if the policy says so."""
         for line in self.notes.lines():
             LOGGER.warning("%s", line)
         self.problems.sort(key=lambda p: (p.source, p.file, p.record < 0, p.record))
         names = ", ".join(source.title for source in self.sources) or "the inputs"
-        if self.problems and (on_bad_sample == "raise" or self.fatal):
-            raise DataError(describe(self.problems, self.total, self.fatal))
+        listed = out.with_name(f"{out.name}.{REJECTED}")
+        listed.unlink(missing_ok=True)
+        allowed = None if on_bad_sample == "raise" else max_bad_fraction
+        if self.problems and (self.fatal or len(self.problems) > (allowed or 0) * self.total):
+            write_synced(listed, self._rejected())
+            text = describe(self.problems, self.total, self.fatal, allowed=allowed, hint=wrong_root(self.sources))
+            raise DataError(f"{text}; all are listed in {listed}")
         folder = self.folder / "out"
         for half in halves:
             manifest = make_manifest(half.shards, self.sources)
@@ -303,7 +298,7 @@ class _Build:
             write_synced(folder / half.name / MANIFEST, json.dumps(manifest, indent=1).encode())
             self.report[half.name or "manifest"] = manifest
         if self.problems:
-            write_synced(folder / REJECTED, "".join(f"{_rejected_line(p)}\n" for p in self.problems).encode())
+            write_synced(folder / REJECTED, self._rejected())
         if split is not None:  # what was drawn, less what is rejected
             numbers = {half.name: self.report[half.name]["samples"] for half in halves}
             self.report["records"] = numbers
@@ -315,6 +310,9 @@ class _Build:
         os.rename(folder, out)
         sync_path(out.parent)
         return self.report if split is not None else self.report["manifest"]
+
+    def _rejected(self) -> bytes:
+        return "".join(f"{rejected_line(p)}\n" for p in self.problems).encode()
 
 
 def make_shard(job: Job) -> list[dict[str, Any]]:
@@ -337,11 +335,6 @@ def make_shard(job: Job) -> list[dict[str, Any]]:
     line = writer.close()
     sync_path(final.parent)
     return [{"shard": line, "by_source": sorted(by_source.items()), "rejected": rejected}]
-
-
-def _rejected_line(problem: Problem) -> str:
-    where = {"file": problem.file, "record": problem.record, "key": problem.key, "reason": problem.message}
-    return json.dumps({name: value for name, value in where.items() if name != "key" or value})
 
 
 def make_manifest(shards: Mapping[str, Mapping[str, Any]], sources: Sequence[Source]) -> dict[str, Any]:
@@ -381,18 +374,6 @@ def unique_stems(titles: Sequence[str]) -> list[str]:
         taken = set(stems)
         stems.append(next(s for s in (stem, *(f"{stem}-{i}" for i in range(1, len(stems) + 2))) if s not in taken))
     return stems
-
-
-def describe(problems: Sequence[Problem], total: int, fatal: bool) -> str:
-    """Returns the text of an error: each problem, and a count by kind."""
-    kinds = Counter(Reason.numbered(problem.reason).words for problem in problems)
-    shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
-    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    counts = "\n".join(f"  {number:8d}  {kind}" for kind, number in kinds.most_common())
-    advice = "correct the file: what follows a fault like this cannot be read" if fatal else (
-        f"correct them, or set --on-bad-sample skip to leave them out and list them in {REJECTED}"
-    )  # fmt: skip
-    return f"{len(problems)} problems in {total} records:\n{shown}{more}\nby kind:\n{counts}\n{advice}"
 
 
 def _end_with_parent() -> None:

@@ -72,6 +72,8 @@ class DataConfig(Config):
         packing_window: stream positions that one packing plan covers.
         slice_size: neighbouring samples that are read in one go; 1 shuffles fully and reads at random.
         window_slices: slices that are shuffled among each other; ``slice_size x window_slices`` is the shuffle radius.
+        max_bad_fraction: largest share of samples that may be left out because they cannot be used; above it nothing starts.
+            Samples that a limit of this section leaves out (length, patches, number of images) do not count.
         bad_sample_rate: most holes per sample read (counted over at least 10,000 samples) under ``skip``.
         bad_sample_consecutive: most holes in a row under ``skip``.
         allow_data_change: resume although the data, the processor or the packing differ from the checkpoint's.
@@ -104,6 +106,7 @@ class DataConfig(Config):
     packing_window: int = 4096
     slice_size: int = 128
     window_slices: int = 64
+    max_bad_fraction: float = 0.01
     bad_sample_rate: float = 0.001
     bad_sample_consecutive: int = 100
     allow_data_change: bool = False
@@ -135,8 +138,9 @@ class DataConfig(Config):
             raise ConfigError(f"data.group_by {self.group_by} has no effect with data.packing: leave one of them out")
         if self.max_patches_per_row is not None and not self.packing:
             raise ConfigError("data.max_patches_per_row has no effect without data.packing: set data.packing=true")
-        if not 0 <= self.bad_sample_rate <= 1:
-            raise ConfigError(f"data.bad_sample_rate must be between 0 and 1, got {self.bad_sample_rate}")
+        for name in ("bad_sample_rate", "max_bad_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name} must be between 0 and 1, got {getattr(self, name)}")
 
     def check_template(self, family: str, *offered: str) -> None:
         """Checks ``template`` against the formats that a family offers.

@@ -13,7 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -251,7 +251,8 @@ def survey(
         _refuse(report, refused, config)
     if report["excluded"]:
         number = sum(report["excluded"].values())
-        LOGGER.warning("%d of %d samples are excluded: %s", number, len(dataset), report["excluded"])
+        listed = "" if path is None else f"; all are listed in {path}"
+        LOGGER.warning("%d of %d samples are excluded: %s%s", number, len(dataset), report["excluded"], listed)
     if report["truncated"]:
         LOGGER.warning(
             "%d of %d samples are truncated to %d tokens", report["truncated"], len(dataset), config.seq_length
@@ -290,6 +291,29 @@ def shares(sources: Sequence[Source], usable: Sequence[int], tokens: Sequence[in
         for row in rows.values():
             row[f"{name}_share"] = round(row[f"{name}s"] / total, 6)
     return rows
+
+
+def check_share(report: Mapping[str, Any], config: DataConfig, listed: Path | None = None) -> None:
+    """Stops a run before it trains on what is left of bad data.
+
+    Args:
+        report: of ``survey``.
+        config: ``max_bad_fraction``.
+        listed: the file that names every excluded sample.
+
+    Raises:
+        DataError: more samples cannot be used than the setting allows; those that a limit of the run leaves out do not count.
+    """
+    asked = {reason.text for reason in Reason if reason.asked_for}
+    bad = {reason: number for reason, number in report["excluded"].items() if reason not in asked}
+    number, total = sum(bad.values()), report["samples"]
+    if number > config.max_bad_fraction * total:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items())
+        raise DataError(
+            f"{number} of {total} samples cannot be used ({reasons}), {number / total:.1%}, and data.max_bad_fraction allows "
+            f"{config.max_bad_fraction:.1%}: correct them, or raise it"
+            + (f"; all are listed in {listed}" if listed else "")
+        )
 
 
 def _refuse(report: dict[str, Any], refused: dict[Reason, list[str]], config: DataConfig) -> None:

@@ -22,14 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.build import Problem, build_shards, describe
+from megatron_vlm.data.build import build_shards
 from megatron_vlm.data.check import check_folder, check_sources
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.counts import survey
-from megatron_vlm.data.formats import FORMATS, WEBDATASET, expand_inputs, open_sources, read_source
+from megatron_vlm.data.counts import check_share, survey
+from megatron_vlm.data.formats import FORMATS, WEBDATASET, expand_inputs, open_sources
 from megatron_vlm.data.formats.json_file import read_json, read_json_records
 from megatron_vlm.data.formats.records import RECORDS_VERSION, Source, VideoSettings
+from megatron_vlm.data.image_roots import names_of, wrong_root
 from megatron_vlm.data.loader import open_data
+from megatron_vlm.data.problems import REJECTED, Problem, describe
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError, Reason
@@ -39,6 +41,7 @@ from megatron_vlm.launch.config import LaunchConfig
 from megatron_vlm.training.progress import Bar
 
 _SNIFFED = 100  # records that are looked at to tell a format
+_SHOWN = 3  # records left out that a line names
 _PREPENDING = ("internvl", "xcomposer")
 """Formats whose own programs take a record with an image and no place for it, and show the image first."""
 
@@ -169,27 +172,17 @@ def _is_object(path: str) -> bool:
 def _root_of(source: Source) -> str:
     """The folder that a source's images start from: beside the file, or where the command runs."""
     beside = str(Path(source.path).parent / source.root)
-    for name in itertools.islice(_names_of(source), _SNIFFED):
+    for name in itertools.islice(names_of(source), _SNIFFED):
         for root in (beside, source.root or "."):
             if Path(root, name).exists():
                 return root
     return beside
 
 
-def _names_of(source: Source) -> Iterator[str]:
-    """Images and videos of a source as its records write them; what cannot be read is the build's to report."""
-    try:
-        for _, _, record in read_source(source):
-            if not isinstance(record, DataError):
-                yield from (name for name in (*record.images, *record.videos) if isinstance(name, str))
-    except DataError:
-        return
-
-
 def _files_of(sources: Sequence[Source]) -> Iterator[str]:
     for source in sources:
         if source.format != WEBDATASET:
-            yield from (os.path.join(source.root, name) for name in _names_of(source))
+            yield from (os.path.join(source.root, name) for name in names_of(source))
 
 
 def _states(paths: Sequence[str] | dict[str, None]) -> list[tuple[str, int, int]]:
@@ -248,7 +241,8 @@ def build_data(report: Report, inputs: Inputs, config: DataConfig, processor: Pr
     if inputs.shards is not None:
         start = time.monotonic()
         try:
-            if inputs.built:
+            # What an earlier start was allowed to leave out, this one may have to tell of, record by record.
+            if inputs.built and not (config.on_bad_sample == "raise" and _rejected(inputs)):
                 report.ok("data", f"{inputs.name}: shards of an earlier start, {inputs.shards}")
             else:
                 _build(inputs, config)
@@ -257,6 +251,7 @@ def build_data(report: Report, inputs: Inputs, config: DataConfig, processor: Pr
         except (DataError, ConfigError) as error:
             report.fail("data", f"{inputs.name}: {error}", "correct the records; no process of the run was started")
             return
+        _tell_rejected(report, inputs, config)
     _check_folders(report, inputs, config, processor, cache)
     if not report.failed:
         _survey(report, inputs, config, processor)
@@ -274,6 +269,7 @@ def _build(inputs: Inputs, config: DataConfig) -> None:
             inputs.sources,
             inputs.shards,
             on_bad_sample=config.on_bad_sample,
+            max_bad_fraction=config.max_bad_fraction,
             num_workers=min(os.cpu_count() or 1, 8) if len(inputs.images) > _SNIFFED * 10 else 0,
             progress=lambda records: bar.show(records),
         )
@@ -306,7 +302,7 @@ def _counted(found: Iterator[str | DataError], bar: Bar) -> Iterator[str | DataE
 
 def _tell(report: Report, inputs: Inputs, config: DataConfig, found: Iterator[str | DataError]) -> None:
     """Sorts what a check yields into sound, excluded by a policy, and wrong."""
-    sound, excluded, problems = 0, Counter[str](), []
+    sound, refused, excluded, problems = 0, 0, Counter[str](), []
     for item in found:
         if isinstance(item, str):
             sound += 1
@@ -314,19 +310,55 @@ def _tell(report: Report, inputs: Inputs, config: DataConfig, found: Iterator[st
             excluded[f"warning: {item.reason.words}"] += 1
         elif _policy_excludes(item, config):
             excluded[item.reason.text] += 1
+            refused += not item.reason.asked_for
         else:
             problems.append(
                 Problem(source=0, record=-1, file=_place(item), message=item.message, reason=item.reason.number)
             )
     words = "".join(f", {number} {reason}" for reason, number in excluded.most_common())
-    if problems and config.on_bad_sample == "raise":
-        text = describe(problems, sound + len(problems), fatal=False)
+    total = sound + len(problems) + refused
+    allowed = None if config.on_bad_sample == "raise" else config.max_bad_fraction
+    if problems and len(problems) + refused > (allowed or 0) * total:
+        text = describe(problems, total, fatal=False, allowed=allowed, hint=wrong_root(inputs.sources))
         report.fail("data", f"{inputs.name}: {text}", "correct them; no process of the run was started")
     elif not sound:
         report.fail("data", f"{inputs.name}: no record can be used{words}", "see `megatron-vlm data check`")
+    elif refused > config.max_bad_fraction * total:
+        share = f"{refused} of {total} records cannot be used, and data.max_bad_fraction is {config.max_bad_fraction:g}"
+        report.fail("data", f"{inputs.name}: {share}{words}", "see `megatron-vlm data check` for each record")
     else:
-        skipped = f", {len(problems)} that cannot be used are left out" if problems else ""
-        report.ok("data", f"{inputs.name}: {sound} sound records{words}{skipped}")
+        report.ok("data", f"{inputs.name}: {sound} sound records{words}")
+        if problems:
+            text = _few([str(problem) for problem in problems], total)
+            report.warn("data", f"{inputs.name}: {text}", "`megatron-vlm data check` lists all of them")
+
+
+def _rejected(inputs: Inputs) -> list[dict[str, Any]]:
+    """Records that the build left out."""
+    assert inputs.shards is not None
+    path = inputs.shards / REJECTED
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _tell_rejected(report: Report, inputs: Inputs, config: DataConfig) -> None:
+    """Tells, at every start, what the shards lack; fails where that is more than the run allows."""
+    left = _rejected(inputs)
+    if not left:
+        return
+    assert inputs.shards is not None
+    total = len(left) + read_json(str(inputs.shards / MANIFEST))["samples"]
+    lines = [f"{line['file']}, record {line['record']}: {line['reason']}" for line in left]
+    text = f"{inputs.name}: {_few(lines, total)}; all are listed in {inputs.shards / REJECTED}"
+    if len(left) > config.max_bad_fraction * total:
+        share = f"{len(left) / total:.1%}, and data.max_bad_fraction allows {config.max_bad_fraction:.1%}"
+        report.fail("data", text, f"that is {share}: correct them, or raise it")
+    else:
+        report.warn("data", text, "the run goes on without them; correct them to have them")
+
+
+def _few(lines: Sequence[str], total: int) -> str:
+    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return f"{len(lines)} of {total} records cannot be used and are left out: {'; '.join(lines[:_SHOWN])}{more}"
 
 
 def _place(error: DataError) -> str:
@@ -345,6 +377,7 @@ def _survey(report: Report, inputs: Inputs, config: DataConfig, processor: Proce
         opened = open_data(config, processor, inputs.paths, seed=None)
         try:
             found = survey(opened.counts, config, None)
+            check_share(found, config)
         finally:
             opened.dataset.close()
     except DataError as error:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.conversion.source import load_stages
+from megatron_vlm.data.counts import check_share
 from megatron_vlm.data.loader import DataState, RowLoader, StepRows, evaluation_rows
 from megatron_vlm.data.row import Row
 from megatron_vlm.log import get_logger, setup_logging
@@ -279,6 +280,7 @@ class Trainer:
                     output_dir=config.output_dir,
                 )
                 self.closing.callback(self.loader.close)
+                check_share(self.loader.report(), config.data, config.output_dir / "excluded.jsonl")
                 log.info("data: %s", self.loader.report())
                 facts = [self.loader.samples_per_epoch, self._count_iterations(self.loader)]
             except Exception as caught:

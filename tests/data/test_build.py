@@ -61,6 +61,7 @@ def content(folder):
 def command(inputs, out, *more):
     words = ["build", "--format", "llava", "--input", str(inputs / "a.json"), str(inputs / "b.jsonl")]
     words += ["--image-root", str(inputs), "--out", str(out), "--samples-per-shard", "4", "--on-bad-sample", "skip"]
+    words += ["--max-bad-fraction", "0.5"]
     return ["data", *words, *more]
 
 
@@ -223,7 +224,8 @@ def test_every_problem_is_reported_with_counts(inputs, tmp_path):
         "correct the file: what follows",
     ):  # fmt: skip
         assert words in text, words
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "d.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "d.json", "out.rejected.jsonl"]
+    assert f"all are listed in {tmp_path / 'out.rejected.jsonl'}" in text
     with pytest.raises(DataError, match="cannot be read"):  # no policy goes past a broken array
         built(tmp_path / "out", "llava", tmp_path / "d.json", on_bad_sample="skip")
 

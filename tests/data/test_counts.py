@@ -4,16 +4,17 @@ import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_vlm.data import counts
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.counts import NO_LIMIT, TokenCounts
+from megatron_vlm.data.counts import NO_LIMIT, TokenCounts, check_share
 from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.images import decode_image
-from megatron_vlm.errors import ConfigError, Reason
+from megatron_vlm.errors import ConfigError, DataError, Reason
 
 
 @pytest.fixture
@@ -115,3 +116,13 @@ def test_several_at_once_agree(folder, make_processor):
         first, *others = pool.map(work, range(4))
     assert all((other == first).all() for other in others)
     assert len(list(folder.glob("*.tokens.npy"))) == 5 and not list(folder.glob(".*"))
+
+
+def test_the_share_of_samples_that_cannot_be_used_is_bounded():
+    """Those that a limit of the run leaves out do not count."""
+    config = DataConfig(seq_length=8, max_bad_fraction=0.1)
+    check_share({"samples": 20, "excluded": {"too_long": 9, "max_image_num": 5, "placeholders": 2}}, config)
+    with pytest.raises(
+        DataError, match=r"3 of 20 samples .*1 placeholders, 2 nothing_supervised.*15.0%.*allows 10.0%.*in /x"
+    ):
+        check_share({"samples": 20, "excluded": {"placeholders": 1, "nothing_supervised": 2}}, config, Path("/x"))

@@ -196,9 +196,8 @@ def test_finetune_sh():
 @pytest.mark.parametrize("hf_config", [CHAT, NATIVE], ids=["chat", "hf"])
 def test_internvl3s_torchrun_line(tmp_path, hf_config):
     zero = tmp_path / "zero_stage1_config.json"
-    zero.write_text(
-        '{"zero_optimization": {"stage": 1, "overlap_comm": true}, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}'
-    )
+    asked = {"zero_optimization": {"stage": 1, "overlap_comm": True}, "gradient_clipping": "auto"}
+    zero.write_text(json.dumps({**asked, "bf16": {"enabled": "auto"}}))
     config, launch, notes = resolve(INTERNVL3, hf_config, "internvl3", dp=8, ZERO1=str(zero))
     targets = config.peft.target_modules
     assert changed(config) == {

@@ -126,9 +126,57 @@ def test_records_left_out_by_a_policy_are_no_failure(tmp_path, processor):
         assert len(report.failed) == failures and "too_long" in report.findings[0].text, report.findings
     records[5]["image"] = "nowhere.png"
     path.write_text(json.dumps(records))
-    report, config = Report(), CONFIG.replace(on_too_long="drop", on_bad_sample="skip")
+    report, config = Report(), CONFIG.replace(on_too_long="drop", on_bad_sample="skip", max_bad_fraction=0.1)
     build_data(report, opened(tmp_path, path), config, processor, tmp_path / "cache")
     assert not report.failed and "8 samples" in report.findings[-1].text, report.findings
+
+
+@pytest.mark.parametrize("look", [check_data, build_data])
+def test_records_that_cannot_be_used_are_told_and_bounded(tmp_path, processor, look):
+    """One of 200 is left out, with its reason and the list of all; four of 200 stop the start; all of them say why."""
+    config = CONFIG.replace(on_bad_sample="skip")
+
+    def start(bad, **changes):
+        path = write_records(tmp_path / "data", 200)
+        records = json.loads(path.read_text())
+        for record in records[:bad]:
+            record["image"] = f"nowhere/{record['id']}.png"
+        path.write_text(json.dumps(records))
+        report, inputs = Report(), opened(tmp_path, path)
+        look(report, inputs, config.replace(**changes), processor, tmp_path / "cache")
+        return report, inputs
+
+    for _ in range(2):  # the second finds shards of the first
+        report, inputs = start(1)
+        (told,) = [finding for finding in report.findings if finding.outcome == "warning"]
+        assert not report.failed and "1 of 200 records cannot be used" in told.text and "nowhere/0.png" in told.text
+        if look is build_data:
+            assert str(inputs.shards / "rejected.jsonl") in told.text
+            assert (inputs.shards / "rejected.jsonl").read_text().count("nowhere") == 1
+    (failed,) = start(4)[0].failed
+    assert (
+        "4 problems in 200 records" in failed.text and "2.0% of the records cannot be used, and 1.0% may" in failed.text
+    )
+    assert not start(4, max_bad_fraction=0.02)[0].failed
+    (failed,) = start(4)[0].failed  # and again where its shards lie there
+    assert "4 " in failed.text
+    (failed,) = start(1, on_bad_sample="raise")[0].failed  # not in silence, as the shards of the first start would
+    assert "1 problems in 200" in failed.text
+    report, inputs = start(200)
+    text = report.failed[0].text
+    assert "200 of the first 200 pictures" in text and str(tmp_path / "data" / "nowhere" / "0.png") in text
+    assert f"looked for from {tmp_path / 'data'}" in text and "--image-root" in text
+    if look is build_data:
+        assert len(Path(f"{inputs.shards}.rejected.jsonl").read_text().splitlines()) == 200
+
+
+def test_a_wrong_image_root_is_named_with_the_right_one(tmp_path, processor):
+    path = write_records(tmp_path / "data" / "pictures", 20)
+    moved = path.rename(tmp_path / "data" / "train.json")
+    report, inputs = Report(), opened(tmp_path, moved, image_root=str(tmp_path / "elsewhere"))
+    check_data(report, inputs, CONFIG.replace(on_bad_sample="skip"), processor, tmp_path / "cache")
+    assert f"--image-root {tmp_path / 'data' / 'pictures'}" in report.failed[0].text
+    assert str(tmp_path / "elsewhere" / "red.png") in report.failed[0].text
 
 
 def test_tars_are_checked_and_indexed_where_they_lie(tmp_path, processor):

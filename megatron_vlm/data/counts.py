@@ -15,6 +15,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
@@ -274,17 +275,17 @@ def shares(sources: Sequence[Source], usable: Sequence[int], tokens: Sequence[in
         usable, tokens: usable samples of each source, and their tokens.
 
     Returns:
-        ``per_epoch`` (asked for), ``repeat``, ``samples`` (used: exact where ``repeat`` is whole or nothing is excluded,
-        else the mean over epochs), ``tokens``, and the shares of all ``sample_share`` and ``token_share``.
+        ``per_epoch`` (asked for), ``repeat``, ``samples`` (used) and ``tokens``, means over epochs, and the shares of all
+        ``sample_share`` and ``token_share``.
     """
     rows = {}
     for source, number, amount in zip(sources, usable, tokens):
-        repeat = source.per_epoch / source.samples
+        repeat = Fraction(source.per_epoch) / source.samples
         rows[source.name] = {
-            "per_epoch": source.per_epoch,
-            "repeat": round(repeat, 6),
-            "samples": round(number * source.per_epoch / source.samples),
-            "tokens": round(amount * source.per_epoch / source.samples),
+            "per_epoch": _short(source.per_epoch),
+            "repeat": round(float(repeat), 6),
+            "samples": _short(number * repeat),
+            "tokens": round(amount * repeat),
         }
     for name in ("sample", "token"):
         total = sum(row[f"{name}s"] for row in rows.values()) or 1
@@ -314,6 +315,13 @@ def check_share(report: Mapping[str, Any], config: DataConfig, listed: Path | No
             f"{config.max_bad_fraction:.1%}: correct them, or raise it"
             + (f"; all are listed in {listed}" if listed else "")
         )
+
+
+def _short(number: Fraction | int) -> float:
+    """Returns whole numbers as such, others to 2 digits after the point, or as many as a small one needs."""
+    if number % 1 == 0:
+        return int(number)
+    return round(float(number), 2) if number >= 1 else float(f"{float(number):.2g}")
 
 
 def _refuse(report: dict[str, Any], refused: dict[Reason, list[str]], config: DataConfig) -> None:

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.data.formats.webdataset import Layout
+from megatron_vlm.data.mixture import exactly
 from megatron_vlm.data.sample import MAX_SPAN, RawSample
 from megatron_vlm.data.shards import (
     IMAGE_DTYPE,
@@ -256,7 +258,7 @@ def _open_array(path: Path, dtype: np.dtype, length: int, crc32: int | None) -> 
     return array
 
 
-def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int, int]]]:
+def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int, Fraction]]]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -296,10 +298,10 @@ def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int,
     return shards, sources
 
 
-def _read_sources(items: Any, samples: int, folder: str) -> list[tuple[str, int, int, int]]:
+def _read_sources(items: Any, samples: int, folder: str) -> list[tuple[str, int, int, Fraction]]:
     """Returns name, first sample, samples and samples an epoch of each source; without any, the folder is one."""
     if not items or isinstance(items[0], str):
-        return [(folder, 0, samples, samples)]
+        return [(folder, 0, samples, Fraction(samples))]
     sources, first = [], 0
     for item in items:
         number, repeat, per_epoch = int(item["samples"]), item.get("repeat"), item.get("per_epoch")
@@ -307,8 +309,8 @@ def _read_sources(items: Any, samples: int, folder: str) -> list[tuple[str, int,
             raise ValueError(
                 f"source {item['name']!r} starts at {item['first_sample']}, the one before ends at {first}"
             )
-        wanted = number if repeat is None else int(float(repeat) * number + 0.5)
-        wanted = wanted if per_epoch is None else int(per_epoch)
+        wanted = Fraction(number) if repeat is None else number * exactly(float(repeat))
+        wanted = wanted if per_epoch is None else Fraction(int(per_epoch))
         if wanted < 0 or (wanted and not number):
             raise ValueError(f"source {item['name']!r} has {number} samples, an epoch cannot read {wanted} of them")
         if number:

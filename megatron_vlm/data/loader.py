@@ -62,7 +62,7 @@ class RowLoader:
         output_dir: gets ``excluded.jsonl`` and ``quarantine.jsonl``.
 
     Attributes:
-        samples_per_epoch: samples that an epoch trains on, excluded ones left out.
+        samples_per_epoch: samples that an epoch trains on in the mean, excluded ones left out.
 
     Raises:
         ConfigError: sizes that do not divide, or a state of other data (unless ``allow_data_change``).
@@ -150,7 +150,7 @@ class RowLoader:
         rows = tuple(item.row for item in fetched if item.row is not None)
         return StepRows(rows=rows, state=step.state, sample_ids=step.sample_ids, num_samples=len(step.sample_ids))
 
-    def _count_samples(self) -> int:
+    def _count_samples(self) -> float:
         """Counts what an epoch reads of each source but the excluded ones.
 
         Where that differs between epochs (part of a source, and some of it excluded) it is the first epoch's, or the mean if
@@ -161,13 +161,34 @@ class RowLoader:
             return number
         return sum(source["samples"] for source in self._report["mixture"].values())
 
+    def samples_in(self, epochs: float) -> float:
+        """Returns the samples that the first ``epochs`` epochs train on; shares that are no whole numbers make epochs differ."""
+        if epochs % 1 or self._report["excluded"]:
+            return epochs * self.samples_per_epoch
+        return self._mixture.num_positions(int(epochs))
+
     def steps_per_epoch(self, epochs: float = 1.0) -> int:
         """Returns the steps after which ``epochs`` epochs have been read; the last one may reach into the next epoch.
 
         With packing, they are ``Stream.count_rows``'s. The same on every rank.
         """
-        items = self._stream.count_rows() if self._config.packing else self.samples_per_epoch
-        return max(1, math.ceil(epochs * items / self._batch - 1e-9))  # epochs may be a quotient: 96 / 97 x 97 > 96
+        items = epochs * self._stream.count_rows() if self._config.packing else self.samples_in(epochs)
+        return max(1, math.ceil(items / self._batch - 1e-9))  # epochs may be a quotient: 96 / 97 x 97 > 96
+
+    def require_all(self, steps: int, epochs: float | None) -> None:
+        """Refuses sources of which a run reads nothing, even if its last epoch were whole.
+
+        Args:
+            steps: of the run.
+            epochs: of the run, where it is as long as these.
+
+        Raises:
+            ConfigError: their names, sizes and shares.
+        """
+        if epochs is None:
+            items = self._stream.count_rows() if self._config.packing else self.samples_per_epoch
+            epochs = steps * self._batch / items
+        self._mixture.require_all(max(1, math.ceil(epochs - 1e-9)))
 
     def report(self) -> dict[str, Any]:
         """Returns counts of samples, excluded (by reason), truncated and holes, and token totals."""

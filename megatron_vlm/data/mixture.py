@@ -1,17 +1,20 @@
 """Several sources in exact shares: (epoch, window) -> sample ids, a pure function without any list in memory.
 
     source i    its own endless order, epoch after epoch of its own: 0 .. N_i-1 shuffled, then shuffled anew ...
-    epoch       the next n_i samples of every source: n_i = N_i, repeat x N_i, a weight's share, or k x 1000
-    windows     W of them: window w reads positions [n_i w / W, n_i (w + 1) / W) of every source, mixed with each other
+    share       q_i samples an epoch, a fraction: N_i, repeat x N_i, a weight's share, or k x 1000
+    windows     W an epoch: after t windows (t / W epochs) source i has given t q_i / W samples, rounded
 
-So each window holds every source in its share to within a sample, an epoch holds exactly n_i, and samples of a source
-are used equally often to within one: a source read 0.3 times gives other samples in the next epoch, and one read 2.5
-times repeats none before it has given all. Any place is found from a few integers.
+Only the total since the start is rounded, never an epoch's part of it: what one epoch lacks the next one gives, and after
+as many epochs as make q_i whole the count is exact. So each window holds every source in its share to within a sample, and
+samples of a source are used equally often to within one: a source read 0.3 times gives other samples in the next epoch,
+and one read 2.5 times repeats none before it has given all. Any place is found from a few integers.
 """
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -30,23 +33,26 @@ class Source:
         name: of the folder, or of a source file in it.
         first: id of the first sample.
         samples: N, their number.
-        per_epoch: n, how many of them an epoch reads.
+        per_epoch: q, how many of them an epoch reads in the mean.
     """
 
     name: str
     first: int
     samples: int
-    per_epoch: int
+    per_epoch: Fraction | int
 
 
 class Mixture:
     """The order of several sources.
 
     Args:
-        sources: with at least one sample an epoch between them.
+        sources: of which something is read.
         seed: of the order; None: samples come as they lie, not shuffled.
         window: positions that a window has about.
         slice_size, window_slices: see Order.
+
+    Attributes:
+        num_windows: W, of every epoch.
     """
 
     def __init__(
@@ -59,8 +65,8 @@ class Mixture:
         window_slices: int = 64,
     ):
         self.sources, self.seed = tuple(sources), seed
-        self.num_positions = sum(source.per_epoch for source in sources)
-        self.num_windows = -(-self.num_positions // window)
+        self.num_windows = max(1, math.ceil(sum(source.per_epoch for source in sources) / Fraction(window)))
+        self._phases = _phases(self.sources)
         self._orders = [
             Order(
                 num_samples=source.samples,
@@ -85,10 +91,43 @@ class Mixture:
             return ids
         return ids[permute(np.arange(len(ids)), len(ids), f"{self.seed}/{epoch}/mix/{window}")]
 
+    def taken(self, number: int, epoch: int, window: int = 0) -> int:
+        """Returns the samples that a source has given before a window of an epoch, over all epochs."""
+        exact = self.sources[number].per_epoch * Fraction(epoch * self.num_windows + window, self.num_windows)
+        phase, down = self._phases[number]
+        return math.ceil(exact - phase) if down else math.floor(exact + phase)
+
+    def num_positions(self, epochs: int) -> int:
+        """Returns the samples of the first ``epochs`` epochs."""
+        return sum(self.taken(number, epochs) for number in range(len(self.sources)))
+
+    def require_all(self, epochs: int) -> None:
+        """Refuses sources that give nothing to the first ``epochs`` epochs.
+
+        Raises:
+            ConfigError: their names, sizes and shares, and the epochs that they would need.
+        """
+        problems = []
+        for number, source in enumerate(self.sources):
+            if self.taken(number, epochs):
+                continue
+            phase, down = self._phases[number]
+            needed = math.floor(phase / source.per_epoch) + 1 if down else math.ceil((1 - phase) / source.per_epoch)
+            problems.append(
+                f"{source.name}: {source.samples} samples, share {float(source.per_epoch):.4g} of a sample an epoch, first "
+                f"read in epoch {needed}"
+            )
+        if problems:
+            length = f"{epochs} epoch{'s' if epochs > 1 else ''}"
+            raise ConfigError(
+                f"data.train has sources that this run ({length}) never reads: raise their weight, repeat or per_epoch, train "
+                "longer, or leave them out:\n  " + "\n  ".join(problems)
+            )
+
     def _draw(self, number: int, epoch: int, window: int) -> NDArray[np.int64]:
         """Returns what a source gives to a window: ``start .. end`` of its endless order."""
         source = self.sources[number]
-        start, end = (epoch * source.per_epoch + source.per_epoch * w // self.num_windows for w in (window, window + 1))
+        start, end = (self.taken(number, epoch, w) for w in (window, window + 1))
         parts = [np.empty(0, dtype=np.int64)]
         while start < end:
             round_, position = divmod(start, source.samples)
@@ -100,8 +139,22 @@ class Mixture:
         return np.concatenate(parts)
 
 
+def _phases(sources: Sequence[Source]) -> list[tuple[Fraction, bool]]:
+    """Returns of each source what is added before its total is rounded down (or, with True, taken off before it is rounded up).
+
+    Whole shares need none. The others are spread, so that they do not give their extra samples in the same epochs: two weights
+    make epochs of one size, and of m sources all epochs together are off by less than m.
+    """
+    broken = [number for number, source in enumerate(sources) if source.per_epoch % 1]
+    phases = [(Fraction(0), False)] * len(sources)
+    for place, number in enumerate(broken):
+        phase = Fraction(2 * place + 1, 2 * len(broken))
+        phases[number] = (phase, False) if phase <= Fraction(1, 2) else (1 - phase, True)
+    return phases
+
+
 def resolve(
-    folders: Sequence[Sequence[tuple[str, int, int, int]]], settings: Sequence[SourceConfig]
+    folders: Sequence[Sequence[tuple[str, int, int, Fraction]]], settings: Sequence[SourceConfig]
 ) -> tuple[Source, ...]:
     """Settles how many samples of each source an epoch reads.
 
@@ -113,7 +166,7 @@ def resolve(
         The sources; those of a folder that are neighbours and read once an epoch are one.
 
     Raises:
-        ConfigError: folders with a weight beside folders without, or nothing to read.
+        ConfigError: folders with a weight beside folders without, or a source without any share.
     """
     weighted = [setting for setting in settings if setting.weight is not None]
     if weighted and len(weighted) != len(settings):
@@ -121,43 +174,45 @@ def resolve(
         raise ConfigError(
             f"data.train gives a weight to {weighted[0].path} and none to {without}: give one to all, or use repeat"
         )
-    own = [sum(source[3] for source in folder) for folder in folders]
-    if weighted:
-        total = sum(source[2] for folder in folders for source in folder)
-        wanted = share(total, [setting.weight or 0 for setting in settings])
-    else:
-        wanted = [
-            setting.per_epoch or _rounded(number * Fraction(setting.repeat or 1))
-            for number, setting in zip(own, settings)
-        ]
+    total = sum(source[2] for folder in folders for source in folder)
+    weights = sum(exactly(setting.weight or 0) for setting in settings)
     sources: list[Source] = []
-    for folder, setting, number in zip(folders, settings, wanted):
+    for folder, setting in zip(folders, settings):
         start = len(sources)
-        quotas = share(
-            number, [source[3] for source in folder] if number and any(s[3] for s in folder) else [s[2] for s in folder]
-        )
-        for (name, first, samples, _), quota in zip(folder, quotas):
+        own = sum(source[3] for source in folder)
+        if setting.weight is not None:
+            wanted = total * exactly(setting.weight) / weights
+        else:
+            wanted = Fraction(setting.per_epoch) if setting.per_epoch else own * exactly(setting.repeat or 1)
+        for name, first, samples, number in folder:
+            quota = wanted * number / own if own else Fraction(0)
             label = f"{setting.path}:{name}" if len(folder) > 1 else setting.path
+            if not quota:
+                raise ConfigError(f"{label} has {samples} samples and a share of 0: nothing reads it, leave it out")
             plain = quota == samples
             if plain and len(sources) > start and sources[-1].per_epoch == sources[-1].samples:
                 last = sources.pop()
-                samples, quota, first, label = last.samples + samples, last.samples + samples, last.first, setting.path
+                samples, first, label = last.samples + samples, last.first, setting.path
+                quota = Fraction(samples)
             sources.append(Source(name=label, first=first, samples=samples, per_epoch=quota))
-    if not sum(source.per_epoch for source in sources):
-        raise ConfigError("data.train reads nothing: every source's share of an epoch is below half a sample")
-    return tuple(sources)
+    return _told_apart(sources)
 
 
-def share(total: int, weights: Sequence[float]) -> list[int]:
-    """Splits ``total`` in proportion to ``weights`` by largest remainder, exactly; ties go to the earlier one."""
-    exact = [Fraction(weight) for weight in weights]
-    quotas = [total * weight / sum(exact) for weight in exact]
-    out = [int(quota) for quota in quotas]
-    order = sorted(range(len(quotas)), key=lambda i: (out[i] - quotas[i], i))
-    for i in order[: total - sum(out)]:
-        out[i] += 1
-    return out
+def _told_apart(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """Numbers sources of one name (a folder given twice): reports go by name."""
+    seen: Counter[str] = Counter()
+    told = []
+    for source in sources:
+        seen[source.name] += 1
+        number = seen[source.name]
+        told.append(source if number == 1 else replace(source, name=f"{source.name} ({number})"))
+    return tuple(told)
 
 
-def _rounded(number: Fraction) -> int:
-    return int(number + Fraction(1, 2))
+def exactly(number: float) -> Fraction:
+    """Returns the number as it is written: 0.1 is a tenth, not the nearest binary fraction.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    return Fraction(str(number))

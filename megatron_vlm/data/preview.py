@@ -59,7 +59,9 @@ def preview_page(opened: OpenedData, processor: Processor, config: DataConfig, *
         shown += len(item.ids)
         number += 1
     kind = f"packed rows of {config.seq_length} tokens" if config.packing else "samples, not packed"
-    sources = ", ".join(f"{source.name} x {source.per_epoch / source.samples:.4g}" for source in opened.mixture.sources)
+    sources = ", ".join(
+        f"{source.name} x {float(source.per_epoch / source.samples):.4g}" for source in opened.mixture.sources
+    )
     head = (
         f"<h1>{html.escape(sources)}</h1><p>{len(opened.dataset):,} samples; here the first {shown} of an epoch, as {number} "
         f'{kind}. <span class="s">Supervised tokens</span> are what the loss is taken on; <span class="i">image tokens</span> '

@@ -54,8 +54,8 @@ class Statistics:
         return float(self.rows.sum() / (len(self.rows) * self.seq_length))
 
     @property
-    def samples_per_epoch(self) -> int:
-        """Samples that an epoch trains on."""
+    def samples_per_epoch(self) -> float:
+        """Samples that an epoch trains on, in the mean."""
         return sum(source["samples"] for source in self.report["mixture"].values())
 
 

@@ -282,11 +282,14 @@ class Trainer:
                 self.closing.callback(self.loader.close)
                 check_share(self.loader.report(), config.data, config.output_dir / "excluded.jsonl")
                 log.info("data: %s", self.loader.report())
-                facts = [self.loader.samples_per_epoch, self._count_iterations(self.loader)]
+                iterations = self._count_iterations(self.loader)
+                self.loader.require_all(iterations, training.train_epochs)
+                wanted = training.train_samples or self.loader.samples_in(training.train_epochs or 0)
+                facts = [self.loader.samples_per_epoch, wanted, iterations]
             except Exception as caught:
                 error = caught
         _, facts = share_rows(topology, () if facts else None, facts, error)
-        self.samples_per_epoch, self.num_iterations = facts
+        self.samples_per_epoch, self.wanted_samples, self.num_iterations = facts
         self.schedule = Schedule.of(config.optimizer, self.num_iterations)
 
     def _count_iterations(self, loader: RowLoader) -> int:
@@ -367,8 +370,7 @@ class Trainer:
         training = self.config.training
         if training.train_iters is not None:
             return self.iteration >= training.train_iters
-        wanted = training.train_samples or (training.train_epochs or 0) * self.samples_per_epoch
-        return self.consumed_samples >= wanted
+        return self.consumed_samples >= self.wanted_samples
 
     def _evaluation_due(self) -> bool:
         return bool(self.config.data.valid) and (self._finished() or self._evaluation_interval())

@@ -1,6 +1,8 @@
 """Mixtures: counts per epoch exact for every source, every window in proportion, repeats spread, nothing drawn by chance."""
 
 import json
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from scipy import stats
 
 from megatron_vlm.data.config import DataConfig, SourceConfig
 from megatron_vlm.data.dataset import Dataset
-from megatron_vlm.data.mixture import Mixture, Source, resolve, share
+from megatron_vlm.data.mixture import Mixture, Source, exactly, resolve
 from megatron_vlm.errors import ConfigError, DataError
 
 SIZES = (1, 2, 97, 128, 1000, 3001)
@@ -70,7 +72,7 @@ def test_every_window_holds_each_source_in_its_share():
     mixture = Mixture(sources_of((900, 450), (10_000, 10_000), (100, 1000), (77, 3)), seed=2, window=512)
     for window in range(mixture.num_windows):
         ids = mixture.ids(5, window)
-        assert abs(len(ids) - mixture.num_positions / mixture.num_windows) <= len(mixture.sources)
+        assert abs(len(ids) - mixture.num_positions(1) / mixture.num_windows) <= len(mixture.sources)
         for source in mixture.sources:
             mine = int(((ids >= source.first) & (ids < source.first + source.samples)).sum())
             assert abs(mine - source.per_epoch / mixture.num_windows) < 1
@@ -115,15 +117,72 @@ def test_a_source_depends_on_its_own_seed_and_epoch():
     assert sequence(other, 0)[0] != first
 
 
-def test_share_is_by_largest_remainder():
-    assert share(10, [1, 1, 1]) == [4, 3, 3]
-    assert share(4096, [0.1, 0.7, 0.2]) == [410, 2867, 819]
-    assert share(7, [0.0, 2, 5]) == [0, 2, 5]
-    for total in (1, 999, 10**9):
-        weights = np.random.default_rng(total).random(17).tolist()
-        quotas = share(total, weights)
-        assert sum(quotas) == total
-        assert max(abs(q - total * w / sum(weights)) for q, w in zip(quotas, weights)) < 1
+def count(ids, source):
+    return int(((ids >= source.first) & (ids < source.first + source.samples)).sum())
+
+
+def test_broken_shares_are_carried_over():
+    """0.3 of 31 samples are 9.3 an epoch: 93 in ten epochs, where rounding anew each time makes 90."""
+    folders = [[("a", 0, 31, Fraction(31))], [("b", 31, 20, Fraction(20))]]
+    settings = [SourceConfig(path="a", repeat=0.3), SourceConfig(path="b", repeat=0.02)]
+    mixture = Mixture(resolve(folders, settings), seed=5, window=4)
+    epochs = [epoch_of(mixture, epoch) for epoch in range(100)]
+    for number, source in enumerate(mixture.sources):
+        taken = np.cumsum([count(ids, source) for ids in epochs])
+        exact = [float(source.per_epoch * (epoch + 1)) for epoch in range(100)]
+        assert np.abs(taken - exact).max() < 1
+        assert [taken[epoch] for epoch in (9, 49, 99)] == [round(exact[epoch]) for epoch in (9, 49, 99)]
+        assert [mixture.taken(number, epoch + 1) for epoch in range(100)] == taken.tolist()
+        used = np.bincount(np.concatenate(epochs), minlength=51)[source.first : source.first + source.samples]
+        assert used.max() - used.min() <= 1
+    assert mixture.num_positions(10) == sum(map(len, epochs[:10])) == 97
+
+
+@pytest.mark.parametrize(
+    "weights", [(3, 7), (0.25, 0.75), (1, 1), (0.01, 1), (0.1, 0.7, 0.2), (1, 2, 3, 4, 5, 6, 7, 8, 9)]
+)
+@pytest.mark.parametrize("total", [31, 117, 4096])
+def test_weights_are_exact_over_epochs(weights, total):
+    """Each source keeps its share to within a sample at any time; epochs of two sources are of one size."""
+    sizes = [total - 7 * (len(weights) - 1)] + [7] * (len(weights) - 1) if total == 117 else None
+    sizes = sizes or [total // len(weights)] * (len(weights) - 1) + [total - total // len(weights) * (len(weights) - 1)]
+    starts = np.cumsum([0, *sizes]).tolist()
+    folders = [[(str(i), starts[i], size, Fraction(size))] for i, size in enumerate(sizes)]
+    mixture = Mixture(
+        resolve(folders, [SourceConfig(path=str(i), weight=w) for i, w in enumerate(weights)]), seed=1, window=16
+    )
+    shares = [total * exactly(weight) / sum(map(exactly, weights)) for weight in weights]
+    assert [source.per_epoch for source in mixture.sources] == shares
+    for epoch in range(0, 60, 1 if total < 4096 else 11):
+        for window in range(mixture.num_windows):
+            time = epoch + Fraction(window, mixture.num_windows)
+            taken = [mixture.taken(number, epoch, window) for number in range(len(weights))]
+            assert all(abs(number - share * time) < 1 for number, share in zip(taken, shares))
+            assert all(
+                number <= after
+                for number, after in zip(taken, (mixture.taken(i, epoch + 1) for i in range(len(taken))))
+            )
+        off = abs(mixture.num_positions(epoch) - total * epoch)
+        assert off == 0 if len(weights) == 2 else off < len(weights)
+    period = math.lcm(*(share.denominator for share in shares))
+    assert [mixture.taken(number, period) for number in range(len(weights))] == [share * period for share in shares]
+
+
+def test_a_source_that_is_never_read():
+    """Weight 0.005 of 31 samples, repeat 0.02 of 11: read in the epoch where their share is a sample, refused before."""
+    folders = [[("a", 0, 20, Fraction(20))], [("b", 20, 11, Fraction(11))]]
+    for settings, share in (({"weight": 1}, {"weight": 0.005}), r"0\.1542"), (({}, {"repeat": 0.02}), r"0\.22"):
+        configs = [SourceConfig(path=name, **setting) for name, setting in zip("ab", settings)]
+        mixture = Mixture(resolve(folders, configs), seed=1, window=64)
+        with pytest.raises(
+            ConfigError, match=rf"1 epoch\) never reads.*\n  b: 11 samples, share {share} .* in epoch \d"
+        ) as error:
+            mixture.require_all(1)
+        first = int(str(error.value).rsplit(" ", 1)[1])
+        assert [mixture.taken(1, epoch) for epoch in (first - 1, first)] == [0, 1]
+        with pytest.raises(ConfigError, match=f"{first - 1} epoch"):
+            mixture.require_all(first - 1)
+        mixture.require_all(first)
 
 
 A, B = [("a.json", 0, 600, 600), ("b.json", 600, 400, 400)], [("c.json", 1000, 500, 500)]
@@ -139,11 +198,12 @@ LISTED = [("a.json", 0, 800, 500), ("b.json", 800, 100, 1500), ("c.json", 900, 3
         ([A, B], [{"weight": 1}, {"weight": 3}], [("0:a.json", 600, 225), ("0:b.json", 400, 150), ("1", 500, 1125)]),
         ([LISTED], [{}], [("0:a.json", 800, 500), ("0:b.json", 100, 1500), ("0:c.json", 300, 250)]),
         ([LISTED], [{"repeat": 2}], [("0:a.json", 800, 1000), ("0:b.json", 100, 3000), ("0:c.json", 300, 500)]),
-        ([B], [{"repeat": 1.0005}], [("0", 500, 500)]),
+        ([B, [("c.json", 1500, 500, 500)]], [{"path": "0"}, {"path": "0"}], [("0", 500, 500), ("0 (2)", 500, 500)]),
+        ([B], [{"repeat": 1.0005}], [("0", 500, Fraction("500.25"))]),
     ],
 )  # fmt: skip
 def test_what_an_epoch_reads(folders, settings, expected):
-    settings = [SourceConfig(path=str(i), **setting) for i, setting in enumerate(settings)]
+    settings = [SourceConfig(**{"path": str(i), **setting}) for i, setting in enumerate(settings)]
     sources = resolve(folders, settings)
     assert [(s.name, s.samples, s.per_epoch) for s in sources] == expected
     start = folders[0][0][1]
@@ -153,8 +213,8 @@ def test_what_an_epoch_reads(folders, settings, expected):
 def test_settings_that_cannot_be():
     with pytest.raises(ConfigError, match=r"weight to 0 and none to 1"):
         resolve([A, B], [SourceConfig(path="0", weight=1), SourceConfig(path="1")])
-    with pytest.raises(ConfigError, match="reads nothing"):
-        resolve([B], [SourceConfig(path="0", repeat=1e-9)])
+    with pytest.raises(ConfigError, match="0:b has 5 samples and a share of 0"):
+        resolve([[("a", 0, 9, 9), ("b", 9, 5, 0)]], [SourceConfig(path="0")])
     with pytest.raises(ConfigError, match="one of weight, repeat"):
         SourceConfig(path="x", weight=1, repeat=2)
     for value in (0, -1, float("inf"), float("nan")):
@@ -188,7 +248,7 @@ def test_sources_of_a_manifest(tmp_path, digits_dir):
     ]
     whole, split = dataset_of(parts).folders
     assert [source[1:] for source in whole] == [(0, 97, 97)]
-    assert split == (("a", 97, 50, 13), ("b", 147, 40, 1000), ("c", 187, 7, 7))
+    assert split == (("a", 97, 50, 12.5), ("b", 147, 40, 1000), ("c", 187, 7, 7))
     assert [source[1:] for source in dataset_of(None).folders[1]] == [(97, 97, 97)]
     for change in ({"samples": 41}, {"first_sample": 60}, {"per_epoch": -1}, {"repeat": "x"}):
         with pytest.raises(DataError, match="not a readable manifest"):

@@ -65,6 +65,12 @@ def test_an_error_names_the_culprit_on_every_rank(command, name):
         assert re.search(wanted, text, re.DOTALL), text
 
 
+def test_a_source_that_the_run_never_reads(command, train_data):
+    for text in errors(command("out", "--train-iters 2", f"--data-path 1 {train_data} 0.0001 {train_data}")):
+        wanted = rf"ConfigError: .*1 epoch\) never reads.*{train_data} \(2\): \d+ samples, share 0\.0\d+ of a sample an epoch"
+        assert re.search(wanted, text, re.DOTALL), text
+
+
 def test_heads_that_do_not_divide(command, tmp_path):
     from megatron_vlm.testing.twins import write_tiny_idefics2
 

@@ -20,10 +20,6 @@ COMMANDS = {
 }
 
 
-# What torch.distributed says, in a RuntimeError, where a peer is gone.
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; a failing rank of several ends its process at once (``_leave``)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -48,10 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _leave(1)
     except KeyboardInterrupt:
         return _leave(130)
-    except Exception as error:
-        lost = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER)
-        text = f"error: another rank ended, its output says why ({error})" if lost else traceback.format_exc()
-        print(f"{_where()}{text}", file=sys.stderr, flush=True)
+    except Exception:
+        print(f"{_where()}{traceback.format_exc()}", file=sys.stderr, flush=True)
         return _leave(1)
 
 

@@ -70,6 +70,14 @@ def run(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", module="megatron.core")  # it lists what is not installed, at every start
     # megatron-core 0.16.1 calls collectives by names that torch is about to retire.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost connection are pages of C++ frames
+    from megatron_vlm.parallel.heartbeat import Heartbeat
+
+    with Heartbeat() as heartbeat:  # before all that may take long: the others see that this rank lives
+        return _run(argv, heartbeat)
+
+
+def _run(argv: Sequence[str], heartbeat: Any) -> int:
     config, notes = resolve(argv)
     setup_logging()
     for note in notes:
@@ -81,7 +89,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     from megatron_vlm.training.trainer import Trainer
 
-    trainer = Trainer(config)
+    trainer = Trainer(config, heartbeat)
     try:
         return trainer.train()
     finally:

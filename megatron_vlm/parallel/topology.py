@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.parallel.heartbeat import TIMEOUT, Heartbeat
+from megatron_vlm.parallel.place import START_TIMEOUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class ParallelConfig(Config):
         ddp_bucket_size: elements of one gradient bucket; None: megatron-core's choice.
         recompute_granularity: None, or "full": recompute each layer's activations in the backward pass.
         distributed_timeout_minutes: a collective that waits longer ends the run.
+        heartbeat_timeout_seconds: a rank whose process gives no sign of life for longer ends the run, with the stacks of all.
+        start_timeout_seconds: a start ends where ranks are missing and none more came for longer.
     """
 
     tensor_model_parallel_size: int = 1
@@ -44,11 +48,20 @@ class ParallelConfig(Config):
     ddp_bucket_size: int | None = None
     recompute_granularity: Literal["full"] | None = None
     distributed_timeout_minutes: float = 30.0
+    heartbeat_timeout_seconds: float = TIMEOUT
+    start_timeout_seconds: float = START_TIMEOUT
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (
+            ("heartbeat_timeout_seconds", 2),
+            ("start_timeout_seconds", 2),
+            ("distributed_timeout_minutes", 0.1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"parallel.{name} must be at least {least}, got {getattr(self, name)}")
         if self.context_parallel_size != 1:
             raise ConfigError(
                 f"parallel.context_parallel_size is {self.context_parallel_size}, but context parallelism is not built yet: "
@@ -136,8 +149,17 @@ class Topology:
         return f"tp {self.tp} pp {self.pp} dp {self.dp}" + (f" vp {self.vp}" if self.vp > 1 else "")
 
 
-def init_process_group(device: torch.device, timeout_minutes: float = 30.0) -> None:
-    """Joins the process group that torchrun's variables describe (a group of one without them)."""
+def init_process_group(
+    device: torch.device,
+    timeout_minutes: float = 30.0,
+    heartbeat: Heartbeat | None = None,
+    start_timeout: float = START_TIMEOUT,
+) -> None:
+    """Joins the process group that torchrun's variables describe (a group of one without them).
+
+    Raises:
+        TrainingError: a rank did not come, or is lost, before all have met.
+    """
     if dist.is_initialized():
         return
     alone = os.environ.get("WORLD_SIZE", "1") == "1" and "MASTER_ADDR" not in os.environ
@@ -146,7 +168,14 @@ def init_process_group(device: torch.device, timeout_minutes: float = 30.0) -> N
         store = dist.HashStore()
         dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
         return
-    dist.init_process_group(_backend(device), timeout=datetime.timedelta(minutes=timeout_minutes))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    joined = heartbeat.join(start_timeout) if heartbeat is not None else None
+    if joined is None:
+        dist.init_process_group(_backend(device), timeout=timeout)
+        return
+    joined.set_timeout(timeout)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(_backend(device), store=joined, rank=rank, world_size=world, timeout=timeout)
 
 
 def build_topology(config: ParallelConfig, *, num_layers: int, device: torch.device) -> Topology:

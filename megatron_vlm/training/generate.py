@@ -25,6 +25,7 @@ from megatron_vlm.log import setup_logging
 from megatron_vlm.models.generation import SamplingConfig
 from megatron_vlm.models.vlm import ModelOptions
 from megatron_vlm.parallel.batch import together
+from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 from megatron_vlm.training.answers import Prompt, answer, check_length, encode_prompt
@@ -92,8 +93,13 @@ def run_generate(config: GenerateConfig) -> int:
     Raises:
         MegatronVLMError: on every rank, with the record or setting that cannot be used.
     """
+    with Heartbeat() as heartbeat:
+        return _run(config, heartbeat)
+
+
+def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
     device = start_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    init_process_group(device, config.parallel.distributed_timeout_minutes)
+    init_process_group(device, config.parallel.distributed_timeout_minutes, heartbeat)
     rank = torch.distributed.get_rank()
     setup_logging(rank)
     with together(device):

@@ -19,6 +19,14 @@ class StopSignal:
         self._owner = os.getpid()
         self._previous: dict[int, Any] = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
+    def ignore(self) -> None:
+        """Ignores further signals, as one rank of several that fails: torchrun signals all as soon as one is gone, and this
+        one still has to say why."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self._previous = {}
+            for number in self.SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
     def close(self) -> None:
         """Puts the former handlers back."""
         for number, handler in self._previous.items():

@@ -20,11 +20,13 @@ from megatron_vlm.data.row import Row
 from megatron_vlm.log import get_logger, setup_logging
 from megatron_vlm.models.vlm import ModelOptions, build_model
 from megatron_vlm.parallel.batch import any_rank, share_rows, together
+from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.training.answers import SamplingConfig, answer, check_length, encode_prompt
 from megatron_vlm.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_vlm.training.device import start_device
+from megatron_vlm.training.due import Due
 from megatron_vlm.training.evaluate import EvalResult, evaluate
 from megatron_vlm.training.metrics import Metrics, show_sample
 from megatron_vlm.training.optimizer import (
@@ -44,6 +46,10 @@ log = get_logger(__name__)
 class Trainer:
     """One training run.
 
+    Args:
+        config: all of it.
+        heartbeat: of this process; it is told what the run does.
+
     Attributes:
         iteration: updates done, skipped ones included.
         num_skipped: updates skipped because fp16 gradients overflowed; they do not advance the schedule.
@@ -53,17 +59,21 @@ class Trainer:
         MegatronVLMError: on every rank, where the run cannot start on any of them.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, heartbeat: Heartbeat):
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
-        self.config, self.device = config, start_device(config.training.torch_device)
+        self.config, self.heartbeat = config, heartbeat
+        heartbeat.timeout, heartbeat.folder = config.parallel.heartbeat_timeout_seconds, config.output_dir
+        self.device = start_device(config.training.torch_device)
         if config.training.tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-        init_process_group(self.device, config.parallel.distributed_timeout_minutes)
+        minutes, start = config.parallel.distributed_timeout_minutes, config.parallel.start_timeout_seconds
+        init_process_group(self.device, minutes, heartbeat, start)
         setup_logging(dist.get_rank(), config.output_dir / "train.log")
         self.closing = ExitStack()
         self.stop = StopSignal()
         self.closing.callback(self.stop.close)
-        self.iteration = self.num_skipped = 0
+        heartbeat.on_orphan = self._stop_as_orphan
+        self.iteration = self.num_skipped = self.previous_samples = 0
         self.seed = config.training.seed
         self.data_state: DataState | None = None
         self.loader: RowLoader | None = None
@@ -75,32 +85,42 @@ class Trainer:
             self._start_data()
             self._start_reports()
         except BaseException:
+            self.stop.ignore()
             self.close()
             raise
 
     def train(self) -> int:
         """Runs to the end; returns the exit code: 0, or 143 after a signal, everything saved."""
+        try:
+            return self._train()
+        except BaseException:
+            self.stop.ignore()
+            raise
+
+    def _train(self) -> int:
         if self.config.training.skip_train:
             self.evaluate()
             self.show_answers()
             return 0
         self.show_answers()
         stopping = False
-        while not stopping and not self._finished():
+        while not stopping and not self._due.finished:
             started = time.monotonic()
+            self.heartbeat.at("data", self.iteration + 1)
             rows = self._next_rows()
+            self.heartbeat.at("step")
             seed_step(self.topology, self.seed, self.iteration)
             rates = self.schedule.at(self.iteration - self.num_skipped)
             set_learning_rates(self.optimizer, rates, self.config.optimizer.weight_decay)
             result = train_step(self.chunks, self.optimizer, rows, self.topology)
             self._commit(result)
             self._report(result, rates, time.monotonic() - started)
-            if self._evaluation_due():
+            if self._due.evaluation:
                 self.evaluate()
-            if self._answers_due():
+            if self._due.answers:
                 self.show_answers()
             stopping = any_rank(self.stop.requested, self.device)
-            if stopping or self._save_due():
+            if stopping or self._due.save:
                 self.save()
         done = f"{self.iteration} iterations, {self.consumed_samples} samples, {self.num_skipped} updates skipped"
         if stopping:
@@ -111,6 +131,7 @@ class Trainer:
 
     def evaluate(self) -> EvalResult:
         """Loss over ``data.valid``, recorded in the metrics."""
+        self.heartbeat.at("evaluation")
         config, topology, data = self.config, self.topology, self.config.data
         seed_step(topology, self.seed, self.iteration)  # sequence parallel layers ask for seeded generators
         limit = config.training.eval_iters
@@ -137,6 +158,7 @@ class Trainer:
         """Answers ``evaluate.prompts`` as the model now does."""
         if not self.prompts:
             return
+        self.heartbeat.at("answers")
         seed_step(self.topology, self.seed, self.iteration)
         sampling = SamplingConfig(max_new_tokens=self.config.evaluate.max_new_tokens)
         answers = answer(self.chunks, self.topology, self.processor, self.prompts, sampling)
@@ -150,6 +172,7 @@ class Trainer:
             log.warning("checkpoint.save is not set: nothing is saved")
             return
         assert self.data_state is not None
+        self.heartbeat.at("save")
         save_checkpoint(
             checkpoint,
             iteration=self.iteration,
@@ -182,11 +205,16 @@ class Trainer:
         """Ends data workers and closes files; safe after a failure."""
         self.closing.close()
 
+    def _stop_as_orphan(self) -> None:
+        log.warning("torchrun, which started this rank, is gone: the run finishes its step, saves and stops")
+        self.stop.requested = True
+
     # ---- setup, in this order ----
 
     def _open(self) -> None:
         """Opens what ``checkpoint.load`` names: its family, config and files decide all that follows."""
         config = self.config
+        self.heartbeat.at("load")
         self.found = find_checkpoint(config.checkpoint, self.device)
         self.loaded_from = self.found.folder if self.found else None
         with together(self.device):  # rank 0 first: a model from the hub is fetched once
@@ -351,44 +379,16 @@ class Trainer:
         return rows
 
     def _commit(self, result: StepResult) -> None:
-        previous = self.consumed_samples
+        self.previous_samples = self.consumed_samples
         self.iteration += 1
         self.num_skipped += result.skipped
         self.data_state = self.next_state
-        self.previous_samples = previous
 
-    def _passed(self, epochs: float | None) -> bool:
-        """The last step went past a multiple of ``epochs``."""
-        every = self.samples_per_epoch * (epochs or 0.0)
-        return bool(every) and self.previous_samples // every < self.consumed_samples // every
+    @property
+    def _due(self) -> Due:
+        consumed = (self.previous_samples, self.consumed_samples)
+        return Due(self.config, self.iteration, consumed, self.samples_per_epoch)
 
     def _report(self, result: StepResult, rates: dict[str, float], seconds: float) -> None:
         if self.metrics is not None:
             self.metrics.step(self.iteration, result, rates, seconds=seconds, consumed_samples=self.consumed_samples)
-
-    def _finished(self) -> bool:
-        training = self.config.training
-        if training.train_iters is not None:
-            return self.iteration >= training.train_iters
-        return self.consumed_samples >= self.wanted_samples
-
-    def _evaluation_due(self) -> bool:
-        return bool(self.config.data.valid) and (self._finished() or self._evaluation_interval())
-
-    def _evaluation_interval(self) -> bool:
-        training = self.config.training
-        every = training.eval_interval
-        return bool(every and self.iteration % every == 0) or self._passed(training.eval_epochs)
-
-    def _answers_due(self) -> bool:
-        every = self.config.evaluate.interval
-        due = self.iteration % every == 0 if every else self._evaluation_interval()
-        return self._finished() or due
-
-    def _save_due(self) -> bool:
-        checkpoint = self.config.checkpoint
-        if checkpoint.save is None:
-            return False
-        if checkpoint.save_interval is not None and self.iteration % checkpoint.save_interval == 0:
-            return True
-        return self._finished() or self._passed(checkpoint.save_epochs)

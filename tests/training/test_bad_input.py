@@ -124,9 +124,10 @@ def out_of_memory(argv: list[str]) -> str:
 
     from megatron_vlm.cli.train import resolve
     from megatron_vlm.errors import TrainingError
+    from megatron_vlm.parallel.heartbeat import Heartbeat
     from megatron_vlm.training.trainer import Trainer
 
-    trainer = Trainer(resolve(argv)[0])
+    trainer = Trainer(resolve(argv)[0], Heartbeat())
     calls = []
 
     def hook(*_) -> None:

@@ -36,6 +36,7 @@ EXTRAS = {
         "transformer-engine[pytorch]==2.20.2",
     ],
     "video": ["av==18.1.0"],  # video files in data build; folders of frames need nothing
+    "heif": ["pillow-heif==1.8.1"],  # HEIC pictures; AVIF is Pillow's own
     "qlora": ["bitsandbytes==0.50.2"],  # 4-bit base weights; without it they are computed in plain torch
     "parquet": ["pyarrow==26.0.1"],  # data build --format parquet
     "wandb": ["wandb==0.31.0"],  # --report_to wandb
@@ -48,6 +49,7 @@ EXTRAS = {
         "scikit-learn==1.9.1",
         "matplotlib==3.11.2",
         "av==18.1.0",
+        "pillow-heif==1.8.1",
         "pyarrow==26.0.1",
         "bitsandbytes==0.50.2",
     ],

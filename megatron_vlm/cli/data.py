@@ -64,7 +64,8 @@ def _add_build(commands: Any) -> None:
     add("--video-frames", type=int, nargs=2, default=[1, 32], metavar=("MIN", "MAX"),
         help="frames taken of a video, spread evenly; a shorter one is refused (default: 1 32)")  # fmt: skip
     add("--frame-text", default="Frame-{i}: <image>", metavar="TEXT", help="line of each frame (default: %(default)s)")
-    add("--part", metavar="NAME", help="part of an Energon folder's split (default: train)")
+    add("--split", "--part", dest="part", default="", metavar="NAME",
+        help="of a folder or glob with several, Energon's too: train, validation, test ..., or all (default: train)")  # fmt: skip
     build.set_defaults(handler=_build)
 
 
@@ -79,7 +80,6 @@ def _build(args: argparse.Namespace) -> int:
         raise ConfigError(f"--image-root {args.image_root} is not a folder")
     if args.workers is not None and args.workers < 0:
         raise ConfigError(f"--workers must be at least 0, got {args.workers}")
-    part = data_view.part_of(args)
     if args.val_fraction is None and (args.split_by is not None or args.split_seed is not None):
         raise ConfigError("--split-by and --split-seed go with --val-fraction")
     if not 0 <= args.max_bad_fraction <= 1:
@@ -91,7 +91,7 @@ def _build(args: argparse.Namespace) -> int:
         repeat=args.repeat,
         root=args.image_root or ".",
         prepend=args.missing_placeholder == "prepend",
-        part=part,
+        part=args.part,
         video=VideoSettings(min_frames=least, max_frames=most, announce=args.frame_text),
     )
     split = None

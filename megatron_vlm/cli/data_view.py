@@ -26,7 +26,7 @@ def add_parsers(commands: Any) -> None:
     )
     check.add_argument("--missing-placeholder", choices=["refuse", "prepend"], default="refuse",
         help="as for `data build`")  # fmt: skip
-    check.add_argument("--part", metavar="NAME", help="as for `data build`")
+    check.add_argument("--split", "--part", dest="part", default="", metavar="NAME", help="as for `data build`")
     check.set_defaults(handler=_check)
 
     stats = commands.add_parser("stats", help="lengths, images, supervised share, packing, steps; as text and PNG")
@@ -60,13 +60,6 @@ def _add_common(parser: argparse.ArgumentParser, what: str, *, model_required: b
     )
 
 
-def part_of(args: argparse.Namespace) -> str:
-    """Returns the part of an Energon folder that ``--part`` chooses."""
-    if args.part is not None and args.format != "webdataset":
-        raise ConfigError("--part chooses of an Energon folder's split: it goes with --format webdataset")
-    return args.part or "train"
-
-
 def _check(args: argparse.Namespace) -> int:
 
     kinds: Counter[str] = Counter()
@@ -90,9 +83,10 @@ def _found(args: argparse.Namespace) -> Iterator[str | DataError]:
     from megatron_vlm.data.check import check_folder, check_sources
     from megatron_vlm.data.formats import open_sources
 
-    part = part_of(args)
     config, paths = _config(args)
     processor = _processor(args.model, config) if args.model else None
+    if args.part and args.format is None:
+        raise ConfigError("--split chooses among raw files: it goes with --format")
     if args.format is None:
         for path in paths:
             if not Path(path).is_dir():
@@ -100,7 +94,7 @@ def _found(args: argparse.Namespace) -> Iterator[str | DataError]:
             yield from check_folder(path, processor)
         return
     settings = {"root": args.image_root or ".", "prepend": args.missing_placeholder == "prepend"}
-    yield from check_sources(open_sources(args.format, paths, part=part, **settings), processor)
+    yield from check_sources(open_sources(args.format, paths, part=args.part, **settings), processor)
 
 
 def _stats(args: argparse.Namespace) -> int:

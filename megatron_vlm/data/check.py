@@ -58,7 +58,7 @@ def check_sources(sources: Sequence[Source], processor: Processor | None = None)
         seen: dict[str, str] = {}
         notes = Notes()
         try:
-            for number, _, record in read_source(source):
+            for number, _, record in read_source(source, notes):
                 if isinstance(record, DataError):
                     yield record
                     continue

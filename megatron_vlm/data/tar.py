@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vlm.data.foreign import told
 from megatron_vlm.errors import DataError, Reason
+from megatron_vlm.files import open_regular
 
 try:
     from megatron_vlm.data import _tar as _native
@@ -83,8 +85,10 @@ def index_tar(path: str | Path) -> TarIndex:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
+        with open_regular(path, DataError) as file:
+            words, size = told(file.read(64)), file.seek(0, 2)
+            if words:
+                raise _damaged(f"not a tar archive: {words}")
             if size < BLOCK:
                 raise _damaged("not a tar archive: it has no header")
             found = _native.walk(file.fileno(), size, MAX_MEMBER) if _native else None
@@ -131,9 +135,11 @@ def _index(path: Path, data: mmap.mmap, size: int) -> TarIndex:
             names[row] = prefix + b"/" + names[row]
     regular, extension = np.isin(kinds, _REGULAR), np.isin(kinds, _EXTENSIONS)
     for row in np.flatnonzero(~regular & ~extension & (kinds != _FOLDER))[:1].tolist():
-        raise _damaged(f"tar member {names[row]!r} is not a regular file", offset=int(headers[row]))
+        raise _damaged(f"tar member {_shown(names[row])} is not a regular file", offset=int(headers[row]))
     for row in np.flatnonzero(sizes > np.where(extension, MAX_EXTENSION, MAX_MEMBER))[:1].tolist():
-        raise _damaged(f"tar member {names[row]!r} has {sizes[row]} bytes, beyond the limit", offset=int(headers[row]))
+        raise _damaged(
+            f"tar member {_shown(names[row])} has {sizes[row]} bytes, beyond the limit", offset=int(headers[row])
+        )
     starts, names, sizes = headers[regular], names[regular], sizes[regular]
     offsets = starts + BLOCK
     if extension.any():
@@ -225,11 +231,15 @@ def _groups(names: NDArray[np.bytes_]) -> NDArray[np.int64]:
     return np.flatnonzero(first)
 
 
+def _shown(name: bytes) -> str:
+    return repr(bytes(name).decode("utf-8", "backslashreplace"))
+
+
 def _plain_name(name: bytes) -> str:
     try:
         text = name.decode()
     except UnicodeDecodeError as error:
-        raise _damaged(f"tar member {name!r}: its name is not UTF-8") from error
+        raise _damaged(f"tar member {_shown(name)}: its name is not UTF-8") from error
     if text.startswith("/") or (".." in text and ".." in text.split("/")):
         raise _damaged(f"tar member {text!r} leads out of the archive")
     return text

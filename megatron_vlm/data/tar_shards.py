@@ -18,6 +18,7 @@ from megatron_vlm.data.formats.webdataset import (
     parse_parts,
     samples_of_tar,
     split_name,
+    stray,
 )
 from megatron_vlm.data.images import probe_image
 from megatron_vlm.data.notes import Notes
@@ -59,7 +60,7 @@ def index_shard(job: TarJob) -> list[dict[str, Any]]:
 
     digest: dict[str, Any] = {"size": 0, "sha256": ""}
     try:
-        for number, sample in samples_of_tar(Path(job.tar), job.layout):
+        for number, sample in samples_of_tar(Path(job.tar), job.layout, notes):
             if isinstance(sample, DataError):
                 reject(number, sample)
                 continue
@@ -111,6 +112,8 @@ def read_tar_sample(layout: Layout, block: bytes, num_images: int) -> RawSample:
     """
     texts, parts, key = {}, [], ""
     for name, content in parse_members(block):
+        if stray(name):
+            continue
         key, part = split_name(name)
         parts.append((part, name))
         if is_text(part):

@@ -15,7 +15,7 @@ from megatron_vlm.data.images import MAX_ASPECT, MAX_PIXELS, MAX_SIDE, read_imag
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError, Reason
 
-FRAME_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+FRAME_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif", ".heic", ".heif")
 _unreadable = partial(DataError, reason=Reason.UNREADABLE_IMAGE)
 MAX_VIDEO_FRAMES = 500_000  # of a file, before some are taken
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # of frames that were decoded from a file

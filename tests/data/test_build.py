@@ -299,7 +299,7 @@ def test_repeat_globs_and_split_from_the_command_line(inputs, tmp_path, capsys):
         (["--input", str(tmp_path / "y.json"), "--frame-text", "no"], "must hold <image> once"),
         (["--input", str(tmp_path / "y.json"), "--workers", "-1"], "--workers must be at least 0"),
         (["--input", str(tmp_path / "y.json"), "--split-by", "id"], "go with --val-fraction"),
-        (["--input", str(tmp_path / "y.json"), "--part", "val"], "goes with --format webdataset"),
+        (["--input", str(tmp_path / "y.json"), "--split", "val"], "chooses among the files of a folder or a glob"),
     ):
         assert main([*words[:5], str(tmp_path / "new"), *bad]) == 1
         assert message in capsys.readouterr().err

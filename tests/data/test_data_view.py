@@ -253,7 +253,7 @@ def test_preview_draws_tiles_apart(digits_dir, tmp_path):
     [
         (["stats", "--model", "MODEL"], "no data: name a folder"),
         (["check", "FILE"], "is no folder of shards: say what it is with --format"),
-        (["check", "DIR", "--part", "val"], "it goes with --format webdataset"),
+        (["check", "DIR", "--part", "val"], "it goes with --format"),
         (["stats", "DIR", "--model", "MODEL", "--set", "training.seed=1"], "only settings of the data section"),
         (["stats", "DIR", "--model", "MODEL", "--set", "data.sliding=1"], "unknown config key 'data.sliding'"),
         (["preview", "DIR", "--model", "MODEL", "--out", "/no/where.html"], "cannot be written"),

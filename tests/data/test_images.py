@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from megatron_vlm.data import images
 from megatron_vlm.data.images import decode_image, normalise_table, open_image, pad_to_square, probe_image
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 
 CHINA = Image.fromarray(load_sample_image("china.jpg"))
 
@@ -93,3 +94,30 @@ def test_a_padded_image_by_hand():
     assert [tuple(row[0]) for row in padded] == [(122, 116, 104), (1, 2, 3), (1, 2, 3), (122, 116, 104)]
     tall = np.asarray(pad_to_square(Image.new("RGB", (1, 4), (1, 2, 3)), (122, 116, 104)))
     assert [tuple(pixel) for pixel in tall[0]] == [(122, 116, 104), (1, 2, 3), (122, 116, 104), (122, 116, 104)]
+
+
+@pytest.mark.parametrize("kind, extension", [("AVIF", "avif"), ("HEIF", "heic")])
+def test_pictures_of_phones_and_browsers(kind, extension):
+    """AVIF is Pillow's own, HEIC comes with the extra ``heif``."""
+    image = CHINA.resize((64, 40))
+    data = encoded(image, kind, quality=95)
+    assert probe_image(data) == (extension, 64, 40)
+    difference = np.asarray(decode_image(data), dtype=int) - np.asarray(image, dtype=int)
+    assert abs(difference).mean() < 6
+    with pytest.raises(DataError, match=r"cannot be decoded|not a readable"):
+        decode_image(data[: len(data) // 2])
+
+
+def test_what_is_no_picture_is_called_by_its_name(monkeypatch):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    with pytest.raises(
+        DataError, match=r"a.png is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    ) as caught:
+        open_image(pointer, "a.png")
+    assert caught.value.reason is Reason.UNREADABLE_IMAGE
+    heic = encoded(CHINA.resize((64, 40)), "HEIF")
+    monkeypatch.setattr(images, "_KNOWN", ("PNG", "JPEG"))
+    with pytest.raises(DataError, match=r"a HEIC picture, which needs pillow-heif: pip install 'megatron_vlm\[heif\]'"):
+        open_image(heic)
+    with pytest.raises(DataError, match="not a readable PNG or JPEG image"):
+        open_image(b"what")

@@ -15,12 +15,16 @@ from megatron_vlm.data.formats.internvl import expand_internvl
 from megatron_vlm.data.formats.json_file import CHUNK, JSON_LINES, MAX_INLINE_BYTES, read_json_records
 from megatron_vlm.data.formats.llava import parse_llava
 from megatron_vlm.data.formats.openai import parse_openai
-from megatron_vlm.data.formats.parquet import parse_row, rows_of_parquet
+from megatron_vlm.data.formats.parquet import files_of, parse_row, rows_of_parquet
 from megatron_vlm.data.formats.records import Record, Source
-from megatron_vlm.data.formats.webdataset import read_tars
+from megatron_vlm.data.formats.splits import choose
+from megatron_vlm.data.formats.webdataset import read_tars, tars_of
 from megatron_vlm.data.formats.xcomposer import expand_xcomposer, parse_xcomposer
+from megatron_vlm.data.notes import Notes
 from megatron_vlm.errors import ConfigError, DataError, Reason
+from megatron_vlm.log import get_logger
 
+LOGGER = get_logger(__name__)
 Rows = Iterator[tuple[int, Any]]
 
 
@@ -60,19 +64,36 @@ def check_format(name: str, known: Sequence[str] = NAMES) -> None:
         raise ConfigError(f"unknown format {name!r}{nearest(name, known)}; known: {', '.join(known)}")
 
 
-def expand_inputs(inputs: Sequence[str | Path]) -> list[str]:
-    """Returns the files that inputs name, globs resolved in the order of names.
+def expand_inputs(inputs: Sequence[str | Path], part: str = "") -> list[str]:
+    """Returns the files that inputs name, globs resolved in the order of names; ``part`` of them, as ``splits`` has it.
 
     Raises:
         ConfigError: a glob that matches nothing.
+        DataError: it matches nothing of that split.
     """
-    paths = []
+    paths: list[str] = []
     for name in map(str, inputs):
-        found = [name] if Path(name).exists() or not glob.has_magic(name) else sorted(glob.glob(name, recursive=True))
+        if Path(name).exists() or not glob.has_magic(name):
+            paths.append(name)
+            continue
+        base, found = _matches(name)
         if not found:
             raise ConfigError(f"--input {name}: no file matches")
-        paths += found
+        chosen = choose(found, base, part, name)
+        if chosen.note:
+            LOGGER.warning("%s", chosen.note)
+        paths += map(str, chosen.files)
     return paths
+
+
+def _matches(pattern: str) -> tuple[Path, list[Path]]:
+    """The folder where a glob begins, and what it matches; links to folders are not followed by ``**``, nor hidden names."""
+    parts = Path(pattern).parts
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    base = Path(*parts[:first])
+    found = sorted(base.glob(str(Path(*parts[first:]))))
+    hidden = any(part.startswith(".") for part in parts[first:])
+    return base, [p for p in found if hidden or not any(n.startswith(".") for n in p.relative_to(base).parts)]
 
 
 def open_sources(
@@ -90,6 +111,11 @@ def open_sources(
         ConfigError, DataError: an input, list or meta file that cannot be used.
     """
     check_format(format)
+    files = [item for item in map(str, inputs) if not Path(item).is_dir() and not glob.has_magic(item)]
+    if settings.get("part") and len(files) == len(inputs):
+        raise ConfigError(
+            f"--split {settings['part']} chooses among the files of a folder or a glob: {files[0]} is one file"
+        )
     if len(repeat) > 1 and len(repeat) != len(inputs):
         raise ConfigError(f"--repeat has {len(repeat)} numbers for {len(inputs)} inputs: give one, or one for each")
     for number in repeat:
@@ -98,10 +124,24 @@ def open_sources(
     sources = []
     for index, item in enumerate(inputs):
         times = repeat[index % len(repeat)] if repeat else None
-        for path in expand_inputs([item]):
+        for path in expand_inputs([item], settings.get("part", "")):
             source = Source(path=path, format=format, repeat=times, **settings)
+            if note := _note(source):
+                LOGGER.warning("%s", note)
             sources += [source] if format == WEBDATASET else FORMATS[format].expand(source)
     return sources
+
+
+def _note(source: Source) -> str:
+    """What is to be said of the splits of a folder; of one that cannot be read, whoever reads it says so."""
+    if not Path(source.path).is_dir():
+        return ""
+    try:
+        if source.format == "parquet":
+            return files_of(Path(source.path), source.part).note
+        return tars_of(source).note if source.format == WEBDATASET else ""
+    except DataError:
+        return ""
 
 
 def guess_records(sources: Sequence[Source]) -> int | None:
@@ -125,14 +165,14 @@ def guess_records(sources: Sequence[Source]) -> int | None:
     return total
 
 
-def read_source(source: Source) -> Iterator[tuple[int, Any, Record | DataError]]:
-    """Yields (number, the value as read, its record or what is wrong with it).
+def read_source(source: Source, notes: Notes | None = None) -> Iterator[tuple[int, Any, Record | DataError]]:
+    """Yields (number, the value as read, its record or what is wrong with it); ``notes``: see ``samples_of_tar``.
 
     Raises:
         DataError: what makes the rest of the file unreadable.
     """
     if source.format == WEBDATASET:
-        yield from read_tars(source)
+        yield from read_tars(source, notes)
         return
     format = FORMATS[source.format]
     for number, value in format.rows(source):

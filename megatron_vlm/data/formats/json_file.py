@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_vlm.data.foreign import told
 from megatron_vlm.errors import DataError, Reason
+from megatron_vlm.files import open_regular
 
 MAX_RECORD_BYTES = 4 * 2**20
 MAX_INLINE_BYTES = 64 * 2**20  # of a record that carries its images itself
@@ -29,9 +31,10 @@ def read_json_records(path: str | Path, max_bytes: int = MAX_RECORD_BYTES) -> It
     """
     path = Path(path)
     try:
-        if not path.is_file():
-            raise _bad("is a folder" if path.is_dir() else "No such file", shard=str(path))
-        with path.open("rb") as file:
+        with open_regular(path, DataError) as file:
+            if words := told(file.read(64)):
+                raise _bad(f"it is {words}", shard=str(path))
+            file.seek(0)
             if path.suffix.lower() in JSON_LINES:
                 yield from _lines(file, max_bytes)
             else:
@@ -182,8 +185,10 @@ def read_json(path: str | Path, max_bytes: int = MAX_INLINE_BYTES) -> Any:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path, DataError) as file:
             raw = file.read(max_bytes + 1)
+        if words := told(raw[:64]):
+            raise _bad(f"it is {words}", shard=str(path))
         text = raw.decode("utf-8-sig")
     except OSError as error:
         raise _bad(f"cannot read the file: {error.strerror}", shard=str(path)) from error

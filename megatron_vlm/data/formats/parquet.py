@@ -4,20 +4,23 @@
     text:   ``conversations`` as LLaVA's, ``messages`` as OpenAI's, or ``texts``: [{"user", "assistant"}]
 
 The columns say which. A folder is read as ``datasets.save_to_disk`` wrote it (its state.json lists the arrow files) or
-as parquet files in the order of their names.
+as parquet files in the order of their names; of its splits one is read: see ``splits``.
 """
 
-import json
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data.foreign import told
 from megatron_vlm.data.formats.keys import LOSS, loss_of, unknown_keys
 from megatron_vlm.data.formats.llava import parse_llava
 from megatron_vlm.data.formats.openai import parse_openai
 from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, files_beside, object_of, record_of
+from megatron_vlm.data.formats.splits import Choice, choose_in, choose_name
 from megatron_vlm.data.sample import Turn
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError, DataError, Reason
+from megatron_vlm.files import describe, open_regular, read_json
 
 BATCH_ROWS = 64  # in memory at a time: rows hold images
 COLUMNS = ("conversations", "messages", "texts")
@@ -72,7 +75,7 @@ def rows_of_parquet(source: Source) -> Iterator[tuple[int, Any]]:
     except ImportError as error:
         raise ConfigError("--format parquet needs pyarrow: pip install 'megatron_vlm[parquet]'") from error
     number = 0
-    for path in files_of(Path(source.path)):
+    for path in files_of(Path(source.path), source.part).files:
         try:
             for batch in _batches(pyarrow, path):
                 for row in batch.to_pylist():
@@ -83,6 +86,9 @@ def rows_of_parquet(source: Source) -> Iterator[tuple[int, Any]]:
 
 
 def _batches(pyarrow: Any, path: Path) -> Iterator[Any]:
+    with open_regular(path, DataError) as file:  # never a pipe
+        if words := told(file.read(64)):
+            raise DataError(f"{describe(path)} is {words}", reason=Reason.DAMAGED_SHARD)
     if path.suffix.lower() == ".arrow":
         with pyarrow.memory_map(str(path)) as file:
             try:
@@ -98,26 +104,33 @@ def _batches(pyarrow: Any, path: Path) -> Iterator[Any]:
             yield from file.iter_batches(batch_size=BATCH_ROWS)
 
 
-def files_of(path: Path) -> list[Path]:
-    """Returns the files that hold the rows of a source, in order.
+def files_of(path: Path, part: str = "") -> Choice:
+    """Returns the files that hold the rows of a source, in order; ``part`` as ``splits`` has it.
 
     Raises:
         DataError: none.
     """
     if path.is_file():
-        return [path]
-    if (path / "dataset_dict.json").is_file():
-        raise DataError("holds several splits: name one, as DIR/train", shard=str(path))
+        return Choice(files=(path,))
+    several = path / "dataset_dict.json"
+    if several.is_file():
+        names = read_json(several, DataError).get("splits")
+        if not isinstance(names, list) or any(not isinstance(n, str) or n != Path(n).name for n in names) or not names:
+            raise DataError("not a readable dataset_dict.json", shard=str(several))
+        name = choose_name(names, part, str(path))
+        left = ", ".join(other for other in names if other != name)
+        note = f"{path}: of its splits {name} is read, not {left}; --split reads another" if left else ""
+        return dataclasses.replace(files_of(path / name), note=note)
     state = path / "state.json"
     if state.is_file():
         try:
-            names = [item["filename"] for item in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+            names = [item["filename"] for item in read_json(state, DataError)["_data_files"]]
             if any("/" in name or name.startswith(".") for name in names):
                 raise ValueError(f"file names lead out of the folder: {names}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"not a readable state.json: {error!r}", shard=str(path)) from error
-        return [path / name for name in names]
-    files = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.arrow"))
-    if not files:
+        return Choice(files=tuple(path / name for name in names))
+    found = choose_in(path, (".parquet", ".arrow"), part)
+    if not found.files:
         raise DataError("No such file, or a folder without parquet or arrow files", shard=str(path))
-    return files
+    return found

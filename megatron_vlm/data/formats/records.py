@@ -49,7 +49,7 @@ class Source:
         prepend: a record with images and no placeholder gets them before its first user turn; else it is refused.
         options: RawSample.options of every sample.
         video: how videos become frames.
-        part: of an Energon folder's split.
+        part: split of a folder, or of an Energon folder; empty: train. See ``splits``.
     """
 
     path: str
@@ -61,7 +61,7 @@ class Source:
     prepend: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     video: VideoSettings = field(default_factory=VideoSettings)
-    part: str = "train"
+    part: str = ""
 
     @property
     def title(self) -> str:

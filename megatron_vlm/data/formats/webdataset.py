@@ -13,29 +13,26 @@ tar --runs of members--> samples_of_tar: TarSamples, checked --> the index (tar_
 
 import itertools
 import mmap
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data.formats.energon import CAPTION, CRUDE, VQA, read_energon, refuse_metadataset
 from megatron_vlm.data.formats.json_file import MAX_RECORD_BYTES, strict_decoder
 from megatron_vlm.data.formats.parquet import COLUMNS, parse_row
 from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, make_record
+from megatron_vlm.data.formats.splits import Choice, choose_in
 from megatron_vlm.data.images import MAX_BYTES
+from megatron_vlm.data.notes import Notes
 from megatron_vlm.data.sample import MAX_IMAGES, MAX_SPAN, Turn
 from megatron_vlm.data.tar import TarIndex, index_tar
 from megatron_vlm.errors import DataError, Reason
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".heic", ".heif")
 TEXT_SUFFIXES = (".json", ".txt", ".caption", ".cls")
-MAX_SHARDS = 1_000_000
-_FIELDS = {  # Energon's sample classes that are conversations: fields that must be mapped
-    "CaptioningSample": ("image", "caption"),
-    "VQASample": ("image", "context", "answers"),
-    "OCRSample": ("image", "text"),
-    "CrudeWebdataset": (),
-}
 _ACCESS = re.compile(r"^([^\[\]]+)((?:\[[^\[\]]+\])*)$")
 
 
@@ -84,6 +81,23 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", part.lower()
 
 
+def stray(name: str) -> str:
+    """Returns what kind of member belongs to no sample, as webdataset's own reader has it; empty: it is part of one.
+
+    A name without a suffix, or a hidden one: what macOS (``._a.jpg``, ``__MACOSX``), desktops and people leave in archives.
+    """
+    *folders, base = name.split("/")
+    if "__MACOSX" in folders:
+        return "__MACOSX/*"
+    if base.startswith("._"):
+        return "._*"
+    if base.lower().startswith("readme"):
+        return "README"
+    if base.startswith(".") or any(len(folder) > 1 and folder.startswith(".") for folder in folders):
+        return "hidden"
+    return "" if "." in base else "without a suffix"
+
+
 def is_image(part: str) -> bool:
     """Whether a part (``jpg``, ``1.png``) is an image by its name."""
     return f".{part}".endswith(IMAGE_SUFFIXES)
@@ -120,7 +134,7 @@ def parse_parts(layout: Layout, texts: Mapping[str, bytes], num_images: int) -> 
     """
     source = Source(path="", format="webdataset", prepend=layout.prepend)
     images = [b"-"] * num_images
-    if layout.kind in ("", "CrudeWebdataset"):
+    if layout.kind in ("", CRUDE):
         data = _json(texts["json"]) if "json" in texts else None
         if isinstance(data, Mapping) and any(data.get(column) is not None for column in COLUMNS):
             if data.get("video") or data.get("videos"):
@@ -133,7 +147,7 @@ def parse_parts(layout: Layout, texts: Mapping[str, bytes], num_images: int) -> 
             found = ", ".join(sorted(texts)) or "none"
             raise DataError(f"no conversation: a json with {', '.join(COLUMNS)}, or a txt, is needed (parts: {found})")
         return _caption(source, _text(caption), images)
-    if layout.kind == "VQASample":
+    if layout.kind == VQA:
         context, answers = _field(layout, texts, "context"), _field(layout, texts, "answers")
         weights = _field(layout, texts, "answer_weights") if "answer_weights" in layout.fields else None
         answer = _best(answers, weights)
@@ -143,7 +157,7 @@ def parse_parts(layout: Layout, texts: Mapping[str, bytes], num_images: int) -> 
             context = f"{IMAGE_PLACEHOLDER}\n" * num_images + context
         turns = [Turn(role="user", text=context), Turn(role="assistant", text=answer)]
         return make_record(source, 0, None, turns, images)
-    text = _field(layout, texts, "caption" if layout.kind == "CaptioningSample" else "text")
+    text = _field(layout, texts, "caption" if layout.kind == CAPTION else "text")
     return _caption(source, text, images)
 
 
@@ -206,8 +220,12 @@ def _field(layout: Layout, texts: Mapping[str, bytes], name: str) -> Any:
     raise DataError(f"field {name}: {'; '.join(tried)}")
 
 
-def samples_of_tar(path: Path, layout: Layout) -> Iterator[tuple[int, TarSample | DataError]]:
+def samples_of_tar(
+    path: Path, layout: Layout, notes: Notes | None = None
+) -> Iterator[tuple[int, TarSample | DataError]]:
     """Yields (number, sample or what is wrong with it) of a tar; images are found, not opened.
+
+    ``notes`` takes note of members that belong to no sample.
 
     Raises:
         DataError: the tar is missing, or damaged as a whole.
@@ -217,7 +235,15 @@ def samples_of_tar(path: Path, layout: Layout) -> Iterator[tuple[int, TarSample 
         raise DataError(message, reason=Reason.DAMAGED_SHARD, shard=str(path))
     index = index_tar(path)
     names = index.names()
-    bounds = itertools.pairwise([*index.groups.tolist(), len(names)])
+    members = [place for place, name in enumerate(names) if not stray(name)]
+    if len(members) == len(names):
+        firsts = index.groups.tolist()
+    else:  # a run of members goes on over the strays between them
+        keys = [split_name(names[place])[0] for place in members]
+        firsts = [place for i, place in enumerate(members) if not i or keys[i] != keys[i - 1]]
+        if notes is not None:
+            notes.add(str(path), Reason.SKIPPED_MEMBERS, filter(None, map(stray, names)))
+    bounds = itertools.pairwise([*firsts, len(names)])
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for number, (first, last) in enumerate(bounds):
             found: TarSample | DataError
@@ -232,15 +258,16 @@ def _sample(
     layout: Layout, data: mmap.mmap, index: TarIndex, names: Sequence[str], number: int, first: int, last: int
 ) -> TarSample:
     """Checks the members ``first`` to ``last`` as a sample."""
-    keys, parts = zip(*(split_name(name) for name in names[first:last]))
+    members = [place for place in range(first, last) if not stray(names[place])]
+    keys, parts = zip(*(split_name(names[place]) for place in members))
     if len(set(parts)) != len(parts):
         raise DataError(f"two members of one name: {', '.join(names[first:last][:10])}")
     start = int(index.starts[first])
     span = (int(index.starts[last]) if last < len(names) else index.end) - start
     if span > MAX_SPAN:
         raise DataError(f"the sample has {span} bytes, the limit is {MAX_SPAN}")
-    places = [(int(index.offsets[at]) - start, int(index.sizes[at])) for at in range(first, last)]
-    images = tuple((names[first + i], *places[i]) for i in images_of(layout, parts))
+    places = [(int(index.offsets[at]) - start, int(index.sizes[at])) for at in members]
+    images = tuple((names[members[i]], *places[i]) for i in images_of(layout, parts))
     if len(images) > MAX_IMAGES:
         raise DataError(f"{len(images)} images, the limit is {MAX_IMAGES}")
     for name, _, size in images:
@@ -253,7 +280,7 @@ def _sample(
     return TarSample(number=number, key=keys[0], start=start, block=block, images=images, texts=texts, record=record)
 
 
-def read_tars(source: Source) -> Iterator[tuple[int, Any, Record | DataError]]:
+def read_tars(source: Source, notes: Notes | None = None) -> Iterator[tuple[int, Any, Record | DataError]]:
     """Yields (number, json, record or what is wrong with it) of the samples of an input, one tar after the other.
 
     The number counts over all tars, that of the record within its own; the json has webdataset's ``__key__`` as well. A tar
@@ -266,7 +293,7 @@ def read_tars(source: Source) -> Iterator[tuple[int, Any, Record | DataError]]:
     number = 0
     for tar in tars:
         try:
-            for _, found in samples_of_tar(tar, layout):
+            for _, found in samples_of_tar(tar, layout, notes):
                 if isinstance(found, DataError):
                     yield number, None, found
                 else:
@@ -297,63 +324,21 @@ def open_tars(source: Source) -> tuple[Layout, list[Path]]:
         DataError: none, or metadata that cannot be used.
     """
     path = Path(source.path)
-    meta = path / ".nv-meta"
-    if meta.is_dir():
-        return _energon(source, path, meta)
-    tars = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise refuse_metadataset(path)
+    if (path / ".nv-meta").is_dir():
+        kind, fields, found = read_energon(path, source.part)
+        layout = Layout(kind=kind, fields=fields, prepend=source.prepend)
+        return layout, [Path(os.path.realpath(tar)) for tar in found]
+    tars = tars_of(source).files
     if not tars:
         raise DataError("a folder without .tar files", shard=str(path))
-    return Layout(prepend=source.prepend), [tar.resolve() for tar in tars]
+    return Layout(prepend=source.prepend), [Path(os.path.realpath(tar)) for tar in tars]
 
 
-def _energon(source: Source, path: Path, meta: Path) -> tuple[Layout, list[Path]]:
-    from braceexpand import braceexpand
-
-    dataset, split = _yaml(meta / "dataset.yaml"), _yaml(meta / "split.yaml")
-    kind = dataset.get("sample_type", {}).get("__class__") if isinstance(dataset.get("sample_type"), dict) else None
-    kind = kind or dataset.get("__class__") or ""
-    where: dict[str, Any] = {"shard": str(meta / "dataset.yaml")}
-    if dataset.get("sample_loader"):
-        raise DataError("a sample_loader is code of the data set, which is not run: give a field_map", **where)
-    if kind not in _FIELDS:
-        raise DataError(f"samples of class {kind!r} are not read (known: {', '.join(_FIELDS)})", **where)
-    fields = dataset.get("field_map") or {}
-    if not isinstance(fields, dict) or not all(isinstance(v, str) for v in fields.values()):
-        raise DataError("'field_map' must map fields to parts", **where)
-    missing = [name for name in _FIELDS[kind] if name not in fields]
-    if missing:
-        raise DataError(f"field_map lacks {', '.join(missing)} of {kind}", **where)
-    parts = split.get("split_parts")
-    where["shard"] = str(meta / "split.yaml")
-    if not isinstance(parts, dict) or source.part not in parts:
-        known = ", ".join(parts) if isinstance(parts, dict) else "none"
-        raise DataError(f"no part {source.part!r} in split_parts (known: {known}): set --part", **where)
-    excluded = set(map(str, split.get("exclude") or []))
-    if any("/" in name and not name.endswith(".tar") for name in excluded):
-        raise DataError("single samples under 'exclude' are not left out here: remove them from the shards", **where)
-    names: list[str] = []
-    for pattern in map(str, parts[source.part] or []):
-        names += itertools.islice(braceexpand(pattern), MAX_SHARDS)
-    for name in names:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DataError(f"shard {name} leads out of the folder", **where)
-    tars = [(path / name).resolve() for name in names if name not in excluded]
-    if not tars:
-        raise DataError(f"part {source.part!r} has no shards", **where)
-    return Layout(kind=kind, fields=dict(fields), prepend=source.prepend), tars
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        if path.stat().st_size > MAX_RECORD_BYTES * 16:
-            raise DataError("too long", shard=str(path))
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", shard=str(path)) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"not readable yaml: {str(error)[:200]}", shard=str(path)) from error
-    if not isinstance(value, dict):
-        raise DataError("must be a mapping", shard=str(path))
-    return value
+def tars_of(source: Source) -> Choice:
+    """Returns the tars of an input that is not Energon's, in order, and what to say of its splits."""
+    path = Path(source.path)
+    if (path / ".nv-meta").is_dir():
+        return Choice(files=())
+    return choose_in(path, (".tar",), source.part) if path.is_dir() else Choice(files=(path,))

@@ -37,6 +37,15 @@ def test_text_and_parts(tmp_path):
             ),
             messages(("user", [{"type": "image", "image": "1.png"}, text("?")]), ("assistant", "Green.")),
             {**messages(("user", [{"type": "image"}, text("?")]), ("assistant", "Red.")), "images": ["0.png"]},
+            messages(("user", [{"type": "image", "path": "0.png"}, text("?")]), ("assistant", "Red.")),
+            messages(("user", [{"type": "image", "url": uri(picture(3))}, text("?")]), ("assistant", "Navy.")),
+            messages(
+                ("user", [{"type": "image", "base64": base64.b64encode(picture(3)).decode()}]), ("assistant", "N")
+            ),
+            {
+                **messages(("user", "<image>"), ("assistant", "N")),
+                "image": {"bytes": base64.b64encode(picture(3)).decode()},
+            },
             {**messages(("user", [url("file://" + str(tmp_path / "1.png"))]), ("assistant", "x")), "id": "last"},
         ],
     )
@@ -44,7 +53,7 @@ def test_text_and_parts(tmp_path):
     assert [[t.role for t in s.turns] for s in samples[:2]] == [["system", "user", "assistant"]] * 2
     assert samples[1].turns[1].text == "First <image> then <image>" and samples[1].turns[2].text == "Seen."
     assert samples[1].images == (picture(0), picture(3)) and samples[1].image_names == ("0.png", "#1")
-    assert [s.images for s in samples[2:]] == [(picture(1),), (picture(0),), (picture(1),)]
+    assert [s.images for s in samples[2:]] == [(picture(i),) for i in (1, 0, 0, 3, 3, 3, 1)]
     assert samples[2].turns[0].text == "<image>?"
 
 
@@ -59,6 +68,15 @@ def test_text_and_parts(tmp_path):
         (messages(("user", [{"type": "text"}]), ("assistant", "a")), "'text' must be a text"),
         (messages(("user", [url(None)]), ("assistant", "a")), "'image_url' must be a path or a data URI"),
         (messages(("user", [url("http://a.b/c.png")]), ("assistant", "a")), "only files are read"),
+        (
+            messages(("user", [{"type": "image", "url": "https://a.b/c.png"}]), ("assistant", "a")),
+            "only files are read; dow",
+        ),
+        (
+            messages(("user", [{"type": "image", "url": "a", "path": "b"}]), ("assistant", "a")),
+            "under path and url: keep",
+        ),
+        ({**messages(("user", "<image>"), ("assistant", "a")), "image": {"bytes": "!"}}, "'bytes' is not base64"),
         (messages(("user", [url("data:image/png,xx")]), ("assistant", "a")), "must read data:image"),
         (messages(("user", [url("data:image/png;base64,!!")]), ("assistant", "a")), "not base64"),
         (messages(("user", [url("data:image/png;base64,")]), ("assistant", "a")), "holds nothing"),

@@ -63,7 +63,7 @@ def test_datasets_folder_and_the_other_columns(tmp_path):
         (lambda p: None, "No such file"),
         (lambda p: p.write_bytes(b"PAR1 not really PAR1"), "cannot be read"),
         (lambda p: p.write_bytes(b""), "cannot be read"),
-        (lambda p: (p.mkdir(), (p / "dataset_dict.json").write_text("{}")), "several splits"),
+        (lambda p: (p.mkdir(), (p / "dataset_dict.json").write_text("{}")), "not a readable dataset_dict"),
         (lambda p: (p.mkdir(), (p / "state.json").write_text('{"_data_files": [{"filename": "../x"}]}')), "lead out"),
         (lambda p: (p.mkdir(), (p / "state.json").write_text("{}")), "state.json"),
     ],

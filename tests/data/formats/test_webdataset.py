@@ -1,16 +1,18 @@
 """Tars of other tools: used where they lie, and what each kind of sample becomes."""
 
+import gzip
 import json
 
 import numpy as np
 import pytest
 
 from megatron_vlm.data.build import build_shards
-from megatron_vlm.data.check import check_folder
+from megatron_vlm.data.check import check_folder, check_sources
 from megatron_vlm.data.formats import open_sources, read_source
+from megatron_vlm.data.formats.energon import count_braces
 from megatron_vlm.data.formats.records import Record
 from megatron_vlm.data.split import SplitSettings
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason
 from tests.data.formats.make import built, picture, write_tar
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
@@ -103,7 +105,7 @@ def test_energon_folders(tmp_path, kind):
     assert [s["tar"].rsplit("/", 1)[1] for s in manifest["shards"]] == ["s_0.tar", "s_2.tar"]
     assert [t.text for t in samples[1].turns] == texts and samples[1].images == (picture(0, kind="JPEG"),)
     assert len(built(tmp_path / "val", "webdataset", tmp_path / "in", part="val")[1]) == 1
-    with pytest.raises(DataError, match=r"no part 'test' .*known: train, val.*--part"):
+    with pytest.raises(DataError, match=r"no part 'test' .*known: train, val.*--split"):
         built(tmp_path / "test", "webdataset", tmp_path / "in", part="test")
 
 
@@ -116,9 +118,9 @@ def test_energon_folders(tmp_path, kind):
         ("__class__: CrudeWebdataset", "split_parts: {train: [../a.tar]}", "leads out of the folder"),
         ("__class__: CrudeWebdataset", "split_parts: {train: []}", "has no shards"),
         ("__class__: CrudeWebdataset", "exclude: [a.tar/7]\nsplit_parts: {train: [a.tar]}", "single samples"),
-        ("__class__: CrudeWebdataset", "[", "not readable yaml"),
+        ("__class__: CrudeWebdataset", "[", "is not valid YAML"),
         ("- a", "split_parts: {train: [a.tar]}", "must be a mapping"),
-        ("__class__: !!python/object/apply:os.system ['touch x']", "{}", "not readable yaml"),
+        ("__class__: !!python/object/apply:os.system ['touch x']", "{}", "is not valid YAML"),
     ],
 )
 def test_bad_energon_metadata_is_named(tmp_path, dataset, split, message):
@@ -184,3 +186,101 @@ def test_records_of_tars_are_those_of_the_build(tmp_path):
         (s.key, s.turns, s.images, s.image_names) for s in samples
     ]
     assert found[0][1] == {"__key__": "0000", "conversations": TALK}
+
+
+STRAYS = (
+    [("._a.png", b"\0\5\26\7"), ("a.png", picture()), ("._a.json", b"\0\5\26\7"), ("a.json", "JSON")],
+    [("README", b"x"), (".DS_Store", b"x"), ("a.png", picture()), ("a.json", "JSON"), ("__MACOSX/._a.json", b"x")],
+    [("a.png", picture()), ("LICENSE", b"x"), ("a.json", "JSON"), ("README.md", b"x"), (".git/x.json", b"x")],
+    [("./a.png", picture()), ("./._b.png", b"x"), ("./a.json", "JSON")],
+)
+
+
+@pytest.mark.parametrize("members", STRAYS)
+def test_members_of_no_sample_are_skipped_and_counted(tmp_path, members, caplog):
+    """As webdataset's own reader does: what macOS, desktops and people leave in archives."""
+    talk = json.dumps({"conversations": TALK}).encode()
+    path = write_tar(tmp_path / "a.tar", [(n, talk if c == "JSON" else c) for n, c in (*members, ("b.txt", b"B"))])
+    with caplog.at_level("WARNING"):
+        manifest, samples = built(tmp_path / "out", "webdataset", path)
+    assert (manifest["samples"], manifest["images"]) == (2, 1)
+    assert samples[0].images == (picture(),) and samples[0].turns[1].text == TALK[1]["value"]
+    assert (
+        samples[0].image_names == (next(n for n, c in members if c == picture()),) and samples[1].turns[1].text == "B"
+    )
+    (said,) = caplog.messages
+    assert "members that belong to no sample and are not read" in said
+    warnings = [found for found in check_sources(open_sources("webdataset", [path])) if isinstance(found, DataError)]
+    assert [w.reason for w in warnings] == [Reason.SKIPPED_MEMBERS]
+    import webdataset
+
+    theirs = [sample["__key__"] for sample in webdataset.WebDataset(str(path), shardshuffle=False)]
+    strays = ("README", "__MACOSX", ".git")
+    assert [sample.key for sample in samples] == [key for key in theirs if not key.startswith(strays)]
+
+
+@pytest.mark.parametrize(
+    "head, message",
+    [
+        (gzip.compress(b"x" * 2000), "compressed with gzip: unpack it first"),
+        (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed with zstd"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n", "a Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>" + b" " * 600, "a web page"),
+    ],
+)
+def test_what_is_no_tar_is_called_by_its_name(tmp_path, head, message):
+    for name in ("a.tar", "a.tar.gz"):
+        (tmp_path / name).write_bytes(head)
+        with pytest.raises(DataError, match=f"{name}.*not a tar archive: {message}"):
+            built(tmp_path / "out", "webdataset", tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["CaptioningWebdataset", "VQAWebdataset"])
+def test_energon_data_sets_that_name_no_class_of_samples(tmp_path, kind):
+    fields, texts = ENERGON[{"CaptioningWebdataset": "CaptioningSample", "VQAWebdataset": "VQASample"}[kind]]
+    record = {"captions": ["one", "two"], "q": "Why?", "a": ["no", "since"], "w": [0.1, 0.9]}
+    write_tar(tmp_path / "in" / "s.tar", [("7.jpg", picture(kind="JPEG")), ("7.json", json.dumps(record).encode())])
+    meta = tmp_path / "in" / ".nv-meta"
+    meta.mkdir()
+    (meta / "dataset.yaml").write_text(f"__module__: megatron.energon\n__class__: {kind}\n{fields}\n")
+    (meta / "split.yaml").write_text("split_parts:\n  train: [s.tar]\n  val: []\n")
+    _, samples = built(tmp_path / "out", "webdataset", tmp_path / "in")
+    assert [turn.text for turn in samples[0].turns] == texts
+    with pytest.raises(
+        DataError, match=r"samples of class 'X' are not read \(known: .*VQAWebdataset.*build the data set"
+    ):
+        (meta / "dataset.yaml").write_text("__class__: X\n")
+        built(tmp_path / "no", "webdataset", tmp_path / "in")
+
+
+def test_a_metadataset_is_named_with_what_to_do(tmp_path):
+    blend = "    - {weight: 5, path: ./coco}\n    - {weight: 2, path: ./coyo}\n"
+    (tmp_path / "m.yaml").write_text(f"__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n{blend}")
+    with pytest.raises(
+        DataError, match=r"metadataset .* one by one \(./coco ./coyo\).*data.train: \[\{path: ..., weight"
+    ):
+        built(tmp_path / "out", "webdataset", tmp_path / "m.yaml")
+
+
+BOMBS = ("s_{0..99999999999}.tar", "{a,b}" * 60, "{" * 500 + "}" * 500, "{{a,b},{c,d}}" * 30, "{0..999999}{0..999999}",
+         "s_{0..9999999999999999999999}.tar")  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_braces_are_counted_before_they_are_written_out(tmp_path, bomb):
+    meta = tmp_path / "in" / ".nv-meta"
+    meta.mkdir(parents=True)
+    (meta / "dataset.yaml").write_text("__class__: CrudeWebdataset\n")
+    (meta / "split.yaml").write_text(f"split_parts:\n  train: ['{bomb}']\n")
+    with pytest.raises(
+        DataError, match=r"more shards than 1,000,000|nested more than|is missing|leads out|no shards|characters, the"
+    ):
+        built(tmp_path / "out", "webdataset", tmp_path / "in")
+
+
+def test_braces_count_as_they_are_written_out():
+    from braceexpand import braceexpand
+
+    simple = ("a", "{a,b}", "{a,b}{c,d,e}", "{0..9}", "{01..12..3}", "{9..0..-2}", "{a}", r"\{a,b\}")
+    for pattern in (*simple, "x{a,{b,c}d}y", "{{1..3},z}"):
+        assert count_braces(pattern) == len(list(braceexpand(pattern))), pattern

@@ -285,7 +285,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "recompute-activations": ((), f"selective recomputation {_NOT_BUILT}; use --recompute-granularity full"),
     "use-precision-aware-optimizer": ((), f"a precision-aware optimizer {_NOT_BUILT}; leave it out"),
-    # A row without images runs no module of the tower, so that ranks would gather parameters in different orders.
+    # In evaluation a row without images runs no module of the tower: ranks would gather parameters in different orders.
     "overlap-param-gather": ((), f"gathering parameters during the forward pass {_NOT_BUILT}; leave it out"),
     "async-save": ((), f"asynchronous saving {_NOT_BUILT}; leave it out"),
     # of the original programs

@@ -48,13 +48,13 @@ class RowParams(PackedSeqParams):
         )
 
     @functools.cached_property
-    def image_mask(self) -> Tensor | None:
-        """bool [T, 1, 1], true where a token holds an image feature; None: not said."""
+    def text_mask(self) -> Tensor | None:
+        """bool [T, 1, 1], false where a token holds an image feature; None: not said."""
         if self.image_positions is None:
             return None
         total = int(self.cu_seqlens_q_padded[1])  # on the host
-        mask = torch.zeros(total, 1, 1, dtype=torch.bool, device=self.image_positions.device)
-        return mask.index_fill_(0, self.image_positions, True)
+        mask = torch.ones(total, 1, 1, dtype=torch.bool, device=self.image_positions.device)
+        return mask.index_fill_(0, self.image_positions, False)
 
 
 class KVCache:

@@ -7,8 +7,9 @@
                                         exchanged is ``rank`` wide and B sees, under sequence parallelism, this rank's tokens only
 
 Legend: T tokens of the row (T / tp under sequence parallelism where a linear's input or output is so cut), R the rank.
-Text tokens give the branch a gradient of exactly zero; a row without images still reaches every parameter, as overlapped
-gradient reduction needs. The mask comes with each call of the layer, so that a recomputed layer sees its own microbatch.
+Text tokens are masked out, not multiplied by zero, so that what overflows there stays there; they give the branch a gradient of
+zero. A row without images reaches every parameter in the same order as one with, as overlapped gradient reduction needs. The
+mask comes with each call of the layer, so that a recomputed layer sees its own microbatch.
 Source: InternLM-XComposer2 (arXiv 2401.16420), section 3.2; alpha equals the rank there, so the scale is 1.
 """
 
@@ -65,10 +66,10 @@ class LowRankBranch(nn.Module):
 
 
 class PartialLoraColumnLinear(ColumnParallelLinear):
-    """megatron-core's column parallel linear with a branch; ``image_mask`` bool [T, 1, 1], or None for none."""
+    """megatron-core's column parallel linear with a branch; ``text_mask`` bool [T, 1, 1], or None for none."""
 
     plora: LowRankBranch
-    image_mask: Tensor | None = None
+    text_mask: Tensor | None = None
 
     def add_branch(self, rank: int, blocks: int, dropout: float) -> None:
         """Adds the branch; its weights are to be loaded."""
@@ -77,7 +78,7 @@ class PartialLoraColumnLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_, *args, **kwargs)
-        if self.image_mask is None:
+        if self.text_mask is None:
             return output, bias
         with _own_numbers(
             self.plora.draws and self.sequence_parallel
@@ -87,14 +88,14 @@ class PartialLoraColumnLinear(ColumnParallelLinear):
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-        return output + self.plora.up(low * self.image_mask), bias
+        return output + self.plora.up(low.masked_fill(self.text_mask, 0)), bias
 
 
 class PartialLoraRowLinear(RowParallelLinear):
-    """megatron-core's row parallel linear with a branch; ``image_mask`` bool [T, 1, 1] of the whole row, or None for none."""
+    """megatron-core's row parallel linear with a branch; ``text_mask`` bool [T, 1, 1] of the whole row, or None for none."""
 
     plora: LowRankBranch
-    image_mask: Tensor | None = None
+    text_mask: Tensor | None = None
 
     def add_branch(self, rank: int, blocks: int, dropout: float) -> None:
         """Adds the branch; its weights are to be loaded."""
@@ -103,10 +104,10 @@ class PartialLoraRowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
-        if self.image_mask is None:
+        if self.text_mask is None:
             return output, bias
         with _own_numbers(self.plora.draws and self.tp_group.size() > 1):  # ranks hold other features
-            low = self.plora.down(input_) * self.image_mask
+            low = self.plora.down(input_).masked_fill(self.text_mask, 0)
         if self.sequence_parallel:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
@@ -130,10 +131,13 @@ class PartialLoraLayer(TransformerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         row = kwargs["packed_seq_params"]
-        # Without a gradient to give (a token being generated), a row without images needs no branch.
-        needed = torch.is_grad_enabled() or (row.image_positions is not None and len(row.image_positions))
+        # Without a gradient to give (a token being generated), a row without images needs no branch. In training it runs it
+        # even where no gradient is asked for yet: the first pass of what is recomputed draws the same numbers.
+        needed = (
+            self.training or torch.is_grad_enabled() or (row.image_positions is not None and len(row.image_positions))
+        )
         for linear in self._adapted:
-            linear.image_mask = row.image_mask if needed else None
+            linear.text_mask = row.text_mask if needed else None
         return super().forward(*args, **kwargs)
 
 

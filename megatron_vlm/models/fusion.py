@@ -1,6 +1,13 @@
-"""Puts image features into their token positions. Any mismatch of counts is an error that shows both."""
+"""Puts image features into their token positions; those of a row without images go nowhere, and cost no number.
 
-from collections.abc import Sequence
+    row with images     pixels --tower, connector--> features --fuse--> rows of the embeddings
+    row without         filler_pixels --tower, connector--> features --Filler.beside--> embeddings as they are
+
+Why a row without images runs them at all: overlapped gradient reduction reduces a bucket when the last of its parameters has its
+gradient. Every rank must reach the same parameters in the same order, or ranks reduce different buckets with each other.
+"""
+
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,22 +39,73 @@ def fuse(embeddings: Tensor, features: Tensor, positions: Tensor, num_images: in
     return embeddings.index_copy(0, positions, features[:, None].to(embeddings.dtype))
 
 
-class _Touch(torch.autograd.Function):
+def filler_pixels(tower: Any) -> tuple[Tensor, ...]:
+    """What a row without images runs ``tower`` on: one image of zeros, [C, n * p, n * p].
+
+    C channels and p pixels are those of ``tower.patch_embedding``; n is ``tower.smallest``, 2 where the connector joins blocks of
+    2 x 2 patches, and 1 where the tower has none.
+    """
+    embedding: nn.Conv2d = tower.patch_embedding
+    height, width = (size * getattr(tower, "smallest", 1) for size in embedding.kernel_size)
+    return (torch.zeros(embedding.in_channels, height, width, device=embedding.weight.device),)
+
+
+class Filler:
+    """Features that go nowhere, of one model: autograd passes through what made them, and no number comes of it.
+
+    On the way back they get zeros, but zero times an activation that overflowed is nan. So while the gradient on its way back
+    through tower and connector is filler's, what each parameter receives is replaced by zeros.
+
+    Attributes:
+        passing: the pass on its way back through tower and connector is filler's.
+    """
+
+    def __init__(self) -> None:
+        self.passing = False
+        self._guarded: set[nn.Parameter] = set()
+
+    def beside(self, x: Tensor, features: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Returns ``x`` [T, 1, H] as it is, its gradient going on to ``features`` [F, H] as zeros.
+
+        Args:
+            x: embeddings of a row without images.
+            features: of filler.
+            parameters: all that had a part in ``features``.
+        """
+        for parameter in parameters:
+            if parameter.requires_grad and parameter not in self._guarded:
+                self._guarded.add(parameter)
+                parameter.register_hook(self._zeros)
+        return _Beside.apply(x, features, self)
+
+    def real(self, features: Tensor) -> Tensor:
+        """Returns features of images as they are; their gradient is none of filler's."""
+        return _Real.apply(features, self)
+
+    def _zeros(self, gradient: Tensor) -> Tensor | None:
+        return torch.zeros_like(gradient) if self.passing else None
+
+
+class _Beside(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
+    def forward(ctx: Any, x: Tensor, features: Tensor, filler: Filler) -> Tensor:
+        ctx.filler = filler
+        ctx.like = dict(size=features.shape, dtype=features.dtype, device=features.device)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad, *(torch.zeros_like(p) if p.requires_grad else None for p in ctx.saved_tensors)
+        ctx.filler.passing = True
+        return grad if ctx.needs_input_grad[0] else None, torch.zeros(**ctx.like), None
 
 
-def touch(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-    """Returns ``x`` tied to every trainable parameter of ``modules`` with a gradient of zero.
+class _Real(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, filler: Filler) -> Tensor:
+        ctx.filler = filler
+        return features.view_as(features)
 
-    A row without images would leave the tower without gradients on this rank alone; overlapped gradient reduction then waits
-    for a bucket that never comes.
-    """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    return _Touch.apply(x, *parameters) if parameters else x
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.filler.passing = False
+        return grad, None

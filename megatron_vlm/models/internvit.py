@@ -86,8 +86,10 @@ class InternVitConfig(TowerConfig):
         return cls(**tower_sizes(values), norm_type=values["norm_type"], qkv_bias=qkv_bias, qk_norm=qk_norm)
 
 
-def build_internvit(vit: InternVitConfig, topology: Topology, options: Any) -> "InternVisionModel":
-    """The tower; whole on every rank where its heads do not divide."""
+def build_internvit(
+    vit: InternVitConfig, topology: Topology, options: Any, *, smallest: int = 1
+) -> "InternVisionModel":
+    """The tower; whole on every rank where its heads do not divide. ``smallest``: side of the connector's blocks of patches."""
     import torch.nn.functional as F
 
     from megatron_vlm.layers.vision.internvit import InternVisionModel
@@ -104,6 +106,7 @@ def build_internvit(vit: InternVitConfig, topology: Topology, options: Any) -> "
         patch_size=vit.patch_size,
         num_channels=vit.num_channels,
         side=vit.side,
+        smallest=smallest,
         dtype=options.torch_dtype,
         device=next(encoder.parameters()).device,
     )

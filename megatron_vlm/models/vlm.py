@@ -5,6 +5,7 @@
 The first stage owns tower and connector. Towers and connectors are given by the family:
     vision_model(pixels: tuple of [C, h, w]) -> (patches [P, Hv], number of patches of each image)
     connector(patches, counts) -> features [F, H]
+In training a row without images runs them on the smallest image of zeros, whose features go nowhere (models/fusion.py).
 """
 
 import re
@@ -26,10 +27,11 @@ from megatron_vlm.conversion.mapping import Layout, Mapping
 from megatron_vlm.data.row import Row
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.layers.core_attention import RowParams
-from megatron_vlm.models.fusion import fuse, touch
+from megatron_vlm.models.fusion import Filler, filler_pixels, fuse
 from megatron_vlm.models.language import Decoder
 from megatron_vlm.models.registry import FamilySpec
 from megatron_vlm.models.text import TextConfig
+from megatron_vlm.parallel.rng import unchanged_generators
 from megatron_vlm.parallel.topology import Topology
 
 GROUPS = {"vision": "vision_model.", "connector": "connector.", "llm": "language_model."}
@@ -98,6 +100,7 @@ class VisionLanguageModel(MegatronModule):
         self.vp_stage = language_model.vp_stage
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
         self.recompute_connector = recompute_connector
+        self.filler = Filler()
         self.model_type = language_model.model_type
 
     def shared_embedding_or_output_weight(self) -> Tensor:
@@ -128,11 +131,11 @@ class VisionLanguageModel(MegatronModule):
         assert row.cache is not None
         return self.language_model.logits(hidden, row.cu_seqlens_q[1:][: len(row.cache.lengths)].long() - 1)
 
-    def image_features(self, batch: Row) -> Tensor:
-        """[F, H], features of all images of the row in order (first stage)."""
+    def image_features(self, pixels: Sequence[Tensor]) -> Tensor:
+        """[F, H], features of all images [C, h, w] of a row in order (first stage)."""
         vision, connector = self._vision_parts()
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(vision)):
-            patches, counts = vision(batch.pixels)
+            patches, counts = vision(pixels)
         if self.recompute_connector and self.training and _trains(self):
             # Non-reentrant: a frozen tower gives an input without gradient, which a reentrant one would answer with zeros.
             return checkpoint(connector, patches, counts, use_reentrant=False, context_fn=_same_numbers)
@@ -147,9 +150,13 @@ class VisionLanguageModel(MegatronModule):
     def _embeddings(self, batch: Row) -> Tensor:
         x = self.language_model.embed(batch.input_ids, batch.position_ids)
         if batch.pixels:
-            x = fuse(x, self.image_features(batch), batch.image_positions, len(batch.pixels))
-        elif self.vision_model is not None:
-            x = touch(x, self._vision_parts())
+            features = self.filler.real(self.image_features(batch.pixels))
+            x = fuse(x, features, batch.image_positions, len(batch.pixels))
+        elif self._needs_filler():
+            parts = self._vision_parts()
+            with unchanged_generators():
+                features = self.image_features(filler_pixels(parts[0]))
+            x = self.filler.beside(x, features, (p for part in parts for p in part.parameters()))
         if self.config.sequence_parallel:
             x = scatter_to_sequence_parallel_region(x, group=self.language_model.tp_group)
         if torch.is_grad_enabled() and not x.requires_grad and _trains(self.language_model):
@@ -157,6 +164,11 @@ class VisionLanguageModel(MegatronModule):
             # whose input needs none.
             x = x.detach().requires_grad_()
         return x
+
+    def _needs_filler(self) -> bool:
+        """Tower or connector trains here: decided by what is equal on every rank, never by the row."""
+        parts = (self.vision_model, self.connector)
+        return torch.is_grad_enabled() and any(part is not None and _trains(part) for part in parts)
 
     def _vision_parts(self) -> tuple[nn.Module, nn.Module]:
         if self.vision_model is None or self.connector is None:

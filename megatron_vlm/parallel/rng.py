@@ -6,6 +6,8 @@
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy
 import torch
@@ -33,3 +35,18 @@ def seed_step(topology: Topology, seed: int, iteration: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(
         value, tp_rank=topology.tp_rank, ep_rank=0, etp_rank=topology.tp_rank
     )
+
+
+@contextmanager
+def unchanged_generators() -> Iterator[None]:
+    """Runs a block that may draw: torch's generators and megatron-core's tracker are as before after it.
+
+    A layer of the block that is recomputed in the backward pass draws what it drew in the block.
+    """
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    states = mcore_random._get_all_rng_states()
+    try:
+        yield
+    finally:
+        mcore_random._set_all_rng_states(*states)

@@ -205,43 +205,77 @@ def layout_run(
     """On a rank: gradients of one global batch of ``rows`` (dealt round robin over data parallel ranks), then training on it.
 
     Returns:
-        coordinates of the rank; loss and fp32 gradients by global name before any update, reduced; loss and gradient norm of
-        each of ``steps`` AdamW updates; and the dtype of the gradient buffers.
+        what ``batch_gradients`` returns, before any update; loss and gradient norm of each of ``steps`` AdamW updates; and the
+        dtype of the gradient buffers.
     """
-    from megatron_vlm.models.vlm import global_named_parameters
-    from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
-    from megatron_vlm.training.step import reduce_over_job, run_schedule, train_step
+    from megatron_vlm.training.optimizer import OptimizerConfig, set_learning_rates
+    from megatron_vlm.training.step import train_step
 
-    topology, _, chunks, config = build_for_test(hf_dir, parallel, options, peft)
-    models = wrap_model(chunks, config)
     optimizer_config = OptimizerConfig(lr=lr)
-    dtype = chunks[0].config.params_dtype
-    optimizer = build_optimizer(optimizer_config, models, params_dtype=dtype)
+    topology, models, optimizer = wrapped_for_test(hf_dir, parallel, options, peft, optimizer_config)
+    gradients = batch_gradients(models, rows, topology)
     mine = rows[topology.dp_rank :: topology.dp]
-    for model in models:
-        model.train()
-        model.zero_grad_buffer()
-    totals = reduce_over_job(run_schedule(models, mine, topology, forward_only=False), mine, topology)
-    if config.use_distributed_optimizer:
-        _gather_gradient_shards(models, topology)
-    grads = {
-        name: getattr(parameter, "main_grad").detach().float().clone()  # noqa: B009 - DDP's attribute
-        for model in models
-        for name, parameter in global_named_parameters(model)
-        if parameter.requires_grad and not getattr(parameter, "tied_copy", False)
-    }
     history = []
     for _ in range(steps):
         set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), lr), optimizer_config.weight_decay)
         result = train_step(models, optimizer, mine, topology)
         history.append((result.loss, result.grad_norm))
+    dtypes = {buffer.grad_data.dtype for model in models for buffer in model.buffers}
+    return {**gradients, "history": history, "buffer_dtypes": dtypes}
+
+
+def layout_gradients(
+    hf_dir: str, batches: Sequence[Sequence[Row]], parallel: dict, options: dict, peft: dict | None = None
+) -> list[dict]:
+    """On a rank: what ``batch_gradients`` returns of one global batch after the other, without updates between them.
+
+    In fp16 the gradients are 256 times as large.
+    """
+    from megatron_vlm.training.optimizer import OptimizerConfig
+
+    topology, models, _ = wrapped_for_test(hf_dir, parallel, options, peft, OptimizerConfig(loss_scale=256.0))
+    return [batch_gradients(models, rows, topology) for rows in batches]
+
+
+def wrapped_for_test(
+    hf_dir: str, parallel: dict, options: dict, peft: dict | None, optimizer_config: Any
+) -> tuple[Any, list[Any], Any]:
+    """On a rank: topology, stages of ``build_for_test`` wrapped and in training mode, and their optimizer."""
+    from megatron_vlm.training.optimizer import build_optimizer, wrap_model
+
+    topology, _, chunks, config = build_for_test(hf_dir, parallel, options, peft)
+    models = wrap_model(chunks, config)
+    optimizer = build_optimizer(optimizer_config, models, params_dtype=chunks[0].config.params_dtype)
+    for model in models:
+        model.train()
+    return topology, models, optimizer
+
+
+def batch_gradients(models: Sequence[Any], rows: Sequence[Row], topology: Any) -> dict:
+    """On a rank: its coordinates, and of one global batch the loss, reduced fp32 gradients by global name, number of buckets.
+
+    ``rows`` are dealt round robin over data parallel ranks.
+    """
+    from megatron_vlm.models.vlm import global_named_parameters
+    from megatron_vlm.training.step import reduce_over_job, run_schedule
+
+    mine = rows[topology.dp_rank :: topology.dp]
+    for model in models:
+        model.zero_grad_buffer()
+    totals = reduce_over_job(run_schedule(models, mine, topology, forward_only=False), mine, topology)
+    if models[0].ddp_config.use_distributed_optimizer:
+        _gather_gradient_shards(models, topology)
     return {
         "tp_rank": topology.tp_rank,
         "dp_rank": topology.dp_rank,
         "loss": totals["loss_sum"] / totals["supervised_tokens"],
-        "grads": grads,
-        "history": history,
-        "buffer_dtypes": {buffer.grad_data.dtype for model in models for buffer in model.buffers},
+        "buckets": sum(len(buffer.buckets) for model in models for buffer in model.buffers),
+        "grads": {
+            name: getattr(parameter, "main_grad").detach().float().clone()  # noqa: B009 - DDP's attribute
+            for model in models
+            for name, parameter in global_named_parameters(model)
+            if parameter.requires_grad and not getattr(parameter, "tied_copy", False)
+        },
     }
 
 

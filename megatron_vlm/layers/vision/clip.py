@@ -32,7 +32,12 @@ class ClipVisionModel(nn.Module):
         config: of the encoder, for the norms.
         patch_size, num_channels: of the tower.
         side: patches along one side of an image, which the position table is made for.
+
+    Attributes:
+        smallest: patches along one side of the image that rows without images run on (models/fusion.py).
     """
+
+    smallest = 1
 
     def __init__(
         self, encoder: Any, *, num_run_layers: int, config: Any, patch_size: int, num_channels: int, side: int
@@ -58,7 +63,7 @@ class ClipVisionModel(nn.Module):
         """Encodes the images of a row.
 
         Args:
-            pixels: one [C, S, S] per image, normalised.
+            pixels: one [C, S, S] per image, normalised; or one image of ``smallest`` patches a side, alone in its row.
 
         Returns:
             (patch states [P, Hv], patches of each image, all equal).
@@ -66,7 +71,8 @@ class ClipVisionModel(nn.Module):
         Raises:
             DataError: an image of another size than the position table's.
         """
-        size = self.side * self.patch_size
+        side = self.side_of(pixels)
+        size = side * self.patch_size
         for image in pixels:
             if tuple(image.shape[1:]) != (size, size):
                 raise DataError(
@@ -76,13 +82,19 @@ class ClipVisionModel(nn.Module):
         weight = self.patch_embedding.weight
         patches = torch.stack([patchify(image, self.patch_size) for image in pixels]).to(weight.dtype)
         x = F.linear(patches, weight.flatten(1))
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.position_embedding.weight
-        count = x.shape[1]
+        count = 1 + side * side
+        positions = self.position_embedding.weight[:count]  # of all, too: autograd's order must not depend on the row
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + positions
         row = RowParams.of(cumulative([count] * len(x), x.device), count, len(x) * count)
         x = self.pre_layernorm(x).reshape(-1, 1, x.shape[-1])
         x = self.encoder(x, attention_mask=None, packed_seq_params=row)
         states = x.view(len(pixels), count, -1)[:, 1:].reshape(len(pixels) * (count - 1), -1)
         return states, [count - 1] * len(pixels)
+
+    def side_of(self, pixels: Sequence[Tensor]) -> int:
+        """Patches along one side of the images of a row: the table's, or ``smallest`` where an image of that size leads."""
+        size = self.smallest * self.patch_size
+        return self.smallest if tuple(pixels[0].shape[1:]) == (size, size) else self.side
 
 
 def quick_gelu(x: Tensor) -> Tensor:

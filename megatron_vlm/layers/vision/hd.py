@@ -20,6 +20,8 @@ from megatron_vlm.layers.vision.clip import ClipVisionModel
 class HdClipVisionModel(ClipVisionModel):
     """The tower over images of any whole number of tiles: a global view of each, then its tiles row by row."""
 
+    smallest = 2  # the connector joins 2 x 2 patches
+
     def forward(self, pixels: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
         """Encodes the images of a row.
 
@@ -32,7 +34,7 @@ class HdClipVisionModel(ClipVisionModel):
         Raises:
             DataError: an image that is not whole tiles.
         """
-        size = self.side * self.patch_size
+        size = self.side_of(pixels) * self.patch_size
         tiles, grids = [], []
         for image in pixels:
             channels, height, width = image.shape

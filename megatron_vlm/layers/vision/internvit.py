@@ -36,6 +36,7 @@ class InternVisionModel(nn.Module):
         encoder: megatron-core TransformerBlock ([tokens, 1, Hv] with ``packed_seq_params``), without final norm.
         hidden_size, patch_size, num_channels: of the tower.
         side: patches along one side of the tile that the positions were learned on.
+        smallest: patches along one side of the tile that rows without images run on (models/fusion.py).
         dtype, device: of the parameters.
     """
 
@@ -47,12 +48,13 @@ class InternVisionModel(nn.Module):
         patch_size: int,
         num_channels: int,
         side: int,
+        smallest: int = 1,
         dtype: torch.dtype,
         device: torch.device,
     ):
         super().__init__()
         options: Any = dict(dtype=dtype, device=device)
-        self.patch_size, self.side = patch_size, side
+        self.patch_size, self.side, self.smallest = patch_size, side, smallest
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, hidden_size, **options))
         self.patch_embedding = nn.Conv2d(num_channels, hidden_size, patch_size, stride=patch_size, **options)
         self.position_embedding = nn.Parameter(torch.zeros(1, side * side + 1, hidden_size, **options))

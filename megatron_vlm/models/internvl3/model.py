@@ -36,7 +36,8 @@ def build_internvl3(
     config: InternVL3ModelConfig, topology: Topology, options: Any, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
-    tower, connector = partial(build_internvit, config.vision), partial(_build_connector, config)
+    tower = partial(build_internvit, config.vision, smallest=config.shuffle)
+    connector = partial(_build_connector, config)
     return build_stage(config.text, topology, options, vp_stage, tower, connector)
 
 

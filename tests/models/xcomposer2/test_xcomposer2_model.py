@@ -201,7 +201,7 @@ def with_positions(forward, positions):
     def forward_with(self, *args, **kwargs):
         row = kwargs["packed_seq_params"]
         row.image_positions = positions
-        row.__dict__.pop("image_mask", None)
+        row.__dict__.pop("text_mask", None)
         return forward(self, *args, **kwargs)
 
     return forward_with

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 LOGGER_NAME = "megatron_vlm"
@@ -11,6 +12,15 @@ LOGGER_NAME = "megatron_vlm"
 def get_logger(name: str = LOGGER_NAME) -> logging.Logger:
     """Returns the package's logger, or a child of it for a module's ``__name__``."""
     return logging.getLogger(name if name.startswith(LOGGER_NAME) else f"{LOGGER_NAME}.{name}")
+
+
+def quiet_libraries() -> None:
+    """Keeps back what megatron-core and torch say at every start, and that alone; before they are imported, in every process."""
+    # What is not installed is optional; `launch` and the docs say what it is good for.
+    warnings.filterwarnings("ignore", r".*\b(Transformer Engine|Apex|apex)\b.*\bnot installed", UserWarning)
+    # megatron-core 0.16.1 calls collectives by names that torch is about to retire.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def setup_logging(rank: int | None = None, file: str | os.PathLike | None = None, level: int = logging.INFO) -> None:

@@ -183,6 +183,7 @@ LAUNCH_SWITCHES: dict[str, tuple[str, Any]] = {
 TOLD_ALIASES = {
     "evaluation-strategy": "eval_strategy",
     "grad-checkpoint": "gradient_checkpointing",
+    "model": "model_name_or_path",
     "deepspeed-config": "deepspeed",
     "lora-rank": "lora_r",
     "lora-target": "lora_target_modules",
@@ -212,8 +213,8 @@ _IGNORED = {
         no-query-key-layer-scaling use-fused-rmsnorm use-fused-swiglu tp-comm-overlap flash-attn
         use-liger half-precision-backend fp16-opt-level""",
     "there is one implementation here, which needs no switch": """
-        use-mcore-models use-legacy-models distributed-backend local-rank use-cpu-initialization split dataloader-type
-        train-mode task dataset dataset-name eod-mask-loss reset-position-ids reset-attention-mask
+        use-mcore-models use-legacy-models distributed-backend local-rank use-cpu-initialization dataloader-type
+        eod-mask-loss reset-position-ids reset-attention-mask
         no-create-attention-mask-in-dataloader calculate-per-token-loss variable-seq-lengths manual-gc
         manual-gc-interval no-initialization perform-initialization no-check-for-nan-in-loss-and-grad delay-grad-reduce
         no-delay-grad-reduce overlap-p2p-communication no-overlap-p2p-communication deallocate-pipeline-outputs
@@ -260,6 +261,23 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "recompute-num-layers": (
         ("1",),
         f"recomputation goes layer by layer; chunks of several layers: {_NOT_BUILT}; set it to 1",
+    ),
+    **dict.fromkeys(
+        ("dataset", "dataset-name", "task"),
+        (
+            (),
+            "data is named by its files or folders, whose content tells what it is: --data-path DIR (train), "
+            "--train-json FILE (launch)",
+        ),
+    ),
+    "train-mode": (
+        (),
+        "what is supervised is a setting: --answer-loss-only for the answers alone (fine-tuning), without it all text; what is "
+        "frozen, --freeze-llm, --freeze-vision, --freeze-connector",
+    ),
+    "split": (
+        ("100,0,0", "1,0,0", "100", "1"),
+        "held-out data is named by itself, --valid-data-path DIR; `data build --val-fraction` makes it",
     ),
     "optimizer": (("adam",), "AdamW is the only optimizer built; leave it out"),
     "expert-model-parallel-size": (("1",), f"expert parallelism {_NOT_BUILT}; set it to 1"),

@@ -3,11 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_vlm.cli.paths import PathArgument
 from megatron_vlm.config import apply_overrides
-from megatron_vlm.errors import ConfigError, MegatronVLMError
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger, setup_logging
 
 
@@ -256,6 +257,8 @@ def _run_pth2hf(args: argparse.Namespace) -> int:
     *config, load, out = args.paths
     if config:
         get_logger(__name__).info(f"{config[0]} is not read: {load} knows its model and settings")
+    if not Path(load).exists():
+        raise ConfigError(f"{load} does not exist: name a checkpoint of megatron-vlm, its folder or one iteration's")
     if str(load).endswith((".pth", ".pt")):
         raise ConfigError(
             f"{load} was written by XTuner: `hf2mg --llm DIR --vision DIR --projector {load}` takes its projector; pth2hf "
@@ -287,9 +290,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``run`` with users' errors printed as one line and answered with exit code 1."""
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except MegatronVLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """``megatron-vlm convert``, as toolkits/convert calls it."""
+    from megatron_vlm.cli.main import main as command
+
+    return command(["convert", *(sys.argv[1:] if argv is None else argv)])

@@ -123,7 +123,9 @@ def _setting(flag: str, name: str, values: list[str], command: Command) -> tuple
         return _switch(flag, values, SWITCHES)
     if flag in TOLD_FIELDS:
         return _told(flag, name, values)
-    raise ConfigError(f"unknown flag --{name}{nearest(flag, known_flags(command))}")
+    # A flag without effect is hardly what was meant.
+    meant = [known for known in known_flags(command) if known not in IGNORED]
+    raise ConfigError(f"unknown flag --{name}{nearest(flag, meant)}")
 
 
 def known_flags(command: Command) -> list[str]:

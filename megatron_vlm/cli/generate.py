@@ -1,7 +1,6 @@
 """`megatron-vlm generate`: arguments -> GenerateConfig -> answers."""
 
 import argparse
-import warnings
 from collections.abc import Sequence
 
 from megatron_vlm.config import apply_overrides
@@ -37,9 +36,6 @@ def run(argv: Sequence[str]) -> int:
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     add("data", nargs="*", metavar="data.key=value", help="how images are treated, as in the training config")
     args = parser.parse_args(argv)
-    # Both list what megatron-core and torch will change, at every start.
-    warnings.filterwarnings("ignore", module="megatron.core")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     setup_logging()
     from megatron_vlm.training.generate import GenerateConfig, run_generate  # imports megatron-core: seconds
 

@@ -1,7 +1,5 @@
 """`megatron-vlm launch`: flags, or a YAML file and flags, from raw data to a trained model."""
 
-import os
-import warnings
 from collections.abc import Sequence
 
 from megatron_vlm.cli.flags import flags_help, parse_flags
@@ -26,8 +24,6 @@ def run(argv: Sequence[str]) -> int:
     parsed = parse_flags(argv, "launch")
     file = load_config(parsed.config) if parsed.config else {}
     request = read_request(file, parsed.settings, parsed.notes, command="launch")
-    warnings.filterwarnings("ignore", module="megatron.core")  # it lists what is not installed, at every start
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from megatron_vlm.launch.run import launch  # imports megatron-core: seconds
 
     return launch(request)

@@ -6,8 +6,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from megatron_vlm.config import nearest
 from megatron_vlm.errors import MegatronVLMError
+from megatron_vlm.log import quiet_libraries
+from megatron_vlm.packages import missing
 
 # command -> (module with run(argv) -> exit code, what it does)
 COMMANDS = {
@@ -32,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    quiet_libraries()
     try:
         if argv[0] not in COMMANDS:
+            from megatron_vlm.config import nearest  # which needs a package that may not be there
+
             raise MegatronVLMError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
         code = importlib.import_module(COMMANDS[argv[0]][0]).run(argv[1:])
         _close_group()
@@ -44,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _leave(1)
     except KeyboardInterrupt:
         return _leave(130)
+    except ModuleNotFoundError as error:
+        text = missing(error.name)
+        text = f"error: `megatron-vlm {argv[0]}`: {text}" if text else traceback.format_exc()
+        print(f"{_where()}{text}", file=sys.stderr, flush=True)
+        return _leave(1)
     except Exception:
         print(f"{_where()}{traceback.format_exc()}", file=sys.stderr, flush=True)
         return _leave(1)

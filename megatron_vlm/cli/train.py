@@ -1,7 +1,6 @@
 """`megatron-vlm train`: YAML, overrides and flags -> RunConfig -> Trainer."""
 
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +35,11 @@ def resolve(argv: Sequence[str]) -> tuple[Any, list[str]]:
     completed = request.complete(hf_config, family, _replicas(request))
     from megatron_vlm.training.run_config import RunConfig  # imports megatron-core: seconds
 
-    return RunConfig.from_dict(completed.run), list(completed.notes)
+    config = RunConfig.from_dict(completed.run)
+    trained = {os.path.realpath(item if isinstance(item, str) else item.path) for item in config.data.train}
+    both = trained & {os.path.realpath(path) for path in config.data.valid}
+    notes = [f"data.valid names {path}, which is trained on: its loss is not that of held-out data" for path in both]
+    return config, [*completed.notes, *notes]
 
 
 def _model_of(request: Request) -> tuple[dict[str, Any], str]:
@@ -67,9 +70,6 @@ def run(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(USAGE + flags_help())
         return 0
-    warnings.filterwarnings("ignore", module="megatron.core")  # it lists what is not installed, at every start
-    # megatron-core 0.16.1 calls collectives by names that torch is about to retire.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost connection are pages of C++ frames
     from megatron_vlm.parallel.heartbeat import Heartbeat
 

@@ -7,7 +7,6 @@ Nothing here starts a process of the run or touches a GPU: memory is asked of th
 
 import importlib
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -26,12 +25,11 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConversionError, MegatronVLMError
 from megatron_vlm.files import read_json
+from megatron_vlm.packages import DISTRIBUTION, OWN_NAMES, pins, pip_line
 
 GIB = 2**30
-DISTRIBUTION = "megatron_vlm"
 EXACT = ("torch", "megatron-core", "transformers")
 """Other versions of these compute something else, or not at all."""
-_OWN_NAMES = {"pyyaml": "yaml", "pillow": "PIL", "megatron-core": "megatron.core"}
 _BF16_CAPABILITY = 8.0
 _SLACK_BYTES = 64 << 20  # logs, configs, tokenizer files
 
@@ -89,21 +87,21 @@ def check_packages(report: Report, asked: Mapping[str, str], wished: Mapping[str
         wished: package -> what is left out without it.
     """
     failures = len(report.failed)
-    pins = _pins()
+    pinned = pins()
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
         version = ".".join(map(str, sys.version_info[:3]))
         report.fail("packages", f"Python {version}, but megatron-core has wheels for 3.11 and 3.12", "use one of these")
-    for name, (pin, extra) in sorted(pins.items()):
+    for name, (pin, extra) in sorted(pinned.items()):
         needed = not extra or name in asked
         if needed and not _check_package(report, name, pin, asked.get(name, "every run")) and name == "torch":
             return
     for name, why in sorted(asked.items()):
-        if name not in pins:
+        if name not in pinned:
             _check_package(report, name, None, why)
     for name, what in sorted(wished.items()):
         if name not in asked and not _installed(name):
-            pin = pins.get(name, ("", ""))[0]
-            report.warn("packages", f"{name} is not installed: {what}", _pip(name, pin))
+            pin = pinned.get(name, ("", ""))[0]
+            report.warn("packages", f"{name} is not installed: {what}", pip_line(name, pin))
     if len(report.failed) == failures:
         shown = ", ".join(f"{name} {_installed(name)}" for name in (*EXACT, *sorted(asked)))
         report.ok("packages", f"Python {sys.version.split()[0]}, {shown}")
@@ -113,33 +111,15 @@ def _check_package(report: Report, name: str, pin: str | None, why: str) -> bool
     """Whether a package that is needed can be used."""
     version = _installed(name)
     if version is None:
-        report.fail("packages", f"{name} is not installed, and {why} needs it", _pip(name, pin))
+        report.fail("packages", f"{name} is not installed, and {why} needs it", pip_line(name, pin))
         return False
     if pin and version.split("+")[0] != pin:
         text = f"{name} {version} is installed, {DISTRIBUTION} is made for {pin}"
         if name in EXACT and version.split(".")[:2] != pin.split(".")[:2]:
-            report.fail("packages", text, _pip(name, pin))
+            report.fail("packages", text, pip_line(name, pin))
             return False
-        report.warn("packages", text, _pip(name, pin))
+        report.warn("packages", text, pip_line(name, pin))
     return True
-
-
-def _pip(name: str, pin: str | None) -> str:
-    return f"pip install '{name}=={pin}'" if pin else f"pip install {name}"
-
-
-def _pins() -> dict[str, tuple[str, str]]:
-    """Package -> (version, extra) as this installation's metadata says; empty without metadata (a bare checkout)."""
-    pins: dict[str, tuple[str, str]] = {}
-    try:
-        lines = metadata.requires(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:
-        return pins
-    for line in lines:
-        match = re.match(r"([\w.-]+)(?:\[[^]]*\])?==([^\s;]+)(?:.*extra == [\"'](\w+)[\"'])?", line)
-        if match and (match[1] not in pins or not match[3]):
-            pins[match[1]] = (match[2], match[3] or "")
-    return pins
 
 
 def _installed(name: str) -> str | None:
@@ -148,7 +128,7 @@ def _installed(name: str) -> str | None:
     except metadata.PackageNotFoundError:
         pass
     try:
-        return str(getattr(importlib.import_module(_OWN_NAMES.get(name, name)), "__version__", "?"))
+        return str(getattr(importlib.import_module(OWN_NAMES.get(name, name)), "__version__", "?"))
     except ImportError:
         return None
 

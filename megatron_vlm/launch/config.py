@@ -3,6 +3,7 @@
 flags, YAML section ``launch`` --launch/arguments.py--> Request(run settings, LaunchConfig, ...)
 """
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,6 +86,13 @@ class LaunchConfig(Config):
             given = [f"launch.{name} {getattr(self, name)!r}" for name in names if getattr(self, name)]
             if len(given) > 1:
                 raise ConfigError(f"the data is named more than once: {' and '.join(given)}; give one of them")
+
+        both = {os.path.realpath(path) for path in self.train_inputs} & {os.path.realpath(p) for p in self.valid_inputs}
+        if both:
+            raise ConfigError(
+                f"{sorted(both)[0]} is named to train on and as held-out data: an evaluation on it says nothing; name other data "
+                "(--val_json, --eval_data_path), or leave it out"
+            )
 
     @property
     def train_inputs(self) -> tuple[str, ...]:

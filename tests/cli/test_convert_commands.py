@@ -32,7 +32,10 @@ def test_adapters_and_whole_models_come_out_in_xtuners_folders(llava, tmp_path):
 def test_mistakes_are_named(llava, tmp_path):
     with pytest.raises(ConfigError, match=r"pth2hf takes \[CONFIG\] CHECKPOINT OUT, got 1 arguments"):
         run(["pth2hf", str(llava)])
-    with pytest.raises(ConfigError, match=r"epoch_1.pth was written by XTuner: `hf2mg .* --projector"):
+    with pytest.raises(ConfigError, match=r"work/epoch_1.pth does not exist: name a checkpoint"):
         run(["pth2hf", "config.py", "work/epoch_1.pth", str(tmp_path / "out")])
+    (tmp_path / "epoch_1.pth").touch()
+    with pytest.raises(ConfigError, match=r"epoch_1.pth was written by XTuner: `hf2mg .* --projector"):
+        run(["pth2hf", "config.py", str(tmp_path / "epoch_1.pth"), str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="is a whole model, which has no base"):
         run(["pth2hf", str(llava), str(tmp_path / "out"), "--base", str(llava)])

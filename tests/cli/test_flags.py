@@ -107,6 +107,10 @@ def test_recipe_flags_without_effect_say_why():
         (["--recompute-method", "block"], "uniform"),
         (["--learning-rat", "1"], "unknown flag --learning-rat .did you mean 'learning-rate'"),
         (["--micro-batch-sizes", "1"], "did you mean 'micro-batch-size'"),
+        (["--modle-name-or-path", "x"], "did you mean 'model-name-or-path'"),
+        (["--dataset", "x"], "--dataset x: data is named by its files or folders"),
+        (["--train-mode", "pretrain"], "--train-mode pretrain: what is supervised is a setting: --answer-loss-only"),
+        (["--split", "949,50,1"], "--split 949,50,1: held-out data is named by itself"),
         (["--lr"], "--lr needs one value, got none"),
         (["--lr", "1", "2"], "--lr needs one value"),
         (["--packing", "yes"], "--packing stands alone or says True or False, got 'yes'"),
@@ -117,6 +121,14 @@ def test_recipe_flags_without_effect_say_why():
 def test_errors_name_the_culprit(argv, named):
     with pytest.raises(ConfigError, match=named):
         parse_flags(argv)
+
+
+def test_the_model_has_its_short_name():
+    """`--model` was taken for a mistyped --train-mode; a flag without effect is never what is suggested."""
+    assert parse_flags(["--model", "x"]).settings == parse_flags(["--model_name_or_path", "x"]).settings
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(["--num-layerz", "x"])
+    assert "did you mean 'num-layers'" not in str(caught.value)
 
 
 def test_help_lists_every_flag_that_sets_something():

@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -30,6 +32,42 @@ def run_argv(tmp_path_factory):
         return [*base.split(), *(word for text in more for word in text.split())]
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [("yaml", "pyyaml"), ("psutil", "psutil"), ("torch", "torch"), ("megatron", "megatron-core")]
+)
+def test_a_package_that_is_not_there_is_named(module, words):
+    """Before any check of packages can run: the parser, the checks and the model need packages themselves."""
+    code = f"import sys; sys.modules[{module!r}] = None; from megatron_vlm.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    argv = [sys.executable, "-c", code, "launch", "--load", "x", "--data_path", "y", "--device", "cpu"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and f"the package {words} is not installed: pip install " in said, said
+    assert "Traceback" not in said
+
+
+def test_no_command_repeats_what_libraries_say_at_every_start(tmp_path):
+    """megatron-core's list of optional packages; a warning of anybody else is still told."""
+    code = (
+        "import sys, warnings; from megatron_vlm.cli.main import main; code = main(sys.argv[1:]); "
+        "import megatron.core.optimizer.optimizer, megatron.core.models.backends; warnings.warn('mine'); sys.exit(code)"
+    )
+    argv = [
+        sys.executable,
+        "-c",
+        code,
+        "convert",
+        "mg2hf",
+        "--load",
+        str(tmp_path / "no"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    names = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=names)
+    assert done.returncode == 1 and "mine" in done.stderr
+    assert [line for line in done.stderr.splitlines() if "Warning" in line and "mine" not in line] == []
 
 
 def start(argv: list[str], log: Path, world: int = 2) -> list[commands.Command]:

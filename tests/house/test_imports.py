@@ -18,6 +18,7 @@ LEVELS = {
     "config": 0,
     "files": 0,
     "yaml_values": 0,
+    "packages": 0,
     "processes": 0,
     "data": 1,
     "layers": 1,
@@ -42,6 +43,7 @@ NO_MEGATRON = (
     "log",
     "config",
     "files",
+    "packages",
     "yaml_values",
     "processes",
 )

@@ -381,6 +381,13 @@ def test_train_takes_the_same_flags_but_no_raw_data(monkeypatch):
         read_request({"launch": {"no_launch": True}}, [], command="train")
 
 
+def test_data_that_is_trained_on_is_no_held_out_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ("--train_json a.json --val_json ./a.json", f"--data_path a b --eval_data_path {tmp_path / 'b'}"):
+        with pytest.raises(ConfigError, match="is named to train on and as held-out data"):
+            request_of(f"--load m {words}")
+
+
 def test_without_evaluation_data_there_is_nothing_to_evaluate():
     """As in a guide that asks for it while its program takes none."""
     request = request_of("--model_name_or_path M --do_eval True --evaluation_strategy steps --eval_steps 5")

@@ -157,6 +157,30 @@ def write_synced(path: Path, data: bytes) -> None:
     sync_path(path.parent)
 
 
+def trial_write(folder: Path, what: str, error: type[MegatronVLMError] = ConfigError) -> None:
+    """Writes a small file into a folder, or where that would be made, and removes it.
+
+    Raises:
+        MegatronVLMError: of class ``error``: nothing can be written there; ``what`` names the setting.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise error(f"{what} {describe(folder)}: {describe(there)} is no folder")
+    trial = unique_temporary(there / "trial")
+    try:
+        with trial.open("xb") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as caught:
+        raise error(f"{what} {describe(folder)} cannot be written: {_reason(caught)}") from caught
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink()
+
+
 def unique_temporary(path: Path) -> Path:
     """Returns a name beside ``path`` that no other process uses, and that says whose it is: ``.NAME.HOST.PID.ID.tmp``.
 

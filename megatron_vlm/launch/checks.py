@@ -23,8 +23,8 @@ from megatron_vlm.conversion.hf_io import INDEX_NAME, resolve_directory
 from megatron_vlm.conversion.source import WeightSource, open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import Processor
-from megatron_vlm.errors import ConversionError, MegatronVLMError
-from megatron_vlm.files import read_json
+from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
+from megatron_vlm.files import read_json, trial_write
 from megatron_vlm.packages import DISTRIBUTION, OWN_NAMES, pins, pip_line
 
 GIB = 2**30
@@ -314,6 +314,20 @@ def _selected(gpus: list[Gpu], asked: str) -> list[Gpu] | None:
 
 
 # ---- disk, port ----
+
+
+def check_outputs(report: Report, folders: Mapping[str, Path]) -> None:
+    """Tries to write where the run will: setting -> folder."""
+    failures = len(report.failed)
+    for setting, folder in folders.items():
+        try:
+            trial_write(folder, setting)
+        except ConfigError as error:
+            report.fail(
+                "output", str(error), "name a folder that can be written: --output_dir, --shard_cache, --logging_dir"
+            )
+    if len(report.failed) == failures:
+        report.ok("output", ", ".join(dict.fromkeys(str(folder) for folder in folders.values())))
 
 
 def check_disk(report: Report, needs: Mapping[Path, Mapping[str, int]]) -> None:

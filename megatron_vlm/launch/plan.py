@@ -24,6 +24,7 @@ from megatron_vlm.launch.prepare import Inputs, cache_folder, open_inputs
 from megatron_vlm.launch.start import Place, command
 from megatron_vlm.training.memory import StageMemory, estimate, table
 from megatron_vlm.training.optimizer import Schedule
+from megatron_vlm.training.output_check import folders_of
 from megatron_vlm.training.run_config import RunConfig
 
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -139,6 +140,10 @@ def _plan(
     if config.training.train_iters is not None:
         Schedule.of(config.optimizer, config.training.train_iters)  # raises where warm-up and length do not go together
     report.ok("memory", f"{reason}\n" + "\n".join(table(stages)))
+    writes = folders_of(config)
+    if train.sources or valid.sources:
+        writes["launch.shard_cache"] = cache_folder(launch)
+    checks.check_outputs(report, writes)
     checks.check_disk(report, _disk_needs(request, config, source, stages, train, valid, adapts))
     port = checks.choose_port(report, launch.master_port) if place.alone and world > 1 else 0
     if processor is None or report.failed:

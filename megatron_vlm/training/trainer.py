@@ -35,6 +35,7 @@ from megatron_vlm.training.optimizer import (
     set_learning_rates,
     wrap_model,
 )
+from megatron_vlm.training.output_check import check_room, check_writable
 from megatron_vlm.training.peft_run import build_stages, open_run
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.training.step import StepResult, train_step
@@ -68,6 +69,7 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = True
         minutes, start = config.parallel.distributed_timeout_minutes, config.parallel.start_timeout_seconds
         init_process_group(self.device, minutes, heartbeat, start)
+        check_writable(config, self.device)
         setup_logging(dist.get_rank(), config.output_dir / "train.log")
         self.closing = ExitStack()
         self.stop = StopSignal()
@@ -81,6 +83,7 @@ class Trainer:
         try:
             self._open()
             self._build()
+            check_room(config, self.chunks, self.topology, trained_only=self.peft is not None)
             self._restore()
             self._start_data()
             self._start_reports()

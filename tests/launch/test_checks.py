@@ -115,6 +115,16 @@ def test_disk_full(launch, data, tmp_path):
     )
 
 
+def test_outputs_that_cannot_be_written(launch, data, tmp_path):
+    (tmp_path / "file").touch()
+    words = f"--train_json {data} --max_steps 3 --output_dir {tmp_path / 'file'} --tensorboard-dir /proc/tb"
+    code, output = launch(words)
+    assert_not_started(
+        code, output, tmp_path, "FAILED   output", "/proc/tb cannot be written", f"{tmp_path / 'file'} is no"
+    )
+    assert not (tmp_path / "cache").exists()
+
+
 def test_no_gpu(launch, data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # a machine without the driver's tools
     code, output = launch(f"--train_json {data} --max_steps 3", device=None)

@@ -229,6 +229,18 @@ def two_saves(hf_dir: str, save: str, parallel: dict, options: dict) -> None:
         run.save()
 
 
+def train_without_room(argv: list[str], free: int) -> tuple[int, str]:
+    """``train`` on a disk that has ``free`` bytes left, as it tells."""
+    from megatron_vlm.testing.runs import train
+
+    real = shutil.disk_usage
+    shutil.disk_usage = lambda path: real(path)._replace(free=free)  # type: ignore[assignment]
+    try:
+        return train(argv)
+    finally:
+        shutil.disk_usage = real
+
+
 def full_disk(hf_dir: str, save: str, parallel: dict) -> tuple[str, list[str], list[str], float]:
     """Saves twice; at the second try rank 1 cannot write large files. Returns the error and what is left after each try."""
     from megatron_vlm.errors import CheckpointError

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from checkpoint_ranks import train_without_room
 
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.runs import damage_one_image, metrics_of, train
@@ -54,6 +55,11 @@ CASES = {
     "two lengths": (["--train-samples 8"], "set one of"),
     "evaluation without data": (["--eval-interval 2"], "data.valid is empty"),
     "context parallel": (["--context-parallel-size 2"], "context parallelism is not built yet"),
+    "save that cannot be written": (["--save /proc/out"], "ConfigError: checkpoint.save /proc/out cannot be written"),
+    "output that is a file": (
+        ["--output-dir /etc/hostname"],
+        "ConfigError: logging.output_dir /etc/hostname: .* is no folder",
+    ),
     "checkpoint that is absent": (["--ckpt-step 7"], "--ckpt-step"),
 }
 
@@ -63,6 +69,13 @@ def test_an_error_names_the_culprit_on_every_rank(command, name):
     more, wanted = CASES[name]
     for text in errors(command("out", "--train-iters 2", *more)):
         assert re.search(wanted, text, re.DOTALL), text
+
+
+def test_a_checkpoint_that_will_not_fit_is_found_before_the_first_step(command, tmp_path):
+    argv = command("out", f"--train-iters 2 --save {tmp_path / 'out'}")
+    for _, text in run_distributed(train_without_room, argv, 1000, dp=2, timeout=60):
+        assert re.search(r"a checkpoint takes about 0\.0\d GB, and checkpoint\.save .* has 0\.00 GB free", text), text
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_a_source_that_the_run_never_reads(command, train_data):

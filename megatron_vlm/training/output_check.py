@@ -1,0 +1,78 @@
+"""What a run will write is tried before it trains: every folder on every node, and room for the first checkpoint.
+
+start of the Trainer --check_writable--> a file of each folder, written and removed   (before the model is built)
+model and optimizer built --check_room--> bytes of a checkpoint against what is free  (before the first step)
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import trial_write
+from megatron_vlm.parallel.batch import together
+from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.training.run_config import RunConfig
+
+
+def folders_of(config: RunConfig) -> dict[str, Path]:
+    """setting -> folder that the run writes to."""
+    folders = {"logging.output_dir": config.output_dir}
+    if config.checkpoint.save is not None and not config.training.skip_train:
+        folders["checkpoint.save"] = Path(config.checkpoint.save)
+    if config.logging.tensorboard and config.logging.tensorboard_dir is not None:
+        folders["logging.tensorboard_dir"] = config.logging.tensorboard_dir
+    return folders
+
+
+def check_writable(config: RunConfig, device: torch.device) -> None:
+    """Makes the run's folders and tries to write into each, on the first rank of every node. A collective.
+
+    Raises:
+        ConfigError: on every rank: the setting, the folder, and what the disk says.
+    """
+    with together(device):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            for setting, folder in folders_of(config).items():
+                with contextlib.suppress(OSError):  # trial_write finds the same, and says it
+                    folder.mkdir(parents=True, exist_ok=True)
+                trial_write(folder, setting)
+
+
+def check_room(config: RunConfig, chunks: Sequence[Any], topology: Topology, *, trained_only: bool) -> None:
+    """Compares what a checkpoint will take, by what is built, with the free space. A collective.
+
+    Args:
+        config: where checkpoints go, and what of.
+        chunks: this rank's stages.
+        topology: the layout: one of the replicas counts.
+        trained_only: checkpoints hold adapters alone.
+
+    Raises:
+        ConfigError: on every rank: too little space for one checkpoint.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint.save is None or config.training.skip_train:
+        return
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in (trained if trained_only else parameters))
+    if not checkpoint.no_save_optim:  # two moments, and fp32 main parameters beside 16 bits
+        size += sum(parameter.numel() * (8 if parameter.element_size() == 4 else 12) for parameter in trained)
+    device = topology.device
+    total = torch.tensor([size if topology.dp_rank == 0 else 0], dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    with together(device):
+        free = shutil.disk_usage(checkpoint.save).free
+        if dist.get_rank() == 0 and int(total) > free:
+            raise ConfigError(
+                f"a checkpoint takes about {int(total) / 1e9:.2f} GB, and checkpoint.save {checkpoint.save} has "
+                f"{free / 1e9:.2f} GB free: make room or choose another folder (checkpoint.no_save_optim leaves the "
+                "optimizer out)"
+            )

@@ -225,6 +225,8 @@ def mg2hf(
     with _open_for(load, family, base, adapter_only) as source:
         if source.kind != "adapted" and (adapter_only or merge):
             raise ConfigError(f"--{'merge' if merge else 'adapter-only'}: {load} holds a whole model, and no adapter")
+        if params_dtype(dtype) == torch.float32:
+            source.use_main_parameters()
         if adapter_only:
             from megatron_vlm.peft.export import export_adapter
 

@@ -43,7 +43,7 @@ class WeightSource(abc.ABC):
         mapping: the family's map (layouts as for one rank).
         infos: name -> dtype and shape of the full tensor, without vocabulary padding.
         stored_ties: HF names of tied copies that the original files store.
-        quantization: how some of the weights are stored in 4 bits; None: all are in full.
+        quantization: how some are stored in 4 bits; None: all are in full.
     """
 
     kind: str
@@ -106,6 +106,9 @@ class WeightSource(abc.ABC):
                 "from instead"
             )
 
+    def use_main_parameters(self) -> None:  # noqa: B027
+        """Gives fp32 main parameters, where they are stored, in place of rounded weights from here on."""
+
     def check_digests(self) -> None:
         """Compares files with their recorded digests; cheap after everything was read in order.
 
@@ -140,7 +143,8 @@ class HFSource(WeightSource):
         self._file_name = self._match_names()
         self.infos = {}
         for entry in self.mapping:
-            self.infos[entry.name] = check_entry(entry, self._hf_infos(entry), self.mapping.vocab_size)
+            infos = [self.tensors.infos[self._file_name[hf]] for hf in entry.hf]
+            self.infos[entry.name] = check_entry(entry, infos, self.mapping.vocab_size)
         self.stored_ties = self._check_ties()
 
     def read(self, name: str) -> Tensor:
@@ -162,9 +166,6 @@ class HFSource(WeightSource):
 
     def close(self) -> None:
         self.tensors.close()
-
-    def _hf_infos(self, entry: Entry) -> list[TensorInfo]:
-        return [self.tensors.infos[self._file_name[hf]] for hf in entry.hf]
 
     def _match_names(self) -> dict[str, str]:
         wanted = self.mapping.hf_names()
@@ -208,9 +209,7 @@ def check_entry(entry: Entry, infos: Sequence[TensorInfo], vocab_size: int) -> T
     """
     if len({info.dtype for info in infos}) > 1:
         parts = ", ".join(f"{name} {info.dtype}" for name, info in zip(entry.hf, infos))
-        raise ConversionError(
-            f"{entry.name} fuses tensors of different dtypes: {parts}; convert them to one dtype first"
-        )
+        raise ConversionError(f"{entry.name} fuses tensors of different dtypes: {parts}; convert them to one first")
     shapes = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(entry.hf, infos))
     try:
         full = entry.to_full([info.meta() for info in infos])

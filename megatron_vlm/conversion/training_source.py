@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names
 from megatron_vlm.conversion.mapping import Layout
-from megatron_vlm.conversion.rank_files import RankFiles
+from megatron_vlm.conversion.rank_files import Kind, RankFiles
 from megatron_vlm.conversion.source import TRACKER, WeightSource, check_entry, choose_family
 from megatron_vlm.errors import CheckpointError, ConversionError
 from megatron_vlm.files import file_digest, read_json
@@ -100,6 +100,7 @@ class TrainingSource(WeightSource):
         hf_config = read_json(directory / "hf" / CONFIG_NAME, ConversionError)
         super().__init__(directory / "hf", hf_config, choose_family(hf_config, directory, family))
         self._tensors = RankFiles(directory)
+        self._kinds: dict[str, Kind] = {}
         try:
             self.infos = {}
             self._check_names()
@@ -116,10 +117,16 @@ class TrainingSource(WeightSource):
             raise
 
     def read(self, name: str) -> Tensor:
-        return self._tensors.read(name)
+        return self._tensors.read(name, self._kinds.get(name, "model"))
 
     def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
-        return self._tensors.read_shard(name, layout, tp, tp_rank)
+        return self._tensors.read_shard(name, layout, tp, tp_rank, self._kinds.get(name, "model"))
+
+    def use_main_parameters(self) -> None:
+        for name in self.infos:
+            if self._tensors.has(name, "param"):
+                self._kinds[name] = "param"
+                self.infos[name] = self._tensors.info(name, "param")
 
     def check_digests(self) -> None:
         check_file_digests(self.directory, self._files)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_vlm.conversion.hf_io import CONFIG_NAME, copy_hf_files, list_names
 from megatron_vlm.conversion.mapping import DerivedTensors, Entry, HFModel, Layout, Mapping
-from megatron_vlm.conversion.rank_files import RankFiles
+from megatron_vlm.conversion.rank_files import Kind, RankFiles
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_source
 from megatron_vlm.errors import CheckpointError, ConversionError
 from megatron_vlm.files import read_json, write_json
@@ -50,6 +50,8 @@ class MergedSource(WeightSource):
         layout: its name among the family's exports; None: the model's own.
         directory: where the adapter comes from.
         base_name: path or hub id of the base; None: there is none without the adapter.
+
+    ``check`` compares its files with their digests; ``main`` reads it anew, of fp32 main parameters.
     """
 
     kind = "adapted"
@@ -62,11 +64,12 @@ class MergedSource(WeightSource):
         directory: Path,
         base_name: str | os.PathLike | None,
         check: Callable[[], None] | None = None,
+        main: Callable[[], Adapter] | None = None,
     ):
         super().__init__(base.hf_dir, base.hf_config, base.spec)
         self.base, self.adapter, self.layout, self.directory = base, adapter, layout, directory
         self.base_name = None if base_name is None else absolute(base_name)
-        self._check = check
+        self._check, self._main = check, main
         self.named = named_mapping(base.spec, base.config, layout)
         self.infos, self.stored_ties, self.quantization = base.infos, base.stored_ties, base.quantization
         self._touched = {entry.name: entry for entry in self.named if adapter.touches(entry)}
@@ -76,7 +79,7 @@ class MergedSource(WeightSource):
         entry = self._touched.get(name)
         if entry is None:
             return full
-        parts = zip(entry.hf, entry.from_full(full), strict=True)
+        parts = zip(entry.hf, entry.from_full(full.to(self.dtype(name))), strict=True)
         merged = entry.to_full([self.adapter.applied(hf, part) for hf, part in parts])
         # The head of another layout may lack the rows of added tokens.
         return torch.cat([merged, full[len(merged) :]]) if len(merged) < len(full) else merged
@@ -95,6 +98,13 @@ class MergedSource(WeightSource):
     def read_nf4(self, entry: Entry) -> Iterator[Nf4Tensor]:
         self.require_full("merging an adapter into it")
         return super().read_nf4(entry)
+
+    def use_main_parameters(self) -> None:
+        self.base.use_main_parameters()
+        if self._main:
+            self.adapter = self._main()
+            touched = {name: self.base.infos[name].cast(torch.float32) for name in self._touched}
+            self.infos = {**self.base.infos, **touched}
 
     def check_digests(self) -> None:
         if self._check:
@@ -145,9 +155,18 @@ def open_run(
                     f"{directory} does not hold what its run trained: missing {list_names(missing) or 'nothing'}; "
                     f"unexpected {list_names(extra) or 'nothing'}"
                 )
+
+        def read(*kinds: Kind) -> Adapter:
             named = named_mapping(source.spec, source.config, config.names)
-            adapter = trained_adapter(plan, config, named, files.read)
-        return MergedSource(source, adapter, config.names, directory, base or record["base"]["path"], check)
+            with RankFiles(directory) as files:
+
+                def full(name: str) -> Tensor:
+                    return files.read(name, next(kind for kind in kinds if files.has(name, kind)))
+
+                return trained_adapter(plan, config, named, full)
+
+        where, main = base or record["base"]["path"], partial(read, "param", "model")
+        return MergedSource(source, read("model"), config.names, directory, where, check, main)
     except BaseException:
         source.close()
         raise

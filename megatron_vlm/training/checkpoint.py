@@ -51,7 +51,8 @@ class CheckpointConfig(Config):
         save_interval: iterations between checkpoints; None: at the end (and on SIGTERM) only.
         save_epochs: epochs between checkpoints; excludes ``save_interval``.
         keep_last: checkpoints to keep, at least 2, so that one is left if the newest is damaged; None: all.
-        finetune: take weights only and start at iteration 0 with fresh optimizer and data state.
+        finetune: take weights only (fp32 main parameters, where there are any) and start at iteration 0 with fresh
+            optimizer and data state.
         no_load_optim: leave main parameters, moments and Adam's step behind, but go on at the iteration.
         no_load_rng: draw random numbers from this run's seed instead of the checkpoint's.
         no_save_optim: write weights only; such a checkpoint is smaller and resumes without moments.
@@ -335,10 +336,11 @@ def load_checkpoint(
     """Fills parameters and, unless ``no_load_optim`` or ``finetune`` says otherwise, the optimizer.
 
     A parameter that is trained now but has no stored state starts with its weight as main parameter, zero moments and
-    Adam step 0. Learning rates and weight decay are not stored here; they come from the config and the schedule.
+    Adam step 0. ``finetune`` takes main parameters as weights. Learning rates and weight decay are not stored here; they
+    come from the config and the schedule.
 
     Args:
-        config: ``no_load_optim`` is read; main parameters are then the weights, and the optimizer has no state.
+        config: ``no_load_optim`` is read; main parameters are then the stored weights, and the optimizer has no state.
         found: from ``find_checkpoint``.
         chunks: this rank's stages, wrapped in DDP or not.
         optimizer: megatron-core's; None: weights only, for evaluation.
@@ -355,7 +357,8 @@ def load_checkpoint(
         RankFiles(found.folder) as files,
         torch.no_grad(),
     ):
-        fate = fill(files, chunks, optimizer, topology, mapping, with_state=with_state)
+        with_main = with_state or found.weights_only
+        fate = fill(files, chunks, optimizer, topology, mapping, with_state=with_state, with_main=with_main)
         loss_scale = with_state and restore_scaler(optimizer, found.scaler)
     merged = {name: kind for one in _gather(fate) for name, kind in sorted(one.items())}
 

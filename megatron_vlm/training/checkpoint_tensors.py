@@ -84,8 +84,12 @@ def fill(
     mapping: Mapping,
     *,
     with_state: bool,
+    with_main: bool,
 ) -> dict[str, str]:
     """Fills parameters, tied copies, main parameters and, with ``with_state``, what AdamW knows of them.
+
+    Args:
+        with_main: main parameters are those stored, where any are; else, and off, they are the stored weights.
 
     Returns:
         Of each parameter of this rank, what became of its optimizer state: ``kept``; ``reset`` (it trains, nothing was
@@ -107,7 +111,7 @@ def fill(
                 continue
             part = parts.get(id(parameter))
             step = files.steps.get(source) if with_state else None
-            _fill(_Shards(files, source, layouts[source], topology), parameter, part, step, with_state)
+            _fill(_Shards(files, source, layouts[source], topology), parameter, part, step, with_main)
             if part is not None and step is None:
                 fresh.append(part)
             if copy:
@@ -133,17 +137,15 @@ class _Shards:
         return self.files.read_shard(self.name, self.layout, self.topology.tp, self.topology.tp_rank, kind)
 
 
-def _fill(
-    shards: _Shards, parameter: nn.Parameter, part: Fragment | None, step: float | None, with_state: bool
-) -> None:
-    stored_main = with_state and part is not None and shards.has("param")
+def _fill(shards: _Shards, parameter: nn.Parameter, part: Fragment | None, step: float | None, with_main: bool) -> None:
+    stored_main = with_main and part is not None and shards.has("param")
     # fp32 weights are their own main parameters, and take the finer numbers where both are stored.
     weight = shards.read("param" if stored_main and parameter.dtype == torch.float32 else "model")
     parameter.copy_(weight)
     if part is None:
         return
     if part.separate:
-        part.set_main(shards.read("param") if stored_main else weight if with_state else parameter)
+        part.set_main(shards.read("param") if stored_main else weight)
     if step is not None:
         part.set_moments({"exp_avg": shards.read("exp_avg"), "exp_avg_sq": shards.read("exp_avg_sq")}, step)
 

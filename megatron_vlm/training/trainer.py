@@ -28,6 +28,7 @@ from megatron_vlm.training.checkpoint import find_checkpoint, load_checkpoint, s
 from megatron_vlm.training.device import start_device
 from megatron_vlm.training.due import Due
 from megatron_vlm.training.evaluate import EvalResult, evaluate
+from megatron_vlm.training.main_parameters import fill_main
 from megatron_vlm.training.metrics import Metrics, show_sample
 from megatron_vlm.training.optimizer import (
     Schedule,
@@ -256,6 +257,10 @@ class Trainer:
         if not config.training.skip_train:
             self.chunks = wrap_model(self.chunks, config.parallel)
             self.optimizer = build_optimizer(config.optimizer, self.chunks, params_dtype=options.torch_dtype)
+            if self.found is None:
+                tensors, multiple = self.peft.tensors if self.peft else {}, config.model.make_vocab_size_divisible_by
+                with together(self.device):
+                    fill_main(source, self.chunks, self.optimizer, self.topology, tensors, vocab_multiple=multiple)
 
     def _restore(self) -> None:
         """Continues a checkpoint, or says that only weights are taken from it."""

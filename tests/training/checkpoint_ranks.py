@@ -35,6 +35,7 @@ class Run:
         from megatron_vlm.models.vlm import ModelOptions, build_model
         from megatron_vlm.parallel.topology import ParallelConfig, build_topology
         from megatron_vlm.training.checkpoint import CheckpointConfig, find_checkpoint, load_checkpoint
+        from megatron_vlm.training.main_parameters import fill_main
         from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, wrap_model
 
         self.hf_dir, self.iteration, self.report = hf_dir, 0, None
@@ -57,7 +58,9 @@ class Run:
         self.chunks = wrap_model(stages, parallel_config)
         self.optimizer_config = OptimizerConfig(lr=1e-3)
         self.optimizer = build_optimizer(self.optimizer_config, self.chunks, params_dtype=model_options.torch_dtype)
-        if self.found is not None:
+        if self.found is None:
+            fill_main(source, self.chunks, self.optimizer, self.topology, {}, vocab_multiple=VOCAB_MULTIPLE)
+        else:
             self.iteration = self.found.iteration
             self.report = load_checkpoint(
                 self.config, self.found, chunks=self.chunks, optimizer=self.optimizer, **self._model()

@@ -66,7 +66,8 @@ def test_flags_that_leave_states_behind(twins, tmp_path):
         assert found["iteration"] == iteration + 1 and found["weights_only"] == (iteration == 0)
         assert_same(of_kinds(found["full"], "model"), weights)
         assert not of_kinds(found["full"], *MOMENTS)
-        assert_same(of_kinds(found["full"], "param"), {("param", name): w.float() for (_, name), w in weights.items()})
+        rounded = {("param", name): w.float() for (_, name), w in weights.items()}
+        assert_same(of_kinds(found["full"], "param"), rounded if iteration else of_kinds(before["full"], "param"))
         assert steps_by_group(found["after"]) == {group: {1.0} for group in ("llm", "vision", "connector")}
         assert not found["report"].kept and sum(found["report"].reset.values()) == len(weights)
 
@@ -94,6 +95,18 @@ def test_precision_switches_keep_the_finer_numbers(twins, tmp_path):
     weights = of_kinds(whole, "model")
     assert_same(of_kinds(back, "param"), {("param", name): w for (_, name), w in weights.items()})
     assert_same(of_kinds(back, "model"), {key: w.bfloat16() for key, w in weights.items()})
+
+
+def test_fp32_weights_are_main_parameters_of_what_starts_from_them(twins, tmp_path):
+    """A bf16 run that takes weights alone from an fp32 run has them whole, and an fp32 run takes a bf16 run's main parameters."""
+    hf_dir, coarse, fine = twins("mistral"), str(tmp_path / "bf16"), str(tmp_path / "fp32")
+    whole = of_kinds(run(save_of, hf_dir, at(1, 2), {"save": fine})["full"], "model")
+    for flags in ({"no_load_optim": True}, {"finetune": True}):
+        found = run(load_of, hf_dir, at(2, **BF16), {"load": fine, **flags})["full"]
+        assert_same(of_kinds(found, "param"), {("param", name): w for (_, name), w in whole.items()})
+    half = of_kinds(run(save_of, hf_dir, at(1, 1, 2, do=True, **BF16), {"save": coarse})["full"], "param")
+    found = run(load_of, hf_dir, at(2), {"load": coarse, "finetune": True})["full"]
+    assert_same(of_kinds(found, "model"), {("model", name): w for (_, name), w in half.items()})
 
 
 def test_loss_scale_of_fp16(twins, tmp_path):

@@ -3,6 +3,7 @@
 expand_path    "~/x", "$DATA/x" -> Path, wherever a path enters (flags, YAML, environment); expand_text: as text, or a hub id
 read_*         regular files only, of bounded size; a pipe, a device or an endless link is an error, not a hang
 write_synced   appears whole or not at all
+LineFile       lines added as they come; a disk that refuses them is told of once, and they are written later
 unique_temporary, remove_abandoned   names that no other process uses, and what dead ones left
 
 Errors are of the class that the caller names, so that a message speaks of a config, a checkpoint or a sample.
@@ -11,6 +12,7 @@ Errors are of the class that the caller names, so that a message speaks of a con
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,6 +28,8 @@ from megatron_vlm.errors import ConfigError, MegatronVLMError, printable
 
 MAX_TEXT_BYTES = 256 << 20
 """Largest file read as one text: a tokenizer.json has tens of megabytes, an index of a very large model a few."""
+
+LOGGER_NAME = "megatron_vlm"
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
@@ -179,6 +183,62 @@ def trial_write(folder: Path, what: str, error: type[MegatronVLMError] = ConfigE
     finally:
         with contextlib.suppress(OSError):
             trial.unlink()
+
+
+class LineFile:
+    """Lines added to a file, each by one write, so that several processes may add to it. It never ends a program.
+
+    What the disk refuses waits in memory, up to ``_MOST_WAITING`` bytes, and is written once it is taken again.
+
+    Args:
+        path: the file; made when the first line comes.
+    """
+
+    _MOST_WAITING = 16 << 20
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._waiting = bytearray()
+        self._descriptor: int | None = None
+        self._refused = False
+        self._dropped = 0
+
+    def add(self, line: str) -> None:
+        """Adds a line; tells of the first refusal, and of the end of it, in the log."""
+        self._waiting += (line + "\n").encode(errors="backslashreplace")
+        while len(self._waiting) > self._MOST_WAITING:
+            del self._waiting[: self._waiting.index(b"\n") + 1]
+            self._dropped += 1
+        logger = logging.getLogger(LOGGER_NAME)
+        try:
+            self._write()
+        except OSError as error:
+            self.close()
+            if not self._refused:
+                self._refused = True
+                logger.warning(
+                    "%s cannot be written: %s. Its lines wait, and the run goes on", self.path, _reason(error)
+                )
+            return
+        if self._refused:
+            self._refused = False
+            lost = f", but {self._dropped} lines were lost" if self._dropped else ""
+            self._dropped = 0
+            logger.warning("%s is written again%s", self.path, lost)
+
+    def close(self) -> None:
+        """Closes the file; the next line opens it again."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = None
+
+    def _write(self) -> None:
+        if self._descriptor is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        while self._waiting:  # a disk that fills up takes a part, and the rest comes after it
+            del self._waiting[: os.write(self._descriptor, self._waiting)]
 
 
 def unique_temporary(path: Path) -> Path:

@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-LOGGER_NAME = "megatron_vlm"
+from megatron_vlm.files import LOGGER_NAME, LineFile
 
 
 def get_logger(name: str = LOGGER_NAME) -> logging.Logger:
@@ -27,15 +27,32 @@ def setup_logging(rank: int | None = None, file: str | os.PathLike | None = None
     """Sends the package's log lines to stdout and, on rank 0, to ``file`` as well. Safe to call again."""
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     logger = logging.getLogger(LOGGER_NAME)
-    logger.handlers.clear()
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        if isinstance(handler, _FileHandler):
+            handler.close()
     logger.propagate = False
     logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
     prefix = "" if rank == 0 else f"[rank {rank}] "
     formatter = logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if file is not None and rank == 0:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(_FileHandler(Path(file)))
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
+
+
+class _FileHandler(logging.Handler):
+    """Lines in a file; one that cannot be written is told of once, and does not end the program."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._file = LineFile(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._file.add(self.format(record))
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,7 +1,6 @@
 """Planned rows read and encoded, in whichever process, and what happens to bad samples."""
 
 import json
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_vlm.data.plan import RowPlan
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import DataError
+from megatron_vlm.files import LineFile
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
@@ -102,6 +102,7 @@ class Quarantine:
     def __init__(self, config: DataConfig, output_dir: str | Path | None):
         self._config = config
         self._path = Path(output_dir) / "quarantine.jsonl" if output_dir else None
+        self._file = LineFile(self._path) if self._path is not None else None
         self.holes = self._samples = self._row = self._worst = 0
         self._names: list[str] = []  # the last few, for the error
 
@@ -119,14 +120,8 @@ class Quarantine:
         for failure in item.failures:
             LOGGER.warning("a sample is skipped: %s", failure)
             self._names = [*self._names[-4:], f"{failure['shard']} at {failure['offset']} ({failure['reason']})"]
-            if self._path is not None:
-                line = json.dumps({"time": round(time.time(), 3), **failure}) + "\n"
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-                try:
-                    os.write(descriptor, line.encode())  # one write: ranks append to the same file
-                finally:
-                    os.close(descriptor)
+            if self._file is not None:
+                self._file.add(json.dumps({"time": round(time.time(), 3), **failure}))  # ranks add to the same file
         allowed = self._config.bad_sample_rate * max(self._samples, BAD_RATE_OVER)
         if self.holes > allowed or self._worst > self._config.bad_sample_consecutive:
             raise DataError(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,10 @@ class CheckpointConfig(Config):
         no_load_rng: draw random numbers from this run's seed instead of the checkpoint's.
         no_save_optim: write weights only; such a checkpoint is smaller and resumes without moments.
         base: where the base of adapters is now, which ``load`` holds without it; None: where their checkpoint says.
+        save_retries: tries of a save that failed, before it is given up.
+        save_retry_seconds: between the first two; each further wait is twice as long.
+        on_save_failure: what follows: stop the run, or continue and save again when it is due. The last save of a run always
+            stops it. Older checkpoints are untouched.
         verify_hashes: read every file once more before loading and compare its sha256; sizes are compared in any case.
     """
 
@@ -71,6 +75,9 @@ class CheckpointConfig(Config):
     no_load_rng: bool = False
     no_save_optim: bool = False
     base: PathText | None = None
+    save_retries: int = 2
+    save_retry_seconds: float = 10.0
+    on_save_failure: Literal["stop", "continue"] = "stop"
     verify_hashes: bool = True
 
     def __post_init__(self) -> None:
@@ -82,6 +89,9 @@ class CheckpointConfig(Config):
                 raise ConfigError(
                     f"checkpoint.{name} is {value}, but checkpoint.save is not set: name a folder (--save)"
                 )
+        if self.save_retries < 0 or self.save_retry_seconds < 0:
+            given = f"save_retries {self.save_retries}, save_retry_seconds {self.save_retry_seconds}"
+            raise ConfigError(f"checkpoint.{given}: neither may be negative")
         if self.save_interval is not None and self.save_epochs is not None:
             raise ConfigError("set checkpoint.save_interval or save_epochs, not both")
         if self.keep_last is not None and self.keep_last < 2:

@@ -8,22 +8,24 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
 from megatron_vlm.config import Config
 from megatron_vlm.data.row import IGNORE_INDEX, Row
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.files import write_synced
+from megatron_vlm.files import LineFile, write_synced
 from megatron_vlm.log import get_logger
 from megatron_vlm.training.answers import Prompt
 from megatron_vlm.training.evaluate import EvalResult
 from megatron_vlm.training.progress import LINE, Bar
 from megatron_vlm.training.step import StepResult
 from megatron_vlm.training.wandb_writer import WandbWriter, check_wandb
+from megatron_vlm.training.writers import SafeWriter
 
 log = get_logger(__name__)
 
@@ -94,19 +96,32 @@ class Metrics:
                     trim(old, start)
                 else:
                     keep_old(old)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
-        self.writers: list[Any] = []
+        self.file, self.samples = LineFile(path), LineFile(output_dir / SAMPLES)
+        self.writers: list[SafeWriter] = []
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             where = config.tensorboard_dir or output_dir / "tensorboard"
             purge = start + 1 if start and not evaluation_only else None
-            self.writers.append(SummaryWriter(str(where), purge_step=purge))
+            self.writers.append(SafeWriter("TensorBoard", lambda: SummaryWriter(str(where), purge_step=purge)))
         if config.wandb:
             resumed = bool(start) or evaluation_only
-            self.writers.append(WandbWriter(output_dir, config.name, resolved, resumed=resumed))
+            make = partial(WandbWriter, output_dir, config.name, resolved, resumed=resumed)
+            self.writers.append(SafeWriter("Weights & Biases", make))
         self.seconds_per_step = 0.0
         self.bar = Bar("training", total, done=start) if not evaluation_only else None
+
+    @classmethod
+    def of_run(cls, output_dir: Path, config: LoggingConfig, resolved: dict[str, Any], **settings: Any) -> Self:
+        """The same, with the user's error where the folder cannot be written.
+
+        Raises:
+            ConfigError: the folder, a file in it or TensorBoard's cannot be written.
+        """
+        try:
+            return cls(output_dir, config, resolved, **settings)
+        except OSError as error:
+            raise ConfigError(f"the run cannot report to {output_dir}: {error} (logging.output_dir)") from error
 
     def step(
         self, iteration: int, result: StepResult, rates: dict[str, float], *, seconds: float, consumed_samples: int
@@ -155,23 +170,23 @@ class Metrics:
 
     def answers(self, iteration: int, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Records the answers to ``evaluate.prompts``: samples.jsonl, TensorBoard and the log."""
-        with open(self.output_dir / SAMPLES, "a", encoding="utf-8") as file:
-            for number, (prompt, answer) in enumerate(zip(prompts, answers)):
-                record = {
-                    "iteration": iteration,
-                    "prompt": prompt.text,
-                    "images": list(prompt.images),
-                    "answer": answer,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                log.info("iteration %d: %r -> %r", iteration, prompt.text, answer)
-                for writer in self.writers:
-                    writer.add_text(f"samples/{number}", f"**{prompt.text}**\n\n{answer}", iteration)
+        for number, (prompt, answer) in enumerate(zip(prompts, answers)):
+            record = {
+                "iteration": iteration,
+                "prompt": prompt.text,
+                "images": list(prompt.images),
+                "answer": answer,
+            }
+            self.samples.add(json.dumps(record, ensure_ascii=False))
+            log.info("iteration %d: %r -> %r", iteration, prompt.text, answer)
+            for writer in self.writers:
+                writer.add_text(f"samples/{number}", f"**{prompt.text}**\n\n{answer}", iteration)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.file.close()
+        for file in (self.file, self.samples):
+            file.close()
         for writer in self.writers:
             writer.close()
 
@@ -180,8 +195,7 @@ class Metrics:
             key: value if not isinstance(value, float) or math.isfinite(value) else None
             for key, value in record.items()
         }
-        self.file.write(json.dumps(plain) + "\n")
-        self.file.flush()
+        self.file.add(json.dumps(plain))
 
     def _progress(self, record: dict[str, Any], result: StepResult) -> str:
         left = time.strftime("%H:%M:%S", time.gmtime(self.seconds_per_step * max(0, self.total - record["iteration"])))

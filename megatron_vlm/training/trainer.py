@@ -8,6 +8,7 @@ Every rank runs the same code; the source rank of each replica reads the data, r
 import os
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from megatron_vlm.training.optimizer import (
 from megatron_vlm.training.output_check import check_room, check_writable
 from megatron_vlm.training.peft_run import build_stages, open_run
 from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.training.saving import save_persistently
 from megatron_vlm.training.step import StepResult, train_step
 from megatron_vlm.training.stop import STOPPED, StopSignal
 
@@ -125,7 +127,7 @@ class Trainer:
                 self.show_answers()
             stopping = any_rank(self.stop.requested, self.device)
             if stopping or self._due.save:
-                self.save()
+                self.save(last=stopping or self._due.finished)
         done = f"{self.iteration} iterations, {self.consumed_samples} samples, {self.num_skipped} updates skipped"
         if stopping:
             log.warning("stopped by a signal after %s; exit code %d", done, STOPPED)
@@ -169,15 +171,20 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.answers(self.iteration, self.config.evaluate.questions, answers)
 
-    def save(self) -> None:
-        """Writes a checkpoint, where ``checkpoint.save`` says so."""
+    def save(self, last: bool = False) -> None:
+        """Writes a checkpoint, where ``checkpoint.save`` says so; ``last``: of this run.
+
+        Raises:
+            CheckpointError: on every rank: it cannot be written, and ``checkpoint.on_save_failure`` is to stop.
+        """
         checkpoint = self.config.checkpoint
         if checkpoint.save is None:
             log.warning("checkpoint.save is not set: nothing is saved")
             return
         assert self.data_state is not None
         self.heartbeat.at("save")
-        save_checkpoint(
+        write = partial(
+            save_checkpoint,
             checkpoint,
             iteration=self.iteration,
             chunks=self.chunks,
@@ -199,6 +206,7 @@ class Trainer:
             loaded_from=self.loaded_from,
             peft=self.peft,
         )
+        save_persistently(checkpoint, write, lambda: self.stop.requested, last)
 
     @property
     def consumed_samples(self) -> int:
@@ -357,16 +365,17 @@ class Trainer:
         )
         if not int(trainable) and not config.training.skip_train:
             log.warning("every parameter is frozen: nothing will change")
-        if topology.rank == 0:
-            self.metrics = Metrics(
-                config.output_dir,
-                config.logging,
-                config.to_dict(),
-                start=self.iteration,
-                total=self.num_iterations,
-                evaluation_only=config.training.skip_train,
-            )
-            self.closing.callback(self.metrics.close)
+        with together(self.device):
+            if topology.rank == 0:
+                self.metrics = Metrics.of_run(
+                    config.output_dir,
+                    config.logging,
+                    config.to_dict(),
+                    start=self.iteration,
+                    total=self.num_iterations,
+                    evaluation_only=config.training.skip_train,
+                )
+                self.closing.callback(self.metrics.close)
 
     # ---- one iteration ----
 

@@ -9,6 +9,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.launch.arguments import Request, read_request
 from megatron_vlm.launch.recipes import load_config
 from megatron_vlm.log import get_logger, setup_logging
+from megatron_vlm.models.registry import FamilySpec
 
 USAGE = """usage: megatron-vlm train [--config FILE] [section.key=value ...] [--flag VALUE ...]
 
@@ -31,8 +32,8 @@ def resolve(argv: Sequence[str]) -> tuple[Any, list[str]]:
     refusal = request.sharding.refusal(adapts=request.adapts)
     if refusal is not None:
         raise ConfigError(refusal)
-    hf_config, family = _model_of(request) if request.needs_model else ({}, "")
-    completed = request.complete(hf_config, family, _replicas(request))
+    hf_config, spec = _model_of(request) if request.needs_model else ({}, None)
+    completed = request.complete(hf_config, spec, _replicas(request))
     from megatron_vlm.training.run_config import RunConfig  # imports megatron-core: seconds
 
     config = RunConfig.from_dict(completed.run)
@@ -42,7 +43,7 @@ def resolve(argv: Sequence[str]) -> tuple[Any, list[str]]:
     return config, [*completed.notes, *notes]
 
 
-def _model_of(request: Request) -> tuple[dict[str, Any], str]:
+def _model_of(request: Request) -> tuple[dict[str, Any], FamilySpec]:
     """config.json and family of the model that a run starts from."""
     from megatron_vlm.conversion.source import open_source
 
@@ -50,7 +51,7 @@ def _model_of(request: Request) -> tuple[dict[str, Any], str]:
     if load is None:
         raise ConfigError("no model is named: --model_name_or_path DIR (or --load)")
     with open_source(load, (request.run.get("model") or {}).get("family")) as source:
-        return source.hf_config, source.spec.name
+        return source.hf_config, source.spec
 
 
 def _replicas(request: Request) -> int:

@@ -4,70 +4,20 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.registry import AdapterSpec, FamilySpec
 from megatron_vlm.yaml_values import as_bool
 
 if TYPE_CHECKING:
     from megatron_vlm.launch.arguments import Told
 
-_LLAMA = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-_CLIP = r"(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
-# What finetune.py lists; these names end no module of the tower.
-_INTERNLM2 = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-
-# family -> linears of the language model: PEFT's list of names, or one expression where the tower has such names too
-LANGUAGE: dict[str, str | tuple[str, ...]] = {
-    "idefics2": rf"model\.text_model\.layers\.\d+\.{_LLAMA}",
-    "idefics2_llama3": rf"model\.text_model\.layers\.\d+\.{_LLAMA}",
-    "internvl3": rf"(language_model\.model|model\.language_model)\.layers\.\d+\.{_LLAMA}",
-    "internlm2": _INTERNLM2,
-    "xcomposer2": _INTERNLM2,
-    "llava_internlm2": rf"model\.language_model\.layers\.\d+\.{_LLAMA}",
-}
-# family -> linears of the tower; in InternVL's own layout q, k and v are one
-VISION = {
-    "idefics2": rf"model\.vision_model\.encoder\.layers\.\d+\.{_CLIP}",
-    "idefics2_llama3": rf"model\.vision_model\.encoder\.layers\.\d+\.{_CLIP}",
-    "internvl3": (
-        r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
-        r"|model\.vision_tower\.encoder\.layer\.\d+\.(attention\.(q_proj|k_proj|v_proj|projection_layer)|mlp\.fc[12])"
-    ),
-    "xcomposer2": rf"vit\.vision_tower\.(vision_model\.)?encoder\.layers\.\d+\.{_CLIP}",
-    "llava_internlm2": rf"model\.vision_tower\.encoder\.layers\.\d+\.{_CLIP}",
-}
 DEFAULTS = {"r": 64, "alpha": 64.0, "dropout": 0.05}
 """Of finetune.py's LoraArguments."""
 _DROPOUT = 0.05
 """Of InternVL's adapters."""
 
 
-def whole_parts(family: str, hf_config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """``modules_to_save`` that mean a whole connector, tower or head."""
-    chat = hf_config.get("model_type") == "internvl_chat"
-    return {
-        "idefics2": {"connector": ("connector",), "vision": ("vision_model",), "head": ("lm_head",)},
-        "idefics2_llama3": {"connector": ("connector",), "vision": ("vision_model",), "head": ("lm_head",)},
-        "internvl3": {
-            "connector": ("mlp1",) if chat else ("multi_modal_projector",),
-            "vision": ("vision_model",) if chat else ("vision_tower",),
-            "head": ("lm_head",),
-        },
-        "internlm2": {"head": ("output",)},
-        "xcomposer2": {
-            # Without an img_size, or with 16,384 positions, it is the 4khd variant, whose separators train as well.
-            "connector": ("vision_proj", *(("plora_glb_GN", "plora_sub_GN") if _is_4khd(hf_config) else ())),
-            "vision": ("vit",),
-            "head": ("output",),
-        },
-        "llava_internlm2": {"connector": ("multi_modal_projector",), "vision": ("vision_tower",), "head": ("lm_head",)},
-    }.get(family, {})
-
-
-def _is_4khd(hf_config: Mapping[str, Any]) -> bool:
-    return "img_size" not in hf_config or hf_config.get("max_length") == 16384
-
-
 def peft_section(
-    told: "Told", run: dict[str, Any], given: frozenset[str], family: str, hf_config: Mapping[str, Any]
+    told: "Told", run: dict[str, Any], given: frozenset[str], spec: FamilySpec | None, hf_config: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Returns section ``peft`` (None: there is none) and lines about flags without effect.
 
@@ -96,6 +46,7 @@ def peft_section(
         else:
             section |= own
         return section or None, notes
+    assert spec is not None
     if told.use_lora and (told.use_llm_lora or told.use_backbone_lora):
         raise ConfigError(
             f"--use_lora with --use_llm_lora {told.use_llm_lora or 0} or --use_backbone_lora {told.use_backbone_lora or 0}: the "
@@ -103,33 +54,34 @@ def peft_section(
         )
     if told.use_lora:
         section |= own
-        section.setdefault("target_modules", LANGUAGE[family])
+        section.setdefault("target_modules", spec.adapters.language)
         for key, value in DEFAULTS.items():
             section.setdefault(key, value)
     else:
-        _internvl(told, section, given, family)
+        _internvl(told, section, given, spec)
     section.setdefault("modules_to_save", [])
     saved = list(section["modules_to_save"])
-    saved += _trained_in_full(told, run, given, whole_parts(family, hf_config), family, notes)
+    saved += _trained_in_full(told, run, given, spec.adapters, hf_config, notes)
     section["modules_to_save"] = list(dict.fromkeys(saved))
     for name in ("freeze_llm", "freeze_vision", "freeze_connector"):
         (run.get("model") or {}).pop(name, None)
     return section, notes
 
 
-def _internvl(told: "Told", section: dict[str, Any], given: frozenset[str], family: str) -> None:
+def _internvl(told: "Told", section: dict[str, Any], given: frozenset[str], spec: FamilySpec) -> None:
     """Rank R means r = R, alpha = 2 R, dropout 0.05."""
     llm, vision = told.use_llm_lora or 0, told.use_backbone_lora or 0
     for flag, rank in (("use_llm_lora", llm), ("use_backbone_lora", vision)):
         if rank < 0:
             raise ConfigError(f"--{flag} is a rank, at least 0 (none), got {rank}")
-    if vision and family not in VISION:
-        raise ConfigError(f"--use_backbone_lora {vision}: a model of family {family} has no tower; leave it out")
-    language = LANGUAGE[family]
+    if vision and spec.adapters.vision is None:
+        raise ConfigError(f"--use_backbone_lora {vision}: a model of family {spec.name} has no tower; leave it out")
+    language = spec.adapters.language
     if not isinstance(language, str):
         language = r"model\.layers\.\d+\.(" + "|".join(name.replace(".", r"\.") for name in language) + ")"
     made: dict[str, Any] = {"r": llm or vision, "alpha": 2.0 * (llm or vision), "dropout": _DROPOUT}
-    made["target_modules"] = "|".join([*([language] if llm else []), *([VISION[family]] if vision else [])])
+    chosen = [language if llm else None, spec.adapters.vision if vision else None]
+    made["target_modules"] = "|".join(filter(None, chosen))
     if llm and vision and llm != vision:
         made |= {"vision_r": vision, "vision_alpha": 2.0 * vision}
     section |= {key: value for key, value in made.items() if f"peft.{key}" not in given}
@@ -139,12 +91,12 @@ def _trained_in_full(
     told: "Told",
     run: Mapping[str, Any],
     given: frozenset[str],
-    parts: Mapping[str, tuple[str, ...]],
-    family: str,
+    adapters: AdapterSpec,
+    hf_config: Mapping[str, Any],
     notes: list[str],
 ) -> list[str]:
     """Modules that a freeze flag with the value False, or --unfreeze_lm_head, names."""
-    model, saved = run.get("model") or {}, list[str]()
+    model, saved, parts = run.get("model") or {}, list[str](), adapters.whole(hf_config)
     for part in ("connector", "vision"):
         key = f"model.freeze_{part}"
         if (
@@ -153,10 +105,10 @@ def _trained_in_full(
             and not (part == "vision" and told.use_backbone_lora)
         ):
             saved += parts.get(part, ())
-            if told.use_lora and family == "xcomposer2":
-                flag = "fix_sampler" if part == "connector" else "fix_vit"
+            if told.use_lora and part in adapters.frozen_beside:
                 notes.append(
-                    f"--{flag} False trains {' and '.join(parts[part])} in full; with --use_lora the original froze it"
+                    f"--{adapters.frozen_beside[part]} False trains {' and '.join(parts[part])} in full; "
+                    "with --use_lora the original froze it"
                 )
     if (
         "model.freeze_llm" in given

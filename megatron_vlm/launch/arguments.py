@@ -1,6 +1,6 @@
 """What a command line and a YAML file ask for: settings of a run, and flags whose meaning needs the model and the ranks.
 
-    file, settings --read_request--> Request --complete(model's config, family, dp)--> RunConfig's sections and notes
+    file, settings --read_request--> Request --complete(model's config, spec, dp)--> RunConfig's sections and notes
 
 Flags of Hugging Face's Trainer and of the original programs mean here what they mean there; where two of them contradict each
 other, the error shows both numbers. ``section.key=value`` wins over a flag that says the same thing in another way.
@@ -17,6 +17,7 @@ from megatron_vlm.files import expand_text
 from megatron_vlm.launch import adapters, recipes, trainer_flags
 from megatron_vlm.launch.config import LaunchConfig
 from megatron_vlm.launch.deepspeed import Sharding, read_sharding
+from megatron_vlm.models.registry import FamilySpec
 from megatron_vlm.yaml_values import spelling
 
 TOLD = "--"
@@ -155,8 +156,8 @@ class Request:
         facts = (told.vision_select_layer, told.ps_version, told.down_sample_ratio)
         return self.defaults or told.adapts or any(fact is not None for fact in facts)
 
-    def complete(self, hf_config: Mapping[str, Any], family: str, dp: int) -> Completed:
-        """Returns the run's sections for a model of ``family`` on ``dp`` replicas.
+    def complete(self, hf_config: Mapping[str, Any], spec: FamilySpec | None, dp: int) -> Completed:
+        """Returns the run's sections for a model of family ``spec`` (None: ``needs_model`` is False) on ``dp`` replicas.
 
         Before the layout is known, ``dp`` may be the number of ranks: the batch then divides over any layout of them.
 
@@ -166,7 +167,8 @@ class Request:
         run, notes = copy.deepcopy(self.run), list(self.notes)
         published: dict[str, int] = {}
         if self.defaults:
-            recipe = recipes.defaults_of(family, hf_config, self._kind())
+            assert spec is not None
+            recipe = recipes.defaults_of(spec, hf_config, self._kind())
             run = merge(recipe.settings, run, keep=self.given)
             published = recipe.batch
             if "data.packing" not in self.given:
@@ -174,8 +176,8 @@ class Request:
                     run, "data.packing", False
                 )  # as the original programs: whole samples, a given number of them
             notes.append(f"settings that no flag names come from recipe {recipe.name}, its packing of rows left out")
-        notes += check_facts(self.told, hf_config, family)
-        section, more = adapters.peft_section(self.told, run, self.given, family, hf_config)
+        check_facts(self.told, hf_config, spec)
+        section, more = adapters.peft_section(self.told, run, self.given, spec, hf_config)
         notes += more
         if section is not None:
             run["peft"] = section
@@ -259,26 +261,26 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], keep: frozenset[str]
     return merged
 
 
-def check_facts(told: Told, hf_config: Mapping[str, Any], family: str) -> list[str]:
-    """Checks what flags say of the model against its config.json; returns nothing, or raises ConfigError with both values."""
-    facts = {
-        "vision_select_layer": (("select_layer", "vision_feature_layer"), -1),
-        "down_sample_ratio": (("downsample_ratio",), 0.5),
-        "ps_version": (("ps_version",), "v2"),  # transformers' layout has the one order of version 2
-    }
-    for flag, (names, default) in facts.items():
+def check_facts(told: Told, hf_config: Mapping[str, Any], spec: FamilySpec | None) -> None:
+    """Checks what flags say of the model against its config.json.
+
+    Raises:
+        ConfigError: they differ, with both values, or the family has no such setting.
+    """
+    for flag in ("vision_select_layer", "down_sample_ratio", "ps_version"):
         said = getattr(told, flag)
         if said is None:
             continue
-        if family != "internvl3":
-            raise ConfigError(f"--{flag} {said}: a model of family {family} has no such setting; leave it out")
+        assert spec is not None
+        if flag not in spec.facts:
+            raise ConfigError(f"--{flag} {said}: a model of family {spec.name} has no such setting; leave it out")
+        names, default = spec.facts[flag]
         real = next((hf_config[name] for name in names if name in hf_config), default)
         if said != real:
             raise ConfigError(
                 f"--{flag} is {said}, but the model's config.json says {real}: a model computes as it was trained; "
                 f"set --{flag} {real}, or leave it out"
             )
-    return []
 
 
 def _expand_paths(run: Mapping[str, Any]) -> None:

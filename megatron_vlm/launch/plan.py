@@ -98,13 +98,13 @@ def make_plan(request: Request, place: Place, report: Report) -> Plan | None:
 def _plan(
     request: Request, place: Place, report: Report, source: WeightSource, devices: Devices, world: int, load: str
 ) -> Plan | None:
-    launch, family = request.launch, source.spec.name
-    train = open_inputs("train", launch.train_inputs or _folders(request.run, "train"), launch, family)
-    valid = open_inputs("valid", launch.valid_inputs or _folders(request.run, "valid"), launch, family)
+    launch, spec = request.launch, source.spec
+    train = open_inputs("train", launch.train_inputs or _folders(request.run, "train"), launch, spec.record_format)
+    valid = open_inputs("valid", launch.valid_inputs or _folders(request.run, "valid"), launch, spec.record_format)
     adapts = request.adapts
 
     def config_for(dp: int) -> tuple[RunConfig, tuple[str, ...]]:
-        completed = request.complete(source.hf_config, family, dp)
+        completed = request.complete(source.hf_config, spec, dp)
         sections = completed.run
         sections.setdefault("checkpoint", {})["load"] = load
         data = sections.setdefault("data", {})

@@ -88,7 +88,7 @@ def cache_folder(launch: LaunchConfig) -> Path:
     return Path(launch.shard_cache or expand_path("~/.cache/megatron_vlm/shards"))
 
 
-def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, family: str) -> Inputs:
+def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, record_format: str) -> Inputs:
     """Tells what each input is, and finds its place in the cache.
 
     Raises:
@@ -103,7 +103,7 @@ def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, family: 
         if (Path(path) / MANIFEST).is_file():
             folders.append(path)
         else:
-            sources += _sources_of(path, launch, family)
+            sources += _sources_of(path, launch, record_format)
     if not sources:
         return Inputs(name=name, folders=tuple(folders))
     images = tuple(_states(dict.fromkeys(_files_of(sources))))
@@ -111,9 +111,9 @@ def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, family: 
     return Inputs(name=name, folders=tuple(folders), sources=tuple(sources), shards=shards, images=images)
 
 
-def _sources_of(path: str, launch: LaunchConfig, family: str) -> list[Source]:
+def _sources_of(path: str, launch: LaunchConfig, record_format: str) -> list[Source]:
     """The sources of one raw input, with the folder that their images start from."""
-    format = launch.data_format or tell_format(path, family)
+    format = launch.data_format or tell_format(path, record_format)
     policy = launch.missing_placeholder or ("prepend" if format in _PREPENDING else "refuse")
     frames: dict[str, Any] = {"min_frames": launch.min_num_frame, "max_frames": launch.max_num_frame}
     video = VideoSettings(**{key: value for key, value in frames.items() if value is not None})
@@ -129,7 +129,7 @@ def _sources_of(path: str, launch: LaunchConfig, family: str) -> list[Source]:
     return made
 
 
-def tell_format(path: str, family: str) -> str:
+def tell_format(path: str, record_format: str) -> str:
     """The format of a file, by its name and first records.
 
     Raises:
@@ -151,10 +151,10 @@ def tell_format(path: str, family: str) -> str:
     if any("messages" in record for record in records):
         return "openai"
     text = json.dumps(records, ensure_ascii=False)
-    if "<ImageHere>" in text or (family == "xcomposer2" and "<image>" not in text):
+    if "<ImageHere>" in text:
         return "xcomposer"
     if any("conversations" in record for record in records):
-        return "llava"
+        return "llava" if "<image>" in text else record_format
     raise ConfigError(f"{path}: records with neither 'conversations' nor 'messages'; {known}")
 
 

@@ -13,35 +13,9 @@ from typing import Any, Literal
 from megatron_vlm.config import load_yaml, nearest
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import expand_path
+from megatron_vlm.models.registry import FamilySpec
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-
-# (family or variant, what trains) -> recipe
-_DEFAULTS: dict[tuple[str, str], str] = {
-    ("idefics2", "full"): "finetune_idefics2",
-    ("idefics2", "lora"): "lora_idefics2",
-    ("idefics2", "qlora"): "qlora_idefics2",
-    ("idefics2_llama3", "full"): "finetune_idefics2_llama3",
-    ("idefics2_llama3", "lora"): "lora_idefics2",
-    ("idefics2_llama3", "qlora"): "qlora_idefics2",
-    ("internvl3", "full"): "internvl3/finetune_internvl3",
-    ("internvl3", "lora"): "internvl3/lora_internvl3",
-    ("internvl3", "qlora"): "internvl3/qlora_internvl3",
-    ("internlm2", "full"): "internlm2/finetune_internlm2",
-    ("internlm2", "lora"): "internlm2/qlora_internlm2",
-    ("internlm2", "qlora"): "internlm2/qlora_internlm2",
-    ("llava_internlm2", "full"): "llava_internlm2/finetune_llava_internlm2",
-    ("llava_internlm2", "lora"): "llava_internlm2/qlora_llava_internlm2",
-    ("llava_internlm2", "qlora"): "llava_internlm2/qlora_llava_internlm2",
-    ("xcomposer2", "full"): "xcomposer2/finetune_xcomposer2",
-    ("xcomposer2", "lora"): "xcomposer2/lora_xcomposer2",
-    ("xcomposer2", "qlora"): "xcomposer2/lora_xcomposer2",
-    ("xcomposer2-4khd", "full"): "xcomposer2/finetune_xcomposer2_4khd",
-    ("xcomposer2-4khd", "lora"): "xcomposer2/lora_xcomposer2_4khd",
-    ("xcomposer2-4khd", "qlora"): "xcomposer2/lora_xcomposer2_4khd",
-}
-_ACCUMULATION = {"xcomposer2": 8}
-"""Of FT.py, whose batch grows with the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,23 +103,15 @@ def load_config(config: str) -> dict[str, Any]:
     return load_yaml(path if path.exists() or path.suffix else path_of(config))
 
 
-def defaults_of(family: str, hf_config: Mapping[str, Any], kind: Literal["full", "lora", "qlora"]) -> Recipe:
-    """The recipe whose settings hold where a command of an original program names none.
-
-    Raises:
-        ConfigError: the family has none.
-    """
-    variant = f"{family}-4khd" if family == "xcomposer2" and "img_size" not in hf_config else family
-    if family == "xcomposer2" and hf_config.get("max_length") == 16384:
-        variant = "xcomposer2-4khd"
-    if (variant, kind) not in _DEFAULTS:
-        raise ConfigError(f"family {family} has no recipe to take settings from: give a config file (--config)")
-    name = _DEFAULTS[variant, kind]
+def defaults_of(spec: FamilySpec, hf_config: Mapping[str, Any], kind: Literal["full", "lora", "qlora"]) -> Recipe:
+    """The recipe whose settings hold where a command of an original program names none."""
+    of_family = spec.recipes(hf_config)
+    name = getattr(of_family, kind)
     settings = load_yaml(path_of(name))
     # The batch is the published one, in units that fit the ranks; what lies in a row, as the original program's flags say.
     batch = {"global": settings["training"].pop("global_batch_size")}
-    if family in _ACCUMULATION:
-        batch = {"accumulation": _ACCUMULATION[family]}
+    if of_family.accumulation:
+        batch = {"accumulation": of_family.accumulation}
     settings["training"].pop("micro_batch_size", None)
     settings["data"].pop("group_by", None)
     if kind == "lora":

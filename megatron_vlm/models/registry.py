@@ -52,6 +52,39 @@ class ExportSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """What the adapter flags of original programs mean in a family's module names.
+
+    Attributes:
+        language: linears of the language model: PEFT's list of endings, or one expression where the tower has such names too.
+        vision: linears of the tower, one expression; None: there is no tower.
+        whole: ``whole(hf_config) -> {"connector" | "vision" | "head": modules_to_save}`` that mean the whole part.
+        frozen_beside: part -> flag of the family's original program, which froze it beside adapters whatever the flag said.
+    """
+
+    language: str | tuple[str, ...]
+    vision: str | None = None
+    whole: Callable[[Mapping[str, Any]], Mapping[str, tuple[str, ...]]]
+    frozen_beside: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSpec:
+    """The packaged recipes whose settings hold where a command names none, and what the original program's batch was.
+
+    Attributes:
+        full, lora, qlora: names of recipes, by what trains.
+        accumulation: microbatches of a rank in an update, where the original's batch grows with the ranks; None: the recipe's
+            global batch.
+    """
+
+    full: str
+    lora: str
+    qlora: str
+    accumulation: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """Everything the house needs to know of one family.
 
@@ -75,6 +108,10 @@ class FamilySpec:
             has no such model.
         exports: other HF layouts that the family's weights can be written in, by name.
         drop_path: the family's tower takes ``ModelOptions.drop_path_rate``.
+        adapters: what the flags of adapters mean.
+        recipes: ``recipes(hf_config) -> RecipeSpec``, by the variant that the config is of.
+        record_format: format of records that nothing else tells apart.
+        facts: flag of the original program that says how the model is -> (keys of config.json, value without any).
     """
 
     name: str
@@ -89,6 +126,17 @@ class FamilySpec:
     reference: Callable[[Any], Any] | None = None
     exports: Mapping[str, ExportSpec] = field(default_factory=dict)
     drop_path: bool = False
+    adapters: AdapterSpec
+    recipes: Callable[[Mapping[str, Any]], RecipeSpec]
+    record_format: str = "llava"
+    facts: Mapping[str, tuple[tuple[str, ...], Any]] = field(default_factory=dict)
+
+
+# What adapters are set on in modules of transformers' Llama and of its CLIP and SigLIP towers.
+LLAMA_LINEARS = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+CLIP_LINEARS = r"(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+# What InternLM-XComposer2's finetune.py lists; these names end no module of a tower.
+INTERNLM2_LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 
 # One line per family: name -> "module:attribute", imported when asked for.

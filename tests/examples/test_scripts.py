@@ -203,6 +203,7 @@ def test_a_recipe_is_the_same_run_through_every_door(name, tmp_path):
     from megatron_vlm.cli.train import resolve
     from megatron_vlm.launch import recipes
     from megatron_vlm.launch.arguments import read_request
+    from megatron_vlm.models import registry
     from megatron_vlm.training.run_config import RunConfig
 
     paths = ["--load", "x", "--data-path", "y", "--save", "z", "--device", "cpu"]
@@ -210,7 +211,7 @@ def test_a_recipe_is_the_same_run_through_every_door(name, tmp_path):
     assert config.training.global_batch_size == BATCHES[name]
     settings = [("checkpoint.load", "x"), ("data.train", ["y"]), ("checkpoint.save", "z"), ("training.device", "cpu")]
     request = read_request(recipes.load_config(name), settings, command="launch")
-    launched = RunConfig.from_dict(request.complete({}, "", 1).run)
+    launched = RunConfig.from_dict(request.complete({}, registry.get("idefics2"), 1).run)
     assert what_trains(launched) == what_trains(config)
     if "quickstart" not in name:
         scripted, _ = resolve(words_of(f"{name}.sh", tmp_path))

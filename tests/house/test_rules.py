@@ -86,6 +86,20 @@ def test_forbidden_text():
     assert not wrong, wrong
 
 
+def test_families_are_named_in_their_folders_alone():
+    """A family is one folder and one line of the registry: what depends on one is asked of its FamilySpec."""
+    (registry,) = (path for path in PACKAGE if path.name == "registry.py")
+    table = text_of(registry).split("\nFAMILIES = ")[1].split("}")[0]
+    folders = {module.split(".")[-1] for module in re.findall(r'"([\w.]+):', table)}
+    names = set(re.findall(r'^ +"(\w+)":', table, re.M))
+    assert len(names) >= 6 and len(folders) >= 5
+    quoted, wrong = re.compile(rf"""["']({"|".join(sorted(names))})["']"""), []
+    for path in PACKAGE:
+        if path != registry and not folders & set(path.parts) and "testing" not in path.parts:
+            wrong += [f"{name(path)}: {found}" for found in quoted.findall(text_of(path))]
+    assert not wrong, wrong
+
+
 def test_argparse_stays_in_the_command_line():
     users = [name(p) for p in PACKAGE if re.search(r"^\s*(import|from) argparse", text_of(p), re.M)]
     assert all(user.startswith("megatron_vlm/cli/") for user in users), users

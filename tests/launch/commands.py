@@ -2,6 +2,7 @@
 
 from megatron_vlm.cli.flags import parse_flags
 from megatron_vlm.launch.arguments import read_request
+from megatron_vlm.models import registry
 
 VL = {"model_type": "internlmxcomposer2", "img_size": 490, "max_length": 4096}
 HD = {"model_type": "internlmxcomposer2", "max_length": 16384}
@@ -75,6 +76,6 @@ def resolve(words: str, hf_config=VL, family="xcomposer2", dp=8, **replaced):
     from megatron_vlm.training.run_config import RunConfig
 
     request = request_of(words, **replaced)
-    completed = request.complete(hf_config, family, dp)
+    completed = request.complete(hf_config, registry.get(family), dp)
     run = {**completed.run, "data": {**completed.run["data"], "train": ["shards"], "valid": ["shards"]}}
     return RunConfig.from_dict(run), request.launch, completed.notes

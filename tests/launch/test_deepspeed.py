@@ -9,6 +9,7 @@ import pytest
 from megatron_vlm.cli.flags import parse_flags
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.launch.arguments import read_request
+from megatron_vlm.models import registry
 from megatron_vlm.training.optimizer import OptimizerConfig, Schedule
 
 # As published with InternVL (zero_stage1_config.json), shortened by nothing.
@@ -75,9 +76,9 @@ def test_numbers_of_the_file_are_taken_where_the_command_line_says_nothing(ask):
     }  # fmt: skip
     assert request.run["training"] == {"precision": "fp16", "global_batch_size": 24}
     assert (request.launch.per_device_train_batch_size, request.launch.gradient_accumulation_steps) == (2, 3)
-    assert request.complete({}, "", 4).run["training"]["micro_batch_size"] == 2
+    assert request.complete({}, registry.get("idefics2"), 4).run["training"]["micro_batch_size"] == 2
     with pytest.raises(ConfigError, match=r"global_batch_size 24 is not 2 per device x accumulation 3 x 8 .* = 48"):
-        request.complete({}, "", 8)
+        request.complete({}, registry.get("idefics2"), 8)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def processor(model):
 
 def opened(tmp_path: Path, *inputs: object, **launch: object):
     settings = LaunchConfig(shard_cache=str(tmp_path / "cache"), **launch)
-    return open_inputs("train", [str(path) for path in inputs], settings, "idefics2")
+    return open_inputs("train", [str(path) for path in inputs], settings, "llava")
 
 
 def test_formats_are_told_by_name_and_content(tmp_path):
@@ -43,12 +43,12 @@ def test_formats_are_told_by_name_and_content(tmp_path):
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-        assert tell_format(str(tmp_path / name), "idefics2") == Path(name).stem
-    assert tell_format(str(tmp_path / "llava.json"), "xcomposer2") == "xcomposer"  # its own records have no mark
+        assert tell_format(str(tmp_path / name), "llava") == Path(name).stem
+    assert tell_format(str(tmp_path / "llava.json"), "xcomposer") == "xcomposer"  # its own records have no mark
     (tmp_path / "other.json").write_text('[{"text": "hello"}]')
     for name in ("other.json", "data.csv", ""):
         with pytest.raises(ConfigError, match="--data_format"):
-            tell_format(str(tmp_path / name), "idefics2")
+            tell_format(str(tmp_path / name), "llava")
 
 
 def test_shards_are_built_once_and_again_when_something_changes(tmp_path, processor):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_vlm.models import registry
 from tests.launch.commands import VL, request_of, resolve
 
 
@@ -45,5 +46,5 @@ def test_the_trainers_flags_set_section_training(words, told):
 def test_the_trainers_flags_set_other_sections(words, key, value):
     section, name = key.split(".")
     request = request_of(f"--model_name_or_path M --output_dir o {words}")
-    found = request.complete(VL, "xcomposer2", 1).run[section].get(name)
+    found = request.complete(VL, registry.get("xcomposer2"), 1).run[section].get(name)
     assert found == value or str(found) == str(value)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from megatron_vlm.models.registry import FamilySpec, Part
+from megatron_vlm.models.registry import CLIP_LINEARS, LLAMA_LINEARS, AdapterSpec, FamilySpec, Part, RecipeSpec
 
 _part = partial(Part, __name__)
 
@@ -16,8 +16,18 @@ SPEC = FamilySpec(
     mapping=_part("mapping:idefics2_mapping"),
     add_end_of_utterance=_part("assemble:add_end_of_utterance"),
     reference=_part("reference:Idefics2Reference"),
+    adapters=AdapterSpec(
+        language=rf"model\.text_model\.layers\.\d+\.{LLAMA_LINEARS}",
+        vision=rf"model\.vision_model\.encoder\.layers\.\d+\.{CLIP_LINEARS}",
+        whole=lambda hf_config: {"connector": ("connector",), "vision": ("vision_model",), "head": ("lm_head",)},
+    ),
+    recipes=lambda hf_config: RecipeSpec(full="finetune_idefics2", lora="lora_idefics2", qlora="qlora_idefics2"),
 )
 
 LLAMA3_SPEC = replace(
-    SPEC, name="idefics2_llama3", model_types=("idefics2/llama",), assemble=_part("assemble:assemble")
+    SPEC,
+    name="idefics2_llama3",
+    model_types=("idefics2/llama",),
+    assemble=_part("assemble:assemble"),
+    recipes=lambda hf_config: replace(SPEC.recipes(hf_config), full="finetune_idefics2_llama3"),
 )

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from megatron_vlm.models.registry import ExportSpec, FamilySpec, Part
+from megatron_vlm.models.registry import INTERNLM2_LINEARS, AdapterSpec, ExportSpec, FamilySpec, Part, RecipeSpec
 
 _part = partial(Part, __name__)
 
@@ -14,4 +14,8 @@ SPEC = FamilySpec(
     processor=_part("processor:InternLM2Processor.from_pretrained"),
     mapping=_part("mapping:internlm2_mapping"),
     exports={"llama": ExportSpec(mapping=_part("mapping:llama_mapping"), files=_part("llama:write_llama_files"))},
+    adapters=AdapterSpec(language=INTERNLM2_LINEARS, whole=lambda hf_config: {"head": ("output",)}),
+    recipes=lambda hf_config: RecipeSpec(
+        full="internlm2/finetune_internlm2", lora="internlm2/qlora_internlm2", qlora="internlm2/qlora_internlm2"
+    ),
 )

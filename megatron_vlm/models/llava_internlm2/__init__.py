@@ -2,7 +2,15 @@
 
 from functools import partial
 
-from megatron_vlm.models.registry import ExportSpec, FamilySpec, Part
+from megatron_vlm.models.registry import (
+    CLIP_LINEARS,
+    LLAMA_LINEARS,
+    AdapterSpec,
+    ExportSpec,
+    FamilySpec,
+    Part,
+    RecipeSpec,
+)
 
 _part = partial(Part, __name__)
 
@@ -16,6 +24,20 @@ SPEC = FamilySpec(
     assemble=_part("assemble:assemble"),
     parts=_part("xtuner:find_parts"),
     reference=_part("reference:LlavaReference"),
+    adapters=AdapterSpec(
+        language=rf"model\.language_model\.layers\.\d+\.{LLAMA_LINEARS}",
+        vision=rf"model\.vision_tower\.encoder\.layers\.\d+\.{CLIP_LINEARS}",
+        whole=lambda hf_config: {
+            "connector": ("multi_modal_projector",),
+            "vision": ("vision_tower",),
+            "head": ("lm_head",),
+        },
+    ),
+    recipes=lambda hf_config: RecipeSpec(
+        full="llava_internlm2/finetune_llava_internlm2",
+        lora="llava_internlm2/qlora_llava_internlm2",
+        qlora="llava_internlm2/qlora_llava_internlm2",
+    ),
     exports={
         "xtuner": ExportSpec(
             mapping=_part("xtuner:xtuner_mapping"),

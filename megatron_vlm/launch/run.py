@@ -17,6 +17,7 @@ from megatron_vlm.launch.arguments import Request
 from megatron_vlm.launch.checks import Report
 from megatron_vlm.launch.config import LaunchConfig
 from megatron_vlm.launch.plan import CONFIG, Plan, make_plan
+from megatron_vlm.training.run_lock import holder
 from megatron_vlm.training.stop import STOPPED
 
 _LEFT_OF_A_RUN = ("iter_*", "epoch_*", TRACKER)
@@ -59,6 +60,8 @@ def _prepare(request: Request, place: start.Place) -> Plan | None:
         print("\nall checks passed; without --no-launch the run would start now", flush=True)
         return plan
     output = plan.config.output_dir
+    if (other := holder(output)) is not None:
+        raise ConfigError(f"{output} is in use by {other}: wait for it, end it, or name another --output_dir")
     output.mkdir(parents=True, exist_ok=True)
     if settings.overwrite_output_dir:
         _remove_old(output, plan)

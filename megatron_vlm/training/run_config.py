@@ -185,6 +185,11 @@ class RunConfig(Config):
         """Where the run reports."""
         return Path(self.logging.output_dir or self.checkpoint.save or Path("runs") / self.logging.name)
 
+    @property
+    def run_folders(self) -> tuple[Path, ...]:
+        """Folders that one run at a time may write to."""
+        return (self.output_dir, *([Path(self.checkpoint.save)] if self.checkpoint.save else []))
+
     def model_options(self) -> dict[str, Any]:
         """Arguments of ``models.vlm.ModelOptions``."""
         return {

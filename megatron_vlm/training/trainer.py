@@ -40,6 +40,7 @@ from megatron_vlm.training.optimizer import (
 from megatron_vlm.training.output_check import check_room, check_writable
 from megatron_vlm.training.peft_run import build_stages, open_run
 from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.training.run_lock import RunLocks
 from megatron_vlm.training.saving import save_persistently
 from megatron_vlm.training.step import StepResult, train_step
 from megatron_vlm.training.stop import STOPPED, StopSignal
@@ -73,8 +74,12 @@ class Trainer:
         minutes, start = config.parallel.distributed_timeout_minutes, config.parallel.start_timeout_seconds
         init_process_group(self.device, minutes, heartbeat, start)
         check_writable(config, self.device)
+        self.closing, self.locks = ExitStack(), RunLocks()
+        with together(self.device):  # before the first file of the run is touched
+            if dist.get_rank() == 0 and not config.training.skip_train:
+                self.locks = RunLocks(config.run_folders)
+        self.closing.callback(self.locks.close)
         setup_logging(dist.get_rank(), config.output_dir / "train.log")
-        self.closing = ExitStack()
         self.stop = StopSignal()
         self.closing.callback(self.stop.close)
         heartbeat.on_orphan = self._stop_as_orphan
@@ -183,6 +188,8 @@ class Trainer:
             return
         assert self.data_state is not None
         self.heartbeat.at("save")
+        with together(self.device):
+            self.locks.check()
         write = partial(
             save_checkpoint,
             checkpoint,

@@ -11,6 +11,7 @@
 #   TP, PP                 tensor and pipeline parallel size (default: TP the largest of 4, 2, 1 that GPUS allows, PP 1)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, GPUS_PER_NODE   several nodes: run the script on each
 #   DEVICE                 cpu or cuda (default: what is there)
+#   TORCHRUN               another torchrun than megatron_vlm.launch.agent, which is torchrun with a quiet end
 #   SHUTDOWN_TIMEOUT       seconds that a run may take to save after SIGTERM or SIGUSR1 (default: 120)
 #
 # `~` and environment variables in paths are expanded, as `megatron-vlm` does. A run whose OUTPUT already holds a checkpoint goes on
@@ -135,8 +136,9 @@ train() {
     # Sequence parallel overlap wants launches in order on older GPUs. A stopped run needs longer than torchrun's 30 seconds
     # to finish its step and save.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+    # shellcheck disable=SC2086 # a command of several words
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec ${TORCHRUN:-python -m megatron_vlm.launch.agent} --nnodes "$NNODES" --node-rank "$NODE_RANK" \
         --nproc-per-node "$GPUS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
-        --shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+        --shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}" \
         -m megatron_vlm train --config "$ROOT/examples/$config" --save "$OUTPUT" "$@"
 }

@@ -1,4 +1,4 @@
-"""Logging that knows its rank: rank 0 speaks at INFO, the others at WARNING with their rank in front."""
+"""Logging that knows its rank: the first of each node speaks at INFO, the others at WARNING, all but rank 0 with it in front."""
 
 import logging
 import os
@@ -32,7 +32,8 @@ def setup_logging(rank: int | None = None, file: str | os.PathLike | None = None
         if isinstance(handler, _FileHandler):
             handler.close()
     logger.propagate = False
-    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    first = rank == 0 or os.environ.get("LOCAL_RANK") == "0"  # another node's log would say nothing of the run
+    logger.setLevel(level if first else max(level, logging.WARNING))
     prefix = "" if rank == 0 else f"[rank {rank}] "
     formatter = logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]

@@ -130,9 +130,9 @@ def command(config: Path, ranks: int, port: int) -> list[str]:
     train = ["-m", "megatron_vlm", "train", "--config", str(config)]
     if ranks == 1:
         return [sys.executable, *train]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)]
+    torchrun = [sys.executable, "-m", "megatron_vlm.launch.agent", "--nnodes", "1", "--nproc-per-node", str(ranks)]
     torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(port), "--shutdown-timeout", str(SAVE_SECONDS)]
-    return [*torchrun, "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", *train]
+    return [*torchrun, *train]
 
 
 def environment_of(place: Place, gpus: Sequence[str], ranks: int) -> dict[str, str]:

@@ -212,6 +212,14 @@ class Metrics:
         )
 
 
+def progress_line(iteration: int, total: int, result: StepResult, lr: float, seconds: float) -> str:
+    """A step in one line, for the first rank of a node that writes no files."""
+    return (
+        f"iteration {iteration}/{total} | loss {result.loss:.6f} | lr {lr:.3e} | grad norm {result.grad_norm:.4f} | "
+        f"{result.tokens / seconds:.0f} tokens/s | {seconds:.3f} s/step"
+    )
+
+
 def _rates(record: Mapping[str, Any]) -> str:
     """Real tokens and images a second over all ranks, and the largest rank's peak memory."""
     images = record["images"] / record["step_seconds"]

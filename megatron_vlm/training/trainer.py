@@ -30,13 +30,8 @@ from megatron_vlm.training.device import start_device
 from megatron_vlm.training.due import Due
 from megatron_vlm.training.evaluate import EvalResult, evaluate
 from megatron_vlm.training.main_parameters import fill_main
-from megatron_vlm.training.metrics import Metrics, show_sample
-from megatron_vlm.training.optimizer import (
-    Schedule,
-    build_optimizer,
-    set_learning_rates,
-    wrap_model,
-)
+from megatron_vlm.training.metrics import Metrics, progress_line, show_sample
+from megatron_vlm.training.optimizer import Schedule, build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.output_check import check_room, check_writable
 from megatron_vlm.training.peft_run import build_stages, open_run
 from megatron_vlm.training.run_config import RunConfig
@@ -416,3 +411,7 @@ class Trainer:
     def _report(self, result: StepResult, rates: dict[str, float], seconds: float) -> None:
         if self.metrics is not None:
             self.metrics.step(self.iteration, result, rates, seconds=seconds, consumed_samples=self.consumed_samples)
+        elif self.iteration % self.config.logging.log_interval == 0 or self.iteration in (1, self.num_iterations):
+            log.info(
+                progress_line(self.iteration, self.num_iterations, result, rates["llm"], seconds)
+            )  # of a node's first rank

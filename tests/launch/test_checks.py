@@ -73,7 +73,7 @@ def test_busy_port_is_replaced(launch, data):
         two = "--num_processes 2 --gradient_accumulation_steps 1"
         code, output = launch(f"--train_json {data} --max_steps 3 {two} --master_port {port} --no-launch")
     assert code == 0 and f"warning  port       {port} is in use" in output, output
-    command = next(line for line in output.splitlines() if "torch.distributed.run" in line)
+    command = next(line for line in output.splitlines() if "megatron_vlm.launch.agent" in line)
     assert f"--master-port {port}" not in command and "--nproc-per-node 2" in command
 
 

@@ -24,7 +24,9 @@ from megatron_vlm.conversion.source import HFSource, WeightSource, open_hf, open
 from megatron_vlm.conversion.torch_files import load_weights_only
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.files import read_json
+from megatron_vlm.log import get_logger
 from megatron_vlm.models import registry
+from megatron_vlm.models.processor_files import add_stops
 from megatron_vlm.models.registry import ExportSpec, FamilySpec
 from megatron_vlm.peft.nf4 import Quantization
 
@@ -318,6 +320,17 @@ def export_hf(
             other.files(source.hf_dir, copy.deepcopy(source.hf_config), directory)
             for folder in infos:
                 write_config(directory / folder, read_json(directory / folder / CONFIG_NAME, ConversionError), changed)
+        _end_answers(source, directory)
+
+
+def _end_answers(source: WeightSource, directory: Path) -> None:
+    """Sees that transformers ends the written model's answers where training ended them, whatever the base says or leaves out."""
+    try:
+        ends = source.spec.stop_ids(Path(source.hf_dir))
+    except ConfigError as error:  # the weights are good, and may have been given without a tokenizer
+        get_logger(__name__).warning("what ends an answer is not known, eos_token_id is that of the base: %s", error)
+        return
+    add_stops(directory, ends)
 
 
 def _other_layout(source: WeightSource, layout: str | None) -> ExportSpec | None:

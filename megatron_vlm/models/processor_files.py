@@ -1,15 +1,16 @@
 """Tokenizer and processor files of an HF folder, read alike by the families' processors."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.chat import plain_tokenizer
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.files import read_json
+from megatron_vlm.files import read_json, write_json
 
+GENERATION = "generation_config.json"
 IMAGE_SETTINGS = (
     "max_image_num", "image_size", "shortest_edge", "image_splitting", "dynamic_image_size", "min_dynamic_patch",
     "max_dynamic_patch", "use_thumbnail", "hd_num",
@@ -100,10 +101,34 @@ def tokenizer_fields(
 
 def generation_stops(hf_dir: Path, *ends: int | None) -> tuple[int, ...]:
     """Returns the ids that end an answer: ``ends``, and the eos ids of generation_config.json."""
-    path = hf_dir / "generation_config.json"
+    path = hf_dir / GENERATION
     listed = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = listed if isinstance(listed, list) else [listed]
     return tuple(sorted({i for i in (*ends, *listed) if i is not None}))
+
+
+def add_stops(directory: Path, ends: Iterable[int]) -> None:
+    """Sees that transformers ends an answer of the model in ``directory`` at each of ``ends``, as training taught it.
+
+    What generation_config.json has is kept and ``eos_token_id`` extended. Where there is no such file, what transformers would
+    derive from config.json in its place is written with it; nothing, where that has all of them already.
+    """
+    path = directory / GENERATION
+    content = read_json(path) if path.is_file() else _derived_generation(read_json(directory / "config.json"))
+    listed = content.get("eos_token_id")
+    known = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    missing = [end for end in ends if end not in known]
+    if missing:
+        write_json(path, {**content, "eos_token_id": [*known, *missing]})
+
+
+def _derived_generation(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers takes from config.json for generation: settings of the model, and of its decoder where it has none."""
+    from transformers import GenerationConfig
+
+    names = set(GenerationConfig().to_dict()) - {"transformers_version", "_from_model_config"}
+    values = {**(config.get("text_config") or {}), **config}
+    return {name: values[name] for name in sorted(names) if values.get(name) is not None}
 
 
 def check_image_settings(config: DataConfig, family: str, *used: str) -> None:

@@ -94,6 +94,7 @@ class FamilySpec:
         config: ``config(hf_config: dict) -> model config`` (frozen dataclass; resolves HF's defaults).
         build: ``build(config, topology, *, vp_stage, training options) -> VisionLanguageModel``.
         processor: ``processor(hf_dir, data config) -> data.types.Processor``.
+        stop_ids: ``stop_ids(hf_dir) -> ids`` that end an answer of a model with these tokenizer files.
         mapping: ``mapping(config, tp=1, vocab_multiple=1, vocab_extra=0) -> conversion.mapping.Mapping``, both directions. ``tp``
             decides what runs replicated (heads that do not divide), the others pad the vocabulary (Megatron's
             ``--make-vocab-size-divisible-by`` and ``--extra-vocab-size``).
@@ -119,6 +120,7 @@ class FamilySpec:
     config: Callable[[dict[str, Any]], Any]
     build: Callable[..., Any]
     processor: Callable[..., Any]
+    stop_ids: Callable[[Path], tuple[int, ...]]
     mapping: Callable[..., Any]
     assemble: Callable[..., Any] | None = None
     parts: Callable[[Path], dict[str, Path] | None] | None = None

@@ -47,6 +47,7 @@ class SmallTwin:
 def write_small_twin(name: str, directory: Path, **options: Any) -> SmallTwin:
     """Writes the twin called ``name`` (one of ``NAMES``); ``options`` go to the function that writes it."""
     family, write, draw = _TWINS[name]
+    directory.mkdir(parents=True, exist_ok=True)
     write(directory, **options)
     return SmallTwin(family=family, directory=str(directory), hf_config=read_json(directory / "config.json"), draw=draw)
 

@@ -45,6 +45,16 @@ def write_sentencepiece(directory: Path, vocab_size: int = 380, chat: bool = Tru
     return len(pieces)
 
 
+def write_generation(directory: Path) -> None:
+    """Writes generation_config.json as the published chat models have it: an answer ends at EOS and at the end of a turn."""
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=(directory / "tokenizer.model").read_bytes())
+    ends = [2, pieces.piece_to_id("[UNUSED_TOKEN_145]")]
+    content = {"bos_token_id": 1, "eos_token_id": ends, "pad_token_id": 2}
+    (directory / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
 def fuse(state: dict[str, Tensor], num_query_groups: int) -> dict[str, Tensor]:
     """LlamaForCausalLM's state dict under InternLM2's names, query, key and value of each group in one ``wqkv``.
 
@@ -113,6 +123,8 @@ def write_tiny_internlm2(
         **sizes,
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if chat:
+        write_generation(directory)
     (directory / "modeling_internlm2.py").write_text("raise RuntimeError('the code of a model folder was run')\n")
     return model
 

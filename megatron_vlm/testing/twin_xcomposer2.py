@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.xcomposer2.config import XComposer2Config
-from megatron_vlm.testing.twin_internlm2 import fuse, write_sentencepiece
+from megatron_vlm.testing.twin_internlm2 import fuse, write_generation, write_sentencepiece
 from megatron_vlm.testing.twins import randomise
 
 TILE, PATCH = 28, 7
@@ -84,6 +84,7 @@ def write_tiny_xcomposer2(
     state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
     _save(directory, state, shards)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_generation(directory)
     for name in ("modeling_internlm_xcomposer2.py", "build_mlp.py"):
         (directory / name).write_text("raise RuntimeError('the code of a model folder was run')\n")
     return config

@@ -149,6 +149,8 @@ def write_tiny_idefics2(
     config = tiny_idefics2_config(tokenizer, text, **options)
     config._attn_implementation = "eager"
     model: Any = randomise(Idefics2ForConditionalGeneration(config), seed, std).to(dtype).eval()
+    if end_of_utterance:  # as in the published checkpoints
+        model.generation_config.eos_token_id = [2, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[2])]
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     image_size = config.vision_config.image_size
     images = Idefics2ImageProcessorPil(

@@ -13,6 +13,7 @@ SPEC = FamilySpec(
     config=_part("config:Idefics2ModelConfig.from_hf"),
     build=_part("model:build_idefics2"),
     processor=_part("processor:Idefics2Processor.from_pretrained"),
+    stop_ids=_part("processor:stop_ids"),
     mapping=_part("mapping:idefics2_mapping"),
     add_end_of_utterance=_part("assemble:add_end_of_utterance"),
     reference=_part("reference:Idefics2Reference"),

@@ -22,6 +22,7 @@ from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.assembling import copy_licences, extended_rows, generator
+from megatron_vlm.models.processor_files import add_stops
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 CHAT_TEMPLATE = (
@@ -134,10 +135,7 @@ def add_end_of_utterance(model: HFModel, files: Path, settings: dict[str, Any]) 
     templates = [*files.glob("chat_template.*"), *([files] if tokenizer.chat_template else [])]
     if not templates and "chat_template" not in _read_json(files / "processor_config.json"):
         (files / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    generation = _read_json(files / "generation_config.json")
-    if generation:
-        generation["eos_token_id"] = [*_as_list(generation.get("eos_token_id")), token_id]
-        _write_json(files / "generation_config.json", generation)
+    add_stops(files, [token_id])
     rows = max(vocab_size, token_id + 1)
     config = {**model.config, "text_config": {**model.config["text_config"], "vocab_size": rows}}
     _write_json(files / "config.json", config)
@@ -219,15 +217,15 @@ def _write_files(files: Path, llm: HFModel, config: Any, tokenizer: Any, pad: in
     Idefics2Processor(images, tokenizer, image_seq_len=latents, chat_template=CHAT_TEMPLATE).save_pretrained(files)
     generation = _read_json(llm.directory / "generation_config.json")
     generation.pop("_from_model_config", None)  # it is written out, not derived
-    ends = _as_list(generation.get("eos_token_id", llm.config.get("eos_token_id")))
     end_of_utterance, fake, image = tokenizer.convert_tokens_to_ids([END_OF_UTTERANCE, FAKE, IMAGE])
     generation |= {
-        "eos_token_id": [*ends, end_of_utterance],
+        "eos_token_id": generation.get("eos_token_id", llm.config.get("eos_token_id")),
         "bos_token_id": generation.get("bos_token_id", llm.config.get("bos_token_id")),
         "pad_token_id": pad,
         "bad_words_ids": [[fake], [image]],
     }
     GenerationConfig(**generation).save_pretrained(files)
+    add_stops(files, [end_of_utterance])
     copy_licences(llm.directory, files)
 
 
@@ -311,10 +309,6 @@ def _tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise ConversionError(f"{directory} has no tokenizer that tokens could be added to: {error}") from error
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

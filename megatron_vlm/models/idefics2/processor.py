@@ -191,3 +191,8 @@ def _tokens_of(hf_dir: Path, model: dict[str, Any]) -> dict[str, Any]:
         "end": end,
         "stop_ids": generation_stops(hf_dir, tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id),
     }
+
+
+def stop_ids(hf_dir: Path) -> tuple[int, ...]:
+    """Ids that end an answer of a model with the tokenizer files of ``hf_dir``."""
+    return _tokens_of(hf_dir, read_json(hf_dir / "config.json"))["stop_ids"]

@@ -12,6 +12,7 @@ SPEC = FamilySpec(
     config=_part("config:InternLM2ModelConfig.from_hf"),
     build=_part("model:build_internlm2"),
     processor=_part("processor:InternLM2Processor.from_pretrained"),
+    stop_ids=_part("processor:stop_ids"),
     mapping=_part("mapping:internlm2_mapping"),
     exports={"llama": ExportSpec(mapping=_part("mapping:llama_mapping"), files=_part("llama:write_llama_files"))},
     adapters=AdapterSpec(language=INTERNLM2_LINEARS, whole=lambda hf_config: {"head": ("output",)}),

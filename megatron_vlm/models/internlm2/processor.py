@@ -23,3 +23,8 @@ class InternLM2Processor(TemplateProcessor):
         check_image_settings(config, "InternLM2, which sees no images")
         hf_dir = Path(hf_dir)
         return cls(**prompt_settings(hf_dir, config, "internlm2", read_json(hf_dir / "config.json")["vocab_size"]))
+
+
+def stop_ids(hf_dir: Path) -> tuple[int, ...]:
+    """Ids that end an answer of a model with the tokenizer files of ``hf_dir``."""
+    return InternLM2Processor.from_pretrained(hf_dir, DataConfig(seq_length=2)).stop_ids

@@ -27,6 +27,7 @@ SPEC = FamilySpec(
     config=_part("config:InternVL3ModelConfig.from_hf"),
     build=_part("model:build_internvl3"),
     processor=_part("processor:InternVL3Processor.from_pretrained"),
+    stop_ids=_part("processor:stop_ids"),
     mapping=_mapping,
     reference=_part("reference:reference_of"),
     exports={"chat": _export("chat"), "hf": _export("hf")},

@@ -173,3 +173,8 @@ def _tokens_of(hf_dir: Path, model: InternVL3ModelConfig) -> dict[str, Any]:
         "stop_token_id": ids[STOP],
         "stop_ids": generation_stops(hf_dir, ids[CLOSE]),
     }
+
+
+def stop_ids(hf_dir: Path) -> tuple[int, ...]:
+    """Ids that end an answer of a model with the tokenizer files of ``hf_dir``."""
+    return _tokens_of(hf_dir, InternVL3ModelConfig.from_hf(read_json(hf_dir / "config.json")))["stop_ids"]

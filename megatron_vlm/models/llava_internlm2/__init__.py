@@ -20,6 +20,7 @@ SPEC = FamilySpec(
     config=_part("config:LlavaModelConfig.from_hf"),
     build=_part("model:build_llava"),
     processor=_part("processor:LlavaProcessor.from_pretrained"),
+    stop_ids=_part("processor:stop_ids"),
     mapping=_part("mapping:llava_mapping"),
     assemble=_part("assemble:assemble"),
     parts=_part("xtuner:find_parts"),

@@ -85,3 +85,8 @@ class LlavaProcessor(NormalisedPixels, TemplateProcessor):
 
 def _sides(size: Mapping[str, Any] | int) -> list[int]:
     return list(size.values()) if isinstance(size, Mapping) else [size]
+
+
+def stop_ids(hf_dir: Path) -> tuple[int, ...]:
+    """Ids that end an answer of a model with the tokenizer files of ``hf_dir``."""
+    return LlavaProcessor.from_pretrained(hf_dir, DataConfig(seq_length=2)).stop_ids

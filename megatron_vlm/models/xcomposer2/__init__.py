@@ -31,6 +31,7 @@ SPEC = FamilySpec(
     config=_part("config:XComposer2Config.from_hf"),
     build=_part("model:build_xcomposer2"),
     processor=_part("processor:XComposer2Processor.from_pretrained"),
+    stop_ids=_part("processor:stop_ids"),
     mapping=_part("mapping:xcomposer2_mapping"),
     adapters=AdapterSpec(
         language=INTERNLM2_LINEARS,

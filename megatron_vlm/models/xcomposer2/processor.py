@@ -156,3 +156,9 @@ def _hd_num(model: XComposer2Config, config: DataConfig) -> int:
             f"data.image_size (img_size) {config.image_size}: this checkpoint has positions for {side} pixels; leave it out"
         )
     return 0
+
+
+def stop_ids(hf_dir: Path) -> tuple[int, ...]:
+    """Ids that end an answer of a model with the tokenizer files of ``hf_dir``."""
+    found = token_ids(hf_dir, load_tokenizer(hf_dir).token_id, (CLOSE, EOS), "InternLM-XComposer2")
+    return generation_stops(hf_dir, *found.values())

@@ -25,7 +25,7 @@ from megatron_vlm.testing.twins import write_tiny_idefics2
 LOGITS = 2e-5  # of the largest logit, fp32; measured 1.1e-5
 LOSS = 2e-6  # relative; measured 1.3e-7
 GRADIENT = 1e-4  # of the gradient's norm; measured 8.1e-6
-HALF = 2.0  # bf16: times the distance of PEFT in bf16 from PEFT in fp32; measured 0.77 for logits, 0.86 for gradients
+HALF = 1.5  # bf16: times the distance of PEFT in bf16 from PEFT in fp32; measured 0.94 for logits, 0.92 for gradients
 SAMPLES = [([(40, 50)], 14), ([], 23), ([(56, 56), (17, 33)], 9)]
 TARGETS = dict(target_modules=r".*text_model.*_proj", r=4, alpha=8)
 # Of a row cut over 2 ranks, q, k, v, o and up lie in whole blocks (128 / 2), and down does not (192 / 2).
@@ -66,8 +66,13 @@ def test_equals_peft_on_bitsandbytes(twin, double):
         assert difference <= LOGITS and abs(our_loss - loss) <= LOSS * loss and worst[0] <= GRADIENT
 
 
-def test_bf16_is_as_near_as_peft(twin):
-    directory, samples = twin
+def test_bf16_is_as_near_as_peft(tmp_path):
+    directory = str(tmp_path)
+    write_tiny_idefics2(
+        directory, std=0.05, **MODEL
+    )  # does not amplify rounding, which processors do in ways of their own
+    with open_source(directory) as source:
+        samples = random_samples(source.config, SAMPLES)
     exact, tensors = peft_twin(twin_in_4bit(directory, torch.float32), TARGETS)
     rounded, again = peft_twin(twin_in_4bit(directory, torch.bfloat16), TARGETS)
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_vlm.conversion.source import open_source
+from megatron_vlm.testing.parity import hf_reference, random_samples
 from megatron_vlm.testing.runs import write_shards
 from megatron_vlm.testing.twins import write_tiny_idefics2
 
@@ -61,3 +64,21 @@ def twins(tmp_path_factory):
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory):
+    """(directory, how far transformers in bf16 is from transformers in fp32 on this processor, of the gradients' norm).
+
+    Weights of std 0.05: those of 0.15 amplify rounding, and then a bar would measure the processor's bf16 kernels.
+    """
+    folder = tmp_path_factory.mktemp("calm")
+    model = write_tiny_idefics2(folder, std=0.05)
+    with open_source(folder) as source:
+        samples = random_samples(source.config, [([(16, 24)], 9), ([], 6), ([], 12)])
+    _, _, exact = hf_reference(model, samples)
+    _, _, rounded = hf_reference(model.to(torch.bfloat16), samples)
+    off = torch.stack([(rounded[name].float() - gradient).norm() for name, gradient in exact.items()]).norm()
+    distance = float(off / torch.stack([gradient.norm() for gradient in exact.values()]).norm())
+    assert 1e-3 < distance < 5e-2  # bf16 has 8 bits, and the twin is well conditioned
+    return str(folder), distance

@@ -10,8 +10,7 @@ from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
 
 # Relative distance of loss and gradient norm in the steps after a change of layout.
-CONTINUED = 1e-5  # fp32; measured 4e-7
-CONTINUED_BF16 = 2e-2  # bf16; measured 3e-3
+CONTINUED = 1e-5  # fp32; measured 4e-7. bf16: as far as transformers in bf16 is from fp32 on this processor (``calm``)
 
 
 def at(tp=1, pp=1, dp=1, *, vp=None, do=False, overlap=False, sp=False, **options):
@@ -50,7 +49,7 @@ CHAINS = {
         ],
     ),
     "bf16": (
-        "mistral",
+        "calm",
         [
             at(1, 1, 2, **SHARDED, **BF16),
             at(2, **BF16),
@@ -86,7 +85,7 @@ def assert_same(loaded, saved):
 
 def assert_continued(resumed, uninterrupted, bar):
     distances = [abs(a - b) / b for one, other in zip(resumed, uninterrupted) for a, b in zip(one, other)]
-    print(f"worst relative distance {max(distances):.1e}")
+    print(f"worst relative distance {max(distances):.1e}, {max(distances) / bar:.2f} of the bar")
     assert max(distances) <= bar
 
 
@@ -94,10 +93,11 @@ def assert_continued(resumed, uninterrupted, bar):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in BY_DEFAULT else pytest.mark.full) for name in CHAINS]
 )
-def test_chain(twins, tmp_path, name):
+def test_chain(twins, calm, tmp_path, name):
     """Each leg loads what the one before saved, and takes the same three steps that the other took after saving."""
     twin, legs = CHAINS[name]
-    hf_dir, save, before = twins(twin), str(tmp_path), None
+    hf_dir, bar = calm if twin == "calm" else (twins(twin), CONTINUED)
+    save, before = str(tmp_path), None
     for number, where in enumerate(legs):
         results = run_leg(hf_dir, where, {"save": save, "load": save if number else None, "keep_last": 2})
         first, parallel = results[0], where[1]
@@ -110,7 +110,6 @@ def test_chain(twins, tmp_path, name):
             assert_same(first["loaded_full"], before["saved_full"])
             assert {r["found"].iteration for r in results} == {3 * number}
             assert first["found"].state == {"iteration": 3 * number, "seed": 7}
-            bar = CONTINUED_BF16 if where[2].get("params_dtype") else CONTINUED
             assert_continued(first["resumed"], before["uninterrupted"], bar)
         assert {step for _, _, _, _, step, _ in first["saved"]["state"]} <= {3.0 * (number + 1)}
         before = first

@@ -96,7 +96,7 @@ def test_a_wrong_layout_is_noticed(checks):
 
 def test_gradients_are_reduced_in_fp32(tmp_path):
     """bf16 weights on 2 data parallel ranks, 16 microbatches each: fp32 buffers by default, and what they are worth."""
-    hf = write_tiny_idefics2(tmp_path)
+    hf = write_tiny_idefics2(tmp_path, std=0.05)  # does not amplify rounding, which processors do in ways of their own
     config = registry.get("idefics2").config(hf.config.to_dict())
     rows = [row_from_samples(random_samples(config, [([(16, 24)], 8)], seed=i)) for i in range(32)]
     mapping = registry.get("idefics2").mapping(config, tp=1, vocab_multiple=8)
@@ -127,4 +127,4 @@ def test_gradients_are_reduced_in_fp32(tmp_path):
         f"gradient error of bf16 weights: reduced in fp32 {error:.2e}, in bf16 {coarse_error:.2e}; bf16 sums add {alone:.1e}"
     )
     assert alone > 1e-3  # what fp32 buffers save, on top of what bf16 activations cost either way
-    assert error < 1.02 * coarse_error
+    assert error < 0.95 * coarse_error  # measured 0.87: bf16 activations cost about twice what bf16 sums do

@@ -10,6 +10,7 @@ Errors are of the class that the caller names, so that a message speaks of a con
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -19,7 +20,7 @@ import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,23 @@ class LineFile:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         while self._waiting:  # a disk that fills up takes a part, and the rest comes after it
             del self._waiting[: os.write(self._descriptor, self._waiting)]
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what a disk says while ``path`` is written into an error that a user can read.
+
+    Raises:
+        ConfigError: disk full, no permission, a name too long ...; names the path, and the file where that is another.
+    """
+    try:
+        yield
+    except (OSError, UnicodeEncodeError) as caught:
+        name = getattr(caught, "filename", None)
+        at = f" ({describe(os.fsdecode(name))})" if name is not None and os.fspath(path) != name else ""
+        full = getattr(caught, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = ": make room, or choose a place on another disk" if full else ""
+        raise ConfigError(f"cannot write {describe(path)}: {_reason(caught)}{at}{advice}") from caught
 
 
 def unique_temporary(path: Path) -> Path:

@@ -76,7 +76,7 @@ def _build(args: argparse.Namespace) -> int:
     from megatron_vlm.data.split import SplitSettings
     from megatron_vlm.training.progress import Bar
 
-    if args.image_root is not None and not Path(args.image_root).is_dir():
+    if args.image_root is not None and not os.path.isdir(args.image_root):
         raise ConfigError(f"--image-root {args.image_root} is not a folder")
     if args.workers is not None and args.workers < 0:
         raise ConfigError(f"--workers must be at least 0, got {args.workers}")
@@ -125,7 +125,7 @@ def _build(args: argparse.Namespace) -> int:
         groups = f"{report['components']} groups, the largest of {report['largest_component']} records"
         print(f"{Path(args.out, 'split.json')}: {share}: {groups}")
     rejected = Path(args.out, "rejected.jsonl")
-    if rejected.is_file():
+    if os.path.isfile(rejected):
         with rejected.open("rb") as lines:
             print(f"{rejected}: {sum(1 for _ in lines)} records are left out")
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_vlm.cli.paths import PathArgument
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.files import write_synced, writing
 
 
 def add_parsers(commands: Any) -> None:
@@ -89,7 +90,7 @@ def _found(args: argparse.Namespace) -> Iterator[str | DataError]:
         raise ConfigError("--split chooses among raw files: it goes with --format")
     if args.format is None:
         for path in paths:
-            if not Path(path).is_dir():
+            if not os.path.isdir(path):
                 raise ConfigError(f"{path} is no folder of shards: say what it is with --format")
             yield from check_folder(path, processor)
         return
@@ -124,7 +125,8 @@ def _preview(args: argparse.Namespace) -> int:
     processor = _processor(args.model, config)
     opened = open_data(config, processor, _sources(config, paths), seed=args.seed)
     page = preview_page(opened, processor, config, seed=args.seed, num_samples=args.samples)
-    _writable(args.out).write_text(page, encoding="utf-8")
+    with writing(args.out):
+        write_synced(_writable(args.out), page.encode("utf-8", "backslashreplace"))
     print(f"{args.out}: {len(page) / 1e6:.1f} MB")
     return 0
 
@@ -159,7 +161,7 @@ def _processor(model: str, config: Any) -> Any:
     from megatron_vlm.models.registry import family_of
 
     for folder in (Path(model), Path(model, "hf")):
-        if (folder / "config.json").is_file():
+        if os.path.isfile(folder / "config.json"):
             return family_of(read_json(folder / "config.json")).processor(folder, config)
     from megatron_vlm.conversion.source import open_source
 
@@ -169,6 +171,6 @@ def _processor(model: str, config: Any) -> Any:
 
 def _writable(path: str) -> Path:
     parent = Path(path).parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise ConfigError(f"{path} cannot be written: {parent} is no folder")
     return Path(path)

@@ -1,6 +1,7 @@
 """`megatron-vlm COMMAND ...`: finds the command; a user's error becomes one line and exit code 1, without a hang."""
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -24,6 +25,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; a failing rank of several ends its process at once (``_leave``)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # names that are no text are shown escaped, not a reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: megatron-vlm COMMAND ...\n")
         print("\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()))

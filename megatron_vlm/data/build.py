@@ -19,6 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -36,7 +37,7 @@ from megatron_vlm.data.split import Halves, SplitSettings, assign
 from megatron_vlm.data.tar_shards import TarJob, index_shard
 from megatron_vlm.data.video import check_settings
 from megatron_vlm.errors import ConfigError, DataError, Reason
-from megatron_vlm.files import sync_path, write_synced
+from megatron_vlm.files import sync_path, write_synced, writing
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
@@ -98,7 +99,7 @@ def build_shards(
         The manifest; with ``split`` the report, which holds both.
 
     Raises:
-        ConfigError: ``out`` holds something, or a setting cannot work.
+        ConfigError: ``out`` holds something or cannot be written, or a setting cannot work.
         DataError: records that cannot be used, with source and record number; ``OUT.rejected.jsonl`` lists all of them.
     """
     out = Path(out)
@@ -108,7 +109,7 @@ def build_shards(
         check_settings(source.video)
     settings: dict[str, Any] = {"samples_per_shard": samples_per_shard, "on_bad_sample": on_bad_sample}
     settings["split"] = dataclasses.asdict(split) if split else None
-    with partial_folder(out, fingerprint_of(sources, settings)) as folder:
+    with writing(out), partial_folder(out, fingerprint_of(sources, settings)) as folder:
         if folder is None:  # killed between its last step and the removal of its traces
             return json.loads((out / ("split.json" if split else MANIFEST)).read_text(encoding="utf-8"))
         build = _Build(sources, folder, samples_per_shard, num_workers, progress)
@@ -155,6 +156,8 @@ class _Build:
                 self._done(*where, work(item))
             while self.pending:
                 self._collect()
+        except BrokenProcessPool as error:
+            raise DataError("a process of the build was ended, for want of memory perhaps: lower --workers") from error
         finally:
             if self.pool is not None:
                 self.pool.shutdown(cancel_futures=True)
@@ -227,7 +230,7 @@ class _Build:
         A process takes as long to start as some hundred samples take.
         """
         done = self._done_file(halves, name)
-        if done.exists():
+        if os.path.exists(done):
             self._take(halves, name, json.loads(done.read_text(encoding="utf-8")))
         elif not self.workers:
             self._done(halves, name, make(job))
@@ -305,7 +308,7 @@ class _Build:
             self.report["realised_fraction"] = round(numbers["val"] / sum(numbers.values()), 6)
             write_synced(folder / "split.json", json.dumps(self.report, indent=1).encode())
         sync_path(folder)
-        if out.exists():
+        if os.path.exists(out):
             out.rmdir()
         os.rename(folder, out)
         sync_path(out.parent)

@@ -24,9 +24,9 @@ def partial_folder(out: Path, fingerprint: str) -> Iterator[Path | None]:
     The folder stays if this process is killed and goes away if it ends in any other way.
     """
     folder = out.parent / f".{out.name}.partial"
-    full = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    full = os.path.exists(out) and (not os.path.isdir(out) or any(out.iterdir()))
     known = folder / "build.json"
-    if full and not (known.is_file() and known.read_text() == fingerprint):
+    if full and not (os.path.isfile(known) and known.read_text() == fingerprint):
         with contextlib.suppress(OSError):
             folder.rmdir()  # empty: killed at its very last step
         raise ConfigError(f"{out} exists and is not an empty folder: remove it or choose another --out")
@@ -39,9 +39,9 @@ def partial_folder(out: Path, fingerprint: str) -> Iterator[Path | None]:
             raise ConfigError(f"another process builds {out} at this moment") from error
         try:
             if not full:
-                if not known.is_file() or known.read_text() != fingerprint:
+                if not os.path.isfile(known) or known.read_text() != fingerprint:
                     for name in ("build.json", "done", "out"):
-                        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(True)
+                        shutil.rmtree(folder / name) if os.path.isdir(folder / name) else (folder / name).unlink(True)
                     write_synced(known, fingerprint.encode())
                 for name in ("done", "out"):
                     (folder / name).mkdir(exist_ok=True)
@@ -62,8 +62,8 @@ def fingerprint_of(sources: Sequence[Source], settings: Mapping[str, Any]) -> st
     inputs = []
     for source in sources:
         path = Path(source.path)
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
+        files = sorted(p for p in path.rglob("*") if os.path.isfile(p)) if os.path.isdir(path) else [path]
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if os.path.exists(p)]
         inputs.append([dataclasses.asdict(source), stats])
     text = json.dumps([MANIFEST_VERSION, RECORDS_VERSION, inputs, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
@@ -23,15 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.dataset import MAX_OPEN, Dataset, Recent
+from megatron_vlm.data.dataset import MAX_OPEN, Dataset, Recent, read_table
 from megatron_vlm.data.mixture import Source
+from megatron_vlm.data.shards import table_bytes
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError, Reason
-from megatron_vlm.files import expand_path, unique_temporary
+from megatron_vlm.files import expand_path, open_regular, unique_temporary
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
 NO_LIMIT = 2**31 - 1
+_CRC = 4  # bytes after the table
 MANY = 20_000  # samples worth starting processes for: counting takes about a millisecond each
 COUNT_DTYPE = np.dtype(
     [
@@ -77,6 +80,7 @@ class TokenCounts:
             self._limits[Reason.TOO_LONG] = ("tokens", processor.seq_length)
             processor = dataclasses.replace(processor, seq_length=NO_LIMIT)  # type: ignore[type-var]
         self._fingerprint = processor.fingerprint[:16]
+        self._processor = processor
         self._cache = Path(cache_dir or expand_path("~/.cache/megatron_vlm"))
         self._paths: dict[int, Path] = {}
         number = len(dataset.shards)
@@ -117,11 +121,11 @@ class TokenCounts:
 
     def _find(self, shard: int) -> Path | None:
         for path in self._places(shard):
-            if path.is_file():
+            if os.path.isfile(path):
                 try:
-                    _check(np.load(path, mmap_mode="r", allow_pickle=False), self.dataset.shards[shard].num_samples)
+                    read_table(path, COUNT_DTYPE, self.dataset.shards[shard].num_samples)
                     return path
-                except (OSError, ValueError, EOFError) as error:
+                except DataError as error:
                     LOGGER.warning("token counts %s are counted again: %s", path, error)
         return None
 
@@ -152,7 +156,8 @@ class TokenCounts:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with temporary.open("wb") as file:
-                    np.save(file, counts, allow_pickle=False)
+                    file.write(table_bytes(counts))
+                    file.write(zlib.crc32(counts.tobytes()).to_bytes(_CRC, "little"))
                 os.replace(temporary, path)
                 return path
             except OSError as error:
@@ -164,7 +169,16 @@ class TokenCounts:
         )
 
     def _load(self, shard: int) -> NDArray[Any]:
-        return np.load(self._paths[shard], mmap_mode="r", allow_pickle=False)
+        table = read_table(self._paths[shard], COUNT_DTYPE, self.dataset.shards[shard].num_samples)
+        with open_regular(self._paths[shard], DataError) as file:
+            file.seek(-_CRC, os.SEEK_END)
+            sound = int.from_bytes(file.read(), "little") == zlib.crc32(table.tobytes())
+        if sound:
+            return table
+        LOGGER.warning("token counts %s are counted again: damaged, their crc32 differs", self._paths[shard])
+        table = count_shard(self.dataset, shard, self._processor)
+        self._paths[shard] = self._save(shard, table)
+        return table
 
 
 _job: list[Any] = []  # (dataset, processor) of a counting process: sent once, not with every shard
@@ -342,16 +356,21 @@ def _refuse(report: dict[str, Any], refused: dict[Reason, list[str]], config: Da
 
 
 def _describe(dataset: Dataset, shard: int, row: int, tokens: int) -> str:
+    name = sample_name(dataset, shard, row)
+    return f"{name} ({tokens} tokens)" if tokens else name
+
+
+def sample_name(dataset: Dataset, shard: int, row: int) -> str:
+    """Returns the key of a sample, or its place where it cannot be read."""
     try:
-        key = dataset.read_text(shard, row).key
+        return dataset.read_text(shard, row).key
     except DataError:
-        key = f"row {row} of {dataset.shards[shard].path}"
-    return f"{key} ({tokens} tokens)" if tokens else key
+        return f"row {row} of {dataset.shards[shard].path}"
 
 
 def _excluded_line(dataset: Dataset, shard: int, row: int, reason: Reason, tokens: int) -> dict[str, Any]:
     return {
-        "sample": _describe(dataset, shard, row, 0),
+        "sample": sample_name(dataset, shard, row),
         "shard": str(dataset.shards[shard].path),
         "offset": int(dataset.index(shard)[row]["offset"]),
         "reason": reason.text,
@@ -373,11 +392,6 @@ def _replacing(path: Path | None) -> Iterator[IO[str] | None]:
         finally:
             file.flush()
             os.replace(temporary, path)
-
-
-def _check(counts: NDArray[Any], length: int) -> None:
-    if counts.dtype != COUNT_DTYPE or len(counts) != length:
-        raise ValueError(f"{len(counts)} rows of {counts.dtype}, expected {length} of {COUNT_DTYPE}")
 
 
 def digest_of(text: str) -> str:

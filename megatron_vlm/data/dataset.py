@@ -1,7 +1,6 @@
 """Shard folders read as one list of samples: id -> (shard, row) -> RawSample; only shard counts stay in memory."""
 
 import hashlib
-import json
 import os
 import zlib
 from bisect import bisect_right
@@ -30,7 +29,9 @@ from megatron_vlm.data.shards import (
 from megatron_vlm.data.tar import BLOCK, parse_header
 from megatron_vlm.data.tar_shards import read_tar_sample
 from megatron_vlm.errors import DataError, Reason
+from megatron_vlm.files import open_regular, read_json
 
+_MOST = 2**48  # of samples, images or bytes of a shard
 MAX_OPEN = 128  # shards whose file and index stay open in each process
 TEXT_BYTES = 8192  # read at first for a sample's text: most fit
 _damaged = partial(DataError, reason=Reason.DAMAGED_SHARD)
@@ -226,7 +227,7 @@ class Dataset:
             yield
         except DataError as error:
             name, offset = str(self.shards[shard].path), int(entry["offset"])
-            raise error.at(key=error.key, shard=name, offset=offset) from error
+            raise error.at(key=error.key, shard=error.shard or name, offset=offset) from error
 
     def close(self) -> None:
         """Closes the files."""
@@ -243,25 +244,37 @@ class Dataset:
         return _open_array(info.beside(".images.npy"), IMAGE_DTYPE, info.num_images, info.index and info.index[1])
 
 
-def _open_array(path: Path, dtype: np.dtype, length: int, crc32: int | None) -> NDArray[Any]:
+def read_table(path: Path, dtype: np.dtype, length: int) -> NDArray[Any]:
+    """Maps an array of rows from disk.
+
+    Raises:
+        DataError: it cannot be read, or is not of ``length`` rows of ``dtype``.
+    """
+    open_regular(path, DataError).close()
     try:
         # An empty array cannot be mapped, and a text-only shard has one.
-        array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array: Any = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
+    except Exception as error:  # a damaged header is a small program text: whatever Python makes of it
         raise _damaged(f"cannot read the index: {error}", shard=str(path)) from error
-    if array.dtype != dtype or len(array) != length:
-        raise _damaged(
-            f"the index has {len(array)} rows of {array.dtype}, expected {length} of {dtype}", shard=str(path)
-        )
-    if crc32 is not None and zlib.crc32(array.view(np.uint8)) != crc32:
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (length,):
+        found = f"{array.shape} of {array.dtype}" if isinstance(array, np.ndarray) else "no array"
+        raise _damaged(f"the index has {found}, expected {length} rows of {dtype}", shard=str(path))
+    return array
+
+
+def _open_array(path: Path, dtype: np.dtype, length: int, crc32: int | None) -> NDArray[Any]:
+    array = read_table(path, dtype, length)
+    if crc32 is not None and zlib.crc32(array.tobytes()) != crc32:
         raise _damaged("damaged: the crc32 of the index differs from the manifest", shard=str(path))
     return array
 
 
 def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int, Fraction]]]:
     path = folder / MANIFEST
+    if not os.path.isfile(path):
+        raise _damaged(_no_manifest(folder), shard=str(folder))
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, DataError)
         if manifest["version"] != MANIFEST_VERSION:
             raise _damaged(f"version {manifest['version']} is not read here, only {MANIFEST_VERSION}", shard=str(path))
         layouts = [Layout(**layout) for layout in manifest.get("layouts", [])]
@@ -280,22 +293,33 @@ def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int,
             for item in manifest["shards"]
         ]
         sources = _read_sources(manifest.get("sources"), sum(shard.num_samples for shard in shards), folder.name)
-    except FileNotFoundError as error:
-        message = "no manifest.json: name a folder made by 'megatron-vlm data build'"
-        raise _damaged(message, shard=str(folder)) from error
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise _damaged(f"not a readable manifest: {error!r}", shard=str(path)) from error
     for shard in shards:
+        numbers = (shard.num_samples, shard.num_images, shard.num_bytes)
+        if not all(0 <= number < _MOST for number in numbers):
+            raise _damaged(f"shard {shard.name} has {numbers} samples, images and bytes", shard=str(path))
         if os.path.basename(shard.name) != shard.name:
             raise _damaged(f"shard name {shard.name} leads out of its folder", shard=str(path))
         try:
             size = os.stat(shard.tar or os.path.join(shard.folder, shard.name)).st_size
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a null byte in the name
             size = None
         if size != shard.num_bytes:
             found = "is missing" if size is None else f"has {size} bytes"
             raise _damaged(f"the shard {found}, the manifest says {shard.num_bytes} bytes", shard=str(shard.path))
     return shards, sources
+
+
+def _no_manifest(folder: Path) -> str:
+    """What to do about a path that is no folder of shards."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        formats = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "parquet", ".txt": "xcomposer"}
+        format = formats.get(folder.suffix.lower(), "llava | openai | internvl | xcomposer")
+        command = f"megatron-vlm data build --format {format} --input {folder} --out DIR"
+        return f"a file, and no folder of shards: build one first with `{command}`, and name DIR"
+    what = "no manifest.json" if os.path.isdir(folder) else "no such folder"
+    return f"{what}: name a folder made by 'megatron-vlm data build'"
 
 
 def _read_sources(items: Any, samples: int, folder: str) -> list[tuple[str, int, int, Fraction]]:

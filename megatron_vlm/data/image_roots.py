@@ -31,7 +31,7 @@ def wrong_root(sources: Sequence[Source]) -> str:
         if source.format == WEBDATASET:
             continue
         names = list(itertools.islice(names_of(source), _LOOKED_AT))
-        missing = [name for name in names if not Path(source.root, name).exists()]
+        missing = [name for name in names if not os.path.exists(os.path.join(source.root, name))]
         if names and 2 * len(missing) > len(names):
             root = source.root or "."
             looked = os.path.join(root, missing[0])
@@ -49,7 +49,7 @@ def _folder_with(source: Source, name: str) -> str | None:
     beside = Path(source.path).absolute().parent
     near = dict.fromkeys((beside, beside.parent, Path.cwd()))
     try:
-        inside = [folder for start in near for folder in sorted(start.iterdir()) if folder.is_dir()]
+        inside = [folder for start in near for folder in sorted(start.iterdir()) if os.path.isdir(folder)]
     except OSError:
         inside = []
-    return next((str(folder) for folder in (*near, *inside) if Path(folder, name).is_file()), None)
+    return next((str(folder) for folder in (*near, *inside) if os.path.isfile(os.path.join(folder, name))), None)

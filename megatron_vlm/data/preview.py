@@ -13,17 +13,24 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.counts import sample_name
 from megatron_vlm.data.images import decode_image
 from megatron_vlm.data.loader import OpenedData
 from megatron_vlm.data.plan import Item
 from megatron_vlm.data.reader import RowReader
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample
 from megatron_vlm.data.types import Processor
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, Reason, printable
 
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#edc948")
 _THUMBNAIL = 320
 _GAP = (128, 128, 128)  # between tiles
+# Nothing of a page may run or reach out, whatever its texts and names are.
+_POLICY = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+    "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
+)
+_LISTED = 50
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222;background:#fafafa}
 h1{font-size:1.4em}h2{font-size:1.1em;margin:2em 0 .4em}h3{font-size:1em;margin:0 0 .4em}
@@ -53,7 +60,7 @@ def preview_page(opened: OpenedData, processor: Processor, config: DataConfig, *
     reader = RowReader(opened.dataset, processor, config, seed=seed, multiple_of=1, fill_to=0)
     body, shown, number = [], 0, 0
     for epoch, window, item_number, item in islice(opened.stream.items(), num_samples):
-        if shown >= num_samples:
+        if shown >= num_samples or epoch:  # what a second epoch reads is the same again
             break
         body.append(_row(opened, reader, processor, config, (epoch, window, item_number), item, shown))
         shown += len(item.ids)
@@ -63,15 +70,41 @@ def preview_page(opened: OpenedData, processor: Processor, config: DataConfig, *
         f"{source.name} x {float(source.per_epoch / source.samples):.4g}" for source in opened.mixture.sources
     )
     head = (
-        f"<h1>{html.escape(sources)}</h1><p>{len(opened.dataset):,} samples; here the first {shown} of an epoch, as {number} "
+        f"<h1>{html.escape(sources)}</h1><p>{len(opened.dataset):,} samples; here {_how_many(opened, shown)}, as {number} "
         f'{kind}. <span class="s">Supervised tokens</span> are what the loss is taken on; <span class="i">image tokens</span> '
         "are replaced by image features. A dashed frame is an image as it is stored, the frames beside it are what the tower "
-        "gets of the sample, tiles apart.</p>"
+        f"gets of the sample, tiles apart.</p>{_excluded(opened)}"
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data preview</title><style>{_STYLE}</style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{_POLICY}<title>Data preview</title><style>{_STYLE}</style>'
         f"<body>{head}{''.join(body)}</body></html>\n"
     )
+
+
+def _how_many(opened: OpenedData, shown: int) -> str:
+    total = sum(int((opened.counts.shard(shard)["reason"] == 0).sum()) for shard in range(len(opened.dataset.shards)))
+    usual = all(source.per_epoch == source.samples for source in opened.mixture.sources)
+    if usual and shown >= total:
+        return f"all {shown} that can be used" if total < len(opened.dataset) else f"all {shown}"
+    return f"the first {shown} of an epoch"
+
+
+def _excluded(opened: OpenedData) -> str:
+    """The samples that a run leaves out, with the reason of each: they stand in no row."""
+    lines, number = [], 0
+    for shard in range(len(opened.dataset.shards)):
+        reasons = opened.counts.shard(shard)["reason"]
+        for row in np.flatnonzero(reasons).tolist():
+            number += 1
+            if number <= _LISTED:
+                reason = Reason.numbered(int(reasons[row]))
+                lines.append(
+                    f"<li>{html.escape(sample_name(opened.dataset, shard, row))}: {html.escape(reason.words)}</li>"
+                )
+    if not number:
+        return ""
+    more = f"<li>and {number - _LISTED:,} more</li>" if number > _LISTED else ""
+    return f'<p class="bad">{number:,} samples are left out of training:</p><ul class="bad">{"".join(lines)}{more}</ul>'
 
 
 def _row(
@@ -108,7 +141,7 @@ def _sample(
     opened: OpenedData, reader: RowReader, processor: Processor, sample_id: int, tokens: int, epoch: int
 ) -> str:
     shard, row = opened.dataset.locate_one(sample_id)
-    where = f"{opened.dataset.shards[shard].path.name}, sample {row}"
+    where = html.escape(printable(f"{opened.dataset.shards[shard].path.name}, sample {row}"))
     try:
         sample = reader.sample(sample_id, tokens, epoch)
         raw = opened.dataset.read(sample_id)

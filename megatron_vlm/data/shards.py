@@ -11,6 +11,7 @@ this machine. Tars of other tools are indexed where they lie (``tar`` in the man
 """
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_vlm.data.formats.json_file import strict_decoder
 from megatron_vlm.data.formats.records import (
@@ -181,11 +183,18 @@ def save_index(stem: Path, samples: Sequence[tuple[int, ...]], images: Sequence[
     for suffix, rows, dtype in ((".samples.npy", samples, SAMPLE_DTYPE), (".images.npy", images, IMAGE_DTYPE)):
         table = np.array(rows, dtype=dtype)
         with stem.with_name(stem.name + suffix).open("wb") as file:
-            np.save(file, table, allow_pickle=False)
+            file.write(table_bytes(table))
             file.flush()
             os.fsync(file.fileno())
         sums.append(zlib.crc32(table.tobytes()))
     return sums
+
+
+def table_bytes(table: NDArray[Any]) -> bytes:
+    """Returns an array as a file of numpy's: written by numpy itself, a full disk would lose its errno."""
+    buffer = io.BytesIO()
+    np.save(buffer, table, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def parse_text(name: str, content: bytes) -> RawSample:

@@ -4,6 +4,7 @@ records --join those that share a group or an image--> components --keyed order-
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,7 @@ def _files(source: Source, record: Record) -> list[str | bytes]:
     files = [image if isinstance(image, bytes) else str(Path(source.root, image)) for image in record.images]
     for video in record.videos:
         path = Path(source.root, video)
-        files += sorted(map(str, path.iterdir())) if path.is_dir() else [str(path)]
+        files += sorted(map(str, path.iterdir())) if os.path.isdir(path) else [str(path)]
     return files
 
 
@@ -165,7 +166,7 @@ def _digest(source: Source, image: str | bytes, digests: dict[str, bytes]) -> by
     if image not in digests:
         digest = hashlib.blake2b(digest_size=16)
         try:
-            if not Path(image).is_file():
+            if not os.path.isfile(image):
                 raise OSError("not a file")
             with open(image, "rb") as file:
                 while block := file.read(CHUNK):

@@ -4,6 +4,7 @@ index + token counts --collect--> arrays --describe--> text
                                          --plot-----> PNG of histograms
 """
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.counts import survey
 from megatron_vlm.data.loader import OpenedData
+from megatron_vlm.files import write_synced, writing
 
 _PANEL = (520, 300)
 _BLUE, _GREY, _BLACK = (66, 113, 174), (205, 205, 205), (30, 30, 30)
@@ -126,7 +128,7 @@ def describe(stats: Statistics) -> str:
 
 
 def plot(stats: Statistics, path: str | Path) -> None:
-    """Writes histograms as a PNG: lengths, images, sizes, supervised share, patches, row fill."""
+    """Writes histograms as a PNG: lengths, images, sizes, supervised share, patches, row fill; ConfigError where it cannot."""
     share = stats.supervised / np.maximum(1, stats.tokens)
     panels = [
         ("tokens a sample", stats.tokens, None),
@@ -143,7 +145,10 @@ def plot(stats: Statistics, path: str | Path) -> None:
     for index, (title, values, limits) in enumerate(panels):
         place = (index % across * _PANEL[0], index // across * _PANEL[1])
         page.paste(_histogram(title, np.asarray(values, dtype=np.float64), limits), place)
-    page.save(path, "PNG")
+    file = io.BytesIO()
+    page.save(file, "PNG")
+    with writing(path):
+        write_synced(Path(path), file.getvalue())
 
 
 def _histogram(title: str, values: NDArray[np.float64], limits: Sequence[float] | None) -> Image.Image:
@@ -160,10 +165,10 @@ def _histogram(title: str, values: NDArray[np.float64], limits: Sequence[float] 
     edges = np.arange(low - 0.5, high + 1) if whole else np.linspace(low, high if high > low else low + 1, _BARS + 1)
     heights, edges = np.histogram(values, edges)
     most = int(heights.max())
-    for step in (0.5, 1.0):
-        y = bottom - step * (bottom - top)
+    for count in heights_marked(most):
+        y = bottom - count / most * (bottom - top)
         draw.line((left, y, right, y), fill=_GREY)
-        draw.text((left - 6, y), f"{round(most * step):,}", fill=_BLACK, font=small, anchor="rm")
+        draw.text((left - 6, y), f"{count:,}", fill=_BLACK, font=small, anchor="rm")
     width = (right - left) / len(heights)
     for number, height in [(n, h) for n, h in enumerate(heights.tolist()) if h]:
         x = left + number * width
@@ -171,15 +176,27 @@ def _histogram(title: str, values: NDArray[np.float64], limits: Sequence[float] 
     first, last = (edges[0] + 0.5, edges[-1] - 0.5) if whole else (edges[0], edges[-1])
     inset = width / 2 if whole else 0
     for x, value in ((left + inset, first), ((left + right) / 2, (first + last) / 2), (right - inset, last)):
-        draw.text((x, bottom + 8), f"{value:,.4g}", fill=_BLACK, font=small, anchor="ma")
-    draw.text((right, top - 14), f"median {np.median(values):,.4g}", fill=_BLACK, font=small, anchor="rm")
+        draw.text((x, bottom + 8), in_figures(value), fill=_BLACK, font=small, anchor="ma")
+    draw.text((right, top - 14), f"median {in_figures(float(np.median(values)))}", fill=_BLACK, font=small, anchor="rm")
     return panel
+
+
+def heights_marked(most: int) -> list[int]:
+    """Returns the counts that lines stand at: whole ones, each at its own height."""
+    return [most // 2, most] if most > 1 else [most]
+
+
+def in_figures(value: float) -> str:
+    """Returns a number as a label has it: whole ones whole, others with at least four figures that count."""
+    if value == round(value):
+        return f"{round(value):,}"
+    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _spread(values: NDArray[np.int64]) -> str:
     if not values.size:
         return "none"
-    low, middle, high = (int(x) for x in np.percentile(values, (5, 50, 95)))
+    low, middle, high = (round(x) for x in np.percentile(values, (5, 50, 95)))
     least, most = values.min(), values.max()
     return (
         f"{values.mean():,.1f} mean; {least:,} least, {low:,} / {middle:,} / {high:,} at 5 / 50 / 95 %, {most:,} most"

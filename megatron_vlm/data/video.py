@@ -43,12 +43,12 @@ def read_frames(root: str | Path, name: str, settings: VideoSettings) -> list[tu
         DataError: too few frames, not a video, damaged, or beyond a limit.
     """
     path = Path(root, name)
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted((p for p in path.iterdir() if p.suffix.lower() in FRAME_FILES), key=_by_numbers)
         wanted = spread(len(files), settings, f"video {path}")
         return [(f"{name}/{files[i].name}", read_image_file(files[i])) for i in wanted]
-    if not path.is_file():
-        message = f"cannot read video {path}: {'not a regular file' if path.exists() else 'No such file'}"
+    if not os.path.isfile(path):
+        message = f"cannot read video {path}: {'not a regular file' if os.path.exists(path) else 'No such file'}"
         raise DataError(message, reason=Reason.MISSING_IMAGE)
     return [(f"{name}#{index}", data) for index, data in _decode(path, settings)]
 

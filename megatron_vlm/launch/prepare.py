@@ -72,14 +72,14 @@ class Inputs:
     @property
     def built(self) -> bool:
         """The shards are there, and no image has changed since they were built."""
-        if self.shards is None or not (self.shards / MANIFEST).is_file():
+        if self.shards is None or not os.path.isfile(self.shards / MANIFEST):
             return False
         return _listed(self.shards) == [list(image) for image in self.images]
 
     @property
     def bytes(self) -> int:
         """About what the shards take."""
-        tables = sum(Path(source.path).stat().st_size for source in self.sources if Path(source.path).is_file())
+        tables = sum(Path(source.path).stat().st_size for source in self.sources if os.path.isfile(source.path))
         return tables + sum(max(0, size) for _, size, _ in self.images)
 
 
@@ -96,11 +96,11 @@ def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, record_f
     """
     folders, sources = [], []
     for path in expand_inputs(inputs):
-        if not Path(path).exists():
+        if not os.path.exists(path):
             raise ConfigError(
                 f"{path} does not exist: name a json, jsonl, data.txt or meta.json file, or a shard folder"
             )
-        if (Path(path) / MANIFEST).is_file():
+        if os.path.isfile(Path(path) / MANIFEST):
             folders.append(path)
         else:
             sources += _sources_of(path, launch, record_format)
@@ -141,7 +141,7 @@ def tell_format(path: str, record_format: str) -> str:
     by_suffix = {".txt": "xcomposer", ".parquet": "parquet", ".tar": WEBDATASET}
     if suffix in by_suffix:
         return by_suffix[suffix]
-    if Path(path).is_dir() or suffix not in (".json", ".jsonl"):
+    if os.path.isdir(path) or suffix not in (".json", ".jsonl"):
         raise ConfigError(
             f"{path} is neither a shard folder ({MANIFEST}) nor a json, jsonl, txt, parquet or tar file; {known}"
         )
@@ -174,7 +174,7 @@ def _root_of(source: Source) -> str:
     beside = str(Path(source.path).parent / source.root)
     for name in itertools.islice(names_of(source), _SNIFFED):
         for root in (beside, source.root or "."):
-            if Path(root, name).exists():
+            if os.path.exists(os.path.join(root, name)):
                 return root
     return beside
 
@@ -216,7 +216,7 @@ def _digest(sources: Sequence[Source]) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         else:
-            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            files = sorted(p for p in path.rglob("*") if os.path.isfile(p)) if os.path.isdir(path) else [path]
             digest.update(json.dumps(_states([str(file) for file in files])).encode())
     return digest.hexdigest()[:24]
 
@@ -262,7 +262,7 @@ def _build(inputs: Inputs, config: DataConfig) -> None:
     listing = inputs.shards.with_suffix(".images")
     inputs.shards.parent.mkdir(parents=True, exist_ok=True)
     listing.unlink(missing_ok=True)
-    if inputs.shards.exists():
+    if os.path.exists(inputs.shards):
         shutil.rmtree(inputs.shards)  # an image has changed
     with Bar(f"building {inputs.name}", None) as bar:
         build_shards(
@@ -281,7 +281,7 @@ def _check_folders(report: Report, inputs: Inputs, config: DataConfig, processor
     for folder in inputs.folders:
         manifest = Path(folder, MANIFEST).read_bytes()
         mark = cache / "checked" / hashlib.sha256(manifest + processor.fingerprint.encode()).hexdigest()[:24]
-        if mark.is_file():
+        if os.path.isfile(mark):
             continue
         before = len(report.failed)
         with Bar(f"checking {folder}", None) as bar:
@@ -337,7 +337,7 @@ def _rejected(inputs: Inputs) -> list[dict[str, Any]]:
     """Records that the build left out."""
     assert inputs.shards is not None
     path = inputs.shards / REJECTED
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if os.path.isfile(path) else []
 
 
 def _tell_rejected(report: Report, inputs: Inputs, config: DataConfig) -> None:

@@ -25,16 +25,6 @@ def processor_settings(hf_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, settings.get("image_processor") or (read_json(images) if images.is_file() else {})
 
 
-def chat_template(hf_dir: Path) -> str | None:
-    """Returns the processor's chat template, from wherever transformers has kept it over the years."""
-    if (hf_dir / "chat_template.jinja").is_file():
-        return (hf_dir / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
-        if (hf_dir / name).is_file() and "chat_template" in (settings := read_json(hf_dir / name)):
-            return settings["chat_template"]
-    return None
-
-
 def load_tokenizer(hf_dir: Path, **options: Any) -> Any:
     """Loads the tokenizer as transformers does, with ``options`` of its own; no code of the folder is run.
 

@@ -22,8 +22,9 @@ from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
+from megatron_vlm.models.chat_template import chat_template
 from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
-from megatron_vlm.models.processor_files import chat_template, generation_stops
+from megatron_vlm.models.processor_files import generation_stops
 
 LOGGER = get_logger(__name__)
 ALIASES = {"[UNUSED_TOKEN_146]": "<|im_start|>", "[UNUSED_TOKEN_145]": "<|im_end|>"}

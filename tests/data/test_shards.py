@@ -117,7 +117,7 @@ def test_failed_build_leaves_nothing(tmp_path, make_digits):
     (path.parent / "9.png").unlink()
     with pytest.raises(DataError, match=r"record 9.*9\.png: No such file"):
         build(path, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.rejected.jsonl"]
 
 
 def test_full_folder_is_not_overwritten(small):

@@ -5,6 +5,7 @@ inputs (files, globs) --expand--> Sources --rows--> json values --parse--> Recor
 
 import glob
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ def expand_inputs(inputs: Sequence[str | Path], part: str = "") -> list[str]:
     """
     paths: list[str] = []
     for name in map(str, inputs):
-        if Path(name).exists() or not glob.has_magic(name):
+        if os.path.exists(name) or not glob.has_magic(name):
             paths.append(name)
             continue
         base, found = _matches(name)
@@ -91,7 +92,10 @@ def _matches(pattern: str) -> tuple[Path, list[Path]]:
     parts = Path(pattern).parts
     first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     base = Path(*parts[:first])
-    found = sorted(base.glob(str(Path(*parts[first:]))))
+    try:
+        found = sorted(base.glob(str(Path(*parts[first:]))))
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise ConfigError(f"--input {pattern}: {error}") from error
     hidden = any(part.startswith(".") for part in parts[first:])
     return base, [p for p in found if hidden or not any(n.startswith(".") for n in p.relative_to(base).parts)]
 
@@ -111,7 +115,7 @@ def open_sources(
         ConfigError, DataError: an input, list or meta file that cannot be used.
     """
     check_format(format)
-    files = [item for item in map(str, inputs) if not Path(item).is_dir() and not glob.has_magic(item)]
+    files = [item for item in map(str, inputs) if not os.path.isdir(item) and not glob.has_magic(item)]
     if settings.get("part") and len(files) == len(inputs):
         raise ConfigError(
             f"--split {settings['part']} chooses among the files of a folder or a glob: {files[0]} is one file"
@@ -134,7 +138,7 @@ def open_sources(
 
 def _note(source: Source) -> str:
     """What is to be said of the splits of a folder; of one that cannot be read, whoever reads it says so."""
-    if not Path(source.path).is_dir():
+    if not os.path.isdir(source.path):
         return ""
     try:
         if source.format == "parquet":
@@ -150,7 +154,7 @@ def guess_records(sources: Sequence[Source]) -> int | None:
     for source in sources:
         mark = None if source.format == WEBDATASET else FORMATS[source.format].mark
         path = Path(source.path)
-        if mark is None or not path.is_file():
+        if mark is None or not os.path.isfile(path):
             return None
         lines = path.suffix.lower() in JSON_LINES
         mark = b"\n" if lines else mark

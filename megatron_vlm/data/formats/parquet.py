@@ -8,6 +8,7 @@ as parquet files in the order of their names; of its splits one is read: see ``s
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,10 @@ def files_of(path: Path, part: str = "") -> Choice:
     Raises:
         DataError: none.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return Choice(files=(path,))
     several = path / "dataset_dict.json"
-    if several.is_file():
+    if os.path.isfile(several):
         names = read_json(several, DataError).get("splits")
         if not isinstance(names, list) or any(not isinstance(n, str) or n != Path(n).name for n in names) or not names:
             raise DataError("not a readable dataset_dict.json", shard=str(several))
@@ -122,7 +123,7 @@ def files_of(path: Path, part: str = "") -> Choice:
         note = f"{path}: of its splits {name} is read, not {left}; --split reads another" if left else ""
         return dataclasses.replace(files_of(path / name), note=note)
     state = path / "state.json"
-    if state.is_file():
+    if os.path.isfile(state):
         try:
             names = [item["filename"] for item in read_json(state, DataError)["_data_files"]]
             if any("/" in name or name.startswith(".") for name in names):

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_vlm.data.formats import keys
 from megatron_vlm.data.sample import IMAGE_PLACEHOLDER as IMAGE_PLACEHOLDER
 from megatron_vlm.data.sample import Turn
-from megatron_vlm.errors import DataError, Reason
+from megatron_vlm.errors import DataError, Reason, printable
 
 VIDEO_PLACEHOLDER = "<video>"
 RECORDS_VERSION = 2  # of what records mean: shards that were built of the same files with another one are built anew
@@ -66,7 +66,7 @@ class Source:
     @property
     def title(self) -> str:
         """Its name in the manifest."""
-        return self.name or Path(self.path).name
+        return printable(self.name or Path(self.path).name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,8 @@ def choose_in(folder: Path, suffixes: Sequence[str], part: str) -> Choice:
         DataError: no file is of the split, or a card with several configurations.
     """
     files: list[Path] = []
+    if not os.path.isdir(folder):
+        return Choice(files=())
     for suffix in suffixes:
         files = files or sorted(folder.rglob(f"*{suffix}"))
     if not files or part == ALL:
@@ -118,7 +120,7 @@ def _chosen(
 
 def _card(folder: Path, files: Sequence[Path]) -> dict[str | None, list[Path]]:
     """split -> files by the ``configs`` of a dataset card; empty: it has none, or they match none of the files."""
-    configs = _configs(folder / CARD) if (folder / CARD).is_file() else []
+    configs = _configs(folder / CARD) if os.path.isfile(folder / CARD) else []
     if not configs:
         return {}
     chosen = [c for c in configs if len(configs) == 1 or c.get("default") is True or c.get("config_name") == "default"]

@@ -230,8 +230,8 @@ def samples_of_tar(
     Raises:
         DataError: the tar is missing, or damaged as a whole.
     """
-    if not path.is_file():
-        message = "the tar is no regular file" if path.exists() else "the tar is missing"
+    if not os.path.isfile(path):
+        message = "the tar is no regular file" if os.path.exists(path) else "the tar is missing"
         raise DataError(message, reason=Reason.DAMAGED_SHARD, shard=str(path))
     index = index_tar(path)
     names = index.names()
@@ -326,19 +326,24 @@ def open_tars(source: Source) -> tuple[Layout, list[Path]]:
     path = Path(source.path)
     if path.suffix.lower() in (".yaml", ".yml"):
         raise refuse_metadataset(path)
-    if (path / ".nv-meta").is_dir():
+    if os.path.isdir(path / ".nv-meta"):
         kind, fields, found = read_energon(path, source.part)
         layout = Layout(kind=kind, fields=fields, prepend=source.prepend)
-        return layout, [Path(os.path.realpath(tar)) for tar in found]
+        return layout, [_real(tar) for tar in found]
     tars = tars_of(source).files
     if not tars:
         raise DataError("a folder without .tar files", shard=str(path))
-    return Layout(prepend=source.prepend), [Path(os.path.realpath(tar)) for tar in tars]
+    return Layout(prepend=source.prepend), [_real(tar) for tar in tars]
+
+
+def _real(tar: Path) -> Path:
+    """The file itself, links followed; of a name that cannot be, whoever opens it says so."""
+    return Path(os.path.realpath(tar)) if os.path.exists(tar) else tar
 
 
 def tars_of(source: Source) -> Choice:
     """Returns the tars of an input that is not Energon's, in order, and what to say of its splits."""
     path = Path(source.path)
-    if (path / ".nv-meta").is_dir():
+    if os.path.isdir(path / ".nv-meta"):
         return Choice(files=())
-    return choose_in(path, (".tar",), source.part) if path.is_dir() else Choice(files=(path,))
+    return choose_in(path, (".tar",), source.part) if os.path.isdir(path) else Choice(files=(path,))

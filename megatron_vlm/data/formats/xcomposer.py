@@ -5,6 +5,7 @@ data/a json file.json 2.5        2.5 x 1000 samples of it an epoch, however many
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,6 @@ def located(name: str, beside: Path) -> str:
         DataError: it is in neither.
     """
     for candidate in (beside.parent / name, Path(name)):
-        if candidate.exists():
+        if os.path.exists(candidate):
             return str(candidate)
     raise DataError(f"{name} is neither in {beside.parent} nor in the current folder")

@@ -26,10 +26,10 @@ from megatron_vlm.data.images import quarters, size_within
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, Reason
 from megatron_vlm.log import get_logger
+from megatron_vlm.models.chat_template import chat_template, render
 from megatron_vlm.models.conversation import ConversationProcessor, Size, data_fields
 from megatron_vlm.models.pixels import HALF, NormalisedPixels, pixel_fields
 from megatron_vlm.models.processor_files import (
-    chat_template,
     check_image_settings,
     generation_stops,
     load_tokenizer,
@@ -180,7 +180,7 @@ def _tokens_of(hf_dir: Path, model: dict[str, Any]) -> dict[str, Any]:
     tokenizer.add_special_tokens({"additional_special_tokens": [FAKE, IMAGE, *([END] if end == END else [])]})
     template = chat_template(hf_dir)
     if template is not None:
-        text = tokenizer.apply_chat_template(_PROBE, chat_template=template, tokenize=False)
+        text = render(template, _PROBE, hf_dir, **tokenizer.special_tokens_map)
         wanted = f"User:{IMAGE}a{END}\nAssistant: b{END}\n"
         if text != wanted:
             raise ConfigError(f"{hf_dir} has a chat template that is not Idefics2's: it makes {text!r}, not {wanted!r}")

@@ -185,6 +185,8 @@ class RowLoader:
         Raises:
             ConfigError: their names, sizes and shares.
         """
+        if all(source.per_epoch >= 1 for source in self._mixture.sources):
+            return  # rows are not counted, which takes a while where they are packed
         if epochs is None:
             items = self._stream.count_rows() if self._config.packing else self.samples_per_epoch
             epochs = steps * self._batch / items

@@ -78,7 +78,7 @@ def test_a_checkpoint_that_will_not_fit_is_found_before_the_first_step(command, 
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_a_source_that_the_run_never_reads(command, train_data):
+def test_a_source_that_is_never_read(command, train_data):
     for text in errors(command("out", "--train-iters 2", f"--data-path 1 {train_data} 0.0001 {train_data}")):
         wanted = rf"ConfigError: .*1 epoch\) never reads.*{train_data} \(2\): \d+ samples, share 0\.0\d+ of a sample an epoch"
         assert re.search(wanted, text, re.DOTALL), text

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_vlm.conversion.source import load_into, open_source
+from megatron_vlm.conversion.load import load_into
+from megatron_vlm.conversion.source import open_source
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
 from megatron_vlm.models.vlm import ModelOptions, build_model
 from megatron_vlm.parallel import cpu

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from megatron_vlm.conversion.load import load_stages
 from megatron_vlm.conversion.mapping import DerivedTensors, HFModel, TensorInfo
-from megatron_vlm.conversion.source import HFSource, load_stages
+from megatron_vlm.conversion.source import HFSource
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.models import registry
 from megatron_vlm.models.vlm import ModelOptions, global_named_modules

@@ -20,7 +20,7 @@ import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ MAX_TEXT_BYTES = 256 << 20
 """Largest file read as one text: a tokenizer.json has tens of megabytes, an index of a very large model a few."""
 
 LOGGER_NAME = "megatron_vlm"
+_LFS = b"version https://git-lfs.github.com/spec"
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
@@ -95,12 +96,33 @@ def read_bytes(
     """
     with open_regular(path, error) as file:
         try:
-            data = file.read(max_bytes + 1)
+            # As many bytes as there are: room for all that is asked for is taken before any of it is read.
+            data = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
+            while len(data) <= max_bytes and (more := file.read(1 << 20)):  # it grows, or does not know its size
+                data += more
         except OSError as caught:
             raise error(f"cannot read {describe(path)}: {_reason(caught)}") from caught
     if len(data) > max_bytes:
         raise error(f"{describe(path)} has more than {max_bytes:,} bytes, the limit for such a file")
     return data
+
+
+def lfs_pointer(data: bytes) -> bool:
+    """Whether the first bytes of a file are those of a Git LFS pointer, which stands where ``git clone`` left the file out."""
+    return data.startswith(_LFS)
+
+
+def refuse_lfs_pointer(path: str | os.PathLike, data: bytes, error: type[MegatronVLMError] = ConfigError) -> None:
+    """Refuses a Git LFS pointer in place of a file that begins with ``data``.
+
+    Raises:
+        MegatronVLMError: of class ``error``: it is one; the message says how the file is fetched.
+    """
+    if lfs_pointer(data):
+        folder = describe(Path(path).parent)
+        raise error(
+            f"{describe(path)} is a Git LFS pointer, not the file itself: fetch it with `git -C {folder} lfs pull`"
+        )
 
 
 def read_text(
@@ -119,6 +141,7 @@ def read_json_value(
 ) -> Any:
     """Reads any JSON value; the same errors, and one for what is not JSON."""
     text = read_text(path, error, max_bytes)
+    refuse_lfs_pointer(path, text[:64].encode(errors="replace"), error)
     try:
         return json.loads(text)
     except ValueError as caught:
@@ -281,6 +304,44 @@ def remove_abandoned(path: Path) -> None:
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
+
+
+def check_output(
+    out: str | os.PathLike,
+    sources: Iterable[str | os.PathLike],
+    what: str,
+    error: type[MegatronVLMError] = ConfigError,
+    *,
+    around: bool = False,
+) -> None:
+    """Refuses an output that is one of the folders it is made from, lies in one, or holds one; links are followed.
+
+    Such an output would be copied into itself, be read as part of its source, or take the place of it.
+
+    Args:
+        out: need not exist.
+        sources: folders; what does not exist, as a hub id, is passed over.
+        what: the setting that names ``out``.
+        error: class of the error.
+        around: ``out`` may hold a source.
+
+    Raises:
+        MegatronVLMError: of class ``error``, naming both.
+    """
+    target = Path(os.path.realpath(out))
+    for source in sources:
+        real = Path(os.path.realpath(source))
+        if not real.is_dir():
+            continue
+        if target == real:
+            problem = "is the folder"
+        elif target.is_relative_to(real):
+            problem = "lies in the folder"
+        elif real.is_relative_to(target) and not around:
+            problem = "holds the folder"
+        else:
+            continue
+        raise error(f"{what} {describe(out)} {problem} {describe(source)} that it is made from: choose another place")
 
 
 def process_lives(pid: int) -> bool:

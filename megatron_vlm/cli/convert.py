@@ -66,12 +66,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--base", metavar="DIR", action=PathArgument, help="with adapters: the model that is named as their base"
     )
     _add_dtype(parser)
+    _add_verify_hashes(parser)
     parser.set_defaults(run=_run_pth2hf)
     _add_verify(commands)
 
 
+def _add_verify_hashes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-verify-hashes",
+        dest="verify_hashes",
+        action="store_false",
+        help="trust the files that are read: compare their sizes alone with what was recorded, not their digests",
+    )
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
     _add_dtype(parser)
+    _add_verify_hashes(parser)
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: 5GB)"
     )
@@ -136,6 +147,7 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--pp", "--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="pipeline stages"
     )
     _add_dtype(parser)
+    _add_verify_hashes(parser)
     quantize = parser.add_argument_group("4 bits (for QLoRA)")
     quantize.add_argument(
         "--quantize", choices=("nf4",), help="keep linears in 4 bits; --dtype is what runs compute in"
@@ -203,6 +215,7 @@ def _run_hf2mg(args: argparse.Namespace) -> int:
         quantize=args.quantize,
         double_quant=not args.no_double_quant,
         quantize_groups=args.quantize_groups or ("llm",),
+        verify_hashes=args.verify_hashes,
     )
     return 0
 
@@ -237,6 +250,7 @@ def _run_mg2hf(args: argparse.Namespace) -> int:
         adapter_only=args.adapter_only,
         merge=args.merge,
         base=args.base,
+        verify_hashes=args.verify_hashes,
     )
     return 0
 
@@ -244,7 +258,8 @@ def _run_mg2hf(args: argparse.Namespace) -> int:
 def _run_merge(args: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import merge
 
-    merge(args.base, args.adapter, args.out, dtype=args.dtype, max_shard_size=args.max_shard_size, layout=args.layout)
+    settings = {name: getattr(args, name) for name in ("dtype", "max_shard_size", "layout", "verify_hashes")}
+    merge(args.base, args.adapter, args.out, **settings)
     return 0
 
 
@@ -264,11 +279,12 @@ def _run_pth2hf(args: argparse.Namespace) -> int:
             f"{load} was written by XTuner: `hf2mg --llm DIR --vision DIR --projector {load}` takes its projector; pth2hf "
             "takes a checkpoint of megatron-vlm"
         )
-    with open_source(load) as source:
+    with open_source(load, verify_hashes=args.verify_hashes) as source:
         adapted, layout = source.kind == "adapted", "xtuner" if "xtuner" in source.spec.exports else None
     if args.base is not None and not adapted:
         raise ConfigError(f"--base {args.base}: {load} is a whole model, which has no base: leave it out")
-    mg2hf(load, out, dtype=args.dtype, layout=layout, adapter_only=adapted, base=args.base)
+    settings = {name: getattr(args, name) for name in ("dtype", "base", "verify_hashes")}
+    mg2hf(load, out, layout=layout, adapter_only=adapted, **settings)
     return 0
 
 

@@ -162,11 +162,11 @@ def _processor(model: str, config: Any) -> Any:
 
     for folder in (Path(model), Path(model, "hf")):
         if os.path.isfile(folder / "config.json"):
-            return family_of(read_json(folder / "config.json")).processor(folder, config)
+            return family_of(read_json(folder / "config.json")).open_processor(folder, config)
     from megatron_vlm.conversion.source import open_source
 
     source = open_source(model)
-    return source.spec.processor(source.hf_dir, config)
+    return source.spec.open_processor(source.hf_dir, config)
 
 
 def _writable(path: str) -> Path:

@@ -16,6 +16,12 @@ def run(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="Hugging Face model, Megatron weights, a checkpoint or an adapter")
     add("--base", metavar="DIR", help="the base of an adapter (default: where its files say)")
+    add(
+        "--no-verify-hashes",
+        dest="verify_hashes",
+        action="store_false",
+        help="trust the files: sizes alone are compared",
+    )
     add("--family", help="checked against what --load holds")
     add("--prompt", metavar="TEXT", help="a question; <image> marks an image's place, else images come first")
     add("--image", nargs="+", default=[], metavar="FILE", help="images of --prompt, in order")
@@ -42,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     prompt = {"text": args.prompt, "images": args.image, "system": args.system}
     values = {
         name: getattr(args, name)
-        for name in ("load", "base", "family", "format", "image_root", "out", "limit", "precision")
+        for name in ("load", "base", "verify_hashes", "family", "format", "image_root", "out", "limit", "precision")
     }
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")}
     config = GenerateConfig.from_dict(

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFWriter, copy_hf_files, list_names, resolve_directory
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFWriter, list_names, resolve_directory
 from megatron_vlm.conversion.mapping import DerivedTensors, Entry, HFModel, TensorInfo
 from megatron_vlm.conversion.megatron_dir import write_config, write_megatron
+from megatron_vlm.conversion.model_folder import copy_hf_files
 from megatron_vlm.conversion.safetensors_io import PARAMS_DTYPES, aligned_order, atomic_directory, cast
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_hf, open_source
 from megatron_vlm.conversion.torch_files import load_weights_only
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
-from megatron_vlm.files import read_json
+from megatron_vlm.files import check_output, read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models import registry
 from megatron_vlm.models.processor_files import add_stops
@@ -50,6 +51,7 @@ def open_model(
     projector: str | os.PathLike | None = None,
     end_of_utterance: bool = False,
     assemble: dict[str, Any] | None = None,
+    verify_hashes: bool = True,
 ) -> Iterator[WeightSource]:
     """Opens a whole model, or one assembled from ``llm`` and ``vision``; directories or hub ids.
 
@@ -60,6 +62,7 @@ def open_model(
         projector: trained projector between them (see ``open_projector``), for the families that take one.
         end_of_utterance: add ``<end_of_utterance>`` where the vocabulary lacks it.
         assemble: the family's options for new parts (seed, image_size ...).
+        verify_hashes: as of ``open_source``.
 
     Raises:
         ConfigError: a combination that says nothing, or an option that the family does not offer.
@@ -81,16 +84,17 @@ def open_model(
                 stack.callback(model.tensors.close)
             llm_model, vision_model, *more = models
             assert spec.assemble is not None
-            yield HFSource(spec.assemble(llm_model, vision_model, Path(files), assemble or {}, *more), spec)
+            made = spec.assemble(llm_model, vision_model, Path(files), assemble or {}, *more)
+            yield HFSource(made, spec, made_from=tuple(model.directory for model in models))
             return
         assert hf is not None
-        source = stack.enter_context(open_source(hf, family))
+        source = stack.enter_context(open_source(hf, family, verify_hashes=verify_hashes))
         if end_of_utterance:
             if not isinstance(source, HFSource) or source.spec.add_end_of_utterance is None:
                 raise ConfigError(f"--end-of-utterance needs an HF model of a family with that token; {hf} is another")
             copy_hf_files(source.hf_dir, files)
             extended = source.spec.add_end_of_utterance(source.model, Path(files), assemble or {})
-            source = HFSource(extended, source.spec)
+            source = HFSource(extended, source.spec, made_from=(source.hf_dir,))
         yield source
 
 
@@ -158,6 +162,7 @@ def hf2mg(
     quantize: str | None = None,
     double_quant: bool = True,
     quantize_groups: Sequence[str] = ("llm",),
+    verify_hashes: bool = True,
 ) -> None:
     """Converts a model (see ``open_model``) to Megatron weights (see ``write_megatron``).
 
@@ -165,7 +170,7 @@ def hf2mg(
         quantize: None, or ``nf4``: keep linears in 4 bits, with ``double_quant``, in the parts ``quantize_groups`` (llm, vision,
             connector); their values are those of ``dtype``, or else of the dtype that they have.
     """
-    parts = dict(llm=llm, vision=vision, projector=projector)
+    parts: dict[str, Any] = dict(llm=llm, vision=vision, projector=projector, verify_hashes=verify_hashes)
     with open_model(hf, family=family, **parts, end_of_utterance=end_of_utterance, assemble=assemble) as source:
         write_megatron(
             source,
@@ -210,6 +215,7 @@ def mg2hf(
     adapter_only: bool = False,
     merge: bool = False,
     base: str | os.PathLike | None = None,
+    verify_hashes: bool = True,
 ) -> None:
     """Converts Megatron weights, a training checkpoint or an HF directory to an HF directory (see ``export_hf``).
 
@@ -218,13 +224,14 @@ def mg2hf(
         adapter_only: write what LoRA trained, for PEFT (see ``export_adapter``).
         merge: write it merged into its base.
         base: where the base is (``merge``), or the HF model that is named as the base (``adapter_only``).
+        verify_hashes: as of ``open_source``.
 
     Raises:
         ConfigError: an adapter, and not said what to do with it; or no adapter.
     """
     if adapter_only and merge:
         raise ConfigError("--adapter-only writes the adapter, --merge the merged model: give one of them")
-    with _open_for(load, family, base, adapter_only) as source:
+    with _open_for(load, family, base, adapter_only, verify_hashes) as source:
         if source.kind != "adapted" and (adapter_only or merge):
             raise ConfigError(f"--{'merge' if merge else 'adapter-only'}: {load} holds a whole model, and no adapter")
         if params_dtype(dtype) == torch.float32:
@@ -242,19 +249,19 @@ def mg2hf(
 
 
 def _open_for(
-    load: str | os.PathLike, family: str | None, base: str | os.PathLike | None, adapter_only: bool
+    load: str | os.PathLike, family: str | None, base: str | os.PathLike | None, adapter_only: bool, verify: bool
 ) -> WeightSource:
     """Opens what is converted; for an adapter alone with the base it was trained on, where that is still there, in full."""
     if not adapter_only or base is None:
-        return open_source(load, family, base)
+        return open_source(load, family, base, verify_hashes=verify)
     try:
-        source = open_source(load, family)
+        source = open_source(load, family, verify_hashes=verify)
     except MegatronVLMError:
-        return open_source(load, family, base)
+        return open_source(load, family, base, verify_hashes=verify)
     if source.quantization is None or not Path(base).is_dir():
         return source
     source.close()
-    return open_source(load, family, base)
+    return open_source(load, family, base, verify_hashes=verify)
 
 
 def merge(
@@ -265,9 +272,11 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     layout: str | None = None,
+    verify_hashes: bool = True,
 ) -> None:
     """Merges an adapter (PEFT's folder, XTuner's folders or a checkpoint) into a model, and writes that (see ``export_hf``)."""
-    mg2hf(adapter, out, dtype=dtype, max_shard_size=max_shard_size, layout=layout, merge=True, base=base)
+    settings = dict[str, Any](dtype=dtype, max_shard_size=max_shard_size, layout=layout, verify_hashes=verify_hashes)
+    mg2hf(adapter, out, merge=True, base=base, **settings)
 
 
 def export_hf(
@@ -291,6 +300,7 @@ def export_hf(
         ConfigError: the family has no such layout.
     """
     source.require_full("writing an HF model")
+    check_output(out, source.folders(), "--out", ConversionError)
     other = _other_layout(source, layout)
     entries = (source.mapping if other is None else other.mapping(source.config)).by_name()
     order = aligned_order({name: info.cast(dtype) for name, info in source.infos.items()})
@@ -303,6 +313,7 @@ def export_hf(
                 infos.setdefault(folder, {})[tensor] = TensorInfo.of(part)
     written = [info for tensors in infos.values() for info in tensors.values()]
     changed = dtype or _changed_dtype(source, written)
+    source.hash_as_read()
     with atomic_directory(out, sum(info.nbytes for info in written)) as directory, contextlib.ExitStack() as stack:
         writers = {}
         for folder, tensors in infos.items():

@@ -1,20 +1,18 @@
 """Hugging Face directories: weights read lazily, tensor by tensor, and written as sharded safetensors with an index.
 
 directory or hub id --resolve_directory--> directory --HFTensors--> names, shapes, read(name)
-                                                    --copy_hf_files--> config, tokenizer, processor ... of the copy
 """
 
-import fnmatch
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 from torch import Tensor
 
 from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm.conversion.model_folder import WEIGHT_PATTERNS
 from megatron_vlm.conversion.safetensors_io import SafetensorsFile, SafetensorsWriter, aligned_order
 from megatron_vlm.conversion.torch_files import TorchFile
 from megatron_vlm.errors import ConfigError, ConversionError
@@ -24,13 +22,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 BIN_NAME, BIN_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
-WEIGHT_PATTERNS = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf",
-    "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.pkl",
-)  # fmt: skip
-"""Files that hold weights: never copied as "the other files" of a model."""
 _NEVER_FETCHED = [p for p in WEIGHT_PATTERNS if "safetensors" not in p] + ["original/*", "onnx/*", "flax/*"]
-_SKIPPED_DIRECTORIES = {".git", ".cache", "__pycache__", "original", "onnx"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -84,6 +76,7 @@ class HFTensors:
         self.directory = Path(directory)
         self._files: dict[str, SafetensorsFile | TorchFile] = {}
         self._file_of: dict[str, str] = {}
+        self._indices: list[str] = []
         try:
             for index, whole in ((INDEX_NAME, WEIGHTS_NAME), (BIN_INDEX_NAME, BIN_NAME)):
                 if (self.directory / index).exists():
@@ -103,6 +96,10 @@ class HFTensors:
         """Reads one tensor into fresh memory."""
         return self._files[self._file_of[name]].read(name)
 
+    def file_names(self) -> list[str]:
+        """Names of the files that were opened, the index included."""
+        return [*self._indices, *self._files]
+
     def close(self) -> None:
         """Closes the files."""
         for file in self._files.values():
@@ -117,9 +114,13 @@ class HFTensors:
             self._file_of[tensor] = name
 
     def _open_index(self, index: Path) -> None:
+        self._indices.append(index.name)
         weight_map = read_json(index, ConversionError).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{index} has no weight_map")
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or not shard or PurePosixPath(shard).name != shard or "\0" in shard:
+                raise ConversionError(f"{index} names {shard!r} as the file of {name}: it must be a file beside it")
         for shard in sorted(set(weight_map.values())):
             if not (self.directory / shard).exists():
                 raise ConversionError(f"{index} names shard {shard}, which is not in {self.directory}")
@@ -135,8 +136,9 @@ class HFTensors:
             raise ConversionError(f"{len(extra)} tensors in the shards are not in {index}: {list_names(extra)}")
 
     def _explain_absence(self) -> str:
-        others = sorted(p.name for pattern in WEIGHT_PATTERNS for p in self.directory.glob(pattern))
-        found = f"; it has {list_names(others)}" if others else ""
+        others = sorted({p.name for pattern in WEIGHT_PATTERNS for p in self.directory.glob(pattern)})
+        advice = "no weights of other names or formats are read: take the model in safetensors, or save it so with transformers"
+        found = f"; it has {list_names(others)}: {advice}" if others else ""
         return f"{self.directory} has none of {WEIGHTS_NAME}, {INDEX_NAME}, {BIN_NAME} and {BIN_INDEX_NAME}{found}"
 
 
@@ -144,26 +146,6 @@ def list_names(names: Iterable[str], limit: int = 20) -> str:
     """``a, b, c`` with the count of those left out beyond ``limit``."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def copy_hf_files(source: str | os.PathLike, destination: str | os.PathLike) -> None:
-    """Copies every file of an HF directory that holds no weights (config, tokenizer, processor, licence ...).
-
-    Symbolic links are followed; version control and cache folders stay behind.
-    """
-    source, destination = Path(source), Path(destination)
-    destination.mkdir(parents=True, exist_ok=True)
-    try:
-        for item in sorted(source.iterdir()):
-            if item.is_dir():
-                if item.name not in _SKIPPED_DIRECTORIES:
-                    copy_hf_files(item, destination / item.name)
-            elif not any(fnmatch.fnmatch(item.name, pattern) for pattern in WEIGHT_PATTERNS):
-                shutil.copyfile(item, destination / item.name)
-    except OSError as error:
-        raise ConversionError(f"cannot copy the files of {source} to {destination}: {error}") from error
-    if not any(destination.iterdir()):
-        destination.rmdir()  # a folder of weights alone
 
 
 def parse_size(text: str | int) -> int:

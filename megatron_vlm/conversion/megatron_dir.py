@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vlm.config import Config
-from megatron_vlm.conversion.hf_io import copy_hf_files
 from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm.conversion.model_folder import copy_hf_files
 from megatron_vlm.conversion.safetensors_io import (
     SafetensorsWriter,
     Writers,
@@ -27,8 +27,9 @@ from megatron_vlm.conversion.safetensors_io import (
     atomic_directory,
     cast,
 )
+from megatron_vlm.digests import SEAL, Hashing, Record, check_seal, sealed
 from megatron_vlm.errors import ConfigError, ConversionError
-from megatron_vlm.files import file_digest, read_json, write_json
+from megatron_vlm.files import check_output, file_digest, read_json, write_json
 from megatron_vlm.peft.nf4 import Quantization
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ class Manifest(Config):
         stored_ties: HF names of tied copies that the source had stored, which an export writes again.
         model_config: the family's resolved model config, for readers; ``hf/config.json`` is what counts.
         quantization: how linears are stored in 4 bits; None: all is stored in full.
+        source_files: of the HF directory it was made from, name -> size and digest; None: it was made from something else.
         files: path relative to the directory -> size and digest.
+        digest: of all of this, so that a changed value is noticed.
     """
 
     format: str = FORMAT
@@ -76,7 +79,14 @@ class Manifest(Config):
     hf_config_sha256: str
     model_config: dict[str, Any]
     quantization: Quantization | None = None
+    source_files: dict[str, FileEntry] | None = None
     files: dict[str, FileEntry]
+    digest: str | None = None
+
+    def record(self, directory: Path) -> Record:
+        """The files that must be there."""
+        files = {name: entry.to_dict() for name, entry in self.files.items()}
+        return Record(folder=directory, source=MANIFEST, files=files, error=ConversionError)
 
 
 def rank_file(tp_rank: int, stage: int) -> str:
@@ -155,7 +165,10 @@ def write_megatron(
         for t in range(tp):
             plans[rank_file(t, stages.of(name))][name] = shard
     need = nf4.nbytes + sum(info.nbytes for plan in plans.values() for info in plan.values())
-    with atomic_directory(out, need) as directory, Writers() as writers:
+    check_output(out, source.folders(), "--out", ConversionError)
+    source.hash_as_read()
+    origin = Hashing(source.hf_dir, source.hf_file_names(), ConversionError)
+    with origin, atomic_directory(out, need) as directory, Writers() as writers:
         for file, plan in plans.items():
             (directory / file).parent.mkdir()
             writers.open[file] = SafetensorsWriter(directory / file, plan, {"format": "pt"})
@@ -185,9 +198,11 @@ def write_megatron(
             hf_config_sha256=files["hf/config.json"]["sha256"],
             model_config=source.config.to_dict(),
             quantization=nf4.quantization,
+            source_files={n: FileEntry(**entry) for n, entry in origin.result().items()} or source.source_files,
             files={name: FileEntry(**entry) for name, entry in files.items()},
         )
-        write_json(directory / MANIFEST, manifest.to_dict())
+        values = {key: value for key, value in manifest.to_dict().items() if key != SEAL}
+        write_json(directory / MANIFEST, sealed(values))
 
 
 def write_config(hf_dir: Path, hf_config: dict[str, Any], dtype: torch.dtype | None) -> None:
@@ -218,13 +233,15 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = Manifest.from_dict(data, MANIFEST)
     except ConfigError as error:
         raise ConversionError(f"{directory / MANIFEST}: {error}") from error
-    for name, entry in manifest.files.items():
-        path = directory / name
-        if not path.is_file():
-            raise ConversionError(f"{path} is missing: {MANIFEST} lists it")
-        if path.stat().st_size != entry.size:
-            raise ConversionError(
-                f"{path} has {path.stat().st_size:,} bytes, {MANIFEST} says {entry.size:,}: "
-                "it is truncated or was replaced"
-            )
+    check_seal(data, directory / MANIFEST, ConversionError, required=False)
+    manifest.record(directory).check_sizes()
     return manifest
+
+
+def check_hf_files(record: Record) -> None:
+    """Compares the files in ``hf/`` of Megatron weights or a training checkpoint with their digests: they are small.
+
+    Raises:
+        MegatronVLMError: one was changed.
+    """
+    record.check_digests([name for name in record.files if name.startswith("hf/")])

@@ -1,16 +1,20 @@
 """Megatron weights (megatron_dir.py) as a weight source: shards of any tp and pp, merged tensor by tensor."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
+from megatron_vlm.conversion.config_sizes import check_sizes
 from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names
 from megatron_vlm.conversion.mapping import Entry, Layout, TensorInfo
-from megatron_vlm.conversion.megatron_dir import MANIFEST, Stages, rank_file, read_manifest
+from megatron_vlm.conversion.megatron_dir import MANIFEST, Stages, check_hf_files, rank_file, read_manifest
+from megatron_vlm.conversion.model_folder import check_model_folder
 from megatron_vlm.conversion.nf4_files import Nf4Reader, nf4_file
 from megatron_vlm.conversion.safetensors_io import SafetensorsFile
 from megatron_vlm.conversion.source import WeightSource
+from megatron_vlm.digests import Record
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_json
 from megatron_vlm.models import registry
@@ -19,7 +23,7 @@ from megatron_vlm.peft.nf4 import Nf4Tensor
 
 
 class MegatronSource(WeightSource):
-    """Megatron weights of any tp and pp (megatron_dir.py); file sizes are checked when it is opened.
+    """Megatron weights of any tp and pp (megatron_dir.py); sizes, and digests of ``hf/``, are checked when it is opened.
 
     Raises:
         ConversionError: files missing, damaged, or not holding what the family needs.
@@ -27,14 +31,17 @@ class MegatronSource(WeightSource):
 
     kind = "megatron"
 
-    def __init__(self, directory: Path, spec: FamilySpec | None = None, *, digest: bool = True):
+    def __init__(self, directory: Path, spec: FamilySpec | None = None, *, verify_hashes: bool = True):
         self.directory = directory
         self.manifest = read_manifest(directory)
+        if verify_hashes:
+            check_hf_files(self.manifest.record(directory))
         hf_dir = directory / "hf"
+        check_model_folder(hf_dir)
         super().__init__(
             hf_dir, read_json(hf_dir / CONFIG_NAME, ConversionError), spec or registry.get(self.manifest.family)
         )
-        self.stored_ties = self.manifest.stored_ties
+        self.stored_ties, self.source_files = self.manifest.stored_ties, self.manifest.source_files
         self.tp, self.pp = self.manifest.tensor_model_parallel_size, self.manifest.pipeline_model_parallel_size
         self._layouts = {
             entry.name: entry.layout
@@ -51,13 +58,14 @@ class MegatronSource(WeightSource):
         self.quantization = self.manifest.quantization
         try:
             if self.quantization is not None:
-                self._nf4 = Nf4Reader(directory, self.pp, self.quantization, digest)
+                self._nf4 = Nf4Reader(directory, self.pp, self.quantization)
             self._in_nf4 = self._check_nf4()
             for stage in range(self.pp):
                 for rank in range(self.tp):
-                    self._files[rank, stage] = SafetensorsFile(directory / rank_file(rank, stage), digest=digest)
+                    self._files[rank, stage] = SafetensorsFile(directory / rank_file(rank, stage))
             self._check_names()
             self.infos = self._full_infos()
+            check_sizes(self.config, self.infos, str(directory))
         except BaseException:
             self.close()
             raise
@@ -93,21 +101,26 @@ class MegatronSource(WeightSource):
             return super().read_nf4(entry)
         return map(self._nf4.read, entry.hf)
 
-    def check_digests(self) -> None:
-        files = {rank_file(rank, stage): file for (rank, stage), file in self._files.items()}
-        if self._nf4 is not None:
-            files |= {nf4_file(stage): file for stage, file in self._nf4.files.items()}
-        for name, file in files.items():
-            if file.sha256() != self.manifest.files[name].sha256:
-                raise ConversionError(
-                    f"{file.path} was changed: its sha256 is not the one in {self.directory / MANIFEST}"
-                )
+    def folders(self) -> tuple[Path, ...]:
+        return (self.directory,)
+
+    def records(self) -> tuple[Record, ...]:
+        hashed = {name: file.sha256 for name, file in self._named_files().items()}
+        return (dataclasses.replace(self.manifest.record(self.directory), hashed=hashed),)
+
+    def hash_as_read(self) -> None:
+        for file in self._named_files().values():
+            file.hash_as_read()
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
         if self._nf4 is not None:
             self._nf4.close()
+
+    def _named_files(self) -> dict[str, SafetensorsFile]:
+        files = {rank_file(rank, stage): file for (rank, stage), file in self._files.items()}
+        return files | {nf4_file(stage): file for stage, file in (self._nf4.files if self._nf4 else {}).items()}
 
     def _require_full(self, name: str) -> None:
         if name in self._in_nf4:

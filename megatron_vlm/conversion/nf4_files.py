@@ -119,7 +119,6 @@ class Nf4Reader:
         directory: Megatron weights.
         num_stages: of them.
         quantization: as the manifest says.
-        digest: hash what is read.
 
     Attributes:
         files: stage -> file.
@@ -129,7 +128,7 @@ class Nf4Reader:
         ConversionError: a file that does not hold what its header says.
     """
 
-    def __init__(self, directory: Path, num_stages: int, quantization: Quantization, digest: bool):
+    def __init__(self, directory: Path, num_stages: int, quantization: Quantization):
         self.quantization = quantization
         self.files: dict[int, SafetensorsFile] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -137,7 +136,7 @@ class Nf4Reader:
         for stage in range(num_stages):
             if not (directory / nf4_file(stage)).exists():
                 continue  # nothing of it is quantised; a file that the manifest lists was missed before
-            file = self.files[stage] = SafetensorsFile(directory / nf4_file(stage), digest=digest)
+            file = self.files[stage] = SafetensorsFile(directory / nf4_file(stage))
             shapes = {hf: tuple(json.loads(shape)) for hf, shape in file.metadata.items() if hf != "format"}
             expected = {
                 f"{hf}.{part}": info

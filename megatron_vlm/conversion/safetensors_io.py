@@ -24,7 +24,15 @@ from torch import Tensor
 
 from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.files import remove_abandoned, sync_path, sync_tree, unique_temporary
+from megatron_vlm.files import (
+    describe,
+    open_regular,
+    refuse_lfs_pointer,
+    remove_abandoned,
+    sync_path,
+    sync_tree,
+    unique_temporary,
+)
 
 DTYPES = {
     "F64": torch.float64,
@@ -64,7 +72,6 @@ class SafetensorsFile:
 
     Args:
         path: of the file.
-        digest: hash what is read in file order on the way, so that ``sha256`` costs no second pass.
 
     Attributes:
         infos: name -> TensorInfo, in the order of the data.
@@ -74,18 +81,19 @@ class SafetensorsFile:
         ConversionError: absent, truncated, or not a safetensors file; the message names it.
     """
 
-    def __init__(self, path: str | os.PathLike, *, digest: bool = False):
+    def __init__(self, path: str | os.PathLike):
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
+        if not self.path.exists():
+            raise ConversionError(f"weights file {describe(self.path)} does not exist")
         try:
-            with safe_open(self.path, framework="np"):  # checks the header against the file's size
-                pass
-            with open(self.path, "rb") as file:
+            with open_regular(self.path, ConversionError) as file:
+                refuse_lfs_pointer(self.path, file.read(64), ConversionError)
+                with safe_open(self.path, framework="np"):  # checks the header against the file's size
+                    pass
                 # Private: a tensor that someone writes to is copied page by page, the file never changes.
                 self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except FileNotFoundError as error:
-            raise ConversionError(f"weights file {self.path} does not exist") from error
         except (OSError, SafetensorError) as error:
             raise ConversionError(
                 f"weights file {self.path} cannot be read as safetensors ({error}): it is truncated or damaged, "
@@ -102,9 +110,14 @@ class SafetensorsFile:
                 raise ConversionError(f"{name} in {self.path} has dtype {entry['dtype']}, which is not supported")
             self.infos[name] = TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]))
             self._offsets[name] = 8 + length + entry["data_offsets"][0]
-        self._digest, self._hash, self._hashed = digest, hashlib.sha256(), 0
-        if digest:
-            self._pass_over(0, 8 + length)
+        self._data = 8 + length
+        self._digest, self._hash, self._hashed = False, hashlib.sha256(), 0
+
+    def hash_as_read(self) -> None:
+        """From now on hashes what is read in file order, so that ``sha256`` costs no second pass."""
+        self._digest = True
+        if not self._hashed:
+            self._pass_over(0, self._data)
 
     def read(self, name: str) -> Tensor:
         """Returns one tensor, a view of the file."""

@@ -1,34 +1,36 @@
 """Where weights come from: an HF directory, Megatron weights or a training checkpoint, all read as full tensors.
 
 HF files ----Entry.to_full---+
-Megatron shards --merge------+--> WeightSource.read(full name) --Layout.shard--> parameter (load_into)
+Megatron shards --merge------+--> WeightSource.read(full name) --Layout.shard--> parameter (load.py)
 RankFiles (checkpoint) ------+                                 --Entry.from_full--> HF export (convert.export_hf)
 """
 
 import abc
-import copy
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from megatron_vlm.conversion.config_sizes import check_layers, check_sizes, described
 from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, list_names, resolve_directory
 from megatron_vlm.conversion.mapping import Entry, HFModel, Layout, Mapping, TensorInfo
-from megatron_vlm.conversion.megatron_dir import MANIFEST, read_manifest
+from megatron_vlm.conversion.megatron_dir import MANIFEST, FileEntry, read_manifest
+from megatron_vlm.conversion.model_folder import check_model_folder, hf_files
+from megatron_vlm.digests import Record, check_records, listed
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models import registry
+from megatron_vlm.models.hf_config import resolve, section
 from megatron_vlm.models.registry import FamilySpec
 
 if TYPE_CHECKING:
     from megatron_vlm.peft.nf4 import Nf4Tensor, Quantization
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_OUTPUT, _EMBEDDING = "language_model.output_layer.weight", "language_model.embedding.word_embeddings.weight"
 
 
 class WeightSource(abc.ABC):
@@ -43,17 +45,21 @@ class WeightSource(abc.ABC):
         mapping: the family's map (layouts as for one rank).
         infos: name -> dtype and shape of the full tensor, without vocabulary padding.
         stored_ties: HF names of tied copies that the original files store.
+        source_files: sizes and digests of the HF directory that the weights were made from, where that was recorded.
+        verify_hashes: whether ``check_digests`` does anything.
         quantization: how some are stored in 4 bits; None: all are in full.
     """
 
     kind: str
     infos: dict[str, TensorInfo]
     stored_ties: Sequence[str] = ()
+    verify_hashes = True
+    source_files: "dict[str, FileEntry] | None" = None
     quantization: "Quantization | None" = None
 
     def __init__(self, hf_dir: Path, hf_config: dict[str, Any], spec: FamilySpec):
         self.hf_dir, self.hf_config, self.spec = hf_dir, hf_config, spec
-        self.config = spec.config(copy.deepcopy(hf_config))  # transformers' config classes change what they are given
+        self.config = resolve(spec, hf_config, hf_dir / CONFIG_NAME)
         self.mapping: Mapping = spec.mapping(self.config)
         self.entries: dict[str, Entry] = self.mapping.by_name()
 
@@ -109,13 +115,33 @@ class WeightSource(abc.ABC):
     def use_main_parameters(self) -> None:  # noqa: B027
         """Gives fp32 main parameters, where they are stored, in place of rounded weights from here on."""
 
-    def check_digests(self) -> None:
-        """Compares files with their recorded digests; cheap after everything was read in order.
+    def folders(self) -> tuple[Path, ...]:
+        """Where the weights and the other files lie."""
+        return (self.hf_dir,)
+
+    def records(self) -> Sequence[Record]:
+        """The files that this reads and whose digests were recorded."""
+        return ()
+
+    def hash_as_read(self) -> None:
+        """Called before a pass over all tensors: ``check_digests`` then costs less than a second one."""
+        return
+
+    def check_digests(self, *, share: int = 0, shares: int = 1) -> None:
+        """Compares files with their recorded digests.
+
+        Args:
+            share, shares: as of ``Record.check_digests``.
 
         Raises:
-            ConversionError: a file was changed.
+            MegatronVLMError: a file was changed.
         """
-        return  # an HF directory records none
+        if self.verify_hashes:
+            check_records(self.records(), share=share, shares=shares)
+
+    def hf_file_names(self) -> list[str]:
+        """Files of ``hf_dir`` whose content this is, weights included; none where it is no HF directory as it was found."""
+        return []
 
     def close(self) -> None:
         """Closes the files."""
@@ -131,20 +157,30 @@ class WeightSource(abc.ABC):
 class HFSource(WeightSource):
     """An HF model, on disk or assembled.
 
+    Args:
+        model: config and tensors.
+        spec: its family.
+        made_from: folders that an assembled model's parts lie in.
+
     Raises:
         ConversionError: tensors missing, unmapped, stored twice or of a wrong shape; every name is listed.
     """
 
     kind = "hf"
 
-    def __init__(self, model: HFModel, spec: FamilySpec):
+    def __init__(self, model: HFModel, spec: FamilySpec, made_from: tuple[Path, ...] = ()):
         super().__init__(model.directory, model.config, spec)
+        self._made_from = made_from
         self.model, self.tensors = model, model.tensors
         self._file_name = self._match_names()
         self.infos = {}
-        for entry in self.mapping:
-            infos = [self.tensors.infos[self._file_name[hf]] for hf in entry.hf]
-            self.infos[entry.name] = check_entry(entry, infos, self.mapping.vocab_size)
+        try:
+            for entry in self.mapping:
+                infos = [self.tensors.infos[self._file_name[hf]] for hf in entry.hf]
+                self.infos[entry.name] = check_entry(entry, infos, self.mapping.vocab_size)
+        except ConversionError as error:
+            raise ConversionError(f"{self.hf_dir}: {error}; {described(self.config)}") from error
+        check_sizes(self.config, self.infos, str(self.hf_dir))
         self.stored_ties = self._check_ties()
 
     def read(self, name: str) -> Tensor:
@@ -164,6 +200,17 @@ class HFSource(WeightSource):
         """Reads one tensor as the files hold it, by the mapping's HF name."""
         return self.tensors.read(self._file_name[hf_name])
 
+    def folders(self) -> tuple[Path, ...]:
+        return (self.hf_dir, *self._made_from)
+
+    def records(self) -> Sequence[Record]:
+        return listed(self.hf_dir, ConversionError)
+
+    def hf_file_names(self) -> list[str]:
+        if not isinstance(self.tensors, HFTensors) or self.tensors.directory != self.hf_dir:
+            return []  # it was put together
+        return [*self.tensors.file_names(), *(path.as_posix() for path in hf_files(self.hf_dir))]
+
     def close(self) -> None:
         self.tensors.close()
 
@@ -179,6 +226,7 @@ class HFSource(WeightSource):
                 found[hf_name] = name
             elif hf_name not in self.mapping.ignored:
                 unmapped.append(name)
+        check_layers(map(self.mapping.hf_aliases, self.tensors.infos), wanted, str(self.hf_dir))
         missing = sorted(wanted - set(found))
         if missing or unmapped:
             lines = [f"the weights in {self.hf_dir} are not those of family {self.spec.name}:"]
@@ -224,7 +272,11 @@ def check_entry(entry: Entry, infos: Sequence[TensorInfo], vocab_size: int) -> T
 
 
 def open_source(
-    path_or_id: str | os.PathLike, family: str | None = None, base: str | os.PathLike | None = None
+    path_or_id: str | os.PathLike,
+    family: str | None = None,
+    base: str | os.PathLike | None = None,
+    *,
+    verify_hashes: bool = True,
 ) -> WeightSource:
     """Opens an HF directory or hub id, Megatron weights, or a training checkpoint (its folder or one iteration's).
 
@@ -234,19 +286,22 @@ def open_source(
         path_or_id: what to open.
         family: what the caller expects; None takes what the files say.
         base: where the base of an adapter is; None: where its files say.
+        verify_hashes: compare small files (``hf/``, adapters) with the digests that were recorded of them, where there are some;
+            ``check_digests`` of what is returned compares all. False: sizes alone.
 
     Raises:
         ConversionError: not weights of that family, or damaged ones; the message names the culprit.
         ConfigError: a base is given for a whole model.
     """
-    source = _open(resolve_directory(path_or_id), family, base)
+    source = _open(resolve_directory(path_or_id), family, base, verify_hashes)
+    source.verify_hashes = verify_hashes
     if base is not None and source.kind != "adapted":
         source.close()
         raise ConfigError(f"--base {base}: {path_or_id} is a whole model, which has no base: leave it out")
     return source
 
 
-def _open(directory: Path, family: str | None, base: str | os.PathLike | None) -> WeightSource:
+def _open(directory: Path, family: str | None, base: str | os.PathLike | None, verify_hashes: bool) -> WeightSource:
     if (directory / MANIFEST).exists():
         from megatron_vlm.conversion.megatron_source import MegatronSource
 
@@ -254,17 +309,18 @@ def _open(directory: Path, family: str | None, base: str | os.PathLike | None) -
         return MegatronSource(
             directory,
             choose_family(read_json(directory / "hf" / CONFIG_NAME, ConversionError), directory, family, recorded),
+            verify_hashes=verify_hashes,
         )
     if (directory / TRACKER).exists() or (directory / "state.json").exists():
         from megatron_vlm.conversion.training_source import open_iteration, tracked_folder
 
         if (directory / "state.json").exists():
-            return open_iteration(directory, family, base)
-        return _open(tracked_folder(directory), family, base)
+            return open_iteration(directory, family, base, verify_hashes)
+        return _open(tracked_folder(directory), family, base, verify_hashes)
     if _is_adapter(directory):
         from megatron_vlm.peft.merge import adapted
 
-        return adapted(directory, base, family)
+        return adapted(directory, base, family, verify_hashes)
     if not (directory / CONFIG_NAME).exists():
         raise ConversionError(
             f"{directory} is neither an HF model (config.json), nor Megatron weights ({MANIFEST}), nor a training "
@@ -303,7 +359,12 @@ def _parts_family(directory: Path) -> str | None:
 
 
 def open_hf(directory: Path) -> HFModel:
-    """Opens the config and the weights of an HF directory."""
+    """Opens the config and the weights of an HF directory.
+
+    Raises:
+        ConversionError: what lies there is no model, or cannot be read to its end (``check_model_folder``).
+    """
+    check_model_folder(directory)
     return HFModel(
         directory=directory, config=read_json(directory / CONFIG_NAME, ConversionError), tensors=HFTensors(directory)
     )
@@ -329,91 +390,8 @@ def choose_family(
     if hf_config.get("model_type") in registry.get(wanted).model_types:
         get_logger(__name__).info("%s is of family %s, which %s reads as well", directory, found.name, wanted)
         return found
-    text = (hf_config.get("text_config") or {}).get("model_type")
+    text = section(hf_config, "text_config").get("model_type")
     raise ConversionError(
         f"{directory} holds a model of family {found.name} (model_type {hf_config.get('model_type')!r}, text model "
         f"{text!r}), not {wanted}: set --family {found.name}, or choose another directory"
     )
-
-
-def load_stages(
-    source: WeightSource,
-    topology: Any,
-    options: Any,
-    quantize: "Quantization | None" = None,
-    keep: Collection[str] = (),
-) -> list[Any]:
-    """Builds this rank's stages on its device and fills them.
-
-    Args:
-        source: of the weights.
-        topology, options: as of ``models.vlm.build_model``.
-        quantize: linears to keep in 4 bits; None: those that ``source`` stores so. Their weights never lie on the device in full.
-        keep: global names of weights that train, and so are not quantised.
-
-    Raises:
-        ConfigError: the model does not divide over the topology, or is stored in 4 bits otherwise than asked for.
-        ConversionError: the weights do not fit the model.
-    """
-    if quantize is not None or source.quantization is not None:
-        from megatron_vlm.peft.qlora import load_quantised
-
-        return load_quantised(source, topology, options, quantize, keep)
-    from megatron_vlm.models.vlm import build_model
-
-    stages = [stage.to(topology.device) for stage in build_model(source.spec, source.config, topology, options)]
-    multiple = options.make_vocab_size_divisible_by
-    load_into(source, stages, tp=topology.tp, tp_rank=topology.tp_rank, vocab_multiple=multiple)
-    return stages
-
-
-def load_into(
-    source: WeightSource,
-    chunks: Sequence[nn.Module],
-    *,
-    tp: int,
-    tp_rank: int,
-    vocab_multiple: int,
-    names: Iterable[str] | None = None,
-) -> None:
-    """Fills the parameters of this rank's stages, cast to each parameter's dtype; tied copies included.
-
-    Args:
-        source: at any layout of its own.
-        chunks: this rank's stages, wrapped in DDP or not.
-        tp, tp_rank: this rank's place.
-        vocab_multiple: the model's ``make_vocab_size_divisible_by``.
-        names: only these global names; None: all.
-
-    Raises:
-        ConversionError: a parameter that the source lacks, or shapes that differ; all are listed.
-    """
-    from megatron_vlm.models.vlm import global_named_parameters
-
-    layouts = {
-        entry.name: entry.layout for entry in source.spec.mapping(source.config, tp=tp, vocab_multiple=vocab_multiple)
-    }
-    wanted = None if names is None else set(names)
-    jobs: dict[str, list[nn.Parameter]] = {}
-    problems = []
-    for chunk in chunks:
-        for name, parameter in global_named_parameters(chunk):
-            if getattr(parameter, "tied_copy", False) and name == _OUTPUT:
-                name = _EMBEDDING
-            if wanted is not None and name not in wanted:
-                continue
-            if name not in layouts:
-                problems.append(f"{name}: in the model, not in the weights")
-                continue
-            expected = tuple(layouts[name].shard(source.infos[name].meta(), tp, tp_rank).shape)
-            if expected != tuple(parameter.shape):
-                problems.append(f"{name}: the model has {list(parameter.shape)}, the weights give {list(expected)}")
-            jobs.setdefault(name, []).append(parameter)
-    problems += [f"{name}: asked for, not in the model" for name in sorted((wanted or set()) - set(jobs))]
-    if problems:
-        raise ConversionError(f"the weights of {source.hf_dir} do not fit the model:\n  " + "\n  ".join(problems))
-    with torch.no_grad():
-        for name, parameters in jobs.items():
-            shard = source.read_shard(name, layouts[name], tp, tp_rank)
-            for parameter in parameters:
-                parameter.copy_(shard)

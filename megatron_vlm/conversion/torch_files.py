@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_vlm.conversion.mapping import TensorInfo
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.files import describe, open_regular, refuse_lfs_pointer
 from megatron_vlm.log import get_logger
 
 _CLASS = re.compile(r"(?:GLOBAL|class) ([\w.]+)")
@@ -61,7 +62,9 @@ def load_weights_only(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise ConversionError(f"weights file {path} does not exist")
+        raise ConversionError(f"weights file {describe(path)} does not exist")
+    with open_regular(path, ConversionError) as file:
+        refuse_lfs_pointer(path, file.read(64), ConversionError)
     # Libraries declare classes of theirs safe for the whole process (megatron-core does): here none is.
     declared = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()

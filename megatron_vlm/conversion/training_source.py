@@ -5,18 +5,20 @@ DIR/latest_checkpointed_iteration.txt: "100" --> DIR/iter_0000100/{manifest.json
 """
 
 import os
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from megatron_vlm.conversion.config_sizes import check_sizes
 from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names
 from megatron_vlm.conversion.mapping import Layout
+from megatron_vlm.conversion.megatron_dir import check_hf_files
+from megatron_vlm.conversion.model_folder import check_model_folder
 from megatron_vlm.conversion.rank_files import Kind, RankFiles
 from megatron_vlm.conversion.source import TRACKER, WeightSource, check_entry, choose_family
+from megatron_vlm.digests import Record
 from megatron_vlm.errors import CheckpointError, ConversionError
-from megatron_vlm.files import file_digest, read_json
-from megatron_vlm.log import get_logger
+from megatron_vlm.files import read_json, read_text
 
 MANIFEST, STATE = "manifest.json", "state.json"
 RELEASE = "release"
@@ -28,7 +30,7 @@ def tracked_folder(root: Path) -> Path:
     Raises:
         CheckpointError: the tracker holds something else, or its folder is absent.
     """
-    text = (root / TRACKER).read_text(encoding="utf-8").strip()
+    text = read_text(root / TRACKER, CheckpointError).strip()
     if text != RELEASE and not text.isdecimal():
         raise CheckpointError(f"{root / TRACKER} holds {text[:40]!r}, neither an iteration nor {RELEASE!r}")
     folder = root / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
@@ -38,7 +40,7 @@ def tracked_folder(root: Path) -> Path:
     return folder
 
 
-def checked_files(directory: Path) -> dict[str, dict]:
+def checkpoint_record(directory: Path) -> Record:
     """The files of a checkpoint, as its manifest lists them, of the sizes that it says.
 
     Raises:
@@ -46,46 +48,47 @@ def checked_files(directory: Path) -> dict[str, dict]:
     """
     if not (directory / MANIFEST).exists():
         raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}")
-    files: dict[str, dict] = read_json(directory / MANIFEST, ConversionError)["files"]
-    for name, entry in files.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
-            size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
-            raise CheckpointError(f"{path}: {size}, {MANIFEST} says {entry['size']:,} bytes")
-    return files
+    files = read_json(directory / MANIFEST, CheckpointError).get("files")
+    record = Record(
+        folder=directory,
+        source=MANIFEST,
+        files=files,  # type: ignore[arg-type]  # checked by Record
+        error=CheckpointError,
+        advice="take another iteration, or a copy",
+    )
+    record.check_sizes()
+    return record
 
 
-def check_file_digests(directory: Path, files: dict[str, dict]) -> None:
-    """Compares the files of a checkpoint with the digests in its manifest.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
-    get_logger(__name__).info("checking the digests of %d files in %s", len(files), directory)
-    for name, entry in files.items():
-        if file_digest(directory / name, ConversionError)["sha256"] != entry["sha256"]:
-            raise CheckpointError(f"{directory / name} is damaged: its sha256 is not the one in {MANIFEST}")
-
-
-def open_iteration(directory: Path, family: str | None = None, base: str | os.PathLike | None = None) -> WeightSource:
+def open_iteration(
+    directory: Path, family: str | None = None, base: str | os.PathLike | None = None, verify_hashes: bool = True
+) -> WeightSource:
     """Opens one iteration's folder: all weights of a model, or what a run trained of it together with its base.
 
     Args:
         directory: of the iteration.
-        family: as of ``open_source``.
+        family, verify_hashes: as of ``open_source``.
         base: where the base of such a run is now; None: where it was.
+
+    Raises:
+        CheckpointError: files absent or damaged.
     """
-    record = read_json(directory / STATE, ConversionError).get("peft")
-    if record is None:
-        return TrainingSource(directory, family)
+    record = checkpoint_record(directory)
+    if (directory / "hf").is_dir():
+        check_model_folder(directory / "hf")
+    if verify_hashes:
+        check_hf_files(record)
+        record.check_digests([name for name in record.files if name == STATE])
+    peft = read_json(directory / STATE, CheckpointError).get("peft")
+    if peft is None:
+        return TrainingSource(directory, family, record)
     from megatron_vlm.peft.merge import open_run
 
-    check = partial(check_file_digests, directory, checked_files(directory))
-    return open_run(directory, record, base=base, family=family, check=check)
+    return open_run(directory, peft, base=base, family=family, record=record, verify_hashes=verify_hashes)
 
 
 class TrainingSource(WeightSource):
-    """The weights of one iteration, whatever layout it was trained in. File sizes are checked when it is opened.
+    """The weights of one iteration, whatever layout it was trained in.
 
     Raises:
         CheckpointError: files absent or damaged.
@@ -94,9 +97,9 @@ class TrainingSource(WeightSource):
 
     kind = "training"
 
-    def __init__(self, directory: Path, family: str | None = None):
+    def __init__(self, directory: Path, family: str | None = None, record: Record | None = None):
         self.directory = directory
-        self._files = checked_files(directory)
+        self._record = record or checkpoint_record(directory)
         hf_config = read_json(directory / "hf" / CONFIG_NAME, ConversionError)
         super().__init__(directory / "hf", hf_config, choose_family(hf_config, directory, family))
         self._tensors = RankFiles(directory)
@@ -112,6 +115,7 @@ class TrainingSource(WeightSource):
                         f"{directory}: {name} has shape {list(info.shape)}, which does not fit config.json"
                     )
                 self.infos[name] = info
+            check_sizes(self.config, self.infos, str(directory))
         except BaseException:
             self.close()
             raise
@@ -128,8 +132,11 @@ class TrainingSource(WeightSource):
                 self._kinds[name] = "param"
                 self.infos[name] = self._tensors.info(name, "param")
 
-    def check_digests(self) -> None:
-        check_file_digests(self.directory, self._files)
+    def folders(self) -> tuple[Path, ...]:
+        return (self.directory,)
+
+    def records(self) -> tuple[Record, ...]:
+        return (self._record,)
 
     def close(self) -> None:
         self._tensors.close()

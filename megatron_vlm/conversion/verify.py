@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.hf_io import list_names, resolve_directory
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names, resolve_directory
 from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm.conversion.model_folder import is_weights
 from megatron_vlm.conversion.safetensors_io import cast
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_source
-from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
+from megatron_vlm.files import file_digest
 
 LEVELS = ("weights", "forward", "full")
 BYTES_PER_PARAMETER = {"forward": 9, "full": 18}
@@ -85,7 +87,11 @@ def verify(
     if level is not None and level not in LEVELS:
         raise ConfigError(f"unknown level {level!r}{nearest(level, LEVELS)}")
     directory = resolve_directory(hf)
-    with open_source(directory, family) as expected, open_source(load, family) as source:
+    # Digests are compared at the end, so that what differs is told by its meaning first.
+    with (
+        open_source(directory, family, verify_hashes=False) as expected,
+        open_source(load, family, verify_hashes=False) as source,
+    ):
         if not isinstance(expected, HFSource):
             raise ConversionError(
                 f"--hf {directory} holds {expected.kind} weights, not an HF model: swap --hf and --load?"
@@ -99,11 +105,13 @@ def verify(
         report.table(
             "weights", ("tensors", "GB", "dtype", "largest difference"), _compare_weights(expected, source, report)
         )
-        try:
-            source.check_digests()
-        except ConversionError as error:
-            report.passed = False
-            report.say(str(error))
+        _compare_files(expected, source, report)
+        for record in (*expected.records(), *source.records()):
+            try:
+                record.check_digests()
+            except MegatronVLMError as error:
+                report.passed = False
+                report.say(str(error))
         if chosen != "weights" and report.passed:
             from megatron_vlm.conversion.verify_forward import compare_runs
 
@@ -148,6 +156,22 @@ def _compare_configs(expected: HFSource, source: WeightSource, report: Report) -
     if changes:
         report.passed = False
         report.say(f"config.json differs: {list_names(changes)}")
+
+
+def _compare_files(expected: HFSource, source: WeightSource, report: Report) -> None:
+    """Tokenizer, processor and the like of ``--hf`` against those that ``--load`` was made from: its record holds their digests.
+
+    config.json is compared by its values, and weights tensor by tensor.
+    """
+    for name, entry in (source.source_files or {}).items():
+        if name == CONFIG_NAME or is_weights(Path(name).name):
+            continue
+        path = expected.hf_dir / name
+        same = path.is_file() and file_digest(path, ConversionError)["sha256"] == entry.sha256
+        if not same:
+            report.passed = False
+            what = "is not the file" if path.is_file() else "is absent; there was one"
+            report.say(f"{path} {what} that {source.hf_dir.parent} was made from")
 
 
 def _differences(left: Any, right: Any, path: str = "") -> Iterable[str]:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_vlm.conversion.source import WeightSource, load_stages
+from megatron_vlm.conversion.load import load_stages
+from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.conversion.verify import Report, Row, module_of
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
 

@@ -37,7 +37,7 @@ from megatron_vlm.data.split import Halves, SplitSettings, assign
 from megatron_vlm.data.tar_shards import TarJob, index_shard
 from megatron_vlm.data.video import check_settings
 from megatron_vlm.errors import ConfigError, DataError, Reason
-from megatron_vlm.files import sync_path, write_synced, writing
+from megatron_vlm.files import check_output, sync_path, write_synced, writing
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
@@ -105,6 +105,7 @@ def build_shards(
     out = Path(out)
     if samples_per_shard < 1:
         raise ConfigError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+    check_output(out, [source.path for source in sources], "--out")
     for source in sources:
         check_settings(source.video)
     settings: dict[str, Any] = {"samples_per_shard": samples_per_shard, "on_bad_sample": on_bad_sample}

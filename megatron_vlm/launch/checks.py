@@ -167,7 +167,7 @@ def _absent_shards(directory: Path) -> list[str]:
 def check_processor(report: Report, source: WeightSource, data: DataConfig) -> Processor | None:
     """Opens tokenizer and image processor as the run will."""
     try:
-        processor = source.spec.processor(source.hf_dir, data)
+        processor = source.spec.open_processor(source.hf_dir, data)
     except Exception as error:  # ConfigError, and what tokenizer libraries raise over a missing or damaged file
         text = f"tokenizer or processor of {source.hf_dir} cannot be used: {str(error).strip() or repr(error)}"
         names = "tokenizer.json or tokenizer.model, tokenizer_config.json, preprocessor_config.json ..."

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.conversion.training_source import MANIFEST
 from megatron_vlm.errors import ConversionError, MegatronVLMError
-from megatron_vlm.files import read_json, sync_path
+from megatron_vlm.files import read_json, remove_abandoned, sync_path, unique_temporary
 from megatron_vlm.training.checkpoint_dir import iteration_of
 
 HF, MERGED, LOSS = "hf", "merged_model", "loss.png"
@@ -54,8 +54,7 @@ def export(checkpoint: Path, out: Path, *, adapts: bool, merged: bool) -> list[P
         target = out / (MERGED if adapts else HF)
         with _beside(target) as folder:
             mg2hf(checkpoint, folder, merge=adapts)
-            old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
+            old = unique_temporary(target)
             if target.exists():
                 target.rename(old)
             folder.rename(target)
@@ -68,9 +67,9 @@ def export(checkpoint: Path, out: Path, *, adapts: bool, merged: bool) -> list[P
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A name for a folder beside ``target``, absent before and removed after."""
-    folder = target.with_name(f".{target.name}.new")
-    shutil.rmtree(folder, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target)
+    folder = unique_temporary(target)
     try:
         yield folder
     finally:
@@ -122,7 +121,7 @@ def draw_loss(output: Path) -> str:
     axis.set(xlabel="iteration", ylabel="loss per supervised token")
     axis.grid(alpha=0.3)
     axis.legend()
-    temporary = picture.with_name(f".{LOSS}")
+    temporary = unique_temporary(picture)
     figure.savefig(temporary, dpi=110, format="png")
     temporary.replace(picture)
     return f"{picture}: {len(steps)} steps, loss {steps[0][1]:.4f} -> {steps[-1][1]:.4f}"

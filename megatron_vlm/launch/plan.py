@@ -15,6 +15,7 @@ from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.conversion.training_source import TRACKER
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, ConversionError, DataError, MegatronVLMError
+from megatron_vlm.files import check_output
 from megatron_vlm.launch import checks
 from megatron_vlm.launch.arguments import Request
 from megatron_vlm.launch.checks import GIB, Devices, Report
@@ -119,6 +120,8 @@ def _plan(
         return RunConfig.from_dict(sections), completed.notes
 
     config, notes = _first_config(config_for, _replicas(request.run, world))
+    config.check_outputs(source.folders())
+    check_output(cache_folder(launch), source.folders(), "launch.shard_cache", around=True)
     for note in notes:
         print(f"note     {note}", flush=True)
     processor = checks.check_processor(report, source, config.data)

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_vlm.files import read_bytes
+
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md")
 
 
@@ -58,11 +60,11 @@ def copy_small_files(source: Path, destination: Path) -> None:
     destination.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_COPIED):
-            (destination / path.name).write_bytes(path.read_bytes())
+            (destination / path.name).write_bytes(read_bytes(path))
 
 
 def copy_licences(source: Path, destination: Path) -> None:
     """Copies licence and notice files."""
     for path in source.iterdir():
         if path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY")):
-            (destination / path.name).write_bytes(path.read_bytes())
+            (destination / path.name).write_bytes(read_bytes(path))

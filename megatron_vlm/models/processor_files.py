@@ -9,6 +9,7 @@ from megatron_vlm.data.chat import plain_tokenizer
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import read_json, write_json
+from megatron_vlm.models.hf_config import check_numbers
 
 GENERATION = "generation_config.json"
 IMAGE_SETTINGS = (
@@ -16,13 +17,28 @@ IMAGE_SETTINGS = (
     "max_dynamic_patch", "use_thumbnail", "hd_num",
 )  # fmt: skip
 """Fields of DataConfig that say how images are seen; each family uses some of them."""
+_MAX_ID = 1 << 31
 
 
 def processor_settings(hf_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns settings of the processor and of its image processor, which older folders keep in a file of its own."""
+    """Returns settings of the processor and of its image processor, which older folders keep in a file of its own.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a number in it that no processor has.
+    """
     processor, images = hf_dir / "processor_config.json", hf_dir / "preprocessor_config.json"
     settings = read_json(processor) if processor.is_file() or not images.is_file() else {}
-    return settings, settings.get("image_processor") or (read_json(images) if images.is_file() else {})
+    try:
+        check_numbers(settings)
+        if settings.get("image_processor"):
+            return settings, settings["image_processor"]
+        if not images.is_file():
+            return settings, {}
+        processor, settings_of_images = images, read_json(images)
+        check_numbers(settings_of_images)
+    except ConfigError as error:
+        raise ConfigError(f"{processor}: {error}") from error
+    return settings, settings_of_images
 
 
 def load_tokenizer(hf_dir: Path, **options: Any) -> Any:
@@ -40,9 +56,9 @@ def load_tokenizer(hf_dir: Path, **options: Any) -> Any:
                 (Path(folder) / path.name).symlink_to(path.resolve())
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-        except (OSError, ValueError) as error:
-            message = str(error).replace(folder, str(hf_dir))
-            raise ConfigError(f"cannot load the tokenizer of {hf_dir}: {message}") from error
+        except Exception as error:  # tokenizers raises plain Exception, transformers whatever its code runs into
+            message = " ".join(str(error).replace(folder, str(hf_dir)).split())[:500]
+            raise ConfigError(f"cannot load the tokenizer of {hf_dir}: {message or type(error).__name__}") from error
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer of {hf_dir} has no tokenizer.json, which exact loss masks need: save it as a fast one"
@@ -90,10 +106,17 @@ def tokenizer_fields(
 
 
 def generation_stops(hf_dir: Path, *ends: int | None) -> tuple[int, ...]:
-    """Returns the ids that end an answer: ``ends``, and the eos ids of generation_config.json."""
+    """Returns the ids that end an answer: ``ends``, and the eos ids of generation_config.json.
+
+    Raises:
+        ConfigError: they are no ids.
+    """
     path = hf_dir / GENERATION
     listed = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = listed if isinstance(listed, list) else [listed]
+    for index in listed:
+        if index is not None and (isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < _MAX_ID):
+            raise ConfigError(f"{path}: eos_token_id is {str(index)[:60]!r}, where ids of tokens must stand")
     return tuple(sorted({i for i in (*ends, *listed) if i is not None}))
 
 

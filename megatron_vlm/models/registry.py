@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import nearest
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, MegatronVLMError
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,36 @@ class FamilySpec:
     record_format: str = "llava"
     facts: Mapping[str, tuple[tuple[str, ...], Any]] = field(default_factory=dict)
 
+    def open_processor(self, hf_dir: Path, data: Any) -> Any:
+        """The processor of a model's folder.
+
+        Args:
+            hf_dir: its tokenizer and processor files.
+            data: the section ``data``.
+
+        Raises:
+            ConfigError: files that cannot be read, or a setting that cannot work.
+        """
+        try:
+            return self.processor(hf_dir, data)
+        except MegatronVLMError:
+            raise
+        except Exception as error:  # what tokenizer libraries, and arithmetic on settings, raise
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            names = (
+                "tokenizer.json, tokenizer_config.json, preprocessor_config.json, processor_config.json, config.json"
+            )
+            raise ConfigError(
+                f"tokenizer or processor of {hf_dir} cannot be used ({problem}): one of its files is damaged or of another "
+                f"model; fetch them again ({names})"
+            ) from error
+
 
 # What adapters are set on in modules of transformers' Llama and of its CLIP and SigLIP towers.
 LLAMA_LINEARS = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 CLIP_LINEARS = r"(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 # What InternLM-XComposer2's finetune.py lists; these names end no module of a tower.
 INTERNLM2_LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-
 
 # One line per family: name -> "module:attribute", imported when asked for.
 FAMILIES = {
@@ -171,7 +194,14 @@ def family_of(hf_config: dict[str, Any]) -> FamilySpec:
         ConfigError: no family reads this model_type.
     """
     model_type = hf_config.get("model_type")
-    text_type = (hf_config.get("text_config") or {}).get("model_type")
+    text = hf_config.get("text_config")
+    text_type = text.get("model_type") if isinstance(text, dict) else None
+    if model_type == "llava" and any(key.startswith("mm_") for key in hf_config):
+        raise ConfigError(
+            "this is a LLaVA in the layout of its original code (keys mm_*), not transformers' LlavaForConditionalGeneration: "
+            "take the model in that layout (llava-hf/llava-1.5-7b-hf and the like), or convert it with transformers' "
+            "convert_llava_weights_to_hf.py"
+        )
     for wanted in (f"{model_type}/{text_type}", model_type):
         for name in FAMILIES:
             if wanted in get(name).model_types:

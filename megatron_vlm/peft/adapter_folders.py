@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_vlm.conversion.hf_io import HFTensors
 from megatron_vlm.conversion.mapping import Mapping, TensorInfo
 from megatron_vlm.conversion.source import WeightSource
+from megatron_vlm.digests import LISTING, Record, check_records, listed
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.log import get_logger
 from megatron_vlm.peft.adapter import Adapter, hf_infos
@@ -24,8 +25,13 @@ _SAME = 2.0**-7
 """Relative distance of a weight from its copy in bf16 or fp16."""
 
 
-def open_adapter(directory: Path, source: WeightSource) -> tuple[Adapter, str | None]:
+def open_adapter(directory: Path, source: WeightSource, verify_hashes: bool = True) -> tuple[Adapter, str | None]:
     """Reads an adapter of a base: PEFT's folder, or XTuner's with one for each part.
+
+    Args:
+        directory: holds it.
+        source: of the base.
+        verify_hashes: compare its files with the digests that were written beside them, if any.
 
     Returns:
         The adapter, and the layout that it names modules of (None: the model's own).
@@ -33,9 +39,20 @@ def open_adapter(directory: Path, source: WeightSource) -> tuple[Adapter, str | 
     Raises:
         ConversionError: no adapter, one that does not fit the base, or one that was trained on another.
     """
+    if verify_hashes:
+        check_records(adapter_records(directory, source))
     adapter, names = _read_folders(directory, source) or _read_folder(directory, source)
     check_base(adapter, source, named_mapping(source.spec, source.config, names), directory)
     return dataclasses.replace(adapter, copies={}), names
+
+
+def adapter_records(directory: Path, source: WeightSource) -> Iterator[Record]:
+    """Of the folder and of those in it that belong to the adapter: the parts of the model, with an adapter or whole."""
+    yield from listed(directory, ConversionError)
+    for export in source.spec.exports.values() if any(directory.glob(f"*/{LISTING}")) else ():
+        parts = {name.rpartition("/")[0] for name in export.mapping(source.config).hf_names()} - {""}
+        for folder in sorted(parts | set((export.adapters or {}).values())):
+            yield from listed(directory / folder, ConversionError)
 
 
 def _layouts(source: WeightSource) -> Iterator[tuple[str | None, Mapping]]:

@@ -3,6 +3,7 @@
 MergedSource --renamed (adapter.py)--> Adapter in the wanted layout --write_adapter--> OUT/adapter_config.json
                                                                                       OUT/adapter_model.safetensors
                                                                                       OUT/tokenizer and processor files
+                                                      OUT/megatron_vlm_files.json, their digests
 """
 
 import copy
@@ -23,8 +24,9 @@ from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, HFWriter, list
 from megatron_vlm.conversion.mapping import Mapping, TensorInfo
 from megatron_vlm.conversion.safetensors_io import atomic_directory, cast
 from megatron_vlm.conversion.source import WeightSource
+from megatron_vlm.digests import write_listing
 from megatron_vlm.errors import ConfigError, ConversionError
-from megatron_vlm.files import read_json
+from megatron_vlm.files import check_output, read_json
 from megatron_vlm.models.registry import ExportSpec
 from megatron_vlm.peft.adapter import Adapter, Pair, hf_infos, renamed
 from megatron_vlm.peft.adapter_folders import base_mark, marks_apart
@@ -63,6 +65,7 @@ def export_adapter(
     """
     if not isinstance(source, MergedSource):
         raise ConfigError(f"--adapter-only: {source.hf_dir} holds a whole model, and no adapter")
+    check_output(out, source.folders(), "--out", ConversionError)
     names, mapping, export = _layout(source, layout)
     adapter = source.adapter
     if names != source.layout:
@@ -87,6 +90,8 @@ def export_adapter(
         else:
             write_adapter(directory, adapter, mapping, base=name, hf_config=hf_config)
         copy_beside(files, directory)
+        for listed in (directory, *(path for path in directory.iterdir() if path.is_dir())):
+            write_listing(listed)
 
 
 def copy_beside(source: Path, directory: Path) -> None:

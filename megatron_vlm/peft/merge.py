@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, copy_hf_files, list_names
+from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names
 from megatron_vlm.conversion.mapping import DerivedTensors, Entry, HFModel, Layout, Mapping
+from megatron_vlm.conversion.model_folder import copy_hf_files
 from megatron_vlm.conversion.rank_files import Kind, RankFiles
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_source
+from megatron_vlm.digests import Record
 from megatron_vlm.errors import CheckpointError, ConversionError
 from megatron_vlm.files import read_json, write_json
 from megatron_vlm.models.registry import FamilySpec
 from megatron_vlm.peft.adapter import WEIGHT, Adapter, Pair, hf_infos
-from megatron_vlm.peft.adapter_folders import open_adapter
+from megatron_vlm.peft.adapter_folders import adapter_records, open_adapter
 from megatron_vlm.peft.adapter_io import CONFIG, is_adapter, lora_settings
 from megatron_vlm.peft.base import base_place, check_base
 from megatron_vlm.peft.config import PeftConfig
@@ -51,7 +53,7 @@ class MergedSource(WeightSource):
         directory: where the adapter comes from.
         base_name: path or hub id of the base; None: there is none without the adapter.
 
-    ``check`` compares its files with their digests; ``main`` reads it anew, of fp32 main parameters.
+    ``records`` are of its files; ``main`` reads it anew, of fp32 main parameters.
     """
 
     kind = "adapted"
@@ -63,13 +65,13 @@ class MergedSource(WeightSource):
         layout: str | None,
         directory: Path,
         base_name: str | os.PathLike | None,
-        check: Callable[[], None] | None = None,
+        records: Sequence[Record] = (),
         main: Callable[[], Adapter] | None = None,
     ):
         super().__init__(base.hf_dir, base.hf_config, base.spec)
         self.base, self.adapter, self.layout, self.directory = base, adapter, layout, directory
         self.base_name = None if base_name is None else absolute(base_name)
-        self._check, self._main = check, main
+        self._records, self._main = records, main
         self.named = named_mapping(base.spec, base.config, layout)
         self.infos, self.stored_ties, self.quantization = base.infos, base.stored_ties, base.quantization
         self._touched = {entry.name: entry for entry in self.named if adapter.touches(entry)}
@@ -106,10 +108,14 @@ class MergedSource(WeightSource):
             touched = {name: self.base.infos[name].cast(torch.float32) for name in self._touched}
             self.infos = {**self.base.infos, **touched}
 
-    def check_digests(self) -> None:
-        if self._check:
-            self._check()
-        self.base.check_digests()
+    def folders(self) -> tuple[Path, ...]:
+        return (self.directory, *self.base.folders())
+
+    def records(self) -> Sequence[Record]:
+        return (*self._records, *self.base.records())
+
+    def hash_as_read(self) -> None:
+        self.base.hash_as_read()
 
     def close(self) -> None:
         self.base.close()
@@ -126,25 +132,26 @@ def absolute(path_or_id: str | os.PathLike) -> str:
 
 def open_run(
     directory: Path,
-    record: dict[str, Any],
+    peft: dict[str, Any],
     base: str | os.PathLike | None = None,
     family: str | None = None,
-    check: Callable[[], None] | None = None,
+    record: Record | None = None,
+    verify_hashes: bool = True,
 ) -> MergedSource:
     """A checkpoint that holds only what trained, with its base.
 
     Args:
         directory: of one iteration.
-        record: ``peft`` of its state.json: config and base.
+        peft: of its state.json: config and base.
         base: where the base is now; None: where it was.
-        family: as of ``open_source``.
-        check: compares the checkpoint's files with their digests.
+        family, verify_hashes: as of ``open_source``.
+        record: of the checkpoint's files.
 
     Raises:
         ConversionError: the base is another one, or tensors are missing or unknown.
     """
-    config = PeftConfig.from_dict(record["config"])
-    source = open_base(record["base"], None if base is None else str(base), directory, family)
+    config = PeftConfig.from_dict(peft["config"])
+    source = open_base(peft["base"], None if base is None else str(base), directory, family, verify_hashes)
     try:
         plan = make_plan(source.spec, source.config, config, source.infos)
         with RankFiles(directory) as files:
@@ -165,27 +172,29 @@ def open_run(
 
                 return trained_adapter(plan, config, named, full)
 
-        where, main = base or record["base"]["path"], partial(read, "param", "model")
-        return MergedSource(source, read("model"), config.names, directory, where, check, main)
+        where, main = base or peft["base"]["path"], partial(read, "param", "model")
+        return MergedSource(source, read("model"), config.names, directory, where, [record] if record else (), main)
     except BaseException:
         source.close()
         raise
 
 
-def open_base(record: dict[str, Any], moved: str | None, what: Path, family: str | None = None) -> WeightSource:
+def open_base(
+    record: dict[str, Any], moved: str | None, what: Path, family: str | None = None, verify_hashes: bool = True
+) -> WeightSource:
     """Opens the base of a checkpoint that holds adapters alone.
 
     Args:
         record: ``base`` of ``peft`` in its state.json.
         moved: where it is now; None: where it was.
         what: the checkpoint.
-        family: as of ``open_source``.
+        family, verify_hashes: as of ``open_source``.
 
     Raises:
         CheckpointError: it is not there, or another one.
     """
     path = base_place(record, moved, what)
-    source = open_source(path, family)
+    source = open_source(path, family, verify_hashes=verify_hashes)
     try:
         try:
             check_base(record, source, path)
@@ -224,12 +233,15 @@ def trained_adapter(plan: PeftPlan, config: PeftConfig, named: Mapping, read: Ca
     return Adapter(pairs=pairs, full=full, bias=config.bias, dropout=config.dropout)
 
 
-def continued(config: PeftConfig, source: WeightSource) -> tuple[WeightSource, PeftConfig, Adapter]:
+def continued(
+    config: PeftConfig, source: WeightSource, verify_hashes: bool = True
+) -> tuple[WeightSource, PeftConfig, Adapter]:
     """What a run that goes on from ``config.adapter`` trains, and on which base.
 
     Args:
         config: its ``adapter`` is set; dropout and quantisation are taken from it.
         source: the base; or base and adapter in one, where ``adapter`` is the same folder.
+        verify_hashes: as of ``open_source``.
 
     Returns:
         The base alone, the config with the adapter's own targets, ranks and scales, and the adapter.
@@ -248,7 +260,7 @@ def continued(config: PeftConfig, source: WeightSource) -> tuple[WeightSource, P
         base, adapter, names = source.base, source.adapter, source.layout
     else:
         base = source
-        adapter, names = open_adapter(folder, source)
+        adapter, names = open_adapter(folder, source, verify_hashes)
     said = lora_settings(adapter, named_mapping(base.spec, base.config, names))
     resolved = dataclasses.replace(
         config,
@@ -290,13 +302,15 @@ def full_tensors(adapter: Adapter, plan: PeftPlan, named: Mapping, read: Callabl
 # ---- folders and models ----
 
 
-def adapted(directory: Path, base: str | os.PathLike | None = None, family: str | None = None) -> MergedSource:
+def adapted(
+    directory: Path, base: str | os.PathLike | None = None, family: str | None = None, verify_hashes: bool = True
+) -> MergedSource:
     """An adapter's folder with its base.
 
     Args:
         directory: see ``open_adapter``.
         base: the model it was trained on; None: where its adapter_config.json says.
-        family: as of ``open_source``.
+        family, verify_hashes: as of ``open_source``.
 
     Raises:
         ConversionError: no base is known, or it is another one.
@@ -306,10 +320,10 @@ def adapted(directory: Path, base: str | os.PathLike | None = None, family: str 
     )
     if not path:
         raise ConversionError(f"{directory} holds an adapter and does not say of which model: give --base DIR")
-    source = open_source(path, family)
+    source = open_source(path, family, verify_hashes=verify_hashes)
     try:
-        adapter, names = open_adapter(directory, source)
-        return MergedSource(source, adapter, names, directory, path)
+        adapter, names = open_adapter(directory, source, verify_hashes)
+        return MergedSource(source, adapter, names, directory, path, list(adapter_records(directory, source)))
     except BaseException:
         source.close()
         raise

@@ -19,8 +19,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from megatron_vlm.conversion.load import load_into
 from megatron_vlm.conversion.mapping import Entry
-from megatron_vlm.conversion.source import WeightSource, load_into
+from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.vlm import DTYPES, ModelOptions, build_model, global_named_modules

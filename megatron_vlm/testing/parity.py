@@ -106,7 +106,8 @@ def build_for_test(
 
     ``peft``: of the section of that name of a run, and ``tensors`` of adapters by the names in PEFT's files.
     """
-    from megatron_vlm.conversion.source import load_stages, open_source
+    from megatron_vlm.conversion.load import load_stages
+    from megatron_vlm.conversion.source import open_source
     from megatron_vlm.models.vlm import ModelOptions
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology

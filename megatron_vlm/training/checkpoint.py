@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_vlm.config import Config, PathText
-from megatron_vlm.conversion.hf_io import copy_hf_files
 from megatron_vlm.conversion.mapping import Mapping
+from megatron_vlm.conversion.model_folder import CarriedFiles
 from megatron_vlm.conversion.rank_files import RankFiles, rank_file_bytes, rank_file_name, write_rank_file
 from megatron_vlm.errors import CheckpointError, ConfigError, MegatronVLMError
 from megatron_vlm.log import get_logger
@@ -202,7 +202,7 @@ def save_checkpoint(
     model_config: Any,
     vocab_multiple: int,
     state: dict[str, Any],
-    hf_dir: str | Path,
+    hf_files: CarriedFiles | None,
     loaded_from: Path | None = None,
     peft: PeftRecord | None = None,
 ) -> Path:
@@ -215,7 +215,7 @@ def save_checkpoint(
         optimizer: megatron-core's.
         topology, spec, model_config, vocab_multiple: what the model was built from.
         state: JSON data, the same on all ranks: counters, data state, seeds, resolved config.
-        hf_dir: HF files of the model, which are carried along.
+        hf_files: HF files of the model, which are carried along; needed on rank 0 alone.
         loaded_from: a folder that is never removed.
         peft: what trains; the rest is not written. None: everything is.
 
@@ -257,7 +257,8 @@ def save_checkpoint(
         records = {rank_file_name(writer): r for writer, r in enumerate(_gather(record))}
         with _together(what, topology.device):
             if rank == 0:
-                copy_hf_files(hf_dir, folder / "hf")
+                if hf_files is not None:
+                    hf_files.write(folder / "hf")
                 scaler = scaler_state(optimizer) if save_optim else None
                 content = {**facts, "loss_scale": scaler, "run": state, **({"peft": peft.record} if peft else {})}
                 checkpoint_dir.write_json(folder / checkpoint_dir.STATE, content)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm import files
+from megatron_vlm.conversion.training_source import checkpoint_record
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files import file_digest, sync_path, sync_tree, write_synced
 from megatron_vlm.log import get_logger
@@ -138,23 +139,9 @@ def verify(folder: Path, *, share: int = 0, shares: int = 1, hashes: bool = True
     manifest = read_json(folder, MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest.get('format')!r}, this version reads {FORMAT!r}")
-    try:
-        files = sorted((name, (record["size"], record["sha256"])) for name, record in manifest["files"].items())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: its list of files cannot be read") from error
-    for name, (size, _) in files:
-        try:
-            found = (folder / name).stat().st_size
-        except OSError as error:
-            raise CheckpointError(f"{folder / name} is missing: {error.strerror}") from error
-        if found != size:
-            raise CheckpointError(f"{folder / name} has {found} bytes, the manifest says {size}")
-    if not hashes:
-        return
-    # By size, so that shares are about equal.
-    for name, (_, sha256) in sorted(files, key=lambda item: -item[1][0])[share::shares]:
-        if file_digest(folder / name, CheckpointError)["sha256"] != sha256:
-            raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the one in the manifest")
+    record = checkpoint_record(folder)
+    if hashes:
+        record.check_digests(share=share, shares=shares)
 
 
 def begin(root: Path, iteration: int, num_bytes: int) -> Path:

@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,12 +15,14 @@ from typing import Any, Literal, TextIO
 import torch
 
 from megatron_vlm.config import Config, PathText
-from megatron_vlm.conversion.source import load_stages, open_source
+from megatron_vlm.conversion.load import load_stages
+from megatron_vlm.conversion.source import open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.formats import open_sources, read_source
 from megatron_vlm.data.images import decode_image
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.shards import load_record
+from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.log import setup_logging
 from megatron_vlm.models.generation import SamplingConfig
@@ -39,6 +42,7 @@ class GenerateConfig(Config):
     Attributes:
         load: HF directory or hub id, Megatron weights, a training checkpoint, or an adapter's folder.
         base: where the base of an adapter is; None: where its files say.
+        verify_hashes: compare the files with the digests that were recorded of them.
         family: checked against what ``load`` holds.
         prompt: one question, answered on standard output.
         input: files of records, whose last answer is asked for; the one they have is kept as ``reference``.
@@ -55,6 +59,7 @@ class GenerateConfig(Config):
 
     load: PathText
     base: PathText | None = None
+    verify_hashes: bool = True
     family: str | None = None
     prompt: Prompt | None = None
     input: tuple[PathText, ...] = ()
@@ -103,8 +108,12 @@ def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
     rank = torch.distributed.get_rank()
     setup_logging(rank)
     with together(device):
-        source = open_source(config.load, config.family, config.base)
+        verify = config.verify_hashes and os.environ.get("LOCAL_RANK", "0") == "0"  # of small files: once a machine
+        source = open_source(config.load, config.family, config.base, verify_hashes=verify)
     with source:
+        with together(device):
+            if config.verify_hashes:
+                check_records(source.records(), share=rank, shares=torch.distributed.get_world_size())
         text = source.config.text
         topology = build_topology(config.parallel, num_layers=text.num_layers, device=device)
         options = ModelOptions(
@@ -113,7 +122,7 @@ def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
             make_vocab_size_divisible_by=1,
         )
         with together(device):
-            processor = source.spec.processor(
+            processor = source.spec.open_processor(
                 source.hf_dir, DataConfig.from_dict({"seq_length": text.max_position_embeddings, **config.data}, "data")
             )
             stages = load_stages(source, topology, options)

@@ -9,12 +9,17 @@ checkpoint of adapters                  given   the same adapters, from where th
 checkpoint of adapters, --finetune      none    the merged model, in full
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vlm.conversion.source import WeightSource, load_stages, open_source
+from megatron_vlm.conversion.load import load_stages
+from megatron_vlm.conversion.model_folder import CarriedFiles
+from megatron_vlm.conversion.source import WeightSource, open_source
+from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.vlm import ModelOptions
@@ -65,6 +70,7 @@ def open_run(config: RunConfig, found: Checkpoint | None) -> tuple[WeightSource,
         config.model.family,
         config.checkpoint.base,
     )
+    verify = verifies(config)
     if found is not None and found.peft is not None:
         if config.peft.active:
             return _go_on(config, found, found.peft)
@@ -74,8 +80,8 @@ def open_run(config: RunConfig, found: Checkpoint | None) -> tuple[WeightSource,
                 f"(target_modules {found.peft['config']['target_modules']} ...) to go on, or checkpoint.finetune (--finetune) "
                 "to train the merged model in full"
             )
-        return open_source(name, family, moved), None, None
-    source = open_source(name, family, moved)
+        return open_source(name, family, moved, verify_hashes=verify), None, None
+    source = open_source(name, family, moved, verify_hashes=verify)
     if not config.peft.active:
         if source.quantization is not None and not config.training.skip_train:
             source.close()
@@ -93,12 +99,38 @@ def open_run(config: RunConfig, found: Checkpoint | None) -> tuple[WeightSource,
         raise
 
 
+def verifies(config: RunConfig) -> bool:
+    """Whether this process compares small files with their digests: one of each machine does. Large ones are shared."""
+    return config.checkpoint.verify_hashes and os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def check_source(config: RunConfig, source: WeightSource, found: Checkpoint | None) -> CarriedFiles | None:
+    """Checks that a run may start from these files: no output lies in them, and this rank's share of them is as it was written.
+
+    Args:
+        config: of the run.
+        source: of its weights.
+        found: the checkpoint that ``checkpoint.load`` means, if it is one; its own digests were compared when it was found.
+
+    Returns:
+        On rank 0 what the run's checkpoints carry: the folder may be gone by the first save, as a temporary copy is.
+
+    Raises:
+        MegatronVLMError: an output lies in the model, or a file was changed or cannot be read.
+    """
+    config.check_outputs(source.folders())
+    if config.checkpoint.verify_hashes:
+        records = [record for record in source.records() if found is None or record.folder != found.folder]
+        check_records(records, share=dist.get_rank(), shares=dist.get_world_size())
+    return CarriedFiles(source.hf_dir) if dist.get_rank() == 0 else None
+
+
 def _begin(config: RunConfig, source: WeightSource, path: str) -> tuple[WeightSource, PeftRun]:
     """Adapters from their start: new ones, or those of ``peft.adapter``."""
     peft, tensors = config.peft, {}
     if peft.adapter is not None:
         whole = source
-        source, peft, adapter = continued(peft, whole)
+        source, peft, adapter = continued(peft, whole, verifies(config))
         if source is not whole:
             path = getattr(whole, "base_name", None) or path
         plan = make_plan(source.spec, source.config, peft, source.infos)
@@ -120,7 +152,7 @@ def _go_on(config: RunConfig, found: Checkpoint, record: dict[str, Any]) -> tupl
         )
     peft = stored.replace(**{key: getattr(now, key) for key in _FREE if key != "adapter"})
     path = base_place(record["base"], config.checkpoint.base, found.folder)
-    source = open_base(record["base"], config.checkpoint.base, found.folder, config.model.family)
+    source = open_base(record["base"], config.checkpoint.base, found.folder, config.model.family, verifies(config))
     try:
         plan = make_plan(source.spec, source.config, peft, source.infos)
     except BaseException:

@@ -3,6 +3,8 @@
 YAML + section.key=value + flags --cli/train.py--> RunConfig --check_world--> --check_model--> Trainer
 """
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,7 @@ import torch
 from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import check_output
 from megatron_vlm.parallel.topology import ParallelConfig
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.training.answers import EvaluateConfig
@@ -189,6 +192,20 @@ class RunConfig(Config):
     def run_folders(self) -> tuple[Path, ...]:
         """Folders that one run at a time may write to."""
         return (self.output_dir, *([Path(self.checkpoint.save)] if self.checkpoint.save else []))
+
+    def check_outputs(self, folders: Sequence[str | os.PathLike]) -> None:
+        """Refuses outputs that lie in the model which the run starts from: its files are copied into every checkpoint.
+
+        Args:
+            folders: of the model. An output may hold them, as a run's folder holds the iteration that it goes on from.
+
+        Raises:
+            ConfigError: an output lies in one.
+        """
+        outputs = {"checkpoint.save": self.checkpoint.save, "logging.output_dir": self.output_dir}
+        for name, output in outputs.items():
+            if output is not None:
+                check_output(output, folders, name, around=True)
 
     def model_options(self) -> dict[str, Any]:
         """Arguments of ``models.vlm.ModelOptions``."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.conversion.source import load_stages
+from megatron_vlm.conversion.load import load_stages
 from megatron_vlm.data.counts import check_share
 from megatron_vlm.data.loader import DataState, RowLoader, StepRows, evaluation_rows
 from megatron_vlm.data.row import Row
@@ -33,7 +33,7 @@ from megatron_vlm.training.main_parameters import fill_main
 from megatron_vlm.training.metrics import Metrics, progress_line, show_sample
 from megatron_vlm.training.optimizer import Schedule, build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.output_check import check_room, check_writable
-from megatron_vlm.training.peft_run import build_stages, open_run
+from megatron_vlm.training.peft_run import build_stages, check_source, open_run
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.training.run_lock import RunLocks
 from megatron_vlm.training.saving import save_persistently
@@ -204,7 +204,7 @@ class Trainer:
                 "data": self.data_state.to_dict(),
                 "config": self.config.to_dict(),
             },
-            hf_dir=self.source.hf_dir,
+            hf_files=self.hf_files,
             loaded_from=self.loaded_from,
             peft=self.peft,
         )
@@ -237,11 +237,13 @@ class Trainer:
         with together(self.device):
             if dist.get_rank() != 0:
                 opened = open_run(config, self.found)
-        self.source, self.peft, self.found = opened
+        found, (self.source, self.peft, self.found) = self.found, opened
         self.closing.callback(self.source.close)
+        with together(self.device):
+            self.hf_files = check_source(config, self.source, found)
         config.check_model(self.source.config)
         with together(self.device):
-            self.processor = self.source.spec.processor(self.source.hf_dir, config.data)
+            self.processor = self.source.spec.open_processor(self.source.hf_dir, config.data)
             self.prompts = [encode_prompt(self.processor, prompt) for prompt in config.evaluate.questions]
             positions = self.source.config.text.max_position_embeddings
             sampling = SamplingConfig(max_new_tokens=config.evaluate.max_new_tokens)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from megatron_vlm.conversion.hf_io import (
     HFTensors,
     HFWriter,
-    copy_hf_files,
     parse_size,
     plan_shards,
     resolve_directory,
 )
 from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm.conversion.model_folder import copy_hf_files
 from megatron_vlm.errors import ConfigError, ConversionError
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +127,7 @@ def no_weights(directory):
 def other_format_only(directory):
     no_weights(directory)
     (directory / "model.gguf").write_bytes(b"x")
-    return "none of model.safetensors, .*; it has model.gguf"
+    return "none of model.safetensors, .*; it has model.gguf: no weights of other names"
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,7 @@ def hub_cache(cache, model_id, commit="0123456789abcdef0123456789abcdef01234567"
 RESOLVE = """
 import sys
 from megatron_vlm.conversion.hf_io import HFTensors, resolve_directory
+from megatron_vlm.conversion.model_folder import copy_hf_files
 from megatron_vlm.errors import ConversionError
 for model_id in sys.argv[1:]:
     try:

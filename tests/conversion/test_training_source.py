@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
+from megatron_vlm.conversion.model_folder import CarriedFiles
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.testing.distributed import run_distributed
@@ -30,7 +31,7 @@ def save(hf_dir, root, parallel, dtype):
         for model in models:
             for _, parameter in global_named_parameters(model):
                 parameter.mul_(2)
-    common = dict(spec=source.spec, model_config=source.config, vocab_multiple=8, hf_dir=source.hf_dir)
+    common = dict(spec=source.spec, model_config=source.config, vocab_multiple=8, hf_files=CarriedFiles(source.hf_dir))
     where = CheckpointConfig(save=root, no_save_optim=True)
     save_checkpoint(where, iteration=3, chunks=models, optimizer=None, topology=topology, state={}, **common)
 
@@ -88,7 +89,7 @@ def test_damaged_checkpoints_are_named(saved, tmp_path):
     file = "iter_0000003/rank1.safetensors"
     path = tmp_path / "cut" / file
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match=r"rank1\.safetensors: .* bytes, manifest\.json says"):
+    with pytest.raises(CheckpointError, match=r"rank1\.safetensors has .* bytes, manifest\.json says"):
         open_source(tmp_path / "cut")
     path = tmp_path / "flipped" / file
     data = bytearray(path.read_bytes())
@@ -100,7 +101,7 @@ def test_damaged_checkpoints_are_named(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
         open_source(tmp_path / "no_manifest")
     (tmp_path / "no_rank" / file).unlink()
-    with pytest.raises(CheckpointError, match=r"rank1\.safetensors: no such file"):
+    with pytest.raises(CheckpointError, match=r"rank1\.safetensors is missing"):
         open_source(tmp_path / "no_rank")
 
 

@@ -12,6 +12,7 @@ from megatron_vlm.conversion import verify as verify_module
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.conversion.verify import Report, verify
+from megatron_vlm.digests import sealed
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins import write_tiny_idefics2
@@ -114,7 +115,7 @@ def test_changed_files_fail(twins, tmp_path, capsys):
     path = tmp_path / "mg" / "megatron.json"
     manifest = json.loads(path.read_text())
     manifest["files"]["mp_rank_00_000/model.safetensors"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed({key: value for key, value in manifest.items() if key != "digest"})))
     assert not verify(twins / "mistral", tmp_path / "mg", level="weights").passed
     assert "was changed: its sha256" in capsys.readouterr().out
 

@@ -17,6 +17,7 @@ LEVELS = {
     "log": 0,
     "config": 0,
     "files": 0,
+    "digests": 0,
     "yaml_values": 0,
     "packages": 0,
     "processes": 0,
@@ -44,6 +45,7 @@ NO_MEGATRON = (
     "config",
     "files",
     "packages",
+    "digests",
     "yaml_values",
     "processes",
 )

@@ -26,7 +26,8 @@ def twin(tmp_path_factory):
 
 
 def build(directory, dtype, **parallel):
-    from megatron_vlm.conversion.source import load_into, open_source
+    from megatron_vlm.conversion.load import load_into
+    from megatron_vlm.conversion.source import open_source
     from megatron_vlm.models.vlm import ModelOptions, build_model
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group

@@ -259,8 +259,9 @@ def test_a_run_goes_on_from_an_adapter(tmp_path):
 
 
 def test_flags_that_say_nothing(tmp_path):
-    write_tiny_internlm2(tmp_path)
-    run = checkpoint(tmp_path / "run", tmp_path, target_modules=("wqkv",))
+    base = make(tmp_path / "base")
+    write_tiny_internlm2(base)
+    run = checkpoint(tmp_path / "run", base, target_modules=("wqkv",))
     for options, message in (
         ({}, "holds an adapter: --merge writes"),
         ({"merge": True, "adapter_only": True}, "give one of them"),
@@ -270,9 +271,9 @@ def test_flags_that_say_nothing(tmp_path):
             mg2hf(run, tmp_path / "out", **options)
     for options in ({"merge": True}, {"adapter_only": True}):
         with pytest.raises(ConfigError, match="holds a whole model, and no adapter"):
-            mg2hf(tmp_path, tmp_path / "out", **options)
+            mg2hf(base, tmp_path / "out", **options)
     with pytest.raises(ConfigError, match="is a whole model, which has no base"):
-        open_source(tmp_path, base=tmp_path)
+        open_source(base, base=base)
 
 
 def test_added_tokens_come_along(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_vlm.conversion.load import load_stages
 from megatron_vlm.conversion.mapping import ROW, direct, gated, qkv
-from megatron_vlm.conversion.source import load_stages, open_source
+from megatron_vlm.conversion.source import open_source
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models.vlm import ModelOptions
 from megatron_vlm.parallel.rng import seed_step

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.conversion.model_folder import CarriedFiles
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.parity import random_samples
 
@@ -31,7 +32,8 @@ class Run:
     """
 
     def __init__(self, hf_dir: str, parallel: dict, options: dict | None = None, checkpoint: dict | None = None):
-        from megatron_vlm.conversion.source import load_into, open_source
+        from megatron_vlm.conversion.load import load_into
+        from megatron_vlm.conversion.source import open_source
         from megatron_vlm.models.vlm import ModelOptions, build_model
         from megatron_vlm.parallel.topology import ParallelConfig, build_topology
         from megatron_vlm.training.checkpoint import CheckpointConfig, find_checkpoint, load_checkpoint
@@ -104,7 +106,7 @@ class Run:
                 chunks=self.chunks,
                 optimizer=self.optimizer,
                 state={"iteration": self.iteration, **state},
-                hf_dir=self.hf_dir,
+                hf_files=CarriedFiles(Path(self.hf_dir)),
                 loaded_from=self.found.folder if self.found else None,
                 **self._model(),
             )

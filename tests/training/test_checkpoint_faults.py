@@ -34,14 +34,14 @@ def cut(path):
 
 NEWEST = "iter_0000002"
 DAMAGES = {
-    "a bit of weights": (lambda root: flip(root / NEWEST / "rank1.safetensors"), "rank1.safetensors is damaged"),
-    "a bit of a header": (lambda root: flip(root / NEWEST / "rank0.safetensors", 500), "rank0.safetensors is damaged"),
-    "a byte cut off": (lambda root: cut(root / NEWEST / "rank0.safetensors"), "the manifest says"),
+    "a bit of weights": (lambda root: flip(root / NEWEST / "rank1.safetensors"), "rank1.safetensors was changed"),
+    "a bit of a header": (lambda root: flip(root / NEWEST / "rank0.safetensors", 500), "rank0.safetensors was changed"),
+    "a byte cut off": (lambda root: cut(root / NEWEST / "rank0.safetensors"), "manifest.json says"),
     "a rank's file missing": (lambda root: (root / NEWEST / "rank1.safetensors").unlink(), "is missing"),
-    "the manifest cut": (lambda root: cut_in_half(root / NEWEST / "manifest.json"), "manifest.json cannot be read"),
+    "the manifest cut": (lambda root: cut_in_half(root / NEWEST / "manifest.json"), "manifest.json is not valid JSON"),
     "the manifest missing": (lambda root: (root / NEWEST / "manifest.json").unlink(), "it has no manifest.json"),
-    "another state": (lambda root: flip(root / NEWEST / "state.json", 14), "state.json is damaged"),
-    "another config": (lambda root: flip(root / NEWEST / "hf" / "config.json", 5), "config.json is damaged"),
+    "another state": (lambda root: flip(root / NEWEST / "state.json", 14), "state.json was changed"),
+    "another config": (lambda root: flip(root / NEWEST / "hf" / "config.json", 5), "config.json was changed"),
     "the folder missing": (lambda root: shutil.rmtree(root / NEWEST), "it has no manifest.json"),
 }
 

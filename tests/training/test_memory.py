@@ -91,7 +91,8 @@ def test_adapters_need_less_and_short_rows_keep_less():
 
 def nf4_bytes(hf_dir: str) -> int:
     """Bytes of a real stage in NF4."""
-    from megatron_vlm.conversion.source import load_stages, open_source
+    from megatron_vlm.conversion.load import load_stages
+    from megatron_vlm.conversion.source import open_source
     from megatron_vlm.models.vlm import ModelOptions
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
     from megatron_vlm.peft.nf4 import Quantization

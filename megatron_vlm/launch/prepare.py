@@ -29,6 +29,7 @@ from megatron_vlm.data.counts import check_share, survey
 from megatron_vlm.data.formats import FORMATS, WEBDATASET, expand_inputs, open_sources
 from megatron_vlm.data.formats.json_file import read_json, read_json_records
 from megatron_vlm.data.formats.records import RECORDS_VERSION, Source, VideoSettings
+from megatron_vlm.data.formats.splits import HELD_OUT
 from megatron_vlm.data.image_roots import names_of, wrong_root
 from megatron_vlm.data.loader import open_data
 from megatron_vlm.data.problems import REJECTED, Problem, describe
@@ -95,7 +96,8 @@ def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, record_f
         ConfigError, DataError: an input that is not there or cannot be read, by name.
     """
     folders, sources = [], []
-    for path in expand_inputs(inputs):
+    part = HELD_OUT if name == "valid" else ""  # of a folder or glob that holds several splits
+    for path in expand_inputs(inputs, part):
         if not os.path.exists(path):
             raise ConfigError(
                 f"{path} does not exist: name a json, jsonl, data.txt or meta.json file, or a shard folder"
@@ -103,7 +105,7 @@ def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, record_f
         if os.path.isfile(Path(path) / MANIFEST):
             folders.append(path)
         else:
-            sources += _sources_of(path, launch, record_format)
+            sources += _sources_of(path, launch, record_format, part if os.path.isdir(path) else "")
     if not sources:
         return Inputs(name=name, folders=tuple(folders))
     images = tuple(_states(dict.fromkeys(_files_of(sources))))
@@ -111,14 +113,14 @@ def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, record_f
     return Inputs(name=name, folders=tuple(folders), sources=tuple(sources), shards=shards, images=images)
 
 
-def _sources_of(path: str, launch: LaunchConfig, record_format: str) -> list[Source]:
+def _sources_of(path: str, launch: LaunchConfig, record_format: str, part: str) -> list[Source]:
     """The sources of one raw input, with the folder that their images start from."""
     format = launch.data_format or tell_format(path, record_format)
     policy = launch.missing_placeholder or ("prepend" if format in _PREPENDING else "refuse")
     frames: dict[str, Any] = {"min_frames": launch.min_num_frame, "max_frames": launch.max_num_frame}
     video = VideoSettings(**{key: value for key, value in frames.items() if value is not None})
     root = launch.image_root or ""
-    found = open_sources(format, [path], root=root, prepend=policy == "prepend", video=video)
+    found = open_sources(format, [path], root=root, prepend=policy == "prepend", video=video, part=part)
     made = []
     for source in found:
         if launch.given_num is False and source.per_epoch is not None:

@@ -73,6 +73,31 @@ def test_check_of_records_names_every_problem(folder, idefics2_dir, capsys):
     assert re.search(r"bad json: .*line 1 column \d+", capsys.readouterr().out)
 
 
+def test_check_tells_of_special_tokens_in_texts(folder, idefics2_dir, capsys):
+    """They are text to every family; whoever meant the token hears of it."""
+    talk = turns(("human", "a"), ("gpt", "<s>b</s>"))
+    (folder / "data.json").write_text(
+        json.dumps([{"conversations": talk}, {"conversations": talk[:1] + turns(("gpt", "c"))}])
+    )
+    words = [
+        "check",
+        str(folder / "data.json"),
+        "--format",
+        "llava",
+        "--model",
+        str(idefics2_dir),
+        "--seq-length",
+        "100",
+    ]
+    assert run(words) == 0
+    out = capsys.readouterr().out
+    assert "special tokens of the model in texts, which are encoded as text: </s> (1), <s> (1)" in out
+    assert "2 sound samples, 0 problems, 1 warnings" in out
+    assert run(["build", "--format", "llava", "--input", words[1], "--out", str(folder / "out")]) == 0
+    assert run(["check", str(folder / "out"), *words[4:]]) == 0
+    assert "encoded as text: </s> (1), <s> (1)" in capsys.readouterr().out
+
+
 def test_check_of_tars_names_every_problem(folder, idefics2_dir, capsys):
     """As records: the same problems, each with its tar and key; and tars that cannot be read at all."""
     problems = {kind: PROBLEMS[kind] for kind in PROBLEMS if kind not in ("missing image", "bad record")}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_vlm.data.formats.splits import canonical
+from megatron_vlm.data.formats.splits import HELD_OUT, canonical
 from megatron_vlm.errors import DataError
 from megatron_vlm.yaml_values import plain, read_yaml
 
@@ -57,7 +57,11 @@ def read_energon(path: Path, part: str) -> tuple[str, dict[str, str], list[Path]
     where["shard"] = str(meta / "split.yaml")
     parts = split.get("split_parts")
     names = {canonical(name): name for name in map(str, parts)} if isinstance(parts, dict) else {}
-    wanted = part if part in names.values() else names.get(canonical(part or "train"), part)
+    wanted = (
+        part
+        if part in names.values()
+        else names.get("validation" if part == HELD_OUT else canonical(part or "train"), part)
+    )
     if not isinstance(parts, dict) or wanted not in parts:
         raise DataError(
             f"no part {part or 'train'!r} in split_parts (known: {', '.join(names.values()) or 'none'}): set --split",

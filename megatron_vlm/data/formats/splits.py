@@ -17,7 +17,7 @@ from megatron_vlm.errors import DataError
 from megatron_vlm.files import read_text
 from megatron_vlm.yaml_values import parse_yaml, plain
 
-TRAIN, ALL = "train", "all"
+TRAIN, ALL, HELD_OUT = "train", "all", "held out"  # the last: validation, where there are splits at all
 WORDS = {
     TRAIN: ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
@@ -55,7 +55,7 @@ def choose(files: Sequence[Path], base: Path, part: str, what: str) -> Choice:
     Args:
         files: all of them, in order.
         base: the folder that their names are told from, or the beginning of a glob.
-        part: split by any of its words, or ``all``; empty: train.
+        part: split by any of its words, ``ALL`` or ``HELD_OUT``; empty: train.
         what: the input, for messages.
 
     Raises:
@@ -88,21 +88,23 @@ def choose_in(folder: Path, suffixes: Sequence[str], part: str) -> Choice:
 
 def choose_name(names: Sequence[str], part: str, what: str) -> str:
     """Chooses among splits that lie in folders of their own, as ``datasets.save_to_disk`` writes them."""
-    groups: dict[str | None, list[Path]] = {canonical(name): [Path(name)] for name in names}
+    groups: dict[str | None, list[Path]] = {}
+    for name in names:
+        groups.setdefault(canonical(name), []).append(Path(name))
     return str(_chosen(groups, part, what, unnamed=[], order=[Path(name) for name in names]).files[0])
 
 
 def _chosen(
     groups: dict[str | None, list[Path]], part: str, what: str, *, unnamed: list[Path], order: Sequence[Path]
 ) -> Choice:
-    wanted = canonical(part or TRAIN)
-    if part == ALL or (not groups and not part):
+    wanted = "validation" if part == HELD_OUT else canonical(part or TRAIN)
+    if part == ALL or (not groups and part in ("", HELD_OUT)):
         return Choice(files=tuple(order))
     others = {str(name): files for name, files in groups.items() if name != wanted}
     told = ", ".join(
         f"{name} ({len(files)} {'file' if len(files) == 1 else 'files'})" for name, files in others.items()
     )
-    if wanted not in groups and not part and len(others) == 1 and not unnamed:
+    if wanted not in groups and part in ("", HELD_OUT) and len(others) == 1 and not unnamed and TRAIN not in others:
         (name,) = others
         return Choice(files=tuple(others[name]), note=f"{what}: all of it is split {name}, which is read")
     taken = {*groups.get(wanted, []), *(unnamed if wanted == TRAIN else [])}
@@ -112,9 +114,8 @@ def _chosen(
     if others:
         note = f"{what}: of its splits {wanted} is read ({len(taken)} {'file' if len(taken) == 1 else 'files'}), not {told}"
         name = "validation" if "validation" in others else next(iter(others))
-        note += (
-            f"; --split {name} reads that one, into a folder of its own for evaluation; --split all reads every file"
-        )
+        if part != HELD_OUT:
+            note += f"; --split {name} reads that one, for a folder of its own; --split all reads every file"
     return Choice(files=tuple(file for file in order if file in taken), note=note)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vlm.cli.data import run
 from megatron_vlm.data.formats import expand_inputs, open_sources
-from megatron_vlm.data.formats.splits import split_of
+from megatron_vlm.data.formats.splits import HELD_OUT, split_of
 from megatron_vlm.errors import DataError
 from tests.data.formats.make import built, write_json, write_tar
 
@@ -53,6 +53,9 @@ def test_a_cloned_folder_gives_its_training_split(tmp_path, caplog, capsys):
     assert "train is read (2 files), not test (1 file), validation (1 file)" in said and "--split validation" in said
     assert answers(built(tmp_path / "b", "parquet", folder, part="dev")[1]) == [CLONE[3]]
     assert sorted(answers(built(tmp_path / "c", "parquet", folder, part="all")[1])) == sorted(CLONE)
+    assert answers(built(tmp_path / "held", "parquet", folder, part=HELD_OUT)[1]) == [
+        CLONE[3]
+    ]  # what an evaluation takes
     with pytest.raises(DataError, match=r"no files of split 'holdout'; found: test .*: choose with --split"):
         built(tmp_path / "d", "parquet", folder, part="holdout")
     words = ["build", "--format", "parquet", "--input", str(folder), "--split", "test", "--out", str(tmp_path / "e")]
@@ -119,6 +122,14 @@ def test_the_card_says_which_files_are_which(tmp_path):
     for number, text in enumerate(odd):
         (folder / "README.md").write_text(text)
         assert len(built(tmp_path / f"odd{number}", "parquet", folder)[1]) == 4  # by names, which say nothing
+
+
+def test_an_evaluation_never_falls_back_to_training_files(tmp_path):
+    folder = parquet(tmp_path / "in", "train-0.parquet", "train-1.parquet")
+    with pytest.raises(DataError, match=r"no files of split 'validation'; found: train \(2 files\)"):
+        built(tmp_path / "a", "parquet", folder, part=HELD_OUT)
+    folder = parquet(tmp_path / "plain", "0.parquet")
+    assert len(built(tmp_path / "b", "parquet", folder, part=HELD_OUT)[1]) == 1
 
 
 def test_folders_that_datasets_saved(tmp_path):

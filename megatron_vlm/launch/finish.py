@@ -22,10 +22,18 @@ from megatron_vlm.files import read_json, remove_abandoned, sync_path, unique_te
 from megatron_vlm.training.checkpoint_dir import iteration_of
 
 HF, MERGED, LOSS = "hf", "merged_model", "loss.png"
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 
 
-def export(checkpoint: Path, out: Path, *, adapts: bool, merged: bool) -> list[Path]:
+def adapter_command(output: Path) -> str:
+    """How an adapter is taken from a run whose base could not be named."""
+    return (
+        f"toolkits/convert mg2hf --adapter-only --load {output} --base HF_DIRECTORY --out DIR (XTuner's folders: "
+        f"toolkits/convert pth_to_hf {output} DIR --base LLM_DIRECTORY)"
+    )
+
+
+def export(checkpoint: Path, out: Path, *, adapts: bool, merged: bool, adapter: bool = True) -> list[Path]:
     """Writes what others load of one checkpoint.
 
     Args:
@@ -33,6 +41,7 @@ def export(checkpoint: Path, out: Path, *, adapts: bool, merged: bool) -> list[P
         out: gets the adapter's files, ``hf/`` or ``merged_model/``, in place of older ones.
         adapts: the run trains adapters.
         merged: write the merged model too.
+        adapter: write the adapter; False where its base is no HF directory.
 
     Returns:
         What was written.
@@ -41,15 +50,15 @@ def export(checkpoint: Path, out: Path, *, adapts: bool, merged: bool) -> list[P
         MegatronVLMError: the checkpoint cannot be read, or the disk is full; what was there before stays.
     """
     written = []
-    if adapts:
+    if adapts and adapter:
         with _beside(out / "adapter") as folder:
             mg2hf(checkpoint, folder, adapter_only=True)
             # The file that loaders look for comes last.
-            for file in sorted(folder.iterdir(), key=lambda path: path.name == _ADAPTER_CONFIG):
+            for file in sorted(folder.iterdir(), key=lambda path: path.name == ADAPTER):
                 if file.is_dir() and (out / file.name).is_dir():
                     shutil.rmtree(out / file.name)
                 file.replace(out / file.name)
-        written.append(out / _ADAPTER_CONFIG)
+        written.append(out / ADAPTER)
     if merged or not adapts:
         target = out / (MERGED if adapts else HF)
         with _beside(target) as folder:

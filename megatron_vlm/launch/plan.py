@@ -19,7 +19,8 @@ from megatron_vlm.files import check_output
 from megatron_vlm.launch import checks
 from megatron_vlm.launch.arguments import Request
 from megatron_vlm.launch.checks import GIB, Devices, Report
-from megatron_vlm.launch.finish import HF, LOSS, MERGED
+from megatron_vlm.launch.config import LaunchConfig
+from megatron_vlm.launch.finish import ADAPTER, HF, LOSS, MERGED, adapter_command
 from megatron_vlm.launch.layout import USABLE, NothingFits, choose_layout
 from megatron_vlm.launch.prepare import Inputs, cache_folder, open_inputs
 from megatron_vlm.launch.start import Place, command
@@ -42,6 +43,7 @@ class Plan:
     Attributes:
         config: the run.
         adapts: adapters train, the base does not.
+        names_base: the base is an HF directory, which an adapter for PEFT can name; without one no adapter is written.
         world: ranks of the run.
         here: ranks on this machine.
         devices, port: of this machine; port 0 where it is not ours to choose.
@@ -52,6 +54,7 @@ class Plan:
 
     config: RunConfig
     adapts: bool
+    names_base: bool
     world: int
     here: int
     devices: Devices
@@ -151,17 +154,41 @@ def _plan(
     port = checks.choose_port(report, launch.master_port) if place.alone and world > 1 else 0
     if processor is None or report.failed:
         return None
+    names_base = _names_base(source)
+    if adapts and not names_base:
+        _tell_missing_base(report, launch, load, config.output_dir)
+        if report.failed:
+            return None
     here = devices.ranks if place.alone else 1
-    lines = _describe(config, train, valid, reason, world, adapts, launch.save_merged_model)
+    lines = _describe(config, train, valid, reason, world, adapts and names_base, adapts, launch.save_merged_model)
     words = (
         command(config.output_dir / CONFIG, here, port) if place.alone else command(config.output_dir / CONFIG, 1, 0)
     )
     by = "" if place.alone else f" on each of the {world} ranks that {place.by} tells of: none is started here"
     lines.append(f"command    {' '.join(words)}{by}")
     return Plan(
-        config=config, adapts=adapts, world=world, here=here, devices=devices, port=port, train=train, valid=valid,
+        config=config, adapts=adapts, names_base=names_base, world=world, here=here, devices=devices, port=port,
+        train=train, valid=valid,
         processor=processor, lines=tuple(lines),
     )  # fmt: skip
+
+
+def _names_base(source: WeightSource) -> bool:
+    """Whether what is adapted lies in an HF directory, as PEFT loads a base."""
+    base = getattr(source, "base", source)
+    return base.kind == "hf" and (base is source or getattr(source, "base_name", None) is not None)
+
+
+def _tell_missing_base(report: Report, launch: LaunchConfig, load: str, output: Path) -> None:
+    """The run can be trained and merged, but not leave an adapter: said before it starts."""
+    text = f"the base {load} is no Hugging Face directory, which an adapter of PEFT has to name: none is written at the end"
+    advice = f"afterwards: {adapter_command(output)}; or start from an HF directory (toolkits/convert mg2hf writes one)"
+    if launch.export_each_epoch:
+        report.fail(
+            "output", f"{text}, and launch.export_each_epoch has nothing to write", "leave it out, or " + advice
+        )
+    else:
+        report.warn("output", text, advice)
 
 
 def _start_from(request: Request, report: Report) -> str | None:
@@ -325,7 +352,7 @@ def num_checkpoints(config: RunConfig) -> int:
 
 
 def _describe(
-    config: RunConfig, train: Inputs, valid: Inputs, reason: str, world: int, adapts: bool, merged: bool
+    config: RunConfig, train: Inputs, valid: Inputs, reason: str, world: int, adapter: bool, adapts: bool, merged: bool
 ) -> list[str]:
     training, parallel = config.training, config.parallel
     tp, pp = (getattr(parallel, name) for name in SIZES)
@@ -343,7 +370,8 @@ def _describe(
         if value is not None
     )
     output = config.output_dir
-    names = ["adapter_config.json", *([f"{MERGED}/"] if merged else [])] if adapts else [f"{HF}/"]
+    names = [ADAPTER] if adapter else []
+    names += ([f"{MERGED}/"] if merged else []) if adapts else [f"{HF}/"]
     lines = [
         f"data       {', '.join(train.paths) or 'none'}"
         + (f"; held out: {', '.join(valid.paths)}" if valid.paths else ""),

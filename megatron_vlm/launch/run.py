@@ -116,7 +116,12 @@ def _finish(output: Path, plan: Plan, settings: LaunchConfig, exports: finish.Ep
     if exports is not None:
         exports()
     merged = settings.save_merged_model and plan.adapts
-    written = finish.export(tracked_folder(output), output, adapts=plan.adapts, merged=merged)
+    written = finish.export(tracked_folder(output), output, adapts=plan.adapts, merged=merged, adapter=plan.names_base)
     for path in written:
         print(f"{path}", flush=True)
+    if plan.adapts and not plan.names_base:
+        print(
+            f"no adapter, as its base is no Hugging Face directory; to have one: {finish.adapter_command(output)}",
+            flush=True,
+        )
     print(finish.draw_loss(output), flush=True)

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_vlm.cli.convert import main, run
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.files import read_json
 from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava_internlm2
 from tests.peft.test_exports import checkpoint
 
@@ -27,6 +28,20 @@ def test_adapters_and_whole_models_come_out_in_xtuners_folders(llava, tmp_path):
     assert (tmp_path / "out" / "projector" / "config.json").is_file()
     for name in ("config.json", "visual_encoder/config.json", "projector/config.json"):
         assert (tmp_path / "parts" / name).is_file()
+
+
+def test_adapters_on_an_assembled_base(llava, tmp_path):
+    """The guide's way: hf2mg makes the base of parts, a run adapts it, pth_to_hf names the language model that it came from."""
+    assert main(["pth2hf", str(llava), str(tmp_path / "parts")]) == 0
+    assert main(["hf2mg", "--hf", str(tmp_path / "parts"), "--out", str(tmp_path / "assembled")]) == 0
+    settings = dict(names="xtuner", target_modules=TARGETS, modules_to_save=("projector",), r=4, vision_r=2)
+    trained = checkpoint(tmp_path / "run", tmp_path / "assembled", **settings)
+    assert main(["pth_to_hf", str(trained), str(tmp_path / "out"), "--base", str(tmp_path / "parts")]) == 0
+    record = read_json(tmp_path / "out" / "llm_adapter" / "adapter_config.json")
+    assert record["base_model_name_or_path"] == str(tmp_path / "parts")
+    assert (tmp_path / "out" / "visual_encoder_adapter" / "adapter_config.json").is_file()
+    with pytest.raises(ConversionError, match="give the model in that layout with --base DIR"):
+        run(["pth2hf", str(trained), str(tmp_path / "none")])
 
 
 def test_mistakes_are_named(llava, tmp_path):

@@ -136,6 +136,28 @@ def test_each_epoch_is_exported(model, tmp_path):
 
 
 @pytest.mark.full
+def test_a_base_that_no_adapter_can_name(launch, model, tmp_path):
+    """Assembled or converted weights: said before the start, and at the end what takes the adapter from the run works."""
+    from megatron_vlm.cli.main import main
+
+    assert main(["convert", "hf2mg", "--hf", str(model), "--out", str(tmp_path / "megatron")]) == 0
+    path = write_records(tmp_path / "data", 8)
+    lora = "peft.r=4 peft.target_modules=all-linear --max_steps 1 --per_device_train_batch_size 2"
+    code, output = launch(f"--train_json {path} {lora}", source=tmp_path / "megatron")
+    assert code == 0, output
+    assert "is no Hugging Face directory" in output.split("plan\n")[0]
+    promised = next(line for line in output.splitlines() if line.lstrip().startswith("output  "))
+    assert "adapter_config.json" not in promised and "export failed" not in output
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    words = ["convert", "mg2hf", "--adapter-only", "--load", str(tmp_path / "out"), "--base", str(model)]
+    assert main([*words, "--out", str(tmp_path / "adapter")]) == 0
+    record = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert record["base_model_name_or_path"] == str(model)
+    words = f"--train_json {path} {lora} --export_each_epoch True --output_dir {tmp_path / 'second'}"
+    code, output = launch(words, source=tmp_path / "megatron")
+    assert code == 1 and "FAILED   output" in output and not (tmp_path / "second").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves_the_outputs(model, tmp_path, number):
     write_digits(tmp_path, 40)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_vlm.conversion.config_sizes import check_layers, check_sizes, described
 from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, list_names, resolve_directory
+from megatron_vlm.conversion.iterations import TRACKER
 from megatron_vlm.conversion.mapping import Entry, HFModel, Layout, Mapping, TensorInfo
 from megatron_vlm.conversion.megatron_dir import MANIFEST, FileEntry, read_manifest
 from megatron_vlm.conversion.model_folder import check_model_folder, hf_files
@@ -29,8 +30,6 @@ from megatron_vlm.models.registry import FamilySpec
 
 if TYPE_CHECKING:
     from megatron_vlm.peft.nf4 import Nf4Tensor, Quantization
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class WeightSource(abc.ABC):

@@ -11,32 +11,41 @@ from torch import Tensor
 
 from megatron_vlm.conversion.config_sizes import check_sizes
 from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names
+from megatron_vlm.conversion.iterations import (
+    MANIFEST,
+    RELEASE,
+    check_tracker,
+    compare,
+    newest_first,
+    read_tracker,
+)
 from megatron_vlm.conversion.mapping import Layout
 from megatron_vlm.conversion.megatron_dir import check_hf_files
 from megatron_vlm.conversion.model_folder import check_model_folder
 from megatron_vlm.conversion.rank_files import Kind, RankFiles
-from megatron_vlm.conversion.source import TRACKER, WeightSource, check_entry, choose_family
-from megatron_vlm.digests import Record
+from megatron_vlm.conversion.source import WeightSource, check_entry, choose_family
+from megatron_vlm.digests import Record, check_seal
 from megatron_vlm.errors import CheckpointError, ConversionError
-from megatron_vlm.files import read_json, read_text
+from megatron_vlm.files import read_json
+from megatron_vlm.log import get_logger
 
-MANIFEST, STATE = "manifest.json", "state.json"
-RELEASE = "release"
+STATE = "state.json"
 
 
 def tracked_folder(root: Path) -> Path:
-    """The folder that a run's tracker names.
+    """The newest checkpoint of a run; a tracker that names another one is told of.
 
     Raises:
-        CheckpointError: the tracker holds something else, or its folder is absent.
+        CheckpointError: there is none.
     """
-    text = read_text(root / TRACKER, CheckpointError).strip()
-    if text != RELEASE and not text.isdecimal():
-        raise CheckpointError(f"{root / TRACKER} holds {text[:40]!r}, neither an iteration nor {RELEASE!r}")
-    folder = root / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
-    if not folder.is_dir():
-        there = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
-        raise CheckpointError(f"{root / TRACKER} names {folder.name}, which is absent; iterations there: {there}")
+    tracker, folders = read_tracker(root), newest_first(root)
+    if tracker == RELEASE and (root / RELEASE).is_dir():
+        return root / RELEASE
+    if not folders:
+        check_tracker(root, tracker or "")
+    folder = next((one for one in folders if (one / MANIFEST).is_file()), folders[0])
+    if said := compare(root, tracker, folder):
+        get_logger(__name__).warning("%s", said)
     return folder
 
 
@@ -48,11 +57,12 @@ def checkpoint_record(directory: Path) -> Record:
     """
     if not (directory / MANIFEST).exists():
         raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}")
-    files = read_json(directory / MANIFEST, CheckpointError).get("files")
+    manifest = read_json(directory / MANIFEST, CheckpointError)
+    check_seal(manifest, directory / MANIFEST, CheckpointError, required=False)
     record = Record(
         folder=directory,
         source=MANIFEST,
-        files=files,  # type: ignore[arg-type]  # checked by Record
+        files=manifest.get("files"),  # type: ignore[arg-type]  # checked by Record
         error=CheckpointError,
         advice="take another iteration, or a copy",
     )

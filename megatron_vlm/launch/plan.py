@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.conversion.iterations import TRACKER
 from megatron_vlm.conversion.source import WeightSource
-from megatron_vlm.conversion.training_source import TRACKER
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, ConversionError, DataError, MegatronVLMError
 from megatron_vlm.files import check_output

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_vlm.conversion.training_source import TRACKER, tracked_folder
+from megatron_vlm.conversion.iterations import TRACKER
+from megatron_vlm.conversion.training_source import tracked_folder
 from megatron_vlm.errors import ConfigError, MegatronVLMError
 from megatron_vlm.launch import finish, prepare, start
 from megatron_vlm.launch.arguments import Request

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_vlm.config import Config, PathText
+from megatron_vlm.conversion.iterations import compare
 from megatron_vlm.conversion.mapping import Mapping
 from megatron_vlm.conversion.model_folder import CarriedFiles
 from megatron_vlm.conversion.rank_files import RankFiles, rank_file_bytes, rank_file_name, write_rank_file
@@ -47,7 +48,7 @@ class CheckpointConfig(Config):
     Attributes:
         load: an HF directory or hub id, Megatron weights, or a training checkpoint (its folder or one iteration's).
         save: folder for checkpoints; None: none are written.
-        ckpt_step: iteration to load, with no other in its place; None: the one that the tracker names.
+        ckpt_step: iteration to load, with no other in its place; None: the newest.
         save_interval: iterations between checkpoints; None: at the end (and on SIGTERM) only.
         save_epochs: epochs between checkpoints; excludes ``save_interval``.
         keep_last: checkpoints to keep, at least 2, so that one is left if the newest is damaged; None: all.
@@ -57,10 +58,8 @@ class CheckpointConfig(Config):
         no_load_rng: draw random numbers from this run's seed instead of the checkpoint's.
         no_save_optim: write weights only; such a checkpoint is smaller and resumes without moments.
         base: where the base of adapters is now, which ``load`` holds without it; None: where their checkpoint says.
-        save_retries: tries of a save that failed, before it is given up.
-        save_retry_seconds: between the first two; each further wait is twice as long.
-        on_save_failure: what follows: stop the run, or continue and save again when it is due. The last save of a run always
-            stops it. Older checkpoints are untouched.
+        save_retries, save_retry_seconds: tries of a save that failed; before the first, each further wait is twice as long.
+        on_save_failure: then: stop the run, or continue to the next save, if there is one. Older checkpoints are untouched.
         verify_hashes: read every file once more before loading and compare its sha256; sizes are compared in any case.
     """
 
@@ -90,8 +89,7 @@ class CheckpointConfig(Config):
                     f"checkpoint.{name} is {value}, but checkpoint.save is not set: name a folder (--save)"
                 )
         if self.save_retries < 0 or self.save_retry_seconds < 0:
-            given = f"save_retries {self.save_retries}, save_retry_seconds {self.save_retry_seconds}"
-            raise ConfigError(f"checkpoint.{given}: neither may be negative")
+            raise ConfigError("neither checkpoint.save_retries nor checkpoint.save_retry_seconds may be negative")
         if self.save_interval is not None and self.save_epochs is not None:
             raise ConfigError("set checkpoint.save_interval or save_epochs, not both")
         if self.keep_last is not None and self.keep_last < 2:
@@ -284,7 +282,7 @@ def _versions() -> dict[str, str]:
 def find_checkpoint(config: CheckpointConfig, device: torch.device) -> Checkpoint | None:
     """Finds and verifies what ``config.load`` means; None where that is no training checkpoint (HF, Megatron weights).
 
-    The newest whole one that the tracker allows; a damaged one is passed over with a warning. An iteration that was
+    The newest sound one: a damaged one is passed over, and a tracker that names another is told of. An iteration that was
     named (``ckpt_step``, or ``load`` being its folder) is taken or refused. The ranks share the hashing among them.
 
     Args:
@@ -318,6 +316,8 @@ def find_checkpoint(config: CheckpointConfig, device: torch.device) -> Checkpoin
             if rank == 0 and not explicit:
                 log.warning("%s cannot be loaded, trying the one before it: %s", folder, error)
             continue
+        if found is not None and not explicit and (said := compare(path, found.tracker, folder)):
+            log.warning("%s", said)
         weights_only = config.finetune or folder.name == checkpoint_dir.RELEASE
         return Checkpoint(
             folder=folder,

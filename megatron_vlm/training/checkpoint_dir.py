@@ -20,18 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm import files
+from megatron_vlm.conversion.iterations import (
+    MANIFEST,
+    RELEASE,
+    SEQUENCE,
+    TRACKER,
+    check_tracker,
+    folder_name,
+    is_iteration,
+    iteration_of,
+    iterations,
+    newest_first,
+    next_sequence,
+    read_tracker,
+)
 from megatron_vlm.conversion.training_source import checkpoint_record
+from megatron_vlm.digests import sealed
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files import file_digest, sync_path, sync_tree, write_synced
 from megatron_vlm.log import get_logger
 
-TRACKER = "latest_checkpointed_iteration.txt"
-MANIFEST = "manifest.json"
 STATE = "state.json"
-RELEASE = "release"
-"""Name of a folder, and content of the tracker, for weights that start at iteration 0."""
 FORMAT = "megatron_vlm.checkpoint.1"
-_NAME = re.compile(r"iter_(\d{7,})")
 _LEFTOVER = re.compile(r"iter_\d{7,}\.(tmp|old)-[0-9a-f]+")
 
 log = get_logger(__name__)
@@ -39,40 +49,31 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Folders that could be loaded, the wanted one first. ``explicit``: the user named it, so there is no other."""
+    """Folders that could be loaded, the wanted one first.
+
+    Attributes:
+        folders: in the order in which they are tried.
+        explicit: the user named it, so there is no other.
+        tracker: what the tracker says, where it is not explicit.
+    """
 
     folders: tuple[Path, ...]
     explicit: bool
-
-
-def folder_name(iteration: int) -> str:
-    """Name of an iteration's folder."""
-    return f"iter_{iteration:07d}"
-
-
-def iteration_of(folder: Path) -> int:
-    """Iteration in a folder's name; 0 for any other name (``release``)."""
-    match = _NAME.fullmatch(folder.name)
-    return int(match[1]) if match else 0
-
-
-def iterations(root: Path) -> list[int]:
-    """Iterations that have a folder in ``root``, in order."""
-    return sorted(int(m[1]) for entry in root.iterdir() if (m := _NAME.fullmatch(entry.name)) and entry.is_dir())
+    tracker: str | None = None
 
 
 def candidates(path: Path, ckpt_step: int | None = None) -> Candidates | None:
     """Lists what ``--load path`` and ``--ckpt-step`` mean; None where ``path`` holds no training checkpoint.
 
-    Without ``ckpt_step`` these are the folder that the tracker names and then older ones, newest first. A folder newer
-    than the tracker says is not considered: someone set the tracker back.
+    Without ``ckpt_step`` these are all iterations, the one that was written last in front, whatever the tracker says: it is
+    compared with the one that is taken.
 
     Raises:
-        CheckpointError: the named iteration is absent, or the tracker cannot be read.
+        CheckpointError: the named iteration is absent, or there is a tracker and no iteration.
     """
     if not path.is_dir():
         return None
-    if ((path / MANIFEST).exists() and (path / STATE).exists()) or _NAME.fullmatch(path.name):
+    if ((path / MANIFEST).exists() and (path / STATE).exists()) or is_iteration(path):
         if ckpt_step not in (None, iteration_of(path)):
             raise CheckpointError(f"--load {path} is one iteration, --ckpt-step {ckpt_step} another: drop one of them")
         return Candidates(folders=(path,), explicit=True)
@@ -82,32 +83,14 @@ def candidates(path: Path, ckpt_step: int | None = None) -> Candidates | None:
             known = ", ".join(map(str, present)) or "none"
             raise CheckpointError(f"{path} has no {folder_name(ckpt_step)} (--ckpt-step); iterations there: {known}")
         return Candidates(folders=(path / folder_name(ckpt_step),), explicit=True)
-    latest = read_tracker(path)
-    if latest == RELEASE:
+    tracker = read_tracker(path)
+    if tracker == RELEASE:
         release = path / RELEASE
         return Candidates(folders=(release,), explicit=True) if (release / MANIFEST).exists() else None
-    if latest is None and present:
-        log.warning("%s has no %s: taking the newest iteration there", path, TRACKER)
-    older = [i for i in reversed(present) if latest is None or i <= int(latest)]
-    if latest is not None and int(latest) not in older:
-        older.insert(0, int(latest))  # reported as absent, then the next one is tried
-    return Candidates(folders=tuple(path / folder_name(i) for i in older), explicit=False) if older else None
-
-
-def read_tracker(root: Path) -> str | None:
-    """The tracker's content: an iteration or ``release``; None without a tracker."""
-    try:
-        text = (root / TRACKER).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {root / TRACKER}: {error}") from error
-    if text != RELEASE and not text.isdecimal():
-        raise CheckpointError(
-            f"{root / TRACKER} holds {text[:40]!r}, neither an iteration nor {RELEASE!r}: correct it, or name the "
-            "iteration with --ckpt-step"
-        )
-    return text
+    folders = newest_first(path)
+    if not folders and tracker is not None:
+        check_tracker(path, tracker)
+    return Candidates(folders=tuple(folders), explicit=False, tracker=tracker) if folders else None
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -187,9 +170,10 @@ def commit(temporary: Path, records: Mapping[str, dict[str, Any]], facts: Mappin
                 f"{path} was written by another rank and is not visible here: checkpoint.save must lie on a file "
                 "system that all nodes share"
             )
+    facts = {**facts, SEQUENCE: next_sequence(temporary.parent)}
     files = {str(p.relative_to(temporary)): p for p in sorted(temporary.rglob("*")) if p.is_file()}
     listed = {name: records.get(name) or file_digest(path, CheckpointError) for name, path in files.items()}
-    write_json(temporary / MANIFEST, {"format": FORMAT, **facts, "files": listed})
+    write_json(temporary / MANIFEST, sealed({"format": FORMAT, **facts, "files": listed}))
     sync_tree(temporary)
     final = temporary.with_name(temporary.name.partition(".")[0])
     if final.exists():  # a run that went back to an older checkpoint passes this iteration again

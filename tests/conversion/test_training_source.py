@@ -105,12 +105,18 @@ def test_damaged_checkpoints_are_named(saved, tmp_path):
         open_source(tmp_path / "no_rank")
 
 
-def test_trackers_that_lead_nowhere(saved, tmp_path):
+def test_a_tracker_that_names_another_is_told_of(saved, tmp_path, capsys):
     _, run = saved
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / TRACKER).write_text("4")
-    with pytest.raises(CheckpointError, match="names iter_0000004, which is absent; iterations there: iter_0000003"):
-        open_source(tmp_path / "run")
-    (tmp_path / "run" / TRACKER).write_text("latest")
+    for text in ("4", "latest"):
+        (tmp_path / "run" / TRACKER).write_text(text)
+        with open_source(tmp_path / "run") as source:
+            assert source.directory.name == "iter_0000003"
+        assert main(["mg2hf", "--load", str(tmp_path / "run"), "--out", str(tmp_path / f"out{text}")]) == 0
+        assert (
+            f"says {text!r}, but the newest sound checkpoint there is iter_0000003: taking that"
+            in capsys.readouterr().out
+        )
+    shutil.rmtree(tmp_path / "run" / "iter_0000003")
     with pytest.raises(CheckpointError, match="'latest', neither an iteration nor 'release'"):
         open_source(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_vlm.conversion.iterations import compare, read_tracker
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.training import checkpoint_dir
 from megatron_vlm.training.checkpoint_dir import TRACKER, begin, candidates, commit, purge, verify
@@ -34,17 +35,48 @@ def test_order_of_candidates(tmp_path):
     for iteration in (5, 10, 15, 20):
         make(tmp_path, iteration)
     assert names(candidates(tmp_path)) == ["iter_0000020", "iter_0000015", "iter_0000010", "iter_0000005"]
-    (tmp_path / TRACKER).write_text("10")
-    assert names(candidates(tmp_path)) == ["iter_0000010", "iter_0000005"]
-    assert not candidates(tmp_path).explicit
-    (tmp_path / TRACKER).write_text("12")
-    assert names(candidates(tmp_path)) == ["iter_0000012", "iter_0000010", "iter_0000005"]
-    (tmp_path / TRACKER).unlink()
-    assert names(candidates(tmp_path))[0] == "iter_0000020"
+    for changed in (
+        "10",
+        "12",
+        "120",
+        "2\x30",
+        "latest",
+        None,
+    ):  # believed nowhere: the order is that of the checkpoints
+        (tmp_path / TRACKER).write_text(changed) if changed else (tmp_path / TRACKER).unlink()
+        found = candidates(tmp_path)
+        assert names(found) == ["iter_0000020", "iter_0000015", "iter_0000010", "iter_0000005"] and not found.explicit
+        assert found.tracker == changed
     named = candidates(tmp_path, 15)
     assert names(named) == ["iter_0000015"] and named.explicit
     assert candidates(tmp_path / "iter_0000005").explicit
     assert candidates(tmp_path / "iter_0000005", 5).explicit
+
+
+def test_the_newest_is_the_one_that_was_written_last(tmp_path):
+    """A run that went back to iteration 10 and went on leaves later iterations of an abandoned run behind."""
+    for iteration in (5, 10, 15, 20, 90, 15):
+        make(tmp_path, iteration)
+    assert names(candidates(tmp_path)) == [f"iter_{i:07d}" for i in (15, 90, 20, 10, 5)]
+    (tmp_path / "iter_0000015" / "manifest.json").write_text("{")  # tried, and told of, before older ones
+    assert names(candidates(tmp_path)) == [f"iter_{i:07d}" for i in (90, 20, 15, 10, 5)]
+
+
+def test_a_tracker_is_compared_with_what_is_taken(tmp_path):
+    chosen = make(tmp_path, 10)
+    make(tmp_path, 5)
+    assert compare(tmp_path, "10", chosen) is None
+    said = compare(tmp_path, "5", chosen)
+    assert (
+        "says '5', but the newest sound checkpoint there is iter_0000010: taking that; --ckpt-step 5 takes the other"
+        in said
+    )
+    assert "--ckpt-step" not in compare(tmp_path, "11", chosen)
+    assert "has no latest_checkpointed_iteration.txt: taking the newest sound" in compare(tmp_path, None, chosen)
+    (tmp_path / TRACKER).write_bytes(b"5\xff")
+    assert read_tracker(tmp_path) == "not readable" and "says 'not readable'" in compare(
+        tmp_path, "not readable", chosen
+    )
 
 
 def test_what_cannot_be_a_candidate(tmp_path):
@@ -53,12 +85,14 @@ def test_what_cannot_be_a_candidate(tmp_path):
         candidates(tmp_path, 6)
     with pytest.raises(CheckpointError, match="--ckpt-step 6 another"):
         candidates(tmp_path / "iter_0000005", 6)
-    (tmp_path / TRACKER).write_bytes(b"5\xff")
-    with pytest.raises(CheckpointError, match="cannot read"):
-        candidates(tmp_path)
-    (tmp_path / TRACKER).write_text("latest")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / TRACKER).write_text("latest")
     with pytest.raises(CheckpointError, match="neither an iteration nor 'release'"):
-        candidates(tmp_path)
+        candidates(empty)
+    (empty / TRACKER).write_text("7")
+    with pytest.raises(CheckpointError, match="names iter_0000007, which is absent; iterations there: none"):
+        candidates(empty)
     (tmp_path / TRACKER).write_text("release")
     assert candidates(tmp_path) is None  # Megatron weights may lie there
 

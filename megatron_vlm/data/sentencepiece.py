@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_vlm.data.chat import FastTokenizer, plain_tokenizer
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.files import read_json
+from megatron_vlm.files import read_bytes, read_json
 
 _SPACE = "\u2581"  # SentencePiece writes a space so
 _BPE = 2  # TrainerSpec.ModelType
@@ -103,8 +103,8 @@ def _read(path: str | Path) -> Any:
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
     try:
-        proto.ParseFromString(Path(path).read_bytes())
-    except (OSError, DecodeError) as error:
+        proto.ParseFromString(read_bytes(path))
+    except DecodeError as error:
         raise ConfigError(f"{path} is not a SentencePiece model: {error}") from error
     problem = ""
     if not proto.pieces or proto.pieces[0].type != _UNKNOWN:

@@ -36,7 +36,7 @@ from megatron_vlm.data.problems import REJECTED, Problem, describe
 from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError, Reason
-from megatron_vlm.files import expand_path
+from megatron_vlm.files import expand_path, open_regular, read_bytes
 from megatron_vlm.launch.checks import Report
 from megatron_vlm.launch.config import LaunchConfig
 from megatron_vlm.training.progress import Bar
@@ -162,7 +162,7 @@ def tell_format(path: str, record_format: str) -> str:
 
 def _is_object(path: str) -> bool:
     """Whether a json file holds one object, as a meta.json does: its data sets are objects with an annotation."""
-    with open(path, "rb") as file:
+    with open_regular(path, DataError) as file:
         if not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             return False
     value = read_json(path)
@@ -215,7 +215,7 @@ def _digest(sources: Sequence[Source]) -> str:
         digest.update(json.dumps(dataclasses.asdict(source), sort_keys=True).encode())
         path = Path(source.path)
         if path.suffix.lower() in (".json", ".jsonl"):
-            with path.open("rb") as file:
+            with open_regular(path, DataError) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         else:
             files = sorted(p for p in path.rglob("*") if os.path.isfile(p)) if os.path.isdir(path) else [path]
@@ -281,7 +281,7 @@ def _build(inputs: Inputs, config: DataConfig) -> None:
 def _check_folders(report: Report, inputs: Inputs, config: DataConfig, processor: Processor, cache: Path) -> None:
     """`data check` of folders that exist already; what it found is kept, so that a folder is read once."""
     for folder in inputs.folders:
-        manifest = Path(folder, MANIFEST).read_bytes()
+        manifest = read_bytes(Path(folder, MANIFEST), DataError)
         mark = cache / "checked" / hashlib.sha256(manifest + processor.fingerprint.encode()).hexdigest()[:24]
         if os.path.isfile(mark):
             continue

@@ -5,7 +5,6 @@ prompts --processor.encode_prompt--> samples --dealt to replicas, batch by batch
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from megatron_vlm.data.images import decode_image
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.files import read_bytes
 from megatron_vlm.models.generation import SamplingConfig, generate
 from megatron_vlm.parallel.topology import Topology
 
@@ -78,12 +78,7 @@ def encode_prompt(processor: Any, prompt: Prompt) -> EncodedSample:
     Raises:
         DataError: an image that cannot be read, or another number of placeholders than of images.
     """
-    images = []
-    for name in prompt.images:
-        try:
-            images.append(decode_image(Path(name).read_bytes(), name))
-        except OSError as error:
-            raise DataError(f"cannot read image {name}: {error.strerror}") from error
+    images = [decode_image(read_bytes(name, DataError), name) for name in prompt.images]
     return processor.encode_prompt(prompt.turns, images)
 
 

@@ -77,7 +77,7 @@ def test_tokenizer_json_is_taken_first_and_adds_nothing(model, tmp_path):
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.model").write_bytes(b"not read")
-    ids, _ = load_tokenizer(tmp_path).encode("The code")
+    ids = load_tokenizer(tmp_path).encode("The code")[0]
     assert ids.tolist() == sentencepiece.SentencePieceProcessor(model_proto=model).encode("The code")
 
 

@@ -153,12 +153,12 @@ def test_prompts_that_cannot_be(twin, picture):
             )
         assert words in str(error.value)
 
-    asked("cannot read image", text="a", images=("nowhere.png",))
+    asked("cannot read nowhere.png", text="a", images=("nowhere.png",))
     asked("2 <image> placeholders for 1 images", text="<image><image>", images=(str(picture),))
     asked("beyond the model's 1024 positions", text="cats " * 1000)
     with pytest.raises(ConfigError, match=r"evaluate\.interval has no effect"):
         EvaluateConfig(interval=3)
-    with pytest.raises(DataError, match="cannot read image"):
+    with pytest.raises(DataError, match=r"cannot read nowhere\.png"):
         from megatron_vlm.training.answers import encode_prompt
 
         encode_prompt(None, Prompt(text="a", images=("nowhere.png",)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_vlm.conversion.mapping import Entry, Layout, Mapping
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.files import read_bytes
 from megatron_vlm.layers.projector import projector_entries
 from megatron_vlm.models.assembling import copy_small_files
 from megatron_vlm.models.clip import clip_entries
@@ -85,7 +86,7 @@ def write_xtuner_files(hf_dir: Path, hf_config: dict[str, Any], directory: Path)
         _write(directory / "config.json", {"architectures": ["LlamaForCausalLM"], **text})
         for path in hf_dir.iterdir():
             if path.name.startswith(_TOKENIZER):
-                (directory / path.name).write_bytes(path.read_bytes())
+                (directory / path.name).write_bytes(read_bytes(path, ConversionError))
     tower = {**hf_config["vision_config"], "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
     _write(directory / VISION / "config.json", {**tower, **dtype})
     _, images = processor_settings(hf_dir)

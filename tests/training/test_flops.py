@@ -56,7 +56,7 @@ def counted_by_torch(family: str) -> tuple[float, float]:
         (chunk,) = build_model(registry.get(family), config, topology, options)
     chunk.requires_grad_(False)  # else the head's gradients are made, and counted, in the forward pass
     with sdpa_kernel(SDPBackend.MATH), Meter(), FlopCounterMode(display=False) as counter:
-        chunk(make_batch(row, 200, config, pixels=True))
+        chunk(make_batch(row, 200, config, torch.float32))
     ours = forward_flops(config, images=row.images, segments=row.segments, supervised=200, causal_half=False)
     return ours.forward, counter.get_total_flops()
 

@@ -103,7 +103,8 @@ class Heartbeat:
                 count, since = len(self._seen), time.monotonic()
             if self._place.rank == 0 and time.monotonic() - since > start_timeout:
                 present = [0, *self._seen]
-                self._pass_judgement(missing(self._place.world, present, start_timeout, str(self._place)))
+                where, beside = str(self._place), self._place.beside()
+                self._pass_judgement(missing(self._place.world, present, start_timeout, where, beside))
             time.sleep(_QUICK)
         self._joining = False
         return self._store

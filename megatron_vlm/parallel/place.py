@@ -1,16 +1,19 @@
 """Where a rank stands in its job, as torchrun's variables say, and the store through which the ranks meet."""
 
+import contextlib
 import datetime
 import os
 import socket
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from megatron_vlm.errors import ConfigError, TrainingError
+from megatron_vlm.processes import Identity, children
 
-START_TIMEOUT = 50.0
+START_TIMEOUT = 40.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,17 @@ class Place:
 
     def __str__(self) -> str:
         return f"{'the store of torchrun' if self.agent else 'rank 0'} at {self.host}:{self.port}"
+
+    def beside(self) -> dict[int, Identity]:
+        """Ranks of this job that torchrun started on this host: processes of one parent whose RANK says so."""
+        found = {}
+        for pid in children(self.parent) if self.parent is not None else ():
+            with contextlib.suppress(OSError, ValueError):
+                words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+                variables = dict(word.partition("=")[::2] for word in words)
+                if variables.get("TORCHELASTIC_RUN_ID") == os.environ.get("TORCHELASTIC_RUN_ID"):
+                    found[int(variables.get("RANK", ""))] = Identity.of(pid)
+        return found
 
     def open_store(self, *, server: bool = False, seconds: float = START_TIMEOUT) -> Any:
         """A connection to the job's store; with ``server``, the store as well.

@@ -130,15 +130,25 @@ def judge(
     return None
 
 
-def missing(world: int, present: Sequence[int], seconds: float, where: str) -> Verdict:
-    """Ranks that never came, and none more came for ``seconds``."""
+def missing(world: int, present: Sequence[int], seconds: float, where: str, beside: Mapping[int, Identity]) -> Verdict:
+    """Ranks that never came, and none more came for ``seconds``.
+
+    Args:
+        world: ranks of the job.
+        present: those that came.
+        seconds: since the last one.
+        where: they should have come to.
+        beside: processes on this host that are such ranks.
+    """
     absent = [rank for rank in range(world) if rank not in present]
-    listed = ", ".join(map(str, absent[:_MAX_LISTED])) + (" ..." if len(absent) > _MAX_LISTED else "")
+    known = {rank: f" ({beside[rank]}{_how(beside[rank])})" for rank in absent if rank in beside}
+    listed = ", ".join(f"{rank}{known.get(rank, '')}" for rank in absent[:_MAX_LISTED])
     return Verdict(
-        f"rank{'s' if len(absent) > 1 else ''} {listed} of {world} did not come to {where}, and nobody else did for "
-        f"{seconds:.0f} s: ended at the start, or on another node that cannot reach it? Their output says why. "
-        "parallel.start_timeout_seconds waits longer",
+        f"rank{'s' if len(absent) > 1 else ''} {listed}{' ...' if len(absent) > _MAX_LISTED else ''} of {world} did not come to "
+        f"{where}, and nobody else did for {seconds:.0f} s: ended or stopped at the start, or on another node that cannot reach "
+        "it? Their output says why. parallel.start_timeout_seconds waits longer",
         tuple(absent),
+        tuple(beside[rank] for rank in absent if rank in beside),
     )
 
 

@@ -40,7 +40,7 @@ class Job:
             f"--num-workers 1 --device cpu --no-tensorboard --output-dir {out} --save {out} --train-iters 100000 {more}"
         ).split()
         if timeout is not None:
-            words.append(f"parallel.heartbeat_timeout_seconds={timeout}")
+            words += [f"parallel.heartbeat_timeout_seconds={timeout}", "parallel.start_timeout_seconds=15"]
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
         command = [sys.executable, *torchrun, "--master-addr", "127.0.0.1", "-m", "megatron_vlm", "train", *words]
         self.log = out.with_suffix(".log")

@@ -168,7 +168,9 @@ def test_judgement():
     assert type(verdict).from_json(verdict.to_json()) == verdict
     ended = {1: Seen(record(1, phase="ended"), 0.0), 3: Seen(record(3, phase="closing"), 0.0)}
     assert judge(ended, 1e6, **settings) is None
-    assert missing(4, [0, 2], 50, "rank 0 at h:1").text.startswith("ranks 1, 3 of 4 did not come to rank 0 at h:1")
+    verdict = missing(4, [0, 2], 50, "rank 0 at h:1", {2: Identity.of(), 3: gone.who})
+    assert verdict.text.startswith("ranks 1, 3 (process 7 on elsewhere) of 4 did not come to rank 0 at h:1, and nobody")
+    assert verdict.ranks == (1, 3) and verdict.doomed == (gone.who,)
 
 
 def test_an_identity_is_of_one_process(tmp_path):

@@ -1,5 +1,6 @@
 """A tiny twin of every family and rows of it with as many images as a test asks for."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class SmallTwin:
     hf_config: dict[str, Any]
     draw: Callable[["SmallTwin", Specs, int], list[EncodedSample]]
 
-    @property
+    @functools.cached_property
     def config(self) -> Any:
         """Of the model."""
         return registry.get(self.family).config(self.hf_config)

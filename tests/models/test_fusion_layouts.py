@@ -41,6 +41,9 @@ ODD_HEADS = {
 }
 """Options of twins whose towers run whole on every tensor parallel rank."""
 
+SMOOTH = {"xcomposer2_hd": dict(std=0.1)}
+"""At a standard deviation of 0.15 the tower's gradients of a single image are off by 1.05e-5 for the order of sums alone (tp 2)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -91,11 +94,11 @@ class Case:
 DP = [
     dict(dp=2, bucket=ONE),
     dict(dp=2),
-    dict(dp=2, overlap=False),
     dict(dp=4, do=True),
 ]
 """Of every family, with everything training."""
 FEW = [
+    Case(twin="idefics2", dp=2, overlap=False),
     Case(twin="idefics2", dp=2, tp=2, sp=True, do=True, recompute=True, odd=True),
     Case(twin="idefics2", dp=2, pp=2, peft=LORA),
     Case(twin="idefics2_llama3", dp=2, pp=2, vp=1, do=True, recompute=True),
@@ -113,6 +116,7 @@ FULL = [
     for layout in (
         dict(dp=4),
         dict(dp=4, bucket=ONE, do=True),
+        dict(dp=4, overlap=False),
         dict(dp=2, do=True, recompute=True),
         dict(dp=2, tp=2, sp=True, recompute=True),
         dict(dp=2, tp=2, do=True, peft=LORA),
@@ -158,7 +162,8 @@ class Check:
         found = []
         for number, (case, mapping) in enumerate(zip(cases, mappings)):
             if case.bucket == MANY and case.overlap:
-                assert max(rank[number][0]["buckets"] for rank in ranks) >= 20
+                # megatron-core cuts the first virtual stage of a rank alone.
+                assert max(rank[number][0]["buckets"] for rank in ranks) >= (10 if case.vp else 20)
             elif case.pp == 1:  # megatron-core has a single bucket where nothing overlaps
                 assert all(rank[number][0]["buckets"] == 1 for rank in ranks)
             batches = zip(*(rank[number] for rank in ranks))
@@ -196,7 +201,7 @@ def checks(tmp_path_factory):
 
     def make(name, odd=False):
         if (name, odd) not in made:
-            options = ODD_HEADS[name] if odd else {}
+            options = {**SMOOTH.get(name, {}), **(ODD_HEADS[name] if odd else {})}
             made[name, odd] = Check(write_small_twin(name, tmp_path_factory.mktemp(name), **options))
         return made[name, odd]
 

@@ -42,7 +42,7 @@ ODD_HEADS = {
 """Options of twins whose towers run whole on every tensor parallel rank."""
 
 SMOOTH = {"xcomposer2_hd": dict(std=0.1)}
-"""At a standard deviation of 0.15 the tower's gradients of a single image are off by 1.05e-5 for the order of sums alone (tp 2)."""
+"""With 0.15 the gradients of a single image in its tower are off by 1.05e-5 for the order of sums alone (tp 2, without dp)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ def test_numbers_of_a_processor(settings, words):
         ("tokenizer_config.json", "[]", "model"),
         ("generation_config.json", '{"eos_token_id": [2, "x"]}', "generation_config.json: eos_token_id is 'x'"),
         ("generation_config.json", '{"eos_token_id": 1e99}', "generation_config.json: eos_token_id"),
-        ("chat_template.json", '{"chat_template": 5}', r"chat_template\.json: chat_template is no text"),
+        ("chat_template.json", '{"chat_template": 5}', r"chat_template\.json: 'chat_template' must be a text"),
         (
             "processor_config.json",
             '{"image_processor": {"image_mean": [1, 2]}}',

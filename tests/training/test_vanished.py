@@ -1,4 +1,4 @@
-"""The folder that a run was started from vanishes while it goes on: it saves, and its checkpoint is whole."""
+"""The folder that a run was started from vanishes: the run saves, its checkpoint is whole. No output lies in it."""
 
 import shutil
 import threading
@@ -46,3 +46,13 @@ def test_a_run_outlives_what_it_started_from(command, twin, tmp_path, kind):
     assert before.keys() == after.keys() and not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     names = {path.name for path in twin.iterdir()}
     assert names <= {path.name for path in (tmp_path / "export").iterdir()}
+
+
+@pytest.mark.parametrize("flag", ["--save", "--output-dir"])
+def test_an_output_in_the_model_is_refused_before_the_start(command, twin, tmp_path, flag):
+    model = shutil.copytree(twin, tmp_path / "model")
+    (tmp_path / "link").symlink_to(model)
+    for place in (model, model / "run", tmp_path / "link" / "run"):
+        code, text = train(command("out", f"--train-iters 1 {flag} {place}", load=model))
+        assert code == 1 and ("lies in the folder" in text or "is the folder" in text) and str(model) in text
+    assert not list(model.glob("**/iter_*"))

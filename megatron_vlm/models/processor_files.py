@@ -1,6 +1,7 @@
 """Tokenizer and processor files of an HF folder, read alike by the families' processors."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ def load_tokenizer(hf_dir: Path, **options: Any) -> Any:
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer of {hf_dir} has no tokenizer.json, which exact loss masks need: save it as a fast one"
+        )
+    doubled = [index for index, count in Counter(tokenizer.get_vocab().values()).items() if count > 1]
+    if doubled:  # which of them a text gets would be left to chance
+        names = sorted(name for name, index in tokenizer.get_vocab().items() if index == doubled[0])
+        raise ConfigError(
+            f"the tokenizer of {hf_dir} gives id {doubled[0]} to {len(names)} tokens: {', '.join(names[:5])}"
         )
     return tokenizer
 

@@ -144,7 +144,9 @@ class FamilySpec:
             ConfigError: files that cannot be read, or a setting that cannot work.
         """
         try:
-            return self.processor(hf_dir, data)
+            processor = self.processor(hf_dir, data)
+            processor.tokenizer.ids("a")  # it is built when it is first used: here, and not in the midst of the data
+            return processor
         except MegatronVLMError:
             raise
         except Exception as error:  # what tokenizer libraries, and arithmetic on settings, raise

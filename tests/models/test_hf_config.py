@@ -154,6 +154,16 @@ def test_damaged_files_of_a_processor_are_named(models, tmp_path, name, content,
         source.spec.open_processor(source.hf_dir, DataConfig(seq_length=64))
 
 
+def test_a_tokenizer_that_contradicts_itself_is_named(models, tmp_path):
+    """Two tokens of one id: transformers takes them, and which of them is left differs from start to start."""
+    copy = shutil.copytree(models("idefics2"), tmp_path / "model")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["vocab"]["Ġdark"] = 1
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with open_source(copy) as source, pytest.raises(ConfigError, match=r"tokenizer of .*model gives id 1 to 2 tokens"):
+        source.spec.open_processor(source.hf_dir, DataConfig(seq_length=64))
+
+
 def test_the_layout_of_llavas_own_code_is_told_apart(models, tmp_path):
     copy = edited(
         models("llava_internlm2"), tmp_path / "model", ("mm_vision_tower",), "openai/clip-vit-large-patch14-336"

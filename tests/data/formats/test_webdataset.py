@@ -222,7 +222,7 @@ def test_members_of_no_sample_are_skipped_and_counted(tmp_path, members, caplog)
 @pytest.mark.parametrize(
     "head, message",
     [
-        (gzip.compress(b"x" * 2000), "compressed with gzip: unpack it first"),
+        (gzip.compress(b"x" * 2000, mtime=0), "compressed with gzip: unpack it first"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed with zstd"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n", "a Git LFS pointer.*git lfs pull"),
         (b"<!DOCTYPE html><html>" + b" " * 600, "a web page"),

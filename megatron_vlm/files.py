@@ -328,11 +328,13 @@ def check_output(
     Raises:
         MegatronVLMError: of class ``error``, naming both.
     """
-    target = Path(os.path.realpath(out))
     for source in sources:
-        real = Path(os.path.realpath(source))
-        if not real.is_dir():
+        if not os.path.isdir(source):  # False too for a name that no file can have
             continue
+        try:
+            target, real = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+        except ValueError as caught:
+            raise error(f"{what} {describe(out)}: no file can have this name: {caught}") from caught
         if target == real:
             problem = "is the folder"
         elif target.is_relative_to(real):

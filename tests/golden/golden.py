@@ -46,12 +46,12 @@ LAYOUTS: dict[str, tuple[dict[str, int], str]] = {
 UPDATES = 5
 
 
-def find(name: str, outside: str = "-") -> Any:
+def find(name: str, outside: tuple[str, ...] = ()) -> Any:
     """The function or class of the package that is defined under ``name``, in whichever file (but not below ``outside``)."""
     root = Path(importlib.import_module("megatron_vlm").__file__ or "").parent
     pattern = re.compile(rf"^(?:def|class) {name}\b", re.M)
     files = [path for path in sorted(root.rglob("*.py")) if pattern.search(path.read_text(encoding="utf-8"))]
-    files = [path for path in files if outside not in path.relative_to(root).parts]
+    files = [path for path in files if not set(outside) & set(path.relative_to(root).parts)]
     if len(files) != 1:
         raise SystemExit(f"golden: {name} is defined in {len(files)} files of {root}: {[str(f) for f in files]}")
     parts = files[0].relative_to(root.parent).with_suffix("").parts
@@ -115,7 +115,7 @@ def help_part(work: Path) -> Iterator[tuple[str, Any]]:
 
 def recipes_part(work: Path) -> Iterator[tuple[str, Any]]:
     """The resolved config of each recipe, and its text."""
-    resolve = find("resolve", outside="data")
+    resolve = find("resolve", outside=("data", "models"))
     for name in [line.split()[0] for line in must("recipe", "list").splitlines()]:
         yield f"{name} text", must("recipe", "show", name)
         argv = f"--config {name} --load MODEL --data-path DATA --save SAVE --dry-run --device cpu --world-size 8"

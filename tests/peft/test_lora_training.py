@@ -9,6 +9,7 @@ import torch
 
 from megatron_vlm.conversion.rank_files import RankFiles
 from megatron_vlm.conversion.source import open_source
+from megatron_vlm.digests import sealed
 from megatron_vlm.files import file_digest
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import adapted_plan
@@ -125,7 +126,7 @@ def test_the_base_moves_and_must_not_change(command, trained, place):
     (folder / "state.json").write_text(json.dumps(state))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["state.json"] = file_digest(folder / "state.json")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
     assert "is not at" in fails(command("x", f"{PEFT} --train-iters 5", folder))
     write_tiny_idefics2(place / "other", seed=1)
     message = fails(command("x", f"{PEFT} --train-iters 5 checkpoint.base={place / 'other'}", folder))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from megatron_vlm.config import load_yaml, nearest
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.files import expand_path
+from megatron_vlm.files import expand_path, writing
 from megatron_vlm.models.registry import FamilySpec
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -82,14 +82,15 @@ def copy(name: str, directory: str | Path) -> Path:
     """Copies a recipe's file into a folder, which is made; returns where it lies.
 
     Raises:
-        ConfigError: the file is there already.
+        ConfigError: the file is there already, or cannot be written.
     """
     source = path_of(name)
     target = Path(directory, source.name)
     if target.exists():
         raise ConfigError(f"{target} exists already: name another folder, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
     return target
 
 

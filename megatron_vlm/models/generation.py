@@ -7,6 +7,7 @@ The rank that knows the logits chooses; the others of its replica are told.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +46,8 @@ class SamplingConfig(Config):
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:  # not a number either
+            raise ConfigError(f"temperature must be a number, 0 or above, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.top_p < 1 and not self.temperature:

@@ -24,6 +24,7 @@ from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.shards import load_record
 from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.files import writing
 from megatron_vlm.log import setup_logging
 from megatron_vlm.models.generation import SamplingConfig
 from megatron_vlm.models.vlm import ModelOptions
@@ -108,6 +109,7 @@ def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
     rank = torch.distributed.get_rank()
     setup_logging(rank)
     with together(device):
+        _check_out(config)
         verify = config.verify_hashes and os.environ.get("LOCAL_RANK", "0") == "0"  # of small files: once a machine
         source = open_source(config.load, config.family, config.base, verify_hashes=verify)
     with source:
@@ -128,7 +130,11 @@ def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
             stages = load_stages(source, topology, options)
     seed_step(topology, seed=config.sampling.seed, iteration=0)
     questions, number = _questions(config, processor, text.max_position_embeddings), 0
-    out: TextIO | None = config.out.open("w", encoding="utf-8") if config.out and rank == 0 else None
+    out: TextIO | None = None
+    with together(device):
+        if config.out is not None and rank == 0:
+            with writing(config.out):
+                out = config.out.open("w", encoding="utf-8")
     try:
         while True:
             with together(device):
@@ -138,12 +144,29 @@ def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
             samples = [question.sample for question in batch]
             answers = answer(stages, topology, processor, samples, config.sampling, number)
             number += len(batch)
-            for question, said in zip(batch, answers):
-                if rank == 0:
-                    _write(question, said, out)
+            with together(device):
+                for question, said in zip(batch, answers):
+                    if rank == 0:
+                        with writing(config.out or "standard output"):
+                            _write(question, said, out)
     finally:
         if out is not None:
             out.close()
+
+
+def _check_out(config: GenerateConfig) -> None:
+    """Refuses answers in place of what is asked: opening the output would empty the input before it is read."""
+    if config.out is None or not config.out.exists():
+        return
+    read = [
+        *config.input,
+        *(source.path for source in open_sources(config.format, config.input, root=config.image_root)),
+    ]
+    for path in read:
+        if os.path.exists(path) and os.path.samefile(path, config.out):
+            raise ConfigError(
+                f"--out {config.out} is the input {path}: the answers would replace it; name another file"
+            )
 
 
 def _questions(config: GenerateConfig, processor: Any, positions: int) -> Iterator[Question]:

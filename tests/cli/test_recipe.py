@@ -45,6 +45,8 @@ def test_show_and_copy(capsys, tmp_path):
     assert capsys.readouterr().out.strip() == str(copied) and copied.read_text() == source.read_text()
     with pytest.raises(ConfigError, match="exists already"):
         recipe.run(["copy", "lora_internvl3", str(copied.parent)])
+    with pytest.raises(ConfigError, match=r"cannot write .*lora_internvl3\.yaml/lora_internvl3\.yaml: "):
+        recipe.run(["copy", "lora_internvl3", str(copied)])
 
 
 def test_an_unknown_name_gives_the_nearest():

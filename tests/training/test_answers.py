@@ -137,12 +137,40 @@ def test_training_shows_answers(twin, picture, command, tmp_path):
         ({"prompt": {"text": "a"}, "out": "x"}, "--out goes with --input"),
         ({"prompt": {"text": "a"}, "sampling": {"top_p": 0.5}}, "no effect at temperature 0"),
         ({"prompt": {"text": "a"}, "sampling": {"max_new_tokens": 0}}, "max_new_tokens must be at least 1"),
+        ({"prompt": {"text": "a"}, "sampling": {"temperature": float("nan")}}, "temperature must be a number"),
+        ({"prompt": {"text": "a"}, "sampling": {"temperature": float("inf")}}, "temperature must be a number"),
+        ({"prompt": {"text": "a"}, "sampling": {"temperature": -1.0}}, "temperature must be a number, 0 or above"),
         ({"prompt": {"text": "a"}, "precision": "fp16", "device": "cpu"}, "fp16 does not run on the CPU"),
     ],
 )
 def test_settings_that_cannot_be(settings, words):
     with pytest.raises(ConfigError, match=words):
         GenerateConfig.from_dict({"load": "x", **settings})
+
+
+def test_answers_never_replace_what_is_asked_nor_end_in_a_traceback(twin, tmp_path):
+    asked = tmp_path / "asked.json"
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    asked.write_text(json.dumps([{"conversations": turns}]))
+    before = asked.read_bytes()
+    other = tmp_path / "link.json"
+    other.symlink_to(asked)
+
+    def run(out, *given):
+        config = {"load": str(twin), "input": list(given), "out": str(out), "device": "cpu"}
+        config = GenerateConfig.from_dict(config | {"sampling": {"max_new_tokens": 1}})
+        with pytest.raises(RankError) as error:
+            run_distributed(run_generate, config, tp=1, timeout=60)
+        assert asked.read_bytes() == before
+        return str(error.value)
+
+    for out, given in ((asked, asked), (other, asked), (asked, tmp_path / "ask*.json")):
+        said = run(out, str(given))
+        assert f"--out {out} is the input {asked}" in said and "name another file" in said
+    assert f"cannot write {tmp_path / 'nowhere' / 'x.jsonl'}: No such file" in run(
+        tmp_path / "nowhere" / "x.jsonl", str(asked)
+    )
+    assert "cannot write /dev/full: No space left on device" in run("/dev/full", str(asked))
 
 
 def test_prompts_that_cannot_be(twin, picture):

@@ -38,6 +38,7 @@ from megatron_vlm.data.tar_shards import TarJob, index_shard
 from megatron_vlm.data.video import check_settings
 from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import check_output, sync_path, write_synced, writing
+from megatron_vlm.files import describe as describe_path
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
@@ -280,7 +281,7 @@ class _Build:
         for line in self.notes.lines():
             LOGGER.warning("%s", line)
         self.problems.sort(key=lambda p: (p.source, p.file, p.record < 0, p.record))
-        names = ", ".join(source.title for source in self.sources) or "the inputs"
+        names = ", ".join(dict.fromkeys(describe_path(source.path) for source in self.sources)) or "the inputs"
         listed = out.with_name(f"{out.name}.{REJECTED}")
         listed.unlink(missing_ok=True)
         allowed = None if on_bad_sample == "raise" else max_bad_fraction

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_vlm.data import literal
 from megatron_vlm.data.types import Turn
+from megatron_vlm.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,13 @@ class FastTokenizer:
         if self._literal is None:
             from tokenizers import Tokenizer
 
-            self._literal = Tokenizer.from_str(literal.renamed(self.text, self.specials))
+            try:
+                self._literal = Tokenizer.from_str(literal.renamed(self.text, self.specials))
+            except Exception as error:  # tokenizers has no narrower class
+                raise ConfigError(
+                    f"a special token of tokenizer_config.json or tokenizer.json is also a piece of plain text, so that no text "
+                    f"could hold it ({error}); its special tokens: {', '.join(self.specials)}"
+                ) from error
         return self._literal
 
     def _load(self) -> Any:

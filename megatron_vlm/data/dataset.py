@@ -322,6 +322,10 @@ def _no_manifest(folder: Path) -> str:
     return f"{what}: name a folder made by 'megatron-vlm data build'"
 
 
+MAX_PER_EPOCH = 10**12
+"""Samples of a source in an epoch; more is damage, and would be counted for ever."""
+
+
 def _read_sources(items: Any, samples: int, folder: str) -> list[tuple[str, int, int, Fraction]]:
     """Returns name, first sample, samples and samples an epoch of each source; without any, the folder is one."""
     if not items or isinstance(items[0], str):
@@ -335,7 +339,7 @@ def _read_sources(items: Any, samples: int, folder: str) -> list[tuple[str, int,
             )
         wanted = Fraction(number) if repeat is None else number * exactly(float(repeat))
         wanted = wanted if per_epoch is None else Fraction(int(per_epoch))
-        if wanted < 0 or (wanted and not number):
+        if not 0 <= wanted <= MAX_PER_EPOCH or (wanted and not number):
             raise ValueError(f"source {item['name']!r} has {number} samples, an epoch cannot read {wanted} of them")
         if number:
             sources.append((str(item["name"]), first, number, wanted))

@@ -337,8 +337,8 @@ def open_tars(source: Source) -> tuple[Layout, list[Path]]:
 
 
 def _real(tar: Path) -> Path:
-    """The file itself, links followed; of a name that cannot be, whoever opens it says so."""
-    return Path(os.path.realpath(tar)) if os.path.exists(tar) else tar
+    """The file itself, links followed; of what is none, whoever opens it says so under the name that was given."""
+    return Path(os.path.realpath(tar)) if os.path.isfile(tar) else tar
 
 
 def tars_of(source: Source) -> Choice:

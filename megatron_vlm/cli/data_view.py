@@ -91,7 +91,8 @@ def _found(args: argparse.Namespace) -> Iterator[str | DataError]:
     if args.format is None:
         for path in paths:
             if not os.path.isdir(path):
-                raise ConfigError(f"{path} is no folder of shards: say what it is with --format")
+                what = "is no folder of shards: say what it is with --format"
+                raise ConfigError(f"{path} {what if os.path.lexists(path) else 'does not exist'}")
             yield from check_folder(path, processor)
         return
     settings = {"root": args.image_root or ".", "prepend": args.missing_placeholder == "prepend"}
@@ -105,12 +106,14 @@ def _stats(args: argparse.Namespace) -> int:
     if args.global_batch_size < 1:
         raise ConfigError(f"--global-batch-size must be at least 1, got {args.global_batch_size}")
     config, paths = _config(args)
+    if args.out:
+        _check_out(args, config)
     config = config.replace(packing=True, group_by=None)
     opened = open_data(config, _processor(args.model, config), _sources(config, paths), seed=1234)
     stats = collect(opened, config, args.global_batch_size)
     print(describe(stats))
     if args.out:
-        plot(stats, _writable(args.out))
+        plot(stats, Path(args.out))
         print(f"\nhistograms: {args.out}")
     return 0
 
@@ -122,11 +125,12 @@ def _preview(args: argparse.Namespace) -> int:
     if args.samples < 1:
         raise ConfigError(f"--samples must be at least 1, got {args.samples}")
     config, paths = _config(args)
+    _check_out(args, config)
     processor = _processor(args.model, config)
     opened = open_data(config, processor, _sources(config, paths), seed=args.seed)
     page = preview_page(opened, processor, config, seed=args.seed, num_samples=args.samples)
     with writing(args.out):
-        write_synced(_writable(args.out), page.encode("utf-8", "backslashreplace"))
+        write_synced(Path(args.out), page.encode("utf-8", "backslashreplace"))
     print(f"{args.out}: {len(page) / 1e6:.1f} MB")
     return 0
 
@@ -169,8 +173,14 @@ def _processor(model: str, config: Any) -> Any:
     return source.spec.open_processor(source.hf_dir, config)
 
 
-def _writable(path: str) -> Path:
-    parent = Path(path).parent
+def _check_out(args: argparse.Namespace, config: Any) -> None:
+    """Refuses an output that would take the place of what it is made from, or that has no folder; before anything is read."""
+    from megatron_vlm.files import check_output
+
+    parent = Path(args.out).parent
     if not os.path.isdir(parent):
-        raise ConfigError(f"{path} cannot be written: {parent} is no folder")
-    return Path(path)
+        raise ConfigError(f"{args.out} cannot be written: {parent} is no folder")
+    folders = [*args.paths, *(getattr(source, "path", source) for source in config.train), args.model]
+    check_output(args.out, folders, "--out")
+    if args.config and os.path.exists(args.out) and os.path.samefile(args.out, args.config):
+        raise ConfigError(f"--out {args.out} is the file that --config names: choose another place")

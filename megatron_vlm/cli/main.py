@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ COMMANDS = {
     "train": ("megatron_vlm.cli.train", "train, evaluate (--skip-train) or describe (--dry-run) a model"),
     "data": ("megatron_vlm.cli.data", "build, check and preview training data"),
     "generate": ("megatron_vlm.cli.generate", "answer prompts with a checkpoint of any kind"),
-    "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf and verify"),
+    "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf, merge, pth2hf and verify"),
     "recipe": ("megatron_vlm.cli.recipe", "list, show and copy the packaged recipes"),
 }
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             raise MegatronVLMError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
         code = importlib.import_module(COMMANDS[argv[0]][0]).run(argv[1:])
+        sys.stdout.flush()  # here, where who has left can be told quietly
         _close_group()
         return code
     except MegatronVLMError as error:
@@ -52,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _leave(1)
     except KeyboardInterrupt:
         return _leave(130)
+    except BrokenPipeError:  # who read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _leave(128 + signal.SIGPIPE)
     except ModuleNotFoundError as error:
         text = missing(error.name)
         text = f"error: `megatron-vlm {argv[0]}`: {text}" if text else traceback.format_exc()

@@ -163,3 +163,10 @@ def test_help_and_version(capsys):
     assert main(["--help"]) == 0 and main(["train", "--help"]) == 0 and main(["--version"]) == 0
     assert main([]) == 1
     assert "--micro-batch-size" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_gets_no_traceback():
+    command = [sys.executable, "-m", "megatron_vlm", "launch", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) != 0

@@ -277,6 +277,10 @@ def test_preview_draws_tiles_apart(digits_dir, tmp_path):
     "words, message",
     [
         (["stats", "--model", "MODEL"], "no data: name a folder"),
+        (["check", "/no/where"], "/no/where does not exist"),
+        (["preview", "DIR", "--model", "MODEL", "--out", "MANIFEST"], "lies in the folder"),
+        (["stats", "DIR", "--model", "MODEL", "--out", "CONFIG"], "lies in the folder"),
+        (["stats", "DIR", "--model", "MODEL", "--config", "YAML", "--out", "YAML"], "is the file that --config names"),
         (["check", "FILE"], "is no folder of shards: say what it is with --format"),
         (["check", "DIR", "--part", "val"], "it goes with --format"),
         (["stats", "DIR", "--model", "MODEL", "--set", "training.seed=1"], "only settings of the data section"),
@@ -285,8 +289,12 @@ def test_preview_draws_tiles_apart(digits_dir, tmp_path):
         (["preview", "DIR", "--model", "MODEL", "--out", "x.html", "--samples", "0"], "--samples must be at least 1"),
     ],
 )
-def test_mistakes(digits_dir, idefics2_dir, capsys, words, message):
-    places = {"DIR": digits_dir, "MODEL": idefics2_dir, "FILE": __file__}
+def test_mistakes(digits_dir, idefics2_dir, tmp_path, capsys, words, message):
+    (tmp_path / "run.yaml").write_text("data:\n  seq_length: 64\n")
+    places = {"DIR": digits_dir, "MODEL": idefics2_dir, "FILE": __file__, "YAML": tmp_path / "run.yaml"}
+    places |= {"MANIFEST": digits_dir / "manifest.json", "CONFIG": idefics2_dir / "config.json"}
+    before = [places[name].read_bytes() for name in ("MANIFEST", "CONFIG", "YAML")]
     assert main(["data", *(str(places.get(word, word)) for word in words)]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+    assert before == [places[name].read_bytes() for name in ("MANIFEST", "CONFIG", "YAML")]

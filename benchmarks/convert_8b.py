@@ -112,9 +112,9 @@ def write_model(directory: Path, config: dict) -> int:
     """Random bf16 weights of every tensor of the model, sharded as ``save_pretrained`` shards; returns their bytes."""
     import torch
 
-    from megatron_vlm.conversion.hf_io import HFWriter
-    from megatron_vlm.conversion.mapping import TensorInfo
     from megatron_vlm.files import write_json
+    from megatron_vlm.weights.hf_io import HFWriter
+    from megatron_vlm.weights.mapping import TensorInfo
 
     from transformers import Idefics2Config, Idefics2ForConditionalGeneration  # isort: skip
 
@@ -160,7 +160,7 @@ def same_tensors(left: Path, right: Path) -> bool:
     """Whether two HF directories hold the same tensors."""
     import torch
 
-    from megatron_vlm.conversion.hf_io import HFTensors
+    from megatron_vlm.weights.hf_io import HFTensors
 
     a, b = HFTensors(left), HFTensors(right)
     if a.infos != b.infos:

@@ -24,7 +24,7 @@ from megatron_vlm.models.vlm import ModelOptions, build_model
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 from megatron_vlm.testing.twins import write_tiny_idefics2
-from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.step import train_step
 
 MODEL = dict(

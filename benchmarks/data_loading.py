@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_vlm.data.build import build_shards
 from megatron_vlm.data.formats import open_sources
-from megatron_vlm.data.tar import index_tar
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.data.shards.tar import index_tar
 
 # Bytes of a picture, samples, format of the tar.
 TARS = [

@@ -3,7 +3,7 @@
     python benchmarks/gpu_smoke.py [--steps 20] [--row 4096] [--recompute]
     python benchmarks/gpu_smoke.py --device cpu --tiny        the same code in a minute without a GPU; its speeds mean nothing
 
-Tokens are real ones (random text, no padding); MFU is model FLOPs (training/flops.py: tower included, recomputation not)
+Tokens are real ones (random text, no padding); MFU is model FLOPs (training/memory/flops.py: tower included, recomputation not)
 over the peak of the device, and over a matrix product measured in the same run.
 """
 
@@ -14,19 +14,19 @@ import time
 
 import torch
 
+from megatron_vlm import registry
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, Row, row_from_samples
 from megatron_vlm.layers.attention import attention, select_backend
-from megatron_vlm.models import registry
-from megatron_vlm.models.idefics2.config import Idefics2ModelConfig
-from megatron_vlm.models.perceiver import PerceiverConfig
-from megatron_vlm.models.siglip import SiglipConfig
-from megatron_vlm.models.text import TextConfig
+from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
+from megatron_vlm.models.parts.decoder import TextConfig
+from megatron_vlm.models.parts.perceiver import PerceiverConfig
+from megatron_vlm.models.parts.siglip import SiglipConfig
 from megatron_vlm.models.vlm import ModelOptions, build_model
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
-from megatron_vlm.training.flops import forward_flops
-from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.memory.flops import forward_flops
+from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.step import train_step
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name (vendor's data sheets, SXM where both exist).

@@ -26,13 +26,13 @@ import torch
 from PIL import Image
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.counts import COUNT_DTYPE
-from megatron_vlm.data.dataset import Dataset
-from megatron_vlm.data.loader import RowLoader
-from megatron_vlm.data.mixture import Mixture, resolve
-from megatron_vlm.data.plan import DataState, Stream
 from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.data.shards import MANIFEST_VERSION
+from megatron_vlm.data.shards.dataset import Dataset
+from megatron_vlm.data.shards.writer import MANIFEST_VERSION
+from megatron_vlm.data.stream.counts import COUNT_DTYPE
+from megatron_vlm.data.stream.loader import RowLoader
+from megatron_vlm.data.stream.mixture import Mixture, resolve
+from megatron_vlm.data.stream.step_plan import DataState, Stream
 from megatron_vlm.data.types import TokenCount
 
 SAMPLES = 10**9
@@ -148,8 +148,8 @@ def photo(size: tuple[int, int], seed: int) -> bytes:
 
 def decode(num_images: int, size: tuple[int, int] = (640, 480)) -> dict[str, float]:
     """Measures images per CPU second, bare and through the loader, in turn."""
-    from megatron_vlm.data.build import build_shards
     from megatron_vlm.data.formats import open_sources
+    from megatron_vlm.data.shards.build import build_shards
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

@@ -4,8 +4,8 @@
     python benchmarks/memory.py --device cuda     1 to 2B parameters on one GPU, torch.cuda.max_memory_allocated
     python benchmarks/memory.py --layouts         layouts that are chosen for published models, and why (docs/layouts.md)
 
-Weights are random; a row holds text and images of the sizes said. The estimate (training/memory.py) is made in a process of its
-own, before anything runs.
+Weights are random; a row holds text and images of the sizes said. The estimate (training/memory/estimate.py) is made in a
+process of its own, before anything runs.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
+from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.launch.layout import choose_layout
-from megatron_vlm.models import registry
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.memory import Case, estimated, measured
-from megatron_vlm.training.checkpoint import CheckpointConfig
-from megatron_vlm.training.memory import RowShape
+from megatron_vlm.training.checkpoint.save_load import CheckpointConfig
+from megatron_vlm.training.memory.estimate import RowShape
 from megatron_vlm.training.run_config import RunConfig, TrainingConfig
 
 LARGE = {"idefics2": "Idefics2-1.2B", "internvl3": "InternVL3-2B", "llava_internlm2": "LLaVA-InternLM2-1.8B"}

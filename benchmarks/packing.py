@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vlm.data.build import build_shards
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.formats import open_sources
-from megatron_vlm.data.loader import open_data
-from megatron_vlm.data.packing import best_fit
-from megatron_vlm.models.idefics2.processor import Idefics2Processor
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.data.stream.loader import open_data
+from megatron_vlm.data.stream.packing import best_fit
+from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 from megatron_vlm.testing.twins import tiny_idefics2_config, tiny_tokenizer
 
 ROW, WINDOW = 4096, 4096

@@ -17,24 +17,24 @@ from typing import Any
 
 import torch
 
+from megatron_vlm import registry
 from megatron_vlm.conversion.load import load_stages
-from megatron_vlm.conversion.mapping import DerivedTensors, HFModel, TensorInfo
 from megatron_vlm.conversion.source import HFSource
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
-from megatron_vlm.models import registry
 from megatron_vlm.models.vlm import ModelOptions, global_named_modules
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology, init_process_group
+from megatron_vlm.peft.adapter_map import adapter_mapping
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora
-from megatron_vlm.peft.nf4 import get_backend
-from megatron_vlm.peft.plan import adapter_mapping
 from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan
 from megatron_vlm.training.device import start_device
-from megatron_vlm.training.memory import full_shapes
-from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.memory.estimate import full_shapes
+from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.step import train_step
+from megatron_vlm.weights.mapping import DerivedTensors, HFModel, TensorInfo
+from megatron_vlm.weights.nf4 import get_backend
 
 SHAPE = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=92544)
 TINY = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=2, vocab_size=1024)

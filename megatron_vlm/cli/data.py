@@ -70,11 +70,11 @@ def _add_build(commands: Any) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.build import build_shards
     from megatron_vlm.data.formats import guess_records, open_sources
     from megatron_vlm.data.formats.records import VideoSettings
-    from megatron_vlm.data.split import SplitSettings
-    from megatron_vlm.training.progress import Bar
+    from megatron_vlm.data.shards.build import build_shards
+    from megatron_vlm.data.shards.split import SplitSettings
+    from megatron_vlm.progress import Bar
 
     if args.image_root is not None and not os.path.isdir(args.image_root):
         raise ConfigError(f"--image-root {args.image_root} is not a folder")

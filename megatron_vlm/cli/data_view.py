@@ -81,8 +81,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _found(args: argparse.Namespace) -> Iterator[str | DataError]:
-    from megatron_vlm.data.check import check_folder, check_sources
     from megatron_vlm.data.formats import open_sources
+    from megatron_vlm.data.view.check import check_folder, check_sources
 
     config, paths = _config(args)
     processor = _processor(args.model, config) if args.model else None
@@ -100,8 +100,8 @@ def _found(args: argparse.Namespace) -> Iterator[str | DataError]:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.loader import open_data
-    from megatron_vlm.data.stats import collect, describe, plot
+    from megatron_vlm.data.stream.loader import open_data
+    from megatron_vlm.data.view.stats import collect, describe, plot
 
     if args.global_batch_size < 1:
         raise ConfigError(f"--global-batch-size must be at least 1, got {args.global_batch_size}")
@@ -119,8 +119,8 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.loader import open_data
-    from megatron_vlm.data.preview import preview_page
+    from megatron_vlm.data.stream.loader import open_data
+    from megatron_vlm.data.view.preview import preview_page
 
     if args.samples < 1:
         raise ConfigError(f"--samples must be at least 1, got {args.samples}")
@@ -162,7 +162,7 @@ def _sources(config: Any, paths: Sequence[str]) -> Sequence[Any]:
 def _processor(model: str, config: Any) -> Any:
     """Returns the processor of a model. Weights are needed only where a training folder has to say which checkpoint."""
     from megatron_vlm.files import read_json
-    from megatron_vlm.models.registry import family_of
+    from megatron_vlm.registry import family_of
 
     for folder in (Path(model), Path(model, "hf")):
         if os.path.isfile(folder / "config.json"):

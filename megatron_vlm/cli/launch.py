@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from megatron_vlm.cli.flags import flags_help, parse_flags
-from megatron_vlm.launch.arguments import read_request
-from megatron_vlm.launch.recipes import load_config
+from megatron_vlm.options.arguments import read_request
+from megatron_vlm.options.flags import flags_help, parse_flags
+from megatron_vlm.options.recipes import load_config
 
 USAGE = """usage: megatron-vlm launch [--config FILE | RECIPE] [section.key=value ...] [--flag VALUE ...]
 
@@ -24,6 +24,6 @@ def run(argv: Sequence[str]) -> int:
     parsed = parse_flags(argv, "launch")
     file = load_config(parsed.config) if parsed.config else {}
     request = read_request(file, parsed.settings, parsed.notes, command="launch")
-    from megatron_vlm.launch.run import launch  # imports megatron-core: seconds
+    from megatron_vlm.launch.launch import launch  # imports megatron-core: seconds
 
     return launch(request)

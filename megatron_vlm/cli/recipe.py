@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_vlm.cli.paths import PathArgument
-from megatron_vlm.launch import recipes
+from megatron_vlm.options import recipes
 
 
 def run(argv: Sequence[str]) -> int:

@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_vlm.cli.flags import flags_help, parse_flags
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.launch.arguments import Request, read_request
-from megatron_vlm.launch.recipes import load_config
 from megatron_vlm.log import get_logger, setup_logging
-from megatron_vlm.models.registry import FamilySpec
+from megatron_vlm.options.arguments import Request, read_request
+from megatron_vlm.options.flags import flags_help, parse_flags
+from megatron_vlm.options.recipes import load_config
+from megatron_vlm.registry import FamilySpec
 
 USAGE = """usage: megatron-vlm train [--config FILE] [section.key=value ...] [--flag VALUE ...]
 
@@ -84,7 +84,7 @@ def _run(argv: Sequence[str], heartbeat: Any) -> int:
     for note in notes:
         get_logger(__name__).info(note)
     if config.training.dry_run:
-        from megatron_vlm.training.dry_run import dry_run
+        from megatron_vlm.training.memory.dry_run import dry_run
 
         print(dry_run(config))
         return 0

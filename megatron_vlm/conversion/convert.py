@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 
+from megatron_vlm import registry
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFWriter, list_names, resolve_directory
-from megatron_vlm.conversion.mapping import DerivedTensors, Entry, HFModel, TensorInfo
 from megatron_vlm.conversion.megatron_dir import write_config, write_megatron
-from megatron_vlm.conversion.model_folder import copy_hf_files
-from megatron_vlm.conversion.safetensors_io import PARAMS_DTYPES, aligned_order, atomic_directory, cast
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_hf, open_source
-from megatron_vlm.conversion.torch_files import load_weights_only
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.files import check_output, read_json
 from megatron_vlm.log import get_logger
-from megatron_vlm.models import registry
-from megatron_vlm.models.processor_files import add_stops
-from megatron_vlm.models.registry import ExportSpec, FamilySpec
-from megatron_vlm.peft.nf4 import Quantization
+from megatron_vlm.models.processing.processor_files import add_stops
+from megatron_vlm.registry import ExportSpec, FamilySpec
+from megatron_vlm.weights.hf_io import CONFIG_NAME, HFWriter, list_names, resolve_directory
+from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, TensorInfo
+from megatron_vlm.weights.model_folder import copy_hf_files
+from megatron_vlm.weights.nf4 import Quantization
+from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES, aligned_order, atomic_directory, cast
+from megatron_vlm.weights.torch_files import load_weights_only
 
 
 def params_dtype(name: str | None) -> torch.dtype | None:

@@ -13,7 +13,7 @@ from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConversionError
 
 if TYPE_CHECKING:
-    from megatron_vlm.peft.nf4 import Quantization
+    from megatron_vlm.weights.nf4 import Quantization
 
 _OUTPUT, _EMBEDDING = "language_model.output_layer.weight", "language_model.embedding.word_embeddings.weight"
 

@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vlm.config import Config
-from megatron_vlm.conversion.mapping import TensorInfo
-from megatron_vlm.conversion.model_folder import copy_hf_files
-from megatron_vlm.conversion.safetensors_io import (
+from megatron_vlm.digests import SEAL, Hashing, Record, check_seal, sealed
+from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.files import check_output, file_digest, read_json, write_json
+from megatron_vlm.weights.mapping import TensorInfo
+from megatron_vlm.weights.model_folder import copy_hf_files
+from megatron_vlm.weights.nf4 import Quantization
+from megatron_vlm.weights.safetensors_io import (
     SafetensorsWriter,
     Writers,
     aligned_order,
     atomic_directory,
     cast,
 )
-from megatron_vlm.digests import SEAL, Hashing, Record, check_seal, sealed
-from megatron_vlm.errors import ConfigError, ConversionError
-from megatron_vlm.files import check_output, file_digest, read_json, write_json
-from megatron_vlm.peft.nf4 import Quantization
 
 if TYPE_CHECKING:
     from megatron_vlm.conversion.source import WeightSource

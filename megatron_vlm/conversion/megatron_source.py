@@ -6,20 +6,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_vlm.conversion.config_sizes import check_sizes
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names
-from megatron_vlm.conversion.mapping import Entry, Layout, TensorInfo
+from megatron_vlm import registry
 from megatron_vlm.conversion.megatron_dir import MANIFEST, Stages, check_hf_files, rank_file, read_manifest
-from megatron_vlm.conversion.model_folder import check_model_folder
 from megatron_vlm.conversion.nf4_files import Nf4Reader, nf4_file
-from megatron_vlm.conversion.safetensors_io import SafetensorsFile
 from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.digests import Record
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_json
-from megatron_vlm.models import registry
-from megatron_vlm.models.registry import FamilySpec
-from megatron_vlm.peft.nf4 import Nf4Tensor
+from megatron_vlm.registry import FamilySpec
+from megatron_vlm.weights.config_sizes import check_sizes
+from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
+from megatron_vlm.weights.mapping import Entry, Layout, TensorInfo
+from megatron_vlm.weights.model_folder import check_model_folder
+from megatron_vlm.weights.nf4 import Nf4Tensor
+from megatron_vlm.weights.safetensors_io import SafetensorsFile
 
 
 class MegatronSource(WeightSource):

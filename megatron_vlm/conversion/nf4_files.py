@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vlm.conversion.mapping import Mapping, TensorInfo
-from megatron_vlm.conversion.safetensors_io import PARAMS_DTYPES, SafetensorsFile, SafetensorsWriter, Writers
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.peft.nf4 import BLOCK, GROUP, Nf4Tensor, Quantization
+from megatron_vlm.weights.mapping import Mapping, TensorInfo
+from megatron_vlm.weights.nf4 import BLOCK, GROUP, Nf4Tensor, Quantization
+from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES, SafetensorsFile, SafetensorsWriter, Writers
 
 if TYPE_CHECKING:
     from megatron_vlm.conversion.megatron_dir import Stages
@@ -84,8 +84,8 @@ class Nf4Writer:
 
     def write(self, directory: Path, writers: Writers) -> None:
         """Quantises and writes, one HF tensor at a time; on a GPU where there is one, as training would."""
-        from megatron_vlm.peft.nf4 import get_backend
         from megatron_vlm.peft.qlora import nf4_tensors
+        from megatron_vlm.weights.nf4 import get_backend
 
         if self.quantization is None:
             return

@@ -14,22 +14,23 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.config_sizes import check_layers, check_sizes, described
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, HFTensors, list_names, resolve_directory
-from megatron_vlm.conversion.iterations import TRACKER
-from megatron_vlm.conversion.mapping import Entry, HFModel, Layout, Mapping, TensorInfo
+from megatron_vlm import registry
 from megatron_vlm.conversion.megatron_dir import MANIFEST, FileEntry, read_manifest
-from megatron_vlm.conversion.model_folder import check_model_folder, hf_files
 from megatron_vlm.digests import Record, check_records, listed
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
-from megatron_vlm.models import registry
 from megatron_vlm.models.hf_config import resolve, section
-from megatron_vlm.models.registry import FamilySpec
+from megatron_vlm.registry import FamilySpec
+from megatron_vlm.weights.checkpoint_dir import tracked_folder
+from megatron_vlm.weights.config_sizes import check_layers, check_sizes, described
+from megatron_vlm.weights.hf_io import CONFIG_NAME, HFTensors, list_names, resolve_directory
+from megatron_vlm.weights.iterations import TRACKER
+from megatron_vlm.weights.mapping import Entry, HFModel, Layout, Mapping, TensorInfo
+from megatron_vlm.weights.model_folder import check_model_folder, hf_files
 
 if TYPE_CHECKING:
-    from megatron_vlm.peft.nf4 import Nf4Tensor, Quantization
+    from megatron_vlm.weights.nf4 import Nf4Tensor, Quantization
 
 
 class WeightSource(abc.ABC):
@@ -311,7 +312,7 @@ def _open(directory: Path, family: str | None, base: str | os.PathLike | None, v
             verify_hashes=verify_hashes,
         )
     if (directory / TRACKER).exists() or (directory / "state.json").exists():
-        from megatron_vlm.conversion.training_source import open_iteration, tracked_folder
+        from megatron_vlm.conversion.training_source import open_iteration
 
         if (directory / "state.json").exists():
             return open_iteration(directory, family, base, verify_hashes)

@@ -9,65 +9,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_vlm.conversion.config_sizes import check_sizes
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names
-from megatron_vlm.conversion.iterations import (
-    MANIFEST,
-    RELEASE,
-    check_tracker,
-    compare,
-    newest_first,
-    read_tracker,
-)
-from megatron_vlm.conversion.mapping import Layout
 from megatron_vlm.conversion.megatron_dir import check_hf_files
-from megatron_vlm.conversion.model_folder import check_model_folder
-from megatron_vlm.conversion.rank_files import Kind, RankFiles
 from megatron_vlm.conversion.source import WeightSource, check_entry, choose_family
-from megatron_vlm.digests import Record, check_seal
+from megatron_vlm.digests import Record
 from megatron_vlm.errors import CheckpointError, ConversionError
 from megatron_vlm.files import read_json
-from megatron_vlm.log import get_logger
-
-STATE = "state.json"
-
-
-def tracked_folder(root: Path) -> Path:
-    """The newest checkpoint of a run; a tracker that names another one is told of.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    tracker, folders = read_tracker(root), newest_first(root)
-    if tracker == RELEASE and (root / RELEASE).is_dir():
-        return root / RELEASE
-    if not folders:
-        check_tracker(root, tracker or "")
-    folder = next((one for one in folders if (one / MANIFEST).is_file()), folders[0])
-    if said := compare(root, tracker, folder):
-        get_logger(__name__).warning("%s", said)
-    return folder
-
-
-def checkpoint_record(directory: Path) -> Record:
-    """The files of a checkpoint, as its manifest lists them, of the sizes that it says.
-
-    Raises:
-        CheckpointError: files absent or damaged.
-    """
-    if not (directory / MANIFEST).exists():
-        raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}")
-    manifest = read_json(directory / MANIFEST, CheckpointError)
-    check_seal(manifest, directory / MANIFEST, CheckpointError, required=False)
-    record = Record(
-        folder=directory,
-        source=MANIFEST,
-        files=manifest.get("files"),  # type: ignore[arg-type]  # checked by Record
-        error=CheckpointError,
-        advice="take another iteration, or a copy",
-    )
-    record.check_sizes()
-    return record
+from megatron_vlm.weights.checkpoint_dir import STATE, checkpoint_record
+from megatron_vlm.weights.config_sizes import check_sizes
+from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
+from megatron_vlm.weights.mapping import Layout
+from megatron_vlm.weights.model_folder import check_model_folder
+from megatron_vlm.weights.rank_files import Kind, RankFiles
 
 
 def open_iteration(

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names, resolve_directory
-from megatron_vlm.conversion.mapping import TensorInfo
-from megatron_vlm.conversion.model_folder import is_weights
-from megatron_vlm.conversion.safetensors_io import cast
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_source
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.files import file_digest
+from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names, resolve_directory
+from megatron_vlm.weights.mapping import TensorInfo
+from megatron_vlm.weights.model_folder import is_weights
+from megatron_vlm.weights.safetensors_io import cast
 
 LEVELS = ("weights", "forward", "full")
 BYTES_PER_PARAMETER = {"forward": 9, "full": 18}

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.registry import FamilySpec
-from megatron_vlm.models.text import check_tensor_parallel
-from megatron_vlm.training.memory import RowShape, StageMemory, estimate
+from megatron_vlm.models.parts.decoder import check_tensor_parallel
+from megatron_vlm.registry import FamilySpec
+from megatron_vlm.training.memory.estimate import RowShape, StageMemory, estimate
 from megatron_vlm.training.run_config import RunConfig
 
 USABLE = 0.94

@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.conversion.iterations import TRACKER
 from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, ConversionError, DataError, MegatronVLMError
 from megatron_vlm.files import check_output
 from megatron_vlm.launch import checks
-from megatron_vlm.launch.arguments import Request
 from megatron_vlm.launch.checks import GIB, Devices, Report
-from megatron_vlm.launch.config import LaunchConfig
-from megatron_vlm.launch.finish import ADAPTER, HF, LOSS, MERGED, adapter_command
+from megatron_vlm.launch.exports import ADAPTER, HF, LOSS, MERGED, adapter_command
 from megatron_vlm.launch.layout import USABLE, NothingFits, choose_layout
 from megatron_vlm.launch.prepare import Inputs, cache_folder, open_inputs
-from megatron_vlm.launch.start import Place, command
-from megatron_vlm.training.memory import StageMemory, estimate, table
-from megatron_vlm.training.optimizer import Schedule
-from megatron_vlm.training.output_check import folders_of
+from megatron_vlm.launch.processes import Place, command
+from megatron_vlm.options.arguments import Request
+from megatron_vlm.options.launch_config import LaunchConfig
+from megatron_vlm.training.checkpoint.output_check import folders_of
+from megatron_vlm.training.memory.estimate import StageMemory, estimate, table
+from megatron_vlm.training.optimizer.build import Schedule
 from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.weights.iterations import TRACKER
 
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 _KEPT = ("recompute_granularity", "use_distributed_optimizer")

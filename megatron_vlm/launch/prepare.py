@@ -22,24 +22,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.build import build_shards
-from megatron_vlm.data.check import check_folder, check_sources
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.counts import check_share, survey
 from megatron_vlm.data.formats import FORMATS, WEBDATASET, expand_inputs, open_sources
 from megatron_vlm.data.formats.json_file import read_json, read_json_records
 from megatron_vlm.data.formats.records import RECORDS_VERSION, Source, VideoSettings
 from megatron_vlm.data.formats.splits import HELD_OUT
 from megatron_vlm.data.image_roots import names_of, wrong_root
-from megatron_vlm.data.loader import open_data
 from megatron_vlm.data.problems import REJECTED, Problem, describe
-from megatron_vlm.data.shards import MANIFEST, MANIFEST_VERSION
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.data.shards.writer import MANIFEST, MANIFEST_VERSION
+from megatron_vlm.data.stream.counts import check_share, survey
+from megatron_vlm.data.stream.loader import open_data
 from megatron_vlm.data.types import Processor
+from megatron_vlm.data.view.check import check_folder, check_sources
 from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import expand_path, open_regular, read_bytes
 from megatron_vlm.launch.checks import Report
-from megatron_vlm.launch.config import LaunchConfig
-from megatron_vlm.training.progress import Bar
+from megatron_vlm.options.launch_config import LaunchConfig
+from megatron_vlm.progress import Bar
 
 _SNIFFED = 100  # records that are looked at to tell a format
 _SHOWN = 3  # records left out that a line names

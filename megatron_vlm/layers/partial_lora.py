@@ -30,7 +30,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megatron_vlm.conversion.mapping import COLUMN, GATED, REPLICATED, ROW, Entry, gated
+from megatron_vlm.weights.mapping import COLUMN, GATED, REPLICATED, ROW, Entry, gated
 
 
 class LowRankBranch(nn.Module):

@@ -11,9 +11,9 @@ from typing import Any
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_vlm.conversion.mapping import COLUMN, ROW, Entry, direct
 from megatron_vlm.layers.mlp import ParallelMLP
 from megatron_vlm.layers.norm import LayerNorm
+from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, direct
 
 
 class Projector(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_vlm.errors import ConfigError, MegatronVLMError
 from megatron_vlm.files import describe
-from megatron_vlm.models.registry import FamilySpec
+from megatron_vlm.registry import FamilySpec
 
 _COUNT, _WIDTH, _ROWS, _SIDE = 10_000, 1_000_000, 100_000_000, 8_192
 _LARGEST = {

@@ -32,7 +32,7 @@ from megatron_vlm.layers.core_attention import CoreAttention, RowParams
 from megatron_vlm.layers.cross_entropy import linear_cross_entropy_sum
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 from megatron_vlm.layers.rope import RotaryAngles
-from megatron_vlm.models.text import TextConfig
+from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.parallel.topology import SoloGroup, Topology
 
 

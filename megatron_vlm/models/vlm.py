@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.config import Config, nearest
-from megatron_vlm.conversion.mapping import Layout, Mapping
 from megatron_vlm.data.row import Row
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.models.fusion import Filler, filler_pixels, fuse
 from megatron_vlm.models.language import Decoder
-from megatron_vlm.models.registry import FamilySpec
-from megatron_vlm.models.text import TextConfig
+from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.parallel.rng import unchanged_generators
 from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.registry import FamilySpec
+from megatron_vlm.weights.mapping import Layout, Mapping
 
 GROUPS = {"vision": "vision_model.", "connector": "connector.", "llm": "language_model."}
 """Parameter groups, by which parts are frozen and given learning rates: group -> prefix of its names."""

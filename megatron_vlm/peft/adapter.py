@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.mapping import Entry, Mapping, TensorInfo
+from megatron_vlm.weights.mapping import Entry, Mapping, TensorInfo
 
 WEIGHT = ".weight"
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.hf_io import HFTensors
-from megatron_vlm.conversion.mapping import Mapping, TensorInfo
 from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.digests import LISTING, Record, check_records, listed
 from megatron_vlm.errors import ConversionError
@@ -17,6 +15,8 @@ from megatron_vlm.log import get_logger
 from megatron_vlm.peft.adapter import Adapter, hf_infos
 from megatron_vlm.peft.adapter_io import CONFIG, is_adapter, read_adapter, unknown_modules
 from megatron_vlm.peft.select import named_mapping
+from megatron_vlm.weights.hf_io import HFTensors
+from megatron_vlm.weights.mapping import Mapping, TensorInfo
 
 log = get_logger(__name__)
 _MARKED = 64

@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_vlm.conversion.mapping import Mapping, TensorInfo
-from megatron_vlm.conversion.safetensors_io import SafetensorsFile, SafetensorsWriter, aligned_order
-from megatron_vlm.conversion.torch_files import TorchFile
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_json, write_json
 from megatron_vlm.peft.adapter import WEIGHT, Adapter, Pair, hf_infos
 from megatron_vlm.peft.select import last_name
+from megatron_vlm.weights.mapping import Mapping, TensorInfo
+from megatron_vlm.weights.safetensors_io import SafetensorsFile, SafetensorsWriter, aligned_order
+from megatron_vlm.weights.torch_files import TorchFile
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

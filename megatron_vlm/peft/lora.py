@@ -33,13 +33,13 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from megatron_vlm.conversion.mapping import Entry, Layout
-from megatron_vlm.conversion.mapping import Mapping as WeightMap
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vlm import global_named_modules, global_named_parameters, mark_sharding, unwrapped
 from megatron_vlm.parallel.rng import derive_seed
 from megatron_vlm.parallel.topology import Topology
-from megatron_vlm.peft.plan import PeftPlan, Target, local_rows, shared_evenly
+from megatron_vlm.peft.adapter_map import PeftPlan, Target, local_rows, shared_evenly
+from megatron_vlm.weights.mapping import Entry, Layout
+from megatron_vlm.weights.mapping import Mapping as WeightMap
 
 NEVER_RUN = "vision_model.unused_"
 """Layers of a tower behind the one whose output is read: their pairs are kept as they start, as PEFT keeps them."""

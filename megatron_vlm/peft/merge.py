@@ -21,23 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.hf_io import CONFIG_NAME, list_names
-from megatron_vlm.conversion.mapping import DerivedTensors, Entry, HFModel, Layout, Mapping
-from megatron_vlm.conversion.model_folder import copy_hf_files
-from megatron_vlm.conversion.rank_files import Kind, RankFiles
 from megatron_vlm.conversion.source import HFSource, WeightSource, open_source
 from megatron_vlm.digests import Record
 from megatron_vlm.errors import CheckpointError, ConversionError
 from megatron_vlm.files import read_json, write_json
-from megatron_vlm.models.registry import FamilySpec
 from megatron_vlm.peft.adapter import WEIGHT, Adapter, Pair, hf_infos
 from megatron_vlm.peft.adapter_folders import adapter_records, open_adapter
 from megatron_vlm.peft.adapter_io import CONFIG, is_adapter, lora_settings
-from megatron_vlm.peft.base import base_place, check_base
+from megatron_vlm.peft.adapter_map import PeftPlan, trained_mapping
+from megatron_vlm.peft.base_identity import base_place, check_base
 from megatron_vlm.peft.config import PeftConfig
-from megatron_vlm.peft.nf4 import Nf4Tensor
-from megatron_vlm.peft.plan import PeftPlan, trained_mapping
 from megatron_vlm.peft.select import make_plan, named_mapping
+from megatron_vlm.registry import FamilySpec
+from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
+from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, Layout, Mapping
+from megatron_vlm.weights.model_folder import copy_hf_files
+from megatron_vlm.weights.nf4 import Nf4Tensor
+from megatron_vlm.weights.rank_files import Kind, RankFiles
 
 _INSIDE = ".base_model.model."
 

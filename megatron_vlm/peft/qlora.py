@@ -20,16 +20,16 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor, nn
 
 from megatron_vlm.conversion.load import load_into
-from megatron_vlm.conversion.mapping import Entry
 from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.vlm import DTYPES, ModelOptions, build_model, global_named_modules
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.peft.config import PeftConfig
-from megatron_vlm.peft.nf4 import Backend, Nf4Tensor, Quantization, get_backend, quantise
-from megatron_vlm.peft.nf4_shard import Lines, Nf4Weight, shard
 from megatron_vlm.peft.select import quantised_names
+from megatron_vlm.weights.mapping import Entry
+from megatron_vlm.weights.nf4 import Backend, Nf4Tensor, Quantization, get_backend, quantise
+from megatron_vlm.weights.nf4_shard import Lines, Nf4Weight, shard
 
 log = get_logger(__name__)
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.mapping import Entry, Mapping, TensorInfo
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.registry import FamilySpec
+from megatron_vlm.peft.adapter_map import PeftPlan, Target, group_of
 from megatron_vlm.peft.config import ALL_LINEAR, PeftConfig
-from megatron_vlm.peft.plan import PeftPlan, Target, group_of
+from megatron_vlm.registry import FamilySpec
+from megatron_vlm.weights.mapping import Entry, Mapping, TensorInfo
 
 HEAD = "language_model.output_layer.weight"
 """The LM head, which ``all-linear`` leaves out."""

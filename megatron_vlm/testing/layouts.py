@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vlm.conversion.mapping import Mapping
+from megatron_vlm import registry
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.data.row import EncodedSample, row_from_samples
-from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import adapted_mapping, gradient_errors, layout_run, merge_gradients
+from megatron_vlm.weights.mapping import Mapping
 
 LOSS = 1e-5  # relative; measured 4e-6 after 10 updates
 NORM = 1e-3  # relative, over 10 updates; measured 4e-5

@@ -1,4 +1,4 @@
-"""Memory in use: the peak of tensors over real training steps, to hold the estimate of training/memory.py against.
+"""Memory in use: the peak of tensors over real training steps, to hold the estimate of training/memory/estimate.py against.
 
 Case --measured: real model of random weights, optimizer, two steps on each rank--> peak of each stage
 """
@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_vlm.conversion.mapping import TensorInfo
+from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import Row
-from megatron_vlm.models import registry
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.topology import ParallelConfig, init_process_group
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.training.checkpoint import CheckpointConfig
-from megatron_vlm.training.memory import RowShape, adapt, estimate, make_batch
+from megatron_vlm.training.checkpoint.save_load import CheckpointConfig
+from megatron_vlm.training.memory.estimate import RowShape, adapt, estimate, make_batch
 from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
+from megatron_vlm.weights.mapping import TensorInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
     from megatron_vlm.models.vlm import ModelOptions, build_model, global_parameters
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import build_topology, destroy_topology
-    from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
     from megatron_vlm.training.step import train_step
 
     config, model_config, device = case.config(), case.model_config, torch.device(device_type)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vlm.conversion.mapping import Mapping
 from megatron_vlm.data.row import EncodedSample, Row
+from megatron_vlm.weights.mapping import Mapping
 
 
 def random_samples(
@@ -157,7 +157,7 @@ def adapted_plan(source: Any, settings: dict[str, Any]) -> Any:
 
 def adapted_mapping(source: Any, settings: dict[str, Any], tp: int) -> Mapping:
     """The weight map with pairs, vocabularies padded to 8."""
-    from megatron_vlm.peft.plan import adapter_mapping
+    from megatron_vlm.peft.adapter_map import adapter_mapping
 
     base = source.spec.mapping(source.config, tp=tp, vocab_multiple=8)
     return adapter_mapping(base, adapted_plan(source, settings), tp)
@@ -209,7 +209,7 @@ def layout_run(
         what ``batch_gradients`` returns, before any update; loss and gradient norm of each of ``steps`` AdamW updates; and the
         dtype of the gradient buffers.
     """
-    from megatron_vlm.training.optimizer import OptimizerConfig, set_learning_rates
+    from megatron_vlm.training.optimizer.build import OptimizerConfig, set_learning_rates
     from megatron_vlm.training.step import train_step
 
     optimizer_config = OptimizerConfig(lr=lr)
@@ -232,7 +232,7 @@ def layout_gradients(
 
     In fp16 the gradients are 256 times as large.
     """
-    from megatron_vlm.training.optimizer import OptimizerConfig
+    from megatron_vlm.training.optimizer.build import OptimizerConfig
 
     topology, models, _ = wrapped_for_test(hf_dir, parallel, options, peft, OptimizerConfig(loss_scale=256.0))
     return [batch_gradients(models, rows, topology) for rows in batches]
@@ -242,7 +242,7 @@ def wrapped_for_test(
     hf_dir: str, parallel: dict, options: dict, peft: dict | None, optimizer_config: Any
 ) -> tuple[Any, list[Any], Any]:
     """On a rank: topology, stages of ``build_for_test`` wrapped and in training mode, and their optimizer."""
-    from megatron_vlm.training.optimizer import build_optimizer, wrap_model
+    from megatron_vlm.training.optimizer.build import build_optimizer, wrap_model
 
     topology, _, chunks, config = build_for_test(hf_dir, parallel, options, peft)
     models = wrap_model(chunks, config)

@@ -24,8 +24,8 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def write_shards(folder: Path, count: int, seed: int) -> Path:
     """Shards of ``count`` samples with 0, 1 or 2 images of odd sizes."""
     draw, noise = random.Random(seed), np.random.default_rng(seed)
-    from megatron_vlm.data.build import build_shards
     from megatron_vlm.data.formats import open_sources
+    from megatron_vlm.data.shards.build import build_shards
 
     images = folder / "images"
     images.mkdir(parents=True)

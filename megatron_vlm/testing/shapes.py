@@ -5,16 +5,16 @@ What is told by shapes (memory, operations, layouts) needs no weights.
 
 from typing import Any
 
-from megatron_vlm.models.clip import ClipConfig
-from megatron_vlm.models.idefics2.config import Idefics2ModelConfig
-from megatron_vlm.models.internlm2.config import InternLM2ModelConfig
-from megatron_vlm.models.internvit import InternVitConfig
-from megatron_vlm.models.internvl3.config import InternVL3ModelConfig
-from megatron_vlm.models.llava_internlm2.config import LlavaModelConfig
-from megatron_vlm.models.perceiver import PerceiverConfig
-from megatron_vlm.models.siglip import SiglipConfig
-from megatron_vlm.models.text import TextConfig
-from megatron_vlm.models.xcomposer2.config import XComposer2Config
+from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
+from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
+from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
+from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
+from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
+from megatron_vlm.models.parts.clip import ClipConfig
+from megatron_vlm.models.parts.decoder import TextConfig
+from megatron_vlm.models.parts.internvit import InternVitConfig
+from megatron_vlm.models.parts.perceiver import PerceiverConfig
+from megatron_vlm.models.parts.siglip import SiglipConfig
 
 _VIT: dict[str, Any] = dict(norm_type="layer_norm", qkv_bias=True, qk_norm=False)
 _CLIP: dict[str, Any] = dict(hidden_act="quick_gelu", select_layer=-2)

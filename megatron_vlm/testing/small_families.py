@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm import registry
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.files import read_json
-from megatron_vlm.models import registry
 
 Specs = Sequence[tuple[int, int]]
 """(number of images, tokens of text) of each sample."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.models.internvl3.reference import hf_inputs as hf_inputs
+from megatron_vlm.models.families.internvl3.reference import hf_inputs as hf_inputs
 from megatron_vlm.testing.twins import CORPUS, randomise
 
 SPECIAL_TOKENS = (

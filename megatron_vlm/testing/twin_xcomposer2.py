@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.models.xcomposer2.config import XComposer2Config
+from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
 from megatron_vlm.testing.twin_internlm2 import fuse, write_generation, write_sentencepiece
 from megatron_vlm.testing.twins import randomise
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_vlm.config import Config, PathText
-from megatron_vlm.data.images import decode_image
+from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, DataError

@@ -19,9 +19,9 @@ from megatron_vlm.conversion.load import load_stages
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.formats import open_sources, read_source
-from megatron_vlm.data.images import decode_image
+from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.data.shards import load_record
+from megatron_vlm.data.shards.writer import load_record
 from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.files import writing

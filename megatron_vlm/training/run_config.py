@@ -18,9 +18,9 @@ from megatron_vlm.files import check_output
 from megatron_vlm.parallel.topology import ParallelConfig
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.training.answers import EvaluateConfig
-from megatron_vlm.training.checkpoint import CheckpointConfig
-from megatron_vlm.training.metrics import LoggingConfig
-from megatron_vlm.training.optimizer import OptimizerConfig
+from megatron_vlm.training.checkpoint.save_load import CheckpointConfig
+from megatron_vlm.training.metrics.logger import LoggingConfig
+from megatron_vlm.training.optimizer.build import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vlm.cli import recipe
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.launch import recipes
+from megatron_vlm.options import recipes
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples").rglob("*.yaml"))

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
-from megatron_vlm.conversion.model_folder import CarriedFiles
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.weights.model_folder import CarriedFiles
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -22,8 +22,8 @@ def save(hf_dir, root, parallel, dtype):
     """On a rank: the weights of ``hf_dir``, doubled, as iteration 3."""
     from megatron_vlm.models.vlm import global_named_parameters
     from megatron_vlm.testing.parity import build_for_test
-    from megatron_vlm.training.checkpoint import CheckpointConfig, save_checkpoint
-    from megatron_vlm.training.optimizer import wrap_model
+    from megatron_vlm.training.checkpoint.save_load import CheckpointConfig, save_checkpoint
+    from megatron_vlm.training.optimizer.build import wrap_model
 
     topology, source, chunks, config = build_for_test(hf_dir, parallel, {"params_dtype": dtype})
     models = wrap_model(chunks, config)

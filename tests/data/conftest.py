@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from megatron_vlm.data.build import build_shards
 from megatron_vlm.data.formats import open_sources
-from megatron_vlm.models.idefics2.processor import Idefics2Processor
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 from megatron_vlm.testing.twins import tiny_idefics2_config, tiny_tokenizer
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.data.build import build_shards
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.counts import TokenCounts
-from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.formats import open_sources
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.data.shards.dataset import Dataset
+from megatron_vlm.data.stream.counts import TokenCounts
 from megatron_vlm.errors import ConfigError, DataError, MegatronVLMError
 from tests.data.formats.make import built, picture, records_of, write_json, write_pictures, write_tar
 
@@ -271,7 +271,7 @@ def test_pages_and_pictures_that_cannot_be_written(folder, idefics2_dir, capsys)
 
 
 def test_a_killed_process_of_a_build_is_said(records, monkeypatch):
-    import megatron_vlm.data.build as build
+    import megatron_vlm.data.shards.build as build
 
     monkeypatch.setattr(build, "make_shard", _die)
     with pytest.raises(MegatronVLMError, match="a process of the build was ended"):

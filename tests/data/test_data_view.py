@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_vlm import registry
 from megatron_vlm.cli.data import run
 from megatron_vlm.cli.main import main
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.dataset import Dataset
-from megatron_vlm.data.images import decode_image
-from megatron_vlm.data.loader import RowLoader
-from megatron_vlm.data.preview import _picture
+from megatron_vlm.data.images.pictures import decode_image
+from megatron_vlm.data.shards.dataset import Dataset
+from megatron_vlm.data.stream.loader import RowLoader
 from megatron_vlm.data.types import Turn
-from megatron_vlm.models import registry
+from megatron_vlm.data.view.preview import _picture
 from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
 from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
 from tests.data.formats.make import write_tar
@@ -221,7 +221,7 @@ def test_preview(digits_dir, idefics2_dir, tmp_path):
     page = Page(text)
     # The samples and rows are those that training starts with.
     config = DataConfig(seq_length=96, packing=True, num_workers=0, answer_loss_only=True)
-    from megatron_vlm.models.idefics2.processor import Idefics2Processor
+    from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 
     processor = Idefics2Processor.from_pretrained(idefics2_dir, config)
     loader = RowLoader(

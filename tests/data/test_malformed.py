@@ -10,10 +10,10 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_vlm.data.build import build_shards
-from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.formats import open_sources
-from megatron_vlm.data.images import decode_image
+from megatron_vlm.data.images.pictures import decode_image
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.errors import DataError, MegatronVLMError
 from tests.data.corpus import CASES, OK, PNG, said, talk
 

@@ -7,12 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megatron_vlm.data.build import build_shards
 from megatron_vlm.data.config import DataConfig, SourceConfig
-from megatron_vlm.data.counts import TokenCounts
-from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.formats import open_sources
-from megatron_vlm.data.loader import DataState, RowLoader, open_data
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.data.shards.dataset import Dataset
+from megatron_vlm.data.stream.counts import TokenCounts
+from megatron_vlm.data.stream.loader import DataState, RowLoader, open_data
 from megatron_vlm.errors import ConfigError
 
 BASE = {"seq_length": 48, "on_too_long": "drop", "on_bad_sample": "skip", "bad_sample_rate": 0.01}

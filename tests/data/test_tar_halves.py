@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from megatron_vlm.cli.data import run
-from megatron_vlm.data.build import build_shards
-from megatron_vlm.data.check import check_folder
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.counts import TokenCounts
-from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.formats import open_sources
-from megatron_vlm.data.loader import RowLoader, evaluation_rows
-from megatron_vlm.data.split import SplitSettings
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.data.shards.dataset import Dataset
+from megatron_vlm.data.shards.split import SplitSettings
+from megatron_vlm.data.stream.counts import TokenCounts
+from megatron_vlm.data.stream.loader import RowLoader, evaluation_rows
+from megatron_vlm.data.view.check import check_folder
 from megatron_vlm.errors import ConfigError, DataError
 from tests.data.formats.make import picture, samples_of, write_json, write_pictures, write_tar
 

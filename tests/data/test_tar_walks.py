@@ -5,8 +5,8 @@ import io
 import random
 import tarfile
 
-from megatron_vlm.data import tar
-from megatron_vlm.data.tar import index_tar
+from megatron_vlm.data.shards import tar
+from megatron_vlm.data.shards.tar import index_tar
 from megatron_vlm.errors import DataError
 from tests.data.corpus import CASES
 

@@ -7,17 +7,17 @@ import sys
 import pytest
 from PIL import Image
 
+from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.data.types import Turn
-from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import layout_logits
 from megatron_vlm.testing.runs import metrics_of
 from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
 from tests.examples.guides import run_guide
 from tests.examples.shell import EXAMPLES, environment
-from tests.models.xcomposer2.reference import Reference
+from tests.models.families.xcomposer2.reference import Reference
 
 STEPS = (
     "training.train_epochs=null training.precision=fp32 data.seq_length=256 data.num_workers=1 optimizer.lr=3e-3 "

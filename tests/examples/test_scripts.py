@@ -209,10 +209,10 @@ def what_trains(config) -> dict:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_the_same_run_through_every_door(name, tmp_path):
     """`train --config`, `launch --config` and the script of the recipe: the same batch, rows and settings."""
+    from megatron_vlm import registry
     from megatron_vlm.cli.train import resolve
-    from megatron_vlm.launch import recipes
-    from megatron_vlm.launch.arguments import read_request
-    from megatron_vlm.models import registry
+    from megatron_vlm.options import recipes
+    from megatron_vlm.options.arguments import read_request
     from megatron_vlm.training.run_config import RunConfig
 
     paths = ["--load", "x", "--data-path", "y", "--save", "z", "--device", "cpu"]

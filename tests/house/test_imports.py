@@ -21,25 +21,27 @@ LEVELS = {
     "yaml_values": 0,
     "packages": 0,
     "processes": 0,
+    "progress": 0,
+    "registry": 0,  # imports a family only when asked for it
     "data": 1,
     "layers": 1,
-    "conversion.mapping": 1,
+    "weights": 1,
     "parallel": 2,
     "models": 3,
-    "conversion": 4,
     "peft": 4,
+    "conversion": 4,
     "training": 5,
-    "launch": 6,
-    "cli": 7,
-    "__main__": 7,
-    "testing": 8,
+    "options": 6,
+    "launch": 7,
+    "cli": 8,
+    "__main__": 8,
+    "testing": 9,
 }
-# Neighbours on one level that must stay apart all the same.
-APART = {("data", "layers"), ("layers", "data"), ("data", "conversion.mapping"), ("conversion.mapping", "data")}
+# Neighbours on one level that must stay apart all the same. Layers may say how their weights are split (weights.mapping).
+APART = {("data", "layers"), ("layers", "data"), ("data", "weights"), ("weights", "data"), ("weights", "layers")}
 NO_MEGATRON = (
     "data",
-    "conversion.mapping",
-    "conversion.rank_files",
+    "weights",
     "errors",
     "log",
     "config",
@@ -48,6 +50,8 @@ NO_MEGATRON = (
     "digests",
     "yaml_values",
     "processes",
+    "progress",
+    "registry",
 )
 
 
@@ -123,7 +127,7 @@ def test_import_order():
         ("models.vlm", "from megatron_vlm.conversion.convert import export_hf"),
         ("models.idefics2.model", "from ...cli import main"),
         ("training.step", "from megatron_vlm.testing import twins"),
-        ("conversion.mapping", "from megatron_vlm.conversion.source import open_source"),
+        ("weights.mapping", "from megatron_vlm.conversion.source import open_source"),
     ],
 )
 def test_the_walk_sees_what_it_should(module, source):
@@ -131,7 +135,7 @@ def test_the_walk_sees_what_it_should(module, source):
 
 
 def test_allowed_imports_pass():
-    assert not broken_rules("from megatron_vlm.conversion.mapping import direct\nimport megatron.core", "models.vlm")
+    assert not broken_rules("from megatron_vlm.weights.mapping import direct\nimport megatron.core", "models.vlm")
     assert not broken_rules("from megatron_vlm import __version__", "data.order")
 
 

@@ -27,7 +27,7 @@ FORBIDDEN = {
     "torch.lo" + "ad(": "a pickle reader; weights are read with safetensors",
 }
 # The one reader of files that torch saved, which builds tensors and plain values alone.
-WEIGHTS_ONLY_READER = ROOT / "megatron_vlm" / "conversion" / "torch_files.py"
+WEIGHTS_ONLY_READER = ROOT / "megatron_vlm" / "weights" / "torch_files.py"
 REGISTRY_HOST = re.compile(r"pypi\.org|pythonhosted|download\.pytorch\.org|conda\.anaconda|registry\.npmjs", re.I)
 
 

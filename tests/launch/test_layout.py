@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_vlm import registry
 from megatron_vlm.launch.layout import GIB, USABLE, Layout, candidates, choose_layout
-from megatron_vlm.models import registry
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import RankError, run_alone
 from megatron_vlm.testing.memory import Case
-from megatron_vlm.training.memory import RowShape, estimate
+from megatron_vlm.training.memory.estimate import RowShape, estimate
 
 FULL, QLORA = {}, dict(target_modules="all-linear", r=16, quantize="nf4")
 

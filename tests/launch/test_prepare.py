@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.dataset import Dataset
+from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.launch.checks import Report
-from megatron_vlm.launch.config import LaunchConfig
 from megatron_vlm.launch.prepare import build_data, check_data, open_inputs, tell_format
-from megatron_vlm.models import registry
+from megatron_vlm.options.launch_config import LaunchConfig
 from tests.data.formats.make import write_tar
 from tests.launch.conftest import write_records
 

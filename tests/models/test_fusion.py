@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_vlm.models import registry
+from megatron_vlm import registry
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import build_for_test
 from megatron_vlm.testing.small_families import NAMES, write_small_twin

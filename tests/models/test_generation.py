@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_vlm.models import registry
+from megatron_vlm import registry
 from megatron_vlm.models.generation import Answer
 from megatron_vlm.testing import twin_internlm2, twin_internvl3, twin_llava_internlm2, twin_xcomposer2
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_inputs, layout_answers, random_samples
 from megatron_vlm.testing.twins import write_tiny_idefics2
-from tests.models.xcomposer2.reference import Reference
+from tests.models.families.xcomposer2.reference import Reference
 
 NEW = 12
 PROMPTS = [([(40, 50)], 9), ([], 13), ([(24, 48), (16, 16)], 4), ([], 3), ([(16, 16)], 6)]

@@ -8,8 +8,8 @@ import copy
 import pytest
 import torch
 
+from megatron_vlm import registry
 from megatron_vlm.data.row import row_from_samples
-from megatron_vlm.models import registry
 from megatron_vlm.testing.parity import hf_reference, random_samples
 from megatron_vlm.testing.twins import write_tiny_idefics2
 
@@ -69,7 +69,7 @@ def test_bf16_kernels_are_close(twin):
 
 def test_fp16_skips_an_overflowed_step_and_lowers_the_scale(twin):
     from megatron_vlm.parallel.topology import ParallelConfig
-    from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
     from megatron_vlm.training.step import train_step
 
     directory, _, config = twin

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 
-from megatron_vlm.models import registry
-from megatron_vlm.models.registry import FAMILIES, Part
+from megatron_vlm import registry
+from megatron_vlm.registry import FAMILIES, Part
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -19,4 +19,4 @@ def test_every_part_of_a_family_is_there(name):
 
 def test_a_part_that_is_not_there_is_named():
     with pytest.raises(AttributeError, match="no_such_function"):
-        Part("megatron_vlm.models.internlm2", "config:no_such_function").resolve()
+        Part("megatron_vlm.models.families.internlm2", "config:no_such_function").resolve()

@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import DataError, Reason
-from megatron_vlm.models import registry
 from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
 from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
 from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava
@@ -119,7 +119,7 @@ def test_split_special_tokens_of_transformers(tmp_path):
         processor = registry.get(name).processor(tmp_path / name, DataConfig(seq_length=64))
         theirs = AutoTokenizer.from_pretrained(tmp_path / name)
         for text in ("a</s>b", "<|im_end|>\n", "x <end_of_utterance> y<|endoftext|>", "<s><s>"):
-            from megatron_vlm.data.literal import hidden
+            from megatron_vlm.data.text.literal import hidden
 
             specials = processor.tokenizer.specials
             expected = theirs(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_vlm import registry
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.models import registry
 from megatron_vlm.testing.distributed import RankError, run_distributed
 from megatron_vlm.testing.parity import build_for_test, random_samples
 from megatron_vlm.testing.twins import write_tiny_idefics2

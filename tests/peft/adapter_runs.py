@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_vlm.conversion.rank_files import Piece, rank_file_name, write_rank_file
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.files import file_digest
 from megatron_vlm.models.assembling import generator
 from megatron_vlm.peft.adapter_io import CONFIG, WEIGHTS
-from megatron_vlm.peft.base import describe_base
+from megatron_vlm.peft.adapter_map import trained_mapping
+from megatron_vlm.peft.base_identity import describe_base
 from megatron_vlm.peft.config import PeftConfig
-from megatron_vlm.peft.plan import trained_mapping
 from megatron_vlm.peft.select import make_plan
+from megatron_vlm.weights.rank_files import Piece, rank_file_name, write_rank_file
 
 PREFIX = "base_model.model."
 

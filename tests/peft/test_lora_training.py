@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.conversion.rank_files import RankFiles
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.digests import sealed
 from megatron_vlm.files import file_digest
@@ -15,6 +14,7 @@ from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import adapted_plan
 from megatron_vlm.testing.runs import metrics_of, train, write_shards
 from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.weights.rank_files import RankFiles
 
 SETTINGS = dict(target_modules=("q_proj", "v_proj", "down_proj"), modules_to_save=("modality_projection",), r=2)
 PEFT = "peft.target_modules=[q_proj,v_proj,down_proj] peft.modules_to_save=[modality_projection] peft.r=2"

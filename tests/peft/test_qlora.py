@@ -10,7 +10,6 @@ from megatron_vlm.conversion.verify import verify
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.peft.config import PeftConfig
-from megatron_vlm.peft.nf4 import Quantization, get_backend, quantise
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import (
     adapted_mapping,
@@ -22,6 +21,7 @@ from megatron_vlm.testing.parity import (
 )
 from megatron_vlm.testing.peft_twin import peft_gradients, peft_twin, twin_in_4bit
 from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.weights.nf4 import Quantization, get_backend, quantise
 
 LOGITS = 2e-5  # of the largest logit, fp32; measured 1.1e-5
 LOSS = 2e-6  # relative; measured 1.3e-7
@@ -226,9 +226,9 @@ def test_linears_of_every_family(tmp_path):
 
 def on_product() -> tuple[bool, int, int]:
     """On a rank: gradcheck of the product, and bytes that it keeps for its backward pass."""
-    from megatron_vlm.conversion.mapping import ROW, direct
-    from megatron_vlm.peft.nf4_shard import Lines, shard
     from megatron_vlm.peft.qlora import Nf4Product
+    from megatron_vlm.weights.mapping import ROW, direct
+    from megatron_vlm.weights.nf4_shard import Lines, shard
 
     backend = get_backend("cpu")
     weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(0))

@@ -9,22 +9,22 @@ import torch
 import torch.nn.functional as F
 
 from megatron_vlm.conversion.load import load_stages
-from megatron_vlm.conversion.mapping import ROW, direct, gated, qkv
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models.vlm import ModelOptions
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
+from megatron_vlm.peft.adapter_map import adapter_mapping
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora, fill
-from megatron_vlm.peft.nf4 import TorchBackend, dequantise, get_backend, quantise
-from megatron_vlm.peft.nf4_shard import Lines, shard
-from megatron_vlm.peft.plan import adapter_mapping
 from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan
 from megatron_vlm.testing.parity import hf_inputs, random_samples
 from megatron_vlm.testing.peft_twin import our_name, peft_twin, twin_in_4bit
 from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.weights.mapping import ROW, direct, gated, qkv
+from megatron_vlm.weights.nf4 import TorchBackend, dequantise, get_backend, quantise
+from megatron_vlm.weights.nf4_shard import Lines, shard
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(64, 64), (24, 4304), (1152, 4304), (300, 130), (2048, 4096)]
@@ -155,7 +155,7 @@ def test_fp32_equals_peft_on_bitsandbytes(twin):
 @pytest.mark.parametrize("backend", ["bitsandbytes", "torch"])
 def test_a_bf16_run_learns(twin, backend):
     """Ten updates of the pairs alone; the codes stay what they were."""
-    from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
     from megatron_vlm.training.step import train_step
 
     settings = dict(quantize="nf4", quantize_backend=backend, quantize_groups=("llm", "vision"), **TARGETS)

@@ -7,8 +7,8 @@ import torch
 
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.peft.adapter_map import adapter_mapping, local_rows, trained_mapping
 from megatron_vlm.peft.config import PeftConfig
-from megatron_vlm.peft.plan import adapter_mapping, local_rows, trained_mapping
 from megatron_vlm.peft.select import make_plan
 from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
 from megatron_vlm.testing.twin_internvl3 import write_chat_layout, write_tiny_internvl3

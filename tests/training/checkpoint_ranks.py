@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.conversion.model_folder import CarriedFiles
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.parity import random_samples
+from megatron_vlm.weights.model_folder import CarriedFiles
 
 STEPS = 3
 VOCAB_MULTIPLE = 8
@@ -36,9 +36,9 @@ class Run:
         from megatron_vlm.conversion.source import open_source
         from megatron_vlm.models.vlm import ModelOptions, build_model
         from megatron_vlm.parallel.topology import ParallelConfig, build_topology
-        from megatron_vlm.training.checkpoint import CheckpointConfig, find_checkpoint, load_checkpoint
-        from megatron_vlm.training.main_parameters import fill_main
-        from megatron_vlm.training.optimizer import OptimizerConfig, build_optimizer, wrap_model
+        from megatron_vlm.training.checkpoint.save_load import CheckpointConfig, find_checkpoint, load_checkpoint
+        from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, wrap_model
+        from megatron_vlm.training.optimizer.main_parameters import fill_main
 
         self.hf_dir, self.iteration, self.report = hf_dir, 0, None
         self.config = CheckpointConfig(**(checkpoint or {}))
@@ -79,7 +79,7 @@ class Run:
     def train(self, steps: int = STEPS) -> list[tuple[float, float]]:
         """Trains; the rows depend on the iteration alone. Returns (loss, gradient norm) of each step."""
         from megatron_vlm.parallel.rng import seed_step
-        from megatron_vlm.training.optimizer import set_learning_rates
+        from megatron_vlm.training.optimizer.build import set_learning_rates
         from megatron_vlm.training.step import train_step
 
         results = []
@@ -97,7 +97,7 @@ class Run:
         return results
 
     def save(self, **state: Any) -> str:
-        from megatron_vlm.training.checkpoint import save_checkpoint
+        from megatron_vlm.training.checkpoint.save_load import save_checkpoint
 
         return str(
             save_checkpoint(
@@ -115,7 +115,7 @@ class Run:
     def snapshot(self) -> dict[str, Any]:
         """This rank's share of everything that a checkpoint must hold, as plain tensors."""
         from megatron_vlm.models.vlm import global_named_parameters
-        from megatron_vlm.training.optimizer_state import fragments
+        from megatron_vlm.training.optimizer.state import fragments
 
         named = [pair for chunk in self.chunks for pair in global_named_parameters(chunk)]
         names = {id(parameter): name for name, parameter in named}
@@ -214,7 +214,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def looked_for(checkpoints: list[dict]) -> list[tuple[str, bool] | str]:
     """(folder name, weights only) that each config finds, "none", or its error."""
     from megatron_vlm.errors import CheckpointError
-    from megatron_vlm.training.checkpoint import CheckpointConfig, find_checkpoint
+    from megatron_vlm.training.checkpoint.save_load import CheckpointConfig, find_checkpoint
 
     answers: list[tuple[str, bool] | str] = []
     for fields in checkpoints:

@@ -9,12 +9,12 @@ import pytest
 from checkpoint_ranks import two_saves
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.data.dataset import Dataset
+from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.digests import SEAL
 from megatron_vlm.errors import MegatronVLMError
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.fuzz import flip_bit, run_forked
-from megatron_vlm.training.checkpoint_dir import TRACKER, candidates, read_json, verify
+from megatron_vlm.weights.checkpoint_dir import TRACKER, candidates, read_json, verify
 
 FEW, ALL = 40, 200
 NEWEST = "iter_0000002"

@@ -8,7 +8,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vlm import group_of
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins import write_tiny_idefics2
-from megatron_vlm.training.checkpoint import CheckpointConfig
+from megatron_vlm.training.checkpoint.save_load import CheckpointConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.loader import RowLoader
-from megatron_vlm.models.idefics2.processor import Idefics2Processor
+from megatron_vlm.data.stream.loader import RowLoader
+from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_inputs
 from megatron_vlm.testing.runs import metrics_of, samples_of, train

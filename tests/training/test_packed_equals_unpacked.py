@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.loader import RowLoader
-from megatron_vlm.models.idefics2.processor import Idefics2Processor
+from megatron_vlm.data.stream.loader import RowLoader
+from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import gradient_errors, layout_run
 

@@ -174,8 +174,8 @@ def hf_loss(twin: Path, data: Path) -> float:
     from transformers import Idefics2ForConditionalGeneration
 
     from megatron_vlm.data.config import DataConfig
-    from megatron_vlm.data.loader import evaluation_rows
-    from megatron_vlm.models.idefics2.processor import Idefics2Processor
+    from megatron_vlm.data.stream.loader import evaluation_rows
+    from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
     from megatron_vlm.testing.parity import hf_reference
 
     config = DataConfig(valid=(str(data),), seq_length=96, shortest_edge=24, num_workers=0)

@@ -25,10 +25,10 @@ from megatron_vlm.data.formats.json_file import MAX_RECORD_BYTES, strict_decoder
 from megatron_vlm.data.formats.parquet import COLUMNS, parse_row
 from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, make_record
 from megatron_vlm.data.formats.splits import Choice, choose_in
-from megatron_vlm.data.images import MAX_BYTES
+from megatron_vlm.data.images.pictures import MAX_BYTES
 from megatron_vlm.data.notes import Notes
 from megatron_vlm.data.sample import MAX_IMAGES, MAX_SPAN, Turn
-from megatron_vlm.data.tar import TarIndex, index_tar
+from megatron_vlm.data.shards.tar import TarIndex, index_tar
 from megatron_vlm.errors import DataError, Reason
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".heic", ".heif")

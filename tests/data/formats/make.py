@@ -6,9 +6,9 @@ import tarfile
 
 from PIL import Image
 
-from megatron_vlm.data.build import build_shards
-from megatron_vlm.data.dataset import Dataset
 from megatron_vlm.data.formats import open_sources, read_source
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.data.shards.dataset import Dataset
 
 COLOURS = ("red", "green", "blue", "navy", "olive", "teal")
 

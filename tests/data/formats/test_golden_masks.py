@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images import decode_image
+from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.row import IGNORE_INDEX
 from megatron_vlm.errors import Reason
 from tests.data.formats.make import built, picture, write_json, write_tar

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron_vlm.data.check import check_sources
 from megatron_vlm.data.formats import open_sources
+from megatron_vlm.data.view.check import check_sources
 from megatron_vlm.errors import DataError, Reason
 from tests.data.formats.make import built, picture, records_of, samples_of, write_json, write_pictures, write_tar
 

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from megatron_vlm.data.build import build_shards
-from megatron_vlm.data.check import check_folder, check_sources
 from megatron_vlm.data.formats import open_sources, read_source
 from megatron_vlm.data.formats.energon import count_braces
 from megatron_vlm.data.formats.records import Record
-from megatron_vlm.data.split import SplitSettings
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.data.shards.split import SplitSettings
+from megatron_vlm.data.view.check import check_folder, check_sources
 from megatron_vlm.errors import DataError, Reason
 from tests.data.formats.make import built, picture, write_tar
 

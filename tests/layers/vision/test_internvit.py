@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
+from megatron_vlm import registry
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.layers.vision.internvit import InternVisionModel, ScaledResidual, WidthRMSNorm, pixel_shuffle
-from megatron_vlm.models import registry
 from megatron_vlm.models.vlm import ModelOptions, build_model
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import build_for_test

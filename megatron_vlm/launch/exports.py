@@ -1,0 +1,135 @@
+"""What a run leaves in its output folder: HF files that others load, and a picture of the loss.
+
+    OUTPUT/iter_N --full fine-tuning--> hf/
+                  --adapters---------> adapter_config.json, adapter_model.safetensors, tokenizer and processor files
+                                       merged_model/ (on request)
+    OUTPUT/metrics.jsonl ------------> loss.png
+    OUTPUT/epoch_N/: the same after each epoch (on request)
+
+Each folder appears at once: it is written beside its place and renamed.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_vlm.conversion.convert import mg2hf
+from megatron_vlm.errors import ConversionError, MegatronVLMError
+from megatron_vlm.files import read_json, remove_abandoned, sync_path, unique_temporary
+from megatron_vlm.weights.iterations import MANIFEST, iteration_of
+
+HF, MERGED, LOSS = "hf", "merged_model", "loss.png"
+ADAPTER = "adapter_config.json"
+
+
+def adapter_command(output: Path) -> str:
+    """How an adapter is taken from a run whose base could not be named."""
+    return (
+        f"toolkits/convert mg2hf --adapter-only --load {output} --base HF_DIRECTORY --out DIR (XTuner's folders: "
+        f"toolkits/convert pth_to_hf {output} DIR --base LLM_DIRECTORY)"
+    )
+
+
+def export(checkpoint: Path, out: Path, *, adapts: bool, merged: bool, adapter: bool = True) -> list[Path]:
+    """Writes what others load of one checkpoint.
+
+    Args:
+        checkpoint: folder of an iteration.
+        out: gets the adapter's files, ``hf/`` or ``merged_model/``, in place of older ones.
+        adapts: the run trains adapters.
+        merged: write the merged model too.
+        adapter: write the adapter; False where its base is no HF directory.
+
+    Returns:
+        What was written.
+
+    Raises:
+        MegatronVLMError: the checkpoint cannot be read, or the disk is full; what was there before stays.
+    """
+    written = []
+    if adapts and adapter:
+        with _beside(out / "adapter") as folder:
+            mg2hf(checkpoint, folder, adapter_only=True)
+            # The file that loaders look for comes last.
+            for file in sorted(folder.iterdir(), key=lambda path: path.name == ADAPTER):
+                if file.is_dir() and (out / file.name).is_dir():
+                    shutil.rmtree(out / file.name)
+                file.replace(out / file.name)
+        written.append(out / ADAPTER)
+    if merged or not adapts:
+        target = out / (MERGED if adapts else HF)
+        with _beside(target) as folder:
+            mg2hf(checkpoint, folder, merge=adapts)
+            old = unique_temporary(target)
+            if target.exists():
+                target.rename(old)
+            folder.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        written.append(target)
+    sync_path(out)
+    return written
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A name for a folder beside ``target``, absent before and removed after."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target)
+    folder = unique_temporary(target)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class EpochExports:
+    """Exports the checkpoint that ends an epoch to ``epoch_N``, while the run goes on."""
+
+    def __init__(self, output: Path, *, adapts: bool):
+        self.output, self.adapts = output, adapts
+        self.seen = set(output.glob("iter_*"))
+
+    def __call__(self) -> None:
+        """Looks for new checkpoints; a failed export is a warning, and the run goes on."""
+        for folder in sorted(set(self.output.glob("iter_*")) - self.seen):
+            if iteration_of(folder) and (folder / MANIFEST).is_file():  # not one that is being written
+                self.seen.add(folder)
+                self._export(folder)
+
+    def _export(self, folder: Path) -> None:
+        try:
+            epoch = int(read_json(folder / "state.json", ConversionError)["run"]["epochs"] + 1e-9)
+            out = self.output / f"epoch_{epoch}"
+            if epoch and not out.exists():  # else it was saved amid the next epoch: by a signal, or at the last update
+                for path in export(folder, out, adapts=self.adapts, merged=False):
+                    print(f"epoch {epoch}: {path}", flush=True)
+        except (MegatronVLMError, OSError) as error:
+            print(f"no export of {folder.name}: {error}", flush=True)
+
+
+def draw_loss(output: Path) -> str:
+    """Draws training and evaluation loss of ``metrics.jsonl``; returns a line about it."""
+    metrics, picture = output / "metrics.jsonl", output / LOSS
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
+    steps = [(line["iteration"], line["loss"]) for line in lines if line.get("loss") is not None]
+    held_out = [(line["iteration"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+    if not steps:
+        return f"no {LOSS}: {metrics} has no step"
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return f"no {LOSS}: matplotlib is not installed (pip install matplotlib); the numbers are in {metrics}"
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(*zip(*steps), linewidth=0.8, label="training")
+    if held_out:
+        axis.plot(*zip(*held_out), marker="o", label="held-out data")
+    axis.set(xlabel="iteration", ylabel="loss per supervised token")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    temporary = unique_temporary(picture)
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(picture)
+    return f"{picture}: {len(steps)} steps, loss {steps[0][1]:.4f} -> {steps[-1][1]:.4f}"

@@ -1,0 +1,49 @@
+"""InternLM2 as Llama: the non-weight files of a folder that transformers loads natively.
+
+Query, key and value apart, InternLM2 computes what Llama does, dynamic NTK included.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.models.assembling import copy_licences
+from megatron_vlm.models.families.internlm2.config import internlm2_text_config
+from megatron_vlm.models.families.internlm2.processor import InternLM2Processor
+from megatron_vlm.models.processing.template_processor import special_tokens, write_tokenizer
+
+
+def write_llama_files(hf_dir: Path, hf_config: dict[str, Any], directory: Path) -> None:
+    """Writes the files of LlamaForCausalLM: config, tokenizer with chat template, generation config, licence."""
+    (directory / "config.json").write_text(json.dumps(llama_config(hf_config), indent=2) + "\n", encoding="utf-8")
+    processor = InternLM2Processor.from_pretrained(hf_dir, DataConfig(seq_length=2))
+    write_tokenizer(directory, processor, special_tokens(hf_dir))
+    copy_licences(hf_dir, directory)
+
+
+def llama_config(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """InternLM2's config.json as Llama's, in the spelling that old and new versions of transformers read."""
+    text = internlm2_text_config(hf_config)
+    scaling = text.rope_scaling
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.ffn_hidden_size,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_query_groups,
+        "head_dim": text.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": text.max_position_embeddings,
+        "rms_norm_eps": text.norm_epsilon,
+        "rope_theta": text.rotary_base,
+        "rope_scaling": scaling and {"type": scaling.kind, "rope_type": scaling.kind, "factor": scaling.factor},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        **{key: value for key, value in hf_config.items() if key in kept},
+    }

@@ -1,0 +1,49 @@
+"""InternVL3: an InternViT tower over tiles, pixel shuffle with an MLP connector and a Qwen2.5 decoder."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from megatron_vlm.registry import LLAMA_LINEARS, AdapterSpec, ExportSpec, FamilySpec, Part, RecipeSpec
+
+_part = partial(Part, __name__)
+
+_mapping = _part("mapping:internvl3_mapping")
+
+
+def _export(layout: str) -> ExportSpec:
+    return ExportSpec(mapping=partial(_mapping, layout=layout), files=partial(_part("layouts:write_files"), layout))
+
+
+def _whole(hf_config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    own = hf_config.get("model_type") == "internvl_chat"
+    connector, vision = ("mlp1", "vision_model") if own else ("multi_modal_projector", "vision_tower")
+    return {"connector": (connector,), "vision": (vision,), "head": ("lm_head",)}
+
+
+SPEC = FamilySpec(
+    name="internvl3",
+    model_types=("internvl_chat", "internvl"),
+    config=_part("config:InternVL3ModelConfig.from_hf"),
+    build=_part("model:build_internvl3"),
+    processor=_part("processor:InternVL3Processor.from_pretrained"),
+    stop_ids=_part("processor:stop_ids"),
+    mapping=_mapping,
+    reference=_part("reference:reference_of"),
+    exports={"chat": _export("chat"), "hf": _export("hf")},
+    drop_path=True,
+    adapters=AdapterSpec(
+        language=rf"(language_model\.model|model\.language_model)\.layers\.\d+\.{LLAMA_LINEARS}",
+        vision=r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"  # in its own layout q, k and v are one
+        r"|model\.vision_tower\.encoder\.layer\.\d+\.(attention\.(q_proj|k_proj|v_proj|projection_layer)|mlp\.fc[12])",
+        whole=_whole,
+    ),
+    recipes=lambda hf_config: RecipeSpec(
+        full="internvl3/finetune_internvl3", lora="internvl3/lora_internvl3", qlora="internvl3/qlora_internvl3"
+    ),
+    facts={
+        "vision_select_layer": (("select_layer", "vision_feature_layer"), -1),
+        "down_sample_ratio": (("downsample_ratio",), 0.5),
+        "ps_version": (("ps_version",), "v2"),  # transformers' layout has the one order of version 2
+    },
+)

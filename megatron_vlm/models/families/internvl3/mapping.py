@@ -1,0 +1,54 @@
+"""Weight map of InternVL3 in both of its layouts: the same full tensors, under the original's or transformers' names."""
+
+from typing import Literal
+
+from megatron_vlm.layers.projector import projector_entries
+from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
+from megatron_vlm.models.parts.decoder import check_tensor_parallel, llama_entries
+from megatron_vlm.models.parts.internvit import internvit_entries
+from megatron_vlm.weights.mapping import Layout, Mapping, Prefixes
+
+_TOWERS = {"chat": "vision_model.", "hf": "vision_tower."}
+_CONNECTORS = {  # linears and norm
+    "chat": ("mlp1.1", "mlp1.3", "mlp1.0"),
+    "hf": tuple(f"multi_modal_projector.{name}" for name in ("linear_1", "linear_2", "layer_norm")),
+}
+NAMES = Prefixes(  # of transformers' layout
+    (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("lm_head", "language_model.lm_head"),
+    )
+)
+
+
+def internvl3_mapping(
+    config: InternVL3ModelConfig,
+    tp: int = 1,
+    vocab_multiple: int = 1,
+    vocab_extra: int = 0,
+    layout: Literal["chat", "hf"] | None = None,
+) -> Mapping:
+    """Returns the map of a model; arguments as of ``FamilySpec.mapping``, and ``layout`` of the HF names (None: the model's own).
+
+    Raises:
+        ConfigError: the decoder cannot be cut into ``tp`` parts; with the sizes that can.
+    """
+    check_tensor_parallel(config.text, tp)
+    vocab = Layout(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
+    layout = layout or config.layout
+    *linears, norm = _CONNECTORS[layout]
+    entries = [
+        *internvit_entries(config.vision, tp, layout, _TOWERS[layout]),
+        *projector_entries("connector.", linears, norm),
+        *llama_entries(config.text, vocab, "language_model.model.", "language_model.lm_head.weight"),
+    ]
+    tied = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+    return Mapping(
+        entries=tuple(entries),
+        vocab_size=config.text.vocab_size,
+        hf_tied=tied if config.text.tie_word_embeddings else {},
+        hf_aliases=NAMES.file_name,
+        module_name=NAMES.module_name if layout == "hf" else str,
+    )

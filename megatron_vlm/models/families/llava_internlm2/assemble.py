@@ -1,0 +1,266 @@
+"""Makes a LLaVA out of a language model, a CLIP tower and, where there is one, a trained projector.
+
+    InternLM2 (query, key and value taken apart) | Llama  --+
+    CLIP vision tower  -------------------------------------+--> HFModel, as transformers' LlavaForConditionalGeneration
+    XTuner's projector | fresh one  ------------------------+
+
+Nothing is read until a converter asks for it. The non-weight files of the language model are kept in a folder ``xtuner``, so
+that it can be written back in its own form.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.config import Config
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.text.templates import IMAGE
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.files import read_json
+from megatron_vlm.models.assembling import copy_licences, copy_small_files, extended_rows, generator
+from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
+from megatron_vlm.models.families.internlm2.llama import llama_config
+from megatron_vlm.models.families.internlm2.mapping import internlm2_mapping, llama_mapping
+from megatron_vlm.models.families.llava_internlm2.config import SOURCE, LlavaModelConfig
+from megatron_vlm.models.families.llava_internlm2.mapping import PROJECTOR, VISION, llava_mapping
+from megatron_vlm.models.processing.pixels import CLIP
+from megatron_vlm.models.processing.template_processor import (
+    TemplateProcessor,
+    prompt_settings,
+    special_tokens,
+    write_tokenizer,
+)
+from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, Mapping, TensorInfo, TensorStore
+
+FEATURE_LAYER = -2
+PARTS = "xtuner"
+_LINEARS = {  # XTuner's name -> transformers'
+    f"model.{old}.{kind}": f"{PROJECTOR}linear_{new}.{kind}"
+    for old, new in ((0, 1), (2, 2))
+    for kind in ("weight", "bias")
+}
+_LEFT_OUT = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")  # of a whole CLIP
+_SAID_ONCE = ("_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleOptions(Config):
+    """How new parts are made.
+
+    Attributes:
+        seed: of everything drawn; each tensor has its own stream.
+        new_rows: rows of the added ``<image>`` token: ``mean`` of the existing ones, or ``normal``: N(0, 0.02).
+        template: prompt format, written as the model's chat template; None: the one that fits the vocabulary.
+    """
+
+    seed: int = 0
+    new_rows: Literal["mean", "normal"] = "mean"
+    template: str | None = None
+
+
+def assemble(
+    llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any], projector: HFModel | None = None
+) -> HFModel:
+    """Joins the parts; a projector that is not given is drawn N(0, 0.02), its biases zero.
+
+    Args:
+        llm: InternLM2ForCausalLM, or a model of Llama's shape.
+        vision: CLIPVisionModel, or a whole CLIPModel, of which the text tower is left out.
+        files: empty folder that takes the non-weight files.
+        settings: of AssembleOptions: how the new parts are made. They have the dtype of the LLM's embedding.
+        projector: under XTuner's names (``model.0.weight`` ...).
+
+    Raises:
+        ConversionError: a part is of another architecture, or has tensors missing, unknown or of a wrong shape.
+    """
+    options = AssembleOptions.from_dict(settings)
+    readers, infos = _language_tensors(llm)
+    tower = _vision_config(vision)
+    embedding, head = (f"language_model.{name}" for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    dtype, rows = infos[embedding].dtype, infos[embedding].shape[0]
+    special = special_tokens(llm.directory)
+    prompts = prompt_settings(
+        llm.directory, DataConfig(seq_length=2, template=options.template), "llava_internlm2", rows
+    )
+    tokenizer = write_tokenizer(files, TemplateProcessor(**prompts), special, [IMAGE])
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE)
+    known = prompts["tokenizer"].token_id(IMAGE)
+    new_ids = [image_token] if known is None or known >= rows else []
+    total = max(rows, image_token + 1)
+    config = _write_config(files, llm, tower, image_token, total, dtype)
+    _write_processor_files(files, vision, tower)
+    copy_small_files(llm.directory, files / PARTS)
+    copy_licences(llm.directory, files)
+    for name in (embedding, head):
+        if name in infos:
+            infos[name] = TensorInfo(dtype=infos[name].dtype, shape=(total, *infos[name].shape[1:]))
+            key = embedding if config["tie_word_embeddings"] else name
+            readers[name] = extended_rows(readers[name], key, total, new_ids, options.new_rows, options.seed)
+    for name in vision.tensors.infos:
+        target = VISION + name.removeprefix("vision_model.")
+        if not name.startswith(_LEFT_OUT) and "position_ids" not in name:
+            infos[target] = vision.tensors.infos[name]
+            readers[target] = partial(vision.tensors.read, name)
+    sources = [llm.tensors, vision.tensors]
+    if projector is not None:
+        _take_projector(projector, infos, readers)
+        sources.append(projector.tensors)
+    else:
+        widths = {"linear_1": tower["hidden_size"], "linear_2": config["text_config"]["hidden_size"]}
+        for name, width in widths.items():
+            for kind, shape in (("weight", (widths["linear_2"], width)), ("bias", (widths["linear_2"],))):
+                full = f"{PROJECTOR}{name}.{kind}"
+                infos[full] = TensorInfo(dtype=dtype, shape=shape)
+                readers[full] = partial(_fresh, full, infos[full], options.seed)
+    _check(config, infos, llm, vision, projector)
+    return HFModel(directory=files, config=config, tensors=DerivedTensors(infos, readers, sources))
+
+
+def _language_tensors(llm: HFModel) -> tuple[dict[str, Callable[[], Tensor]], dict[str, TensorInfo]]:
+    """Readers and infos of the language model under LLaVA's names."""
+    stored = llm.tensors.infos
+    if llm.config.get("model_type") != "internlm2":
+        names = {name: name for name in stored if not name.endswith("rotary_emb.inv_freq")}
+        return (
+            {f"language_model.{name}": partial(llm.tensors.read, name) for name in names},
+            {f"language_model.{name}": stored[name] for name in names},
+        )
+    config = InternLM2ModelConfig.from_hf(llm.config)
+    own, llama = internlm2_mapping(config), llama_mapping(config).by_name()
+    _compare(own, set(stored) - set(own.hf_tied) - own.ignored, llm)
+    readers: dict[str, Callable[[], Tensor]] = {}
+    infos: dict[str, TensorInfo] = {}
+    for entry in own:
+        target = llama[entry.name]
+        full = entry.to_full([stored[name].meta() for name in entry.hf])
+        for index, (name, part) in enumerate(zip(target.hf, target.from_full(full), strict=True)):
+            infos[f"language_model.{name}"] = TensorInfo.of(part)
+            readers[f"language_model.{name}"] = partial(_read_part, llm.tensors, entry, target, index)
+    return readers, infos
+
+
+def _read_part(store: TensorStore, entry: Entry, target: Entry, index: int) -> Tensor:
+    if len(entry.hf) == len(target.hf):
+        return store.read(entry.hf[index])
+    return target.from_full(entry.to_full([store.read(name) for name in entry.hf]))[index]
+
+
+def _compare(own: Mapping, stored: set[str], llm: HFModel) -> None:
+    wanted = own.hf_names()
+    missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
+    if missing or unknown:
+        raise ConversionError(
+            f"--llm {llm.directory} is not InternLM2: {len(missing)} tensors missing ({', '.join(missing[:10])}), "
+            f"{len(unknown)} unknown ({', '.join(unknown[:10])})"
+        )
+
+
+def _vision_config(vision: HFModel) -> dict[str, Any]:
+    kind = vision.config.get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise ConversionError(f"--vision {vision.directory} has model_type {kind!r}, not a CLIP one")
+    from transformers import CLIPVisionConfig
+
+    tower = vision.config.get("vision_config", {}) if kind == "clip" else vision.config
+    resolved = CLIPVisionConfig.from_dict(dict(tower)).to_dict()
+    return {key: value for key, value in resolved.items() if key not in _SAID_ONCE}
+
+
+def _write_config(
+    files: Path, llm: HFModel, tower: dict[str, Any], image_token: int, rows: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    kind = llm.config.get("model_type")
+    text = llama_config(llm.config) if kind == "internlm2" else dict(llm.config)
+    tied = bool(text.get("tie_word_embeddings", False))
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image_token,
+        "image_seq_length": (tower["image_size"] // tower["patch_size"]) ** 2,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": FEATURE_LAYER,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": tied,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "text_config": {key: value for key, value in text.items() if key not in _SAID_ONCE} | {"vocab_size": rows},
+        "vision_config": tower,
+        SOURCE: {"model_type": kind, "vocab_size": text["vocab_size"]},
+    }
+    (files / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return config
+
+
+def _write_processor_files(files: Path, vision: HFModel, tower: dict[str, Any]) -> None:
+    """Files of transformers' LlavaProcessor, which pads images to squares as LLaVA-1.5 and XTuner do."""
+    path, side = vision.directory / "preprocessor_config.json", tower["image_size"]
+    own = read_json(path, ConversionError) if path.is_file() else {}
+    images = {
+        "image_processor_type": "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_pad": True,
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "resample": own.get("resample", 3),
+        "rescale_factor": own.get("rescale_factor", 1 / 255),
+        "image_mean": own.get("image_mean", list(CLIP[0])),
+        "image_std": own.get("image_std", list(CLIP[1])),
+        **{f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")},
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": tower["patch_size"],
+        "vision_feature_select_strategy": "default",
+        "image_token": IMAGE,
+        "num_additional_image_tokens": 1,
+    }
+    for name, content in (("preprocessor_config.json", images), ("processor_config.json", processor)):
+        (files / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _take_projector(projector: HFModel, infos: dict[str, TensorInfo], readers: dict[str, Callable[[], Tensor]]) -> None:
+    stored = projector.tensors.infos
+    missing, unknown = sorted(set(_LINEARS) - set(stored)), sorted(set(stored) - set(_LINEARS))
+    if missing or unknown:
+        raise ConversionError(
+            f"--projector {projector.directory} is not XTuner's two-layer projector: tensors missing "
+            f"{', '.join(missing) or 'none'}; unknown {', '.join(unknown[:10]) or 'none'}"
+        )
+    for name, target in _LINEARS.items():
+        infos[target], readers[target] = stored[name], partial(projector.tensors.read, name)
+
+
+def _fresh(name: str, info: TensorInfo, seed: int) -> Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(info.shape, dtype=info.dtype)
+    return torch.empty(info.shape).normal_(0.0, 0.02, generator=generator(seed, name)).to(info.dtype)
+
+
+def _check(
+    config: dict[str, Any], infos: dict[str, TensorInfo], llm: HFModel, vision: HFModel, projector: HFModel | None
+) -> None:
+    """Names and the widths that the parts must share; the converter checks every other shape."""
+    model = LlavaModelConfig.from_hf(config)
+    mapping = llava_mapping(model)
+    wanted = mapping.hf_names()
+    missing, unknown = sorted(wanted - set(infos)), sorted(set(infos) - wanted - set(mapping.hf_tied))
+    if missing or unknown:
+        raise ConversionError(
+            f"--llm {llm.directory} and --vision {vision.directory} do not make a LLaVA: {len(missing)} tensors missing "
+            f"({', '.join(missing[:10]) or 'none'}), {len(unknown)} unknown ({', '.join(unknown[:10]) or 'none'})"
+        )
+    hidden = (model.text.hidden_size, model.vision.hidden_size)
+    shapes = {"linear_1": hidden, "linear_2": (hidden[0], hidden[0])}
+    for name, shape in shapes.items():
+        found = infos[f"{PROJECTOR}{name}.weight"].shape
+        if found != shape:
+            where = projector.directory if projector else ""
+            raise ConversionError(
+                f"--projector {where}: {name} has shape {list(found)}, language model and tower need {list(shape)}"
+            )

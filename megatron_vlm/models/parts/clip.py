@@ -1,0 +1,95 @@
+"""CLIP's vision tower for any family: its config, how it is built over tensor parallel ranks, its part of a weight map."""
+
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.parts.tower import BOTH, TowerConfig, build_encoder, layer_entries, tower_sizes
+from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.weights.mapping import Entry, direct
+
+if typing.TYPE_CHECKING:
+    from megatron_vlm.layers.vision.clip import ClipVisionModel
+
+_ACTIVATIONS = ("quick_gelu", "gelu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig(TowerConfig):
+    """A CLIP vision tower.
+
+    Attributes:
+        select_layer: hidden state that is used, as HF counts: -1 is the last layer's output, -2 the one before.
+    """
+
+    hidden_act: Literal["quick_gelu", "gelu"]
+    select_layer: int = -1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_run_layers <= self.num_layers:
+            raise ConfigError(
+                f"hidden state {self.select_layer} of a CLIP tower of {self.num_layers} layers does not exist"
+            )
+
+    @property
+    def num_run_layers(self) -> int:
+        """Layers that the selected hidden state needs."""
+        return self.select_layer + self.num_layers + 1 if self.select_layer < 0 else self.select_layer
+
+    @classmethod
+    def from_hf(cls, vision: Mapping[str, Any], select_layer: int = -1) -> "ClipConfig":
+        """Resolves the config of a CLIP vision model (``vision_config`` of a whole CLIP).
+
+        Raises:
+            ConfigError: a feature that is not built.
+        """
+        from transformers import CLIPVisionConfig
+
+        hf = CLIPVisionConfig.from_dict(dict(vision))
+        if hf.hidden_act not in _ACTIVATIONS:
+            raise ConfigError(f"CLIP's hidden_act {hf.hidden_act!r} is not built: one of {', '.join(_ACTIVATIONS)} is")
+        return cls(**tower_sizes(hf.to_dict()), hidden_act=hf.hidden_act, select_layer=select_layer)
+
+
+def build_clip(
+    clip: ClipConfig, topology: Topology, options: Any, tower: "type[ClipVisionModel] | None" = None
+) -> "ClipVisionModel":
+    """The tower (of a subclass ``tower``, if given); whole on every rank where its heads do not divide."""
+    import torch.nn.functional as F
+
+    from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu
+
+    encoder = build_encoder(clip, topology, options, quick_gelu if clip.hidden_act == "quick_gelu" else F.gelu)
+    return (tower or ClipVisionModel)(
+        encoder,
+        num_run_layers=clip.num_run_layers,
+        config=encoder.config,
+        patch_size=clip.patch_size,
+        num_channels=clip.num_channels,
+        side=clip.side,
+    )
+
+
+def clip_entries(clip: ClipConfig, tp: int, hf: str, mg: str = "vision_model.") -> list[Entry]:
+    """The tower's part of a weight map.
+
+    Args:
+        clip: the tower.
+        tp: tensor parallel size, which decides whether it runs replicated.
+        hf: prefix of the HF names, up to ``embeddings`` and ``encoder``.
+        mg: prefix of ours.
+    """
+    entries = [
+        direct(mg + "class_embedding", hf + "embeddings.class_embedding"),
+        direct(mg + "patch_embedding.weight", hf + "embeddings.patch_embedding.weight"),
+        direct(mg + "position_embedding.weight", hf + "embeddings.position_embedding.weight"),
+        *(direct(f"{mg}pre_layernorm.{kind}", f"{hf}pre_layrnorm.{kind}") for kind in BOTH),  # HF's spelling
+    ]
+    run = clip.num_run_layers
+    for i in range(clip.num_layers):
+        own = f"encoder.layers.{i}." if i < run else f"unused_layers.{i - run}."
+        entries += layer_entries(clip, tp, f"{hf}encoder.layers.{i}.", mg + own)
+    entries += [direct(f"{mg}unused_layernorm.{kind}", f"{hf}post_layernorm.{kind}") for kind in BOTH]
+    return entries

@@ -1,0 +1,158 @@
+"""What the families' decoders share: the configuration of a Llama-shaped one, and its weight map in HF's names."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vlm.config import Config
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.layers.rope import RopeScaling
+from megatron_vlm.models.hf_config import require
+from megatron_vlm.weights.mapping import ROW, Entry, Layout, direct, gated, qkv
+
+_MAX_TP = 64
+_TYPES = ("llama", "mistral", "qwen2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(Config):
+    """A Llama-shaped decoder: RMSNorm, grouped query attention with RoPE, SwiGLU.
+
+    Attributes:
+        model_type: HF's.
+        sliding_window: keys a query sees, itself included (Mistral); None: all before it.
+        vocab_size: true vocabulary, without padding for tensor parallelism.
+        qkv_bias: the query, key and value projections have biases (Qwen2).
+        rope_scaling: of RoPE beyond trained positions; None: none.
+    """
+
+    model_type: str
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+
+
+def text_config(hf: Any, tie_word_embeddings: bool | None = None) -> TextConfig:
+    """Resolves transformers' config of a Llama, Mistral or Qwen2 model; it has filled in the defaults, nothing is assumed.
+
+    Args:
+        hf: transformers' config object.
+        tie_word_embeddings: of the whole model, where that decides; None: as ``hf`` says.
+
+    Raises:
+        ConfigError: another model, or a feature that is not built.
+    """
+    if hf.model_type not in _TYPES:
+        raise ConfigError(f"the text model must be one of {', '.join(_TYPES)}, got {hf.model_type!r}")
+    require("text_config.hidden_act", hf.hidden_act, "silu")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(hf, name, False):
+            raise ConfigError(f"text_config.{name} true is not built")
+    heads = hf.num_attention_heads
+    window = getattr(hf, "sliding_window", None)
+    if hf.model_type == "qwen2":
+        if getattr(hf, "use_sliding_window", False):
+            raise ConfigError("text_config.use_sliding_window true is not built for Qwen2: set it to false")
+        window = None
+    rope = dict(getattr(hf, "rope_parameters", None) or {})
+    return TextConfig(
+        model_type=hf.model_type,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers,
+        num_attention_heads=heads,
+        num_query_groups=hf.num_key_value_heads or heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+        vocab_size=hf.vocab_size,
+        max_position_embeddings=hf.max_position_embeddings,
+        norm_epsilon=hf.rms_norm_eps,
+        rotary_base=float(rope.get("rope_theta", 10000.0)),
+        sliding_window=window,
+        tie_word_embeddings=bool(hf.tie_word_embeddings if tie_word_embeddings is None else tie_word_embeddings),
+        qkv_bias=hf.model_type == "qwen2",
+        rope_scaling=rope_scaling(rope),
+    )
+
+
+def rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    """Reads transformers' ``rope_parameters``, or the ``rope_scaling`` of older files (``type`` for ``rope_type``).
+
+    Raises:
+        ConfigError: a kind that is not built.
+    """
+    kind: Any = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind not in ("linear", "dynamic", "llama3"):
+        raise ConfigError(f"rope_type {kind!r} is not built: default, linear, dynamic and llama3 are")
+    if "factor" not in rope:
+        raise ConfigError(f"rope_type {kind!r} needs a factor, found {sorted(rope)}")
+    known = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"} if kind == "llama3" else set()
+    return RopeScaling(
+        kind=kind, factor=float(rope["factor"]), **{name: rope[name] for name in sorted(known) if name in rope}
+    )
+
+
+def check_tensor_parallel(text: TextConfig, tp: int) -> None:
+    """Checks that decoder heads and ffn divide by ``tp``, and that the kv heads are a multiple or a divisor of it.
+
+    Raises:
+        ConfigError: they do not; with the sizes that work.
+    """
+
+    def legal(size: int) -> bool:
+        groups = text.num_query_groups
+        even = text.num_attention_heads % size == 0 and text.ffn_hidden_size % size == 0
+        return even and (groups % size == 0 or size % groups == 0)
+
+    if tp < 1 or not legal(tp):
+        sizes = ", ".join(str(size) for size in range(1, _MAX_TP + 1) if legal(size))
+        raise ConfigError(
+            f"tensor parallel size {tp} does not fit a decoder of {text.num_attention_heads} heads, "
+            f"{text.num_query_groups} kv heads and ffn {text.ffn_hidden_size}: use one of {sizes}"
+        )
+
+
+def llama_entries(text: TextConfig, vocab: Layout, prefix: str = "model.", head: str = "lm_head.weight") -> list[Entry]:
+    """Weight map of a decoder whose HF names are those of Llama, Mistral and Qwen2.
+
+    Args:
+        text: the decoder.
+        vocab: layout of embedding and head.
+        prefix: of the HF names of all but the head.
+        head: HF name of the head; unused where it is tied.
+    """
+    mg = "language_model."
+    entries = [direct(mg + "embedding.word_embeddings.weight", prefix + "embed_tokens.weight", vocab)]
+    for i in range(text.num_layers):
+        h, m = f"{prefix}layers.{i}.", f"{mg}decoder.layers.{i}."
+        entries.append(direct(m + "input_layernorm.weight", h + "input_layernorm.weight"))
+        entries += [
+            qkv(
+                f"{m}self_attention.linear_qkv.{kind}",
+                [f"{h}self_attn.{x}_proj.{kind}" for x in "qkv"],
+                num_heads=text.num_attention_heads,
+                num_query_groups=text.num_query_groups,
+            )
+            for kind in (("weight", "bias") if text.qkv_bias else ("weight",))
+        ]
+        entries += [
+            direct(m + "self_attention.linear_proj.weight", h + "self_attn.o_proj.weight", ROW),
+            direct(m + "pre_mlp_layernorm.weight", h + "post_attention_layernorm.weight"),
+            gated(m + "mlp.linear_fc1.weight", [h + "mlp.gate_proj.weight", h + "mlp.up_proj.weight"]),
+            direct(m + "mlp.linear_fc2.weight", h + "mlp.down_proj.weight", ROW),
+        ]
+    entries.append(direct(mg + "decoder.final_layernorm.weight", prefix + "norm.weight"))
+    if not text.tie_word_embeddings:
+        entries.append(direct(mg + "output_layer.weight", head, vocab))
+    return entries

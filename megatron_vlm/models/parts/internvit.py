@@ -1,0 +1,206 @@
+"""InternViT for any family: its config from either spelling, how it is built over tensor parallel ranks, its weight map.
+
+Checkpoints spell it in two ways: ``chat``, the original's, and ``hf``, transformers'.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.hf_config import require
+from megatron_vlm.models.parts.tower import BOTH, LayerNames, TowerConfig, build_encoder, layer_entries, tower_sizes
+from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.weights.mapping import COLUMN, REPLICATED, Entry, direct
+
+if typing.TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megatron_vlm.layers.vision.internvit import InternVisionModel
+
+# Defaults of the original's InternVisionConfig, for keys that a config.json leaves out.
+_CHAT_DEFAULTS = {
+    "hidden_size": 3200,
+    "intermediate_size": 12800,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "image_size": 224,
+    "patch_size": 14,
+    "num_channels": 3,
+    "qkv_bias": False,
+    "qk_normalization": True,
+    "norm_type": "rms_norm",
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InternVitConfig(TowerConfig):
+    """InternViT.
+
+    Attributes:
+        norm_type: of the norms before attention and MLP.
+        qkv_bias: queries, keys and values have biases.
+        qk_norm: queries and keys are RMS-normed over all heads together.
+    """
+
+    norm_type: Literal["layer_norm", "rms_norm"]
+    qkv_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def from_chat(cls, vision: Mapping[str, Any]) -> "InternVitConfig":
+        """Reads the original's config.
+
+        Raises:
+            ConfigError: a feature that is not built.
+        """
+        values = {**_CHAT_DEFAULTS, **vision}
+        return cls._of(values, bool(values["qkv_bias"]), bool(values["qk_normalization"]))
+
+    @classmethod
+    def from_hf(cls, vision: Mapping[str, Any]) -> "InternVitConfig":
+        """Reads transformers' config, with every default filled in.
+
+        Raises:
+            ConfigError: a feature that is not built.
+        """
+        for name, wanted in (
+            ("use_mask_token", False), ("use_absolute_position_embeddings", True), ("use_mean_pooling", True),
+        ):  # fmt: skip
+            require(f"vision_config.{name}", vision[name], wanted, "InternVL3")
+        sizes = {name: vision[name] for name in ("image_size", "patch_size")}
+        for name, (height, width) in sizes.items():
+            if height != width:
+                raise ConfigError(f"vision_config.{name} {height} x {width} is not square, which is not built")
+        values = {**vision, **{name: size[0] for name, size in sizes.items()}}
+        return cls._of(values, vision["attention_bias"], vision["use_qk_norm"])
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any], qkv_bias: bool, qk_norm: bool) -> "InternVitConfig":
+        require("vision_config.hidden_act", values["hidden_act"], "gelu", "InternVL3")
+        return cls(**tower_sizes(values), norm_type=values["norm_type"], qkv_bias=qkv_bias, qk_norm=qk_norm)
+
+
+def build_internvit(
+    vit: InternVitConfig, topology: Topology, options: Any, *, smallest: int = 1
+) -> "InternVisionModel":
+    """The tower; whole on every rank where its heads do not divide. ``smallest``: side of the connector's blocks of patches."""
+    import torch.nn.functional as F
+
+    from megatron_vlm.layers.vision.internvit import InternVisionModel
+
+    last = max(1, vit.num_layers - 1)
+
+    def layer(index: int, mcore: "TransformerConfig", tp_group: Any) -> "ModuleSpec":
+        return _layer(vit, mcore, tp_group, options.drop_path_rate * index / last)
+
+    encoder = build_encoder(vit, topology, options, F.gelu, layer=layer)
+    return InternVisionModel(
+        encoder,
+        hidden_size=vit.hidden_size,
+        patch_size=vit.patch_size,
+        num_channels=vit.num_channels,
+        side=vit.side,
+        smallest=smallest,
+        dtype=options.torch_dtype,
+        device=next(encoder.parameters()).device,
+    )
+
+
+def _layer(vit: InternVitConfig, mcore: "TransformerConfig", tp_group: Any, drop_path: float) -> "ModuleSpec":
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megatron_vlm.layers.norm import LayerNorm, RMSNorm
+    from megatron_vlm.layers.vision import internvit
+    from megatron_vlm.models.language import layer_spec
+
+    spec = layer_spec(LayerNorm if vit.norm_type == "layer_norm" else RMSNorm, causal=False)
+    attention = spec.submodules.self_attention
+    linears = {} if vit.qkv_bias else {"linear_qkv": internvit.UnbiasedColumnParallelLinear}
+    norm = ModuleSpec(internvit.WidthRMSNorm, params={"tp_group": tp_group})
+    norms = {"q_layernorm": norm, "k_layernorm": norm} if vit.qk_norm else {}
+    residual = ModuleSpec(internvit.ScaledResidual, params={"config": mcore, "drop_path": drop_path})
+    return ModuleSpec(
+        internvit.InternVitLayer,
+        submodules=dataclasses.replace(
+            spec.submodules,
+            self_attention=dataclasses.replace(
+                attention, submodules=dataclasses.replace(attention.submodules, **linears, **norms)
+            ),
+            self_attn_bda=residual,
+            mlp_bda=residual,
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Names:
+    """HF names of the tower in one spelling; those of a layer stand behind ``layers`` and its number."""
+
+    class_embedding: str
+    patch_embedding: str
+    position_embedding: str
+    layers: str
+    scales: tuple[str, str]
+    qk_norms: tuple[str, str]
+    layer: LayerNames
+
+
+_NAMES = {
+    "chat": _Names(
+        class_embedding="embeddings.class_embedding",
+        patch_embedding="embeddings.patch_embedding",
+        position_embedding="embeddings.position_embedding",
+        layers="encoder.layers.",
+        scales=("ls1", "ls2"),
+        qk_norms=("attn.q_norm", "attn.k_norm"),
+        layer=LayerNames(norms=("norm1", "norm2"), qkv=("attn.qkv",), projection="attn.proj"),
+    ),
+    "hf": _Names(
+        class_embedding="embeddings.cls_token",
+        patch_embedding="embeddings.patch_embeddings.projection",
+        position_embedding="embeddings.position_embeddings",
+        layers="encoder.layer.",
+        scales=("lambda_1", "lambda_2"),
+        qk_norms=("attention.q_norm", "attention.k_norm"),
+        layer=LayerNames(
+            norms=("layernorm_before", "layernorm_after"),
+            qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+            projection="attention.projection_layer",
+        ),
+    ),
+}
+
+
+def internvit_entries(
+    vit: InternVitConfig, tp: int, layout: Literal["chat", "hf"], hf: str, mg: str = "vision_model."
+) -> list[Entry]:
+    """The tower's part of a weight map.
+
+    Args:
+        vit: the tower.
+        tp: tensor parallel size, which decides whether it runs replicated.
+        layout: spelling of the HF names, and ``hf``, what stands before them.
+        mg: prefix of ours.
+    """
+    names, column = _NAMES[layout], COLUMN if vit.sharded(tp) else REPLICATED
+    norm_kinds = BOTH if vit.norm_type == "layer_norm" else BOTH[:1]
+    entries = [
+        direct(mg + "class_embedding", hf + names.class_embedding),
+        direct(mg + "position_embedding", hf + names.position_embedding),
+        *(direct(f"{mg}patch_embedding.{kind}", f"{hf}{names.patch_embedding}.{kind}") for kind in BOTH),
+    ]
+    for i in range(vit.num_layers):
+        h, m = f"{hf}{names.layers}{i}.", f"{mg}encoder.layers.{i}."
+        entries += layer_entries(vit, tp, h, m, names.layer, norm_kinds, BOTH if vit.qkv_bias else BOTH[:1])
+        residuals = zip(("self_attn_bda", "mlp_bda"), names.scales)
+        entries += [direct(f"{m}{own}.scale", f"{h}{name}") for own, name in residuals]
+        if vit.qk_norm:
+            for own, name in zip(("q_layernorm", "k_layernorm"), names.qk_norms):
+                entries.append(direct(f"{m}self_attention.{own}.weight", f"{h}{name}.weight", column))
+    return entries

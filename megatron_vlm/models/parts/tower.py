@@ -1,0 +1,152 @@
+"""What vision transformers share: their sizes, an encoder over tensor parallel ranks, and its part of a weight map.
+
+A tower for any family is a module beside this one (``clip.py``, ``internvit.py``, ``siglip.py``): its config, how it is built,
+its weight map. Processors read the configs in worker processes, which never build: megatron-core is imported where it is used.
+"""
+
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_vlm.config import Config
+from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, direct, qkv
+
+if typing.TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+BOTH = ("weight", "bias")
+_HF_KEYS = {
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "num_channels": "num_channels",
+    "norm_epsilon": "layer_norm_eps",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig(Config):
+    """A vision transformer.
+
+    Attributes:
+        image_size: side in pixels of the images that its positions were learned on.
+    """
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    num_channels: int
+    norm_epsilon: float
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of an image of ``image_size``."""
+        return self.image_size // self.patch_size
+
+    def sharded(self, tp: int) -> bool:
+        """The tower is split over ``tp`` ranks (else it runs whole on each, as the 25 heads of InternViT-6B do)."""
+        return self.num_attention_heads % tp == 0 and self.ffn_hidden_size % tp == 0
+
+
+def tower_sizes(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ``TowerConfig`` from HF's keys."""
+    return {ours: vision[theirs] for ours, theirs in _HF_KEYS.items()}
+
+
+def build_encoder(
+    tower: TowerConfig,
+    topology: Topology,
+    options: Any,
+    activation: Callable[[Tensor], Tensor],
+    *,
+    final_norm: bool = False,
+    layer: "Callable[[int, TransformerConfig, Any], ModuleSpec] | None" = None,
+) -> "TransformerBlock":
+    """The tower's bidirectional layers; whole on every rank where its heads do not divide.
+
+    Args:
+        tower, topology, options: of the model.
+        activation: of the MLPs.
+        final_norm: a norm follows the last layer.
+        layer: ``layer(index, config, tensor parallel group)``, where the layers are not plain ones with LayerNorm.
+    """
+    from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+
+    from megatron_vlm.layers.norm import LayerNorm
+    from megatron_vlm.models.language import layer_spec, process_groups, transformer_config
+
+    solo = not tower.sharded(topology.tp)
+    groups = process_groups(solo)
+    mcore = transformer_config(
+        topology,
+        options,
+        decoder=False,
+        tp=1 if solo else None,
+        num_layers=tower.num_layers,
+        hidden_size=tower.hidden_size,
+        ffn_hidden_size=tower.ffn_hidden_size,
+        num_attention_heads=tower.num_attention_heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=tower.norm_epsilon,
+        activation_func=activation,
+        add_bias_linear=True,
+    )
+    plain = layer_spec(LayerNorm, causal=False)
+    layers = [layer(i, mcore, groups.tp) if layer else plain for i in range(tower.num_layers)]
+    spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=LayerNorm)
+    return TransformerBlock(mcore, spec, post_layer_norm=final_norm, pg_collection=groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNames:
+    """HF names within a layer, those of CLIP and SigLIP unless given; ``qkv``: three tensors, or one of the three end to end."""
+
+    norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    projection: str = "self_attn.out_proj"
+
+
+def layer_entries(
+    tower: TowerConfig,
+    tp: int,
+    hf: str,
+    mg: str,
+    names: LayerNames | None = None,
+    norm_kinds: Sequence[str] = BOTH,
+    qkv_kinds: Sequence[str] = BOTH,
+) -> list[Entry]:
+    """Weight map of one layer of an encoder.
+
+    Args:
+        tower: it is of.
+        tp: tensor parallel size, which decides whether the tower runs replicated.
+        hf, mg: prefixes of the HF names and of ours.
+        names: HF's.
+        norm_kinds, qkv_kinds: what norms and the fused projection have.
+    """
+    names, heads = names or LayerNames(), tower.num_attention_heads
+    column, row = (COLUMN, ROW) if tower.sharded(tp) else (REPLICATED, REPLICATED)
+    norms = zip(("input_layernorm", "pre_mlp_layernorm"), names.norms)
+    entries = [direct(f"{mg}{own}.{kind}", f"{hf}{name}.{kind}") for own, name in norms for kind in norm_kinds]
+    for kind in qkv_kinds:
+        fused, parts = f"{mg}self_attention.linear_qkv.{kind}", [f"{hf}{name}.{kind}" for name in names.qkv]
+        entries.append(qkv(fused, parts, num_heads=heads, num_query_groups=heads, layout=column))
+    entries += [direct(f"{mg}mlp.linear_fc1.{kind}", f"{hf}mlp.fc1.{kind}", column) for kind in BOTH]
+    for own, name in (("self_attention.linear_proj", names.projection), ("mlp.linear_fc2", "mlp.fc2")):
+        entries += [
+            direct(f"{mg}{own}.weight", f"{hf}{name}.weight", row),
+            direct(f"{mg}{own}.bias", f"{hf}{name}.bias"),
+        ]
+    return entries

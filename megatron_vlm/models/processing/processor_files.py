@@ -1,0 +1,162 @@
+"""Tokenizer and processor files of an HF folder, read alike by the families' processors."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.text.chat import plain_tokenizer
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import read_json, write_json
+from megatron_vlm.models.hf_config import check_numbers
+
+GENERATION = "generation_config.json"
+IMAGE_SETTINGS = (
+    "max_image_num", "image_size", "shortest_edge", "image_splitting", "dynamic_image_size", "min_dynamic_patch",
+    "max_dynamic_patch", "use_thumbnail", "hd_num",
+)  # fmt: skip
+"""Fields of DataConfig that say how images are seen; each family uses some of them."""
+_MAX_ID = 1 << 31
+
+
+def processor_settings(hf_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns settings of the processor and of its image processor, which older folders keep in a file of its own.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a number in it that no processor has.
+    """
+    processor, images = hf_dir / "processor_config.json", hf_dir / "preprocessor_config.json"
+    settings = read_json(processor) if processor.is_file() or not images.is_file() else {}
+    try:
+        check_numbers(settings)
+        if settings.get("image_processor"):
+            return settings, settings["image_processor"]
+        if not images.is_file():
+            return settings, {}
+        processor, settings_of_images = images, read_json(images)
+        check_numbers(settings_of_images)
+    except ConfigError as error:
+        raise ConfigError(f"{processor}: {error}") from error
+    return settings, settings_of_images
+
+
+def load_tokenizer(hf_dir: Path, **options: Any) -> Any:
+    """Loads the tokenizer as transformers does, with ``options`` of its own; no code of the folder is run.
+
+    Raises:
+        ConfigError: there is none, or only a slow one.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="megatron_vlm_") as folder:
+        # transformers would offer to run the model's code that config.json names, which the tokenizer has no need of.
+        for path in hf_dir.iterdir():
+            if path.name != "config.json" or "auto_map" not in read_json(path):
+                (Path(folder) / path.name).symlink_to(path.resolve())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        except Exception as error:  # tokenizers raises plain Exception, transformers whatever its code runs into
+            message = " ".join(str(error).replace(folder, str(hf_dir)).split())[:500]
+            raise ConfigError(f"cannot load the tokenizer of {hf_dir}: {message or type(error).__name__}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer of {hf_dir} has no tokenizer.json, which exact loss masks need: save it as a fast one"
+        )
+    doubled = [index for index, count in Counter(tokenizer.get_vocab().values()).items() if count > 1]
+    if doubled:  # which of them a text gets would be left to chance
+        names = sorted(name for name, index in tokenizer.get_vocab().items() if index == doubled[0])
+        raise ConfigError(
+            f"the tokenizer of {hf_dir} gives id {doubled[0]} to {len(names)} tokens: {', '.join(names[:5])}"
+        )
+    return tokenizer
+
+
+def token_ids(hf_dir: Path, find: Callable[[str], int | None], needed: Sequence[str], family: str) -> dict[str, int]:
+    """Returns the ids of tokens that a family's prompts need; ``find`` gives the id of one, or None.
+
+    Raises:
+        ConfigError: the vocabulary lacks some.
+    """
+    found = {token: index for token in needed if (index := find(token)) is not None}
+    missing = [token for token in needed if token not in found]
+    if missing:
+        raise ConfigError(f"the tokenizer of {hf_dir} lacks {', '.join(missing)}: is it {family}'s?")
+    return found
+
+
+def tokenizer_fields(
+    hf_dir: Path, tokenizer: Any, image_token_id: int, configured: int | None, vocab_size: int, steering: Sequence[str]
+) -> dict[str, Any]:
+    """Fields of a processor from a tokenizer of transformers, of which the backend alone is kept.
+
+    Args:
+        hf_dir: it is of.
+        tokenizer: of transformers.
+        image_token_id: its id of the token that holds the place of image features.
+        configured: the same by config.json; None: it does not say.
+        vocab_size: of the model.
+        steering: tokens that the prompt is made of.
+
+    Raises:
+        ConfigError: the two differ.
+    """
+    if configured not in (None, image_token_id):
+        raise ConfigError(f"{hf_dir}: config.json has image_token_id {configured}, the tokenizer {image_token_id}")
+    fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return {
+        "tokenizer": plain_tokenizer(tokenizer.backend_tokenizer).steered_by(steering),
+        "image_token_id": image_token_id,
+        "filler_token_id": next(i for i in fillers if i is not None and i < vocab_size),
+    }
+
+
+def generation_stops(hf_dir: Path, *ends: int | None) -> tuple[int, ...]:
+    """Returns the ids that end an answer: ``ends``, and the eos ids of generation_config.json.
+
+    Raises:
+        ConfigError: they are no ids.
+    """
+    path = hf_dir / GENERATION
+    listed = read_json(path).get("eos_token_id") if path.is_file() else None
+    listed = listed if isinstance(listed, list) else [listed]
+    for index in listed:
+        if index is not None and (isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < _MAX_ID):
+            raise ConfigError(f"{path}: eos_token_id is {str(index)[:60]!r}, where ids of tokens must stand")
+    return tuple(sorted({i for i in (*ends, *listed) if i is not None}))
+
+
+def add_stops(directory: Path, ends: Iterable[int]) -> None:
+    """Sees that transformers ends an answer of the model in ``directory`` at each of ``ends``, as training taught it.
+
+    What generation_config.json has is kept and ``eos_token_id`` extended. Where there is no such file, what transformers would
+    derive from config.json in its place is written with it; nothing, where that has all of them already.
+    """
+    path = directory / GENERATION
+    content = read_json(path) if path.is_file() else _derived_generation(read_json(directory / "config.json"))
+    listed = content.get("eos_token_id")
+    known = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    missing = [end for end in ends if end not in known]
+    if missing:
+        write_json(path, {**content, "eos_token_id": [*known, *missing]})
+
+
+def _derived_generation(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers takes from config.json for generation: settings of the model, and of its decoder where it has none."""
+    from transformers import GenerationConfig
+
+    names = set(GenerationConfig().to_dict()) - {"transformers_version", "_from_model_config"}
+    values = {**(config.get("text_config") or {}), **config}
+    return {name: values[name] for name in sorted(names) if values.get(name) is not None}
+
+
+def check_image_settings(config: DataConfig, family: str, *used: str) -> None:
+    """Refuses settings of images that a family has no use for: none is ignored in silence.
+
+    Raises:
+        ConfigError: one that is not among ``used`` is set.
+    """
+    for name in IMAGE_SETTINGS:
+        if name not in used and getattr(config, name) is not None:
+            raise ConfigError(f"data.{name} {getattr(config, name)!r} has no effect on {family}: leave it out")

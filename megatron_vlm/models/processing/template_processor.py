@@ -1,0 +1,205 @@
+"""What the processors of InternLM2 and of the LLaVA family share: conversations through a prompt template, with images or not.
+
+turns --data.templates--> pieces --each tokenised on its own--> ids, labels
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.row import EncodedSample
+from megatron_vlm.data.text.chat import Piece, Tokens, encode_pieces, encode_separately
+from megatron_vlm.data.text.sentencepiece import load_tokenizer
+from megatron_vlm.data.text.templates import IMAGE, TEMPLATES, Template
+from megatron_vlm.data.types import Turn
+from megatron_vlm.errors import ConfigError, DataError, Reason
+from megatron_vlm.files import read_json
+from megatron_vlm.log import get_logger
+from megatron_vlm.models.processing.chat_template import chat_template
+from megatron_vlm.models.processing.conversation import ConversationProcessor, Size, data_fields
+from megatron_vlm.models.processing.processor_files import generation_stops
+
+LOGGER = get_logger(__name__)
+ALIASES = {"[UNUSED_TOKEN_146]": "<|im_start|>", "[UNUSED_TOKEN_145]": "<|im_end|>"}
+"""Names that InternLM2's chat models give to tokens that its base models leave unused."""
+_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}  # where tokenizer_config.json does not say
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateProcessor(ConversationProcessor):
+    """Encodes conversations. Plain values only: it travels to worker processes.
+
+    A family whose images are seen gives ``tokens_per_image``, ``patches_per_image`` and ``pixels``.
+
+    Attributes:
+        template: prompt format.
+        bos_token_id: begins a conversation, never supervised; None: nothing does.
+        eos_token_id: id of EOS.
+    """
+
+    template: Template
+    bos_token_id: int | None
+    eos_token_id: int
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens that hold one image's features."""
+        return 0
+
+    @property
+    def patches_per_image(self) -> int:
+        """Patches that the tower sees of one image."""
+        return 0
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """Prepares an RGB image: float32 [3, H, W]."""
+        raise NotImplementedError
+
+    def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> Reason:
+        return Reason.IMAGES_FOR_A_TEXT_MODEL if sizes and self.image_token_id < 0 else Reason.NONE
+
+    def patches(self, plan: Size) -> int:
+        return self.patches_per_image
+
+    def views(self, image: Image.Image, plan: Size, draw: Any) -> list[torch.Tensor]:
+        return [self.pixels(image)]
+
+    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
+        if images and self.image_token_id < 0:
+            message = "this model has no vision tower: ask it without images"
+            raise DataError(message, reason=Reason.IMAGES_FOR_A_TEXT_MODEL)
+        return super().encode_prompt(turns, images)
+
+    def tokenise(self, turns: Sequence[Turn], plans: Sequence[Size], prompt: bool = False) -> Tokens:
+        """A template ends in the assistant's header by itself where the last turn is the user's."""
+        pieces = self.template.pieces([self._placed(turn) for turn in turns], self.bos_token_id, self.eos_token_id)
+        never = [self.image_token_id, *([] if self.bos_token_id is None else [self.bos_token_id])]
+        run = (self.image_token_id,) * self.tokens_per_image
+        how = dict[str, Any](num_turns=len(turns), answer_only=self.answer_loss_only, never=never)
+        if not self.template.whole:
+            split = [part for piece in pieces for part in _split(piece, run)]
+            return encode_separately(self.tokenizer, split, **how)
+        texts = [dataclasses.replace(p, text=p.text.replace(IMAGE, IMAGE * len(run))) for p in pieces if p.ids is None]
+        tokens = encode_pieces(self.tokenizer, texts, **how)
+        begin = [] if self.bos_token_id is None else [self.bos_token_id]
+        return dataclasses.replace(
+            tokens,
+            ids=np.concatenate([np.array(begin, dtype=np.int64), tokens.ids]),
+            supervised=np.concatenate([np.zeros(len(begin), dtype=bool), tokens.supervised]),
+            answer_start=tokens.answer_start + len(begin),
+        )
+
+    def _placed(self, turn: Turn) -> Turn:
+        """The single image of a user turn goes in front of its text, on a line of its own, as LLaVA's and XTuner's loaders do.
+
+        Several keep their places: which is which would be lost.
+        """
+        if self.image_token_id < 0 or turn.role != "user" or turn.text.count(IMAGE) != 1:
+            return turn
+        return dataclasses.replace(turn, text=f"{IMAGE}\n{turn.text.replace(IMAGE, '').strip()}".strip())
+
+
+def prompt_settings(hf_dir: Path, config: DataConfig, family: str, vocab_size: int) -> dict[str, Any]:
+    """Fields of the processor that tokenizer files and the data section decide.
+
+    Without ``data.template`` the prompt is the one of the folder's chat template, where that is one of ours; else
+    ``internlm2_chat`` where the vocabulary has its tokens, else ``vicuna``.
+
+    Raises:
+        ConfigError: no tokenizer, a template without its tokens, or tokens beyond the model's vocabulary.
+    """
+    config.check_template(family, *TEMPLATES)
+    tokenizer = load_tokenizer(hf_dir, ALIASES)
+    bos, eos, pad = special_tokens(hf_dir).values()
+    eos = eos or "</s>"
+    fits = all(tokenizer.token_id(token) is not None for token in TEMPLATES["internlm2_chat"].special)
+    written = chat_template(hf_dir)
+    own = next((name for name, form in TEMPLATES.items() if form.jinja(bos or "", eos) == written), None)
+    template = TEMPLATES[config.template or own or ("internlm2_chat" if fits else "vicuna")]
+    if own not in (None, template.name):
+        LOGGER.warning(
+            "data.template is %s, the chat template in %s is %s: whoever uses the trained model must write prompts as %s",
+            template.name, hf_dir, own, template.name,
+        )  # fmt: skip
+    found = {token: tokenizer.token_id(token) for token in (*template.special, eos)}
+    wrong = [token for token, index in found.items() if index is None or index >= vocab_size]
+    if wrong:
+        raise ConfigError(
+            f"{hf_dir}: the vocabulary of {vocab_size} lacks {', '.join(wrong)}, which data.template {template.name} "
+            f"needs: choose another of {', '.join(TEMPLATES)}"
+        )
+    ids = {name: tokenizer.token_id(token) for name, token in (("bos", bos), ("pad", pad)) if token}
+    ends = [found[token] for token in template.special if template.answer.endswith(token)]
+    return dict(
+        tokenizer=tokenizer.steered_by([*template.special, eos, *([bos] if bos else [])]),
+        template=template,
+        bos_token_id=ids.get("bos"),
+        eos_token_id=found[eos],
+        filler_token_id=next(i for i in (ids.get("pad"), found[eos]) if i is not None and i < vocab_size),
+        stop_ids=generation_stops(hf_dir, *ends, found[eos]),
+        **data_fields(config),
+    )
+
+
+def special_tokens(hf_dir: Path) -> dict[str, str | None]:
+    """Returns bos_token (None where the tokenizer puts none before a text), eos_token and pad_token by name."""
+    path = hf_dir / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    found = {}
+    for name, default in _SPECIAL.items():
+        value = settings.get(name, default)
+        found[name] = value.get("content") if isinstance(value, dict) else value
+    return found if settings.get("add_bos_token", True) else {**found, "bos_token": None}
+
+
+def write_tokenizer(
+    directory: Path, prompt: TemplateProcessor, special: Mapping[str, str | None], added: Sequence[str] = ()
+) -> Any:
+    """Writes a tokenizer that puts BOS before a text, its chat template and the generation config; returns the tokenizer.
+
+    Args:
+        directory: exists.
+        prompt: a processor's tokenizer, template and ids.
+        special: as of ``special_tokens``.
+        added: special tokens to add.
+    """
+    from tokenizers import AddedToken, Tokenizer, processors
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(prompt.tokenizer.text)
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
+    names = {name: token for name, token in special.items() if token and backend.token_to_id(token) is not None}
+    bos, eos = names.get("bos_token", ""), names.get("eos_token", "</s>")
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, prompt.bos_token_id)]
+        )
+    if backend.token_to_id("<unk>") is not None:
+        names["unk_token"] = "<unk>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = prompt.template.jinja(bos, eos)
+    tokenizer.save_pretrained(directory)
+    GenerationConfig(
+        bos_token_id=prompt.bos_token_id, eos_token_id=list(prompt.stop_ids), pad_token_id=prompt.filler_token_id
+    ).save_pretrained(directory)
+    return tokenizer
+
+
+def _split(piece: Piece, run: tuple[int, ...]) -> list[Piece]:
+    """Cuts a piece at its images, each of which becomes ``run``."""
+    if piece.ids is not None or not run:
+        return [piece]
+    parts: list[Piece] = []
+    for number, text in enumerate(piece.text.split(IMAGE)):
+        if number:
+            parts.append(Piece(ids=run))
+        if text:
+            parts.append(dataclasses.replace(piece, text=text))
+    return parts

@@ -1,0 +1,377 @@
+"""What a command line and a YAML file ask for: settings of a run, and flags whose meaning needs the model and the ranks.
+
+    file, settings --read_request--> Request --complete(model's config, spec, dp)--> RunConfig's sections and notes
+
+Flags of Hugging Face's Trainer and of the original programs mean here what they mean there; where two of them contradict each
+other, the error shows both numbers. ``section.key=value`` wins over a flag that says the same thing in another way.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_vlm.config import Config, PathText, set_dotted
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.files import expand_text
+from megatron_vlm.options import adapters, recipes, trainer_flags
+from megatron_vlm.options.deepspeed import Sharding, read_sharding
+from megatron_vlm.options.launch_config import LaunchConfig
+from megatron_vlm.registry import FamilySpec
+from megatron_vlm.yaml_values import spelling
+
+TOLD = "--"
+"""A setting whose key starts so is a field of Told."""
+
+# Of each of these one at most holds: naming one drops what a file says of the others.
+EXCLUSIVE = (
+    ("training.train_iters", "training.train_samples", "training.train_epochs"),
+    ("training.eval_interval", "training.eval_epochs"),
+    ("checkpoint.save_interval", "checkpoint.save_epochs"),
+    ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_fraction"),
+    ("optimizer.lr_warmup_init", "optimizer.lr_warmup_start_factor"),
+)
+
+
+# Settings of the run that are paths, hub ids or lists of them.
+PATHS = (
+    "data.train", "data.valid", "data.cache_dir", "peft.adapter", "checkpoint.load", "checkpoint.save", "checkpoint.base",
+    "logging.output_dir", "logging.tensorboard_dir",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(Config):
+    """Flags of the original programs that are no setting by themselves, by their own names; None: not said.
+
+    Attributes:
+        model_name_or_path: the model; without a config file, settings that no flag names then come from the packaged
+            recipe of its family, as they come from the original program's defaults there.
+        learning_rate: of everything that trains.
+        num_train_epochs, max_steps, warmup_ratio, warmup_steps, lr_scheduler_type, optim, bf16, fp16, tf32,
+            gradient_checkpointing, do_train, do_eval, save_strategy, save_steps, save_total_limit, eval_strategy,
+            eval_steps, report_to, group_by_length: of transformers.TrainingArguments.
+        use_lora, lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_bias, load_in_4bit: of finetune.py, FT.py and PEFT.
+        use_llm_lora, use_backbone_lora, unfreeze_lm_head: of InternVL: ranks of adapters in the language model and the tower.
+        vision_select_layer, ps_version, down_sample_ratio: of InternVL: checked against the model's config.json.
+        use_deepspeed, deepspeed: a DeepSpeed JSON.
+        use_fsdp, fsdp, fsdp_policy, fsdp_wrap_cls, fsdp_config, fsdp_transformer_layer_cls_to_wrap: fully sharded data
+            parallelism.
+    """
+
+    model_name_or_path: PathText | None = None
+    learning_rate: float | None = None
+    num_train_epochs: float | None = None
+    max_steps: int | None = None
+    warmup_ratio: float | None = None
+    warmup_steps: int | None = None
+    lr_scheduler_type: str | None = None
+    optim: str | None = None
+    bf16: bool | None = None
+    fp16: bool | None = None
+    tf32: bool | None = None
+    gradient_checkpointing: bool | None = None
+    do_train: bool | None = None
+    do_eval: bool | None = None
+    save_strategy: str | None = None
+    save_steps: float | None = None
+    save_total_limit: int | None = None
+    eval_strategy: str | None = None
+    eval_steps: float | None = None
+    report_to: tuple[str, ...] = ()
+    group_by_length: bool | None = None
+    use_lora: bool | None = None
+    lora_r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    lora_target_modules: tuple[str, ...] = ()
+    lora_bias: str | None = None
+    load_in_4bit: bool | None = None
+    use_llm_lora: int | None = None
+    use_backbone_lora: int | None = None
+    unfreeze_lm_head: bool | None = None
+    vision_select_layer: int | None = None
+    ps_version: str | None = None
+    down_sample_ratio: float | None = None
+    use_deepspeed: bool | None = None
+    deepspeed: PathText | None = None
+    use_fsdp: bool | None = None
+    fsdp: tuple[str, ...] = ()
+    fsdp_policy: str | None = None
+    fsdp_wrap_cls: str | None = None
+    fsdp_config: PathText | None = None
+    fsdp_transformer_layer_cls_to_wrap: str | None = None
+
+    @property
+    def adapts(self) -> bool:
+        """The flags ask for adapters."""
+        return bool(self.use_lora or self.use_llm_lora or self.use_backbone_lora)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed:
+    """``run``: RunConfig's sections; ``notes``: lines about flags, defaults and replaced values."""
+
+    run: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked for, as far as it needs no model.
+
+    Attributes:
+        run: sections of RunConfig as told; ``data.train`` is empty where raw data is named.
+        launch: settings of this start.
+        told: flags that need more to be understood.
+        sharding: what DeepSpeed and FSDP flags ask for.
+        notes: lines to print.
+        given: keys that the command line sets itself.
+        defaults: settings that nobody named come from the family's recipe.
+    """
+
+    run: dict[str, Any]
+    launch: LaunchConfig
+    told: Told
+    sharding: Sharding
+    notes: tuple[str, ...]
+    given: frozenset[str]
+    defaults: bool
+
+    @property
+    def adapts(self) -> bool:
+        """Only adapters train (and what trains in full beside them)."""
+        peft = self.run.get("peft") or {}
+        return self.told.adapts or bool(peft.get("target_modules") or peft.get("adapter"))
+
+    @property
+    def refused(self) -> str | None:
+        """What DeepSpeed and FSDP flags ask for that is not built, in words; None: all of it is."""
+        return self.sharding.refused(adapts=self.adapts)
+
+    @property
+    def needs_model(self) -> bool:
+        """``complete`` looks at the model's config and family."""
+        told = self.told
+        facts = (told.vision_select_layer, told.ps_version, told.down_sample_ratio)
+        return self.defaults or told.adapts or any(fact is not None for fact in facts)
+
+    def complete(self, hf_config: Mapping[str, Any], spec: FamilySpec | None, dp: int) -> Completed:
+        """Returns the run's sections for a model of family ``spec`` (None: ``needs_model`` is False) on ``dp`` replicas.
+
+        Before the layout is known, ``dp`` may be the number of ranks: the batch then divides over any layout of them.
+
+        Raises:
+            ConfigError: flags contradict each other, the model or the number of replicas.
+        """
+        run, notes = copy.deepcopy(self.run), list(self.notes)
+        published: dict[str, int] = {}
+        if self.defaults:
+            assert spec is not None
+            recipe = recipes.defaults_of(spec, hf_config, self._kind())
+            run = merge(recipe.settings, run, keep=self.given)
+            published = recipe.batch
+            if "data.packing" not in self.given:
+                set_dotted(
+                    run, "data.packing", False
+                )  # as the original programs: whole samples, a given number of them
+            notes.append(f"settings that no flag names come from recipe {recipe.name}, its packing of rows left out")
+        check_facts(self.told, hf_config, spec)
+        section, more = adapters.peft_section(self.told, run, self.given, spec, hf_config)
+        notes += more
+        if section is not None:
+            run["peft"] = section
+        for key, value in _batch(run, self.launch, self.given, dp, published).items():
+            set_dotted(run, key, value)
+        notes += trainer_flags.settle(self.told, run, self.given)
+        return Completed(run=run, notes=tuple(notes))
+
+    def _kind(self) -> Literal["full", "lora", "qlora"]:
+        if not self.adapts:
+            return "full"
+        quantized = self.told.load_in_4bit or (self.run.get("peft") or {}).get("quantize")
+        return "qlora" if quantized else "lora"
+
+
+def read_request(
+    file: Mapping[str, Any],
+    settings: Sequence[tuple[str, Any]],
+    notes: Sequence[str] = (),
+    *,
+    command: Literal["train", "launch"] = "launch",
+) -> Request:
+    """Sorts a YAML mapping and the settings of a command line, in their order, and works out what they say together.
+
+    Raises:
+        ConfigError: unknown or wrong values, or settings that contradict each other.
+    """
+    run = copy.deepcopy(dict(file))
+    launch: dict[str, Any] = dict(run.pop("launch", None) or {})
+    if launch and command == "train":
+        raise ConfigError("section launch is for `megatron-vlm launch`, which starts the processes; leave it out here")
+    told: dict[str, Any] = {}
+    given: set[str] = set()
+    for key, value in settings:
+        if key.startswith(TOLD):
+            told[key.removeprefix(TOLD)] = value
+        elif key.startswith("launch."):
+            launch[key.removeprefix("launch.")] = value
+        else:
+            _put(run, key, value, given)
+    _expand_paths(run)
+    flags = _flags(told)
+    config = LaunchConfig.from_dict(launch, "launch")
+    _name_outputs(run, config, flags, given, command)
+    if flags.model_name_or_path is not None:
+        _put(run, "checkpoint.load", flags.model_name_or_path, given)
+    derived, more = trainer_flags.settings(flags, run, has_valid=bool(_at(run, "data.valid") or config.valid_inputs))
+    if command == "launch" and config.val_json and flags.eval_strategy is None and not _evaluates(run):
+        derived["training.eval_epochs"] = 1.0  # FT.py evaluates its held-out file after each epoch
+    told_directly = set(given)
+    for key, value in derived.items():
+        if key not in told_directly:
+            _put(run, key, value, given)
+    sharding = read_sharding(flags, {key: _at(run, key) for key in given}, config)
+    for key, value in sharding.settings.items():
+        _put(run, key, value, given)
+    return Request(
+        run=run,
+        launch=config.replace(**sharding.batch),
+        told=flags,
+        sharding=sharding,
+        notes=(*notes, *more, *sharding.notes),
+        given=frozenset(given),
+        defaults=command == "launch" and not file and flags.model_name_or_path is not None,
+    )
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], keep: frozenset[str] | set[str]) -> dict[str, Any]:
+    """Returns ``base`` with ``over`` on it, section by section; a key of ``keep`` drops what excludes it from ``base``."""
+    merged = copy.deepcopy(dict(base))
+    for group in EXCLUSIVE:
+        if any(key in keep for key in group):
+            for key in group:
+                section, name = key.split(".")
+                (merged.get(section) or {}).pop(name, None)
+    for section, values in over.items():
+        if isinstance(values, Mapping) and isinstance(merged.get(section), Mapping):
+            merged[section] = {**merged[section], **values}
+        else:
+            merged[section] = values
+    return merged
+
+
+def check_facts(told: Told, hf_config: Mapping[str, Any], spec: FamilySpec | None) -> None:
+    """Checks what flags say of the model against its config.json.
+
+    Raises:
+        ConfigError: they differ, with both values, or the family has no such setting.
+    """
+    for flag in ("vision_select_layer", "down_sample_ratio", "ps_version"):
+        said = getattr(told, flag)
+        if said is None:
+            continue
+        assert spec is not None
+        if flag not in spec.facts:
+            raise ConfigError(f"--{flag} {said}: a model of family {spec.name} has no such setting; leave it out")
+        names, default = spec.facts[flag]
+        real = next((hf_config[name] for name in names if name in hf_config), default)
+        if said != real:
+            raise ConfigError(
+                f"--{flag} is {said}, but the model's config.json says {real}: a model computes as it was trained; "
+                f"set --{flag} {real}, or leave it out"
+            )
+
+
+def _expand_paths(run: Mapping[str, Any]) -> None:
+    """Expands paths of the sections in place: they are used before RunConfig, which imports megatron-core, reads the whole."""
+
+    def expanded(value: Any, key: str) -> Any:
+        if isinstance(value, list):
+            return [expanded(item, f"{key}[{number}]") for number, item in enumerate(value)]
+        if isinstance(value, dict):
+            return {**value, "path": expanded(value["path"], f"{key}.path")} if "path" in value else value
+        return value if value is None else expand_text(spelling(value), key)
+
+    for key in PATHS:
+        section, name = key.split(".")
+        values = run.get(section)
+        if isinstance(values, dict) and name in values:
+            values[name] = expanded(values[name], key)
+
+
+def _flags(told: Mapping[str, Any]) -> Told:
+    try:
+        return Told.from_dict(told)
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from error
+
+
+def _put(run: dict[str, Any], key: str, value: Any, given: set[str]) -> None:
+    """Sets a key that the command line names; what a file says of settings that it excludes goes."""
+    if value is not None:
+        for other in (name for group in EXCLUSIVE if key in group for name in group if name != key):
+            section, name = other.split(".")
+            if other not in given and isinstance(run.get(section), dict):
+                run[section].pop(name, None)
+    set_dotted(run, key, value)
+    given.add(key)
+
+
+def _at(run: Mapping[str, Any], key: str) -> Any:
+    section, name = key.split(".", 1)
+    return (run.get(section) or {}).get(name)
+
+
+def _evaluates(run: Mapping[str, Any]) -> bool:
+    return bool(_at(run, "training.eval_interval") or _at(run, "training.eval_epochs"))
+
+
+def _name_outputs(run: dict[str, Any], launch: LaunchConfig, told: Told, given: set[str], command: str) -> None:
+    """One folder for all that is left: --output_dir of `launch`; for `train` where flags of the Trainer ask for saving."""
+    if command == "launch":
+        folder = launch.output_dir or _at(run, "logging.output_dir") or _at(run, "checkpoint.save")
+        folder = folder or f"runs/{_at(run, 'logging.name') or 'train'}"
+        for key in ("logging.output_dir", "checkpoint.save"):
+            if _at(run, key) is None:
+                _put(run, key, spelling(folder), given)
+    elif (told.save_strategy or told.save_steps) and _at(run, "checkpoint.save") is None:
+        folder = _at(run, "logging.output_dir")
+        if folder is not None:
+            _put(run, "checkpoint.save", folder, given)
+
+
+def _batch(
+    run: Mapping[str, Any], launch: LaunchConfig, given: frozenset[str], dp: int, published: Mapping[str, int]
+) -> dict[str, int]:
+    """Micro-batch and global batch: per device x accumulation x dp.
+
+    Raises:
+        ConfigError: numbers that are told contradict each other.
+    """
+    micro, wanted = _at(run, "training.micro_batch_size"), _at(run, "training.global_batch_size")
+    items, inner = launch.per_device_train_batch_size, launch.batch_size
+    accumulation = launch.gradient_accumulation_steps
+    per_device = None if items is None and inner is None else (items or 1) * (inner or 1)
+    words = f"{items or 1} per device" + (f" x batch_size {inner}" if inner is not None else "")
+    if per_device is not None and "training.micro_batch_size" in given and int(micro) != per_device:
+        raise ConfigError(f"micro_batch_size {micro} is not {words} = {per_device}: leave one of them out")
+    if per_device is None and accumulation is None and (wanted is not None or not published):
+        return {}  # training.* says all
+    if per_device is None and accumulation is None:
+        accumulation = published.get("accumulation")
+        if accumulation is None:
+            unit = int(micro or 1) * dp
+            return {"training.global_batch_size": -(-published["global"] // unit) * unit}
+    size = per_device or int(micro or 1)
+    if wanted is not None and ("training.global_batch_size" in given or accumulation is None):
+        unit = size * dp
+        steps = accumulation or max(1, int(wanted) // unit)
+        if unit * steps != int(wanted):
+            raise ConfigError(
+                f"global_batch_size {wanted} is not {words if per_device else size} x accumulation {steps} x {dp} data parallel "
+                f"replicas = {unit * steps}: change one of them"
+            )
+        return {"training.micro_batch_size": size}
+    steps = accumulation or published.get("accumulation", 1)
+    return {"training.micro_batch_size": size, "training.global_batch_size": size * steps * dp}

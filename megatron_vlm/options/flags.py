@@ -1,0 +1,236 @@
+"""Reads a command line of `megatron-vlm train` and `launch` with the table of ``aliases``.
+
+    --lr 1e-4   optimizer.lr=1e-4   -->  ("optimizer.lr", "1e-4")  -->  launch.arguments.read_request --> RunConfig
+    --max_steps 10                  -->  ("--max_steps", "10")     -->  launch.arguments.Told
+
+Hyphens equal underscores. A recipe's flag that means nothing here is accepted with one line that says why; one that
+asks for something that is not built is refused by name; an unknown one is an error that names the nearest.
+"""
+
+import dataclasses
+import textwrap
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_vlm.config import nearest, parse_value
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.options.aliases import (
+    BATCH_FLAGS,
+    IGNORED,
+    LAUNCH_LISTS,
+    LAUNCH_SWITCHES,
+    LAUNCH_VALUES,
+    LISTS,
+    OUTPUT_DIR,
+    REFUSED,
+    SWITCHES,
+    TOLD_ALIASES,
+    VALUES,
+)
+from megatron_vlm.options.arguments import TOLD, Told
+
+TOLD_FIELDS = {item.name.replace("_", "-"): item.name for item in dataclasses.fields(Told)} | TOLD_ALIASES
+"""flag -> field of Told"""
+
+SAME_AS = {
+    f"{TOLD}learning_rate": "optimizer.lr",
+    f"{TOLD}lr_scheduler_type": "optimizer.lr_decay_style",
+    f"{TOLD}warmup_ratio": "optimizer.lr_warmup_fraction",
+    f"{TOLD}warmup_steps": "optimizer.lr_warmup_iters",
+    f"{TOLD}max_steps": "training.train_iters",
+    f"{TOLD}num_train_epochs": "training.train_epochs",
+    f"{TOLD}eval_steps": "training.eval_interval",
+    f"{TOLD}model_name_or_path": "checkpoint.load",
+    f"{TOLD}save_steps": "checkpoint.save_interval",
+    f"{TOLD}save_total_limit": "checkpoint.keep_last",
+}
+"""field of Told -> the setting that it is another name of"""
+
+Command = Literal["train", "launch"]
+
+
+@dataclass
+class ParsedFlags:
+    """What a command line says: the config file, settings in order, and lines to print about flags without effect."""
+
+    config: str | None = None
+    settings: list[tuple[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def parse_flags(argv: Sequence[str], command: Command = "train") -> ParsedFlags:
+    """Reads `--config FILE`, `section.key=value` and flags, in order; a later one wins.
+
+    Raises:
+        ConfigError: unknown or refused flag, missing or surplus value, two flags that say different things of one setting.
+    """
+    parsed, words, said = ParsedFlags(), list(argv), dict[str, tuple[str, Any]]()
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            key, sep, value = word.partition("=")
+            if not sep or "." not in key:
+                raise ConfigError(f"cannot read argument {word!r}: expected --flag or section.key=value")
+            parsed.settings.append((key.strip(), parse_value(value, key.strip())))
+            continue
+        name, sep, inline = word[2:].partition("=")
+        flag = name.replace("_", "-")
+        values = ([inline] if sep else []) + _take_values(words)
+        if flag == "config":
+            parsed.config = _one(word, values)
+        elif flag in REFUSED:
+            accepted, message = REFUSED[flag]
+            if not values or any(value not in accepted for value in values):
+                raise ConfigError(f"--{name} {' '.join(values)}".rstrip() + f": {message}")
+        elif flag in IGNORED:
+            parsed.notes.append(f"--{name} has no effect here: {IGNORED[flag]}")
+        else:
+            key, value = _setting(flag, name, values, command)
+            of = SAME_AS.get(key, key)
+            before = said.setdefault(of, (flag, value))
+            if before[0] != flag and not _same(before[1], value):
+                raise ConfigError(
+                    f"--{before[0]} {_text(before[1])} and --{flag} {_text(value)} say different things of {of}: leave one out"
+                )
+            said[of] = (flag, value)
+            parsed.settings.append((key, value))
+    return parsed
+
+
+def _setting(flag: str, name: str, values: list[str], command: Command) -> tuple[str, Any]:
+    """The setting that a flag with these values makes."""
+    if command == "launch":
+        if VALUES.get(flag) == "logging.output_dir":
+            return OUTPUT_DIR, _one(f"--{name}", values)
+        if flag in LAUNCH_SWITCHES:
+            return _switch(flag, values, LAUNCH_SWITCHES)
+        if flag in LAUNCH_LISTS:
+            key, folders = LAUNCH_LISTS[flag], _folders(_some(flag, values))
+            weighted = any(isinstance(item, dict) for item in folders)
+            return ("data.valid" if "eval" in key else "data.train") if weighted else key, folders
+    elif flag in {**LAUNCH_LISTS, **LAUNCH_SWITCHES, **LAUNCH_VALUES}.keys() - LISTS.keys() - set(BATCH_FLAGS):
+        raise ConfigError(
+            f"--{name} belongs to `megatron-vlm launch`, which takes raw data and starts the processes; train reads folders "
+            "that `megatron-vlm data build` wrote (--data-path)"
+        )
+    if flag in VALUES or flag in LAUNCH_VALUES:
+        return VALUES.get(flag) or LAUNCH_VALUES[flag], _one(f"--{name}", values)
+    if flag in LISTS:
+        return LISTS[flag], _folders(_some(flag, values))
+    if flag in SWITCHES:
+        return _switch(flag, values, SWITCHES)
+    if flag in TOLD_FIELDS:
+        return _told(flag, name, values)
+    # A flag without effect is hardly what was meant.
+    meant = [known for known in known_flags(command) if known not in IGNORED]
+    raise ConfigError(f"unknown flag --{name}{nearest(flag, meant)}")
+
+
+def known_flags(command: Command) -> list[str]:
+    """Every flag that a command takes."""
+    more = [*LAUNCH_LISTS, *LAUNCH_SWITCHES, *LAUNCH_VALUES] if command == "launch" else list(BATCH_FLAGS)
+    return ["config", *VALUES, *LISTS, *SWITCHES, *TOLD_FIELDS, *REFUSED, *IGNORED, *more]
+
+
+def _told(flag: str, name: str, values: list[str]) -> tuple[str, Any]:
+    """A field of Told: a list takes all values, a yes or no none or one."""
+    item = TOLD_FIELDS[flag]
+    hint = typing.get_type_hints(Told)[item]
+    if "tuple" in str(hint):
+        return TOLD + item, _some(flag, values)
+    if bool in typing.get_args(hint) and not values:
+        return TOLD + item, True
+    return TOLD + item, _one(f"--{name}", values)
+
+
+def _switch(flag: str, values: list[str], table: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
+    key, value = table[flag]
+    said = " ".join(values).lower()
+    if said and (said not in ("true", "false") or not isinstance(value, bool)):
+        raise ConfigError(f"--{flag} stands alone or says True or False, got {' '.join(values)!r}")
+    return key, not value if said == "false" else value
+
+
+def flags_help(command: Command = "train") -> str:
+    """The table as text."""
+    values, lists, switches = dict(VALUES), dict(LISTS), dict(SWITCHES)
+    if command == "launch":
+        values |= LAUNCH_VALUES | {flag: OUTPUT_DIR for flag, key in VALUES.items() if key == "logging.output_dir"}
+        lists |= LAUNCH_LISTS
+        switches |= LAUNCH_SWITCHES
+    else:
+        values |= {flag: LAUNCH_VALUES[flag] for flag in BATCH_FLAGS}
+    lines = ["flags (hyphens equal underscores) and the config keys they set:", ""]
+    rows = [
+        ("--config FILE", "YAML with the sections above, or the name of a packaged recipe"),
+        ("--help", "this text"),
+    ]
+    rows += [(f"--{flag} VALUE", key) for flag, key in values.items()]
+    rows += [(f"--{flag} DIR ...", key) for flag, key in lists.items()]
+    rows += [(f"--{flag}", f"{key}={str(value).lower()}") for flag, (key, value) in switches.items()]
+    lines += [f"  {left:<48} {right}" for left, right in rows]
+    lines += ["", "of the original programs, with their meaning (docs/old-commands.md, docs/from-deepspeed.md):"]
+    lines += [*_wrap(f"--{flag}" for flag in TOLD_FIELDS)]
+    lines += ["", "accepted without effect, each with a line that says why:", *_wrap(f"--{flag}" for flag in IGNORED)]
+    lines += ["", "refused by name where they ask for what is not built:", *_wrap(f"--{flag}" for flag in REFUSED)]
+    return "\n".join(lines)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one == other or (isinstance(one, str) and isinstance(other, str) and _number(one) == _number(other))
+
+
+def _number(text: str) -> Any:
+    """A flag's value to compare: 1e-4 and 0.0001 say the same."""
+    return float(text) if _is_number(text) else text.lower()
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _some(flag: str, values: list[str]) -> list[str]:
+    if not values:
+        raise ConfigError(f"--{flag} needs at least one value")
+    return values
+
+
+def _wrap(flags: Iterable[str]) -> list[str]:
+    return textwrap.wrap(" ".join(flags), 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _take_values(words: list[str]) -> list[str]:
+    """Removes and returns the words up to the next flag or ``section.key=value``; negative numbers are values."""
+    values = []
+    while words and not words[0].startswith("--") and not _is_override(words[0]):
+        values.append(words.pop(0))
+    return values
+
+
+def _is_override(word: str) -> bool:
+    key, sep, _ = word.partition("=")
+    return bool(sep) and all(part.isidentifier() for part in key.split(".")) and "." in key
+
+
+def _folders(values: list[str]) -> list[Any]:
+    """Megatron's blends: ``0.3 A 0.7 B`` gives each folder a weight; folders alone stay as they are."""
+    pairs = list(zip(values[::2], values[1::2]))
+    if len(values) % 2 or not all(_is_number(weight) for weight, _ in pairs) or any(_is_number(p) for _, p in pairs):
+        return list(values)
+    return [{"path": path, "weight": float(weight)} for weight, path in pairs]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _one(word: str, values: list[str]) -> str:
+    if len(values) != 1:
+        raise ConfigError(f"{word.split('=')[0]} needs one value, got {' '.join(values) or 'none'}")
+    return values[0]

@@ -1,0 +1,177 @@
+"""Between a rank's model and optimizer and the rank files of a checkpoint: what to write, how to fill from them.
+
+parameters + Fragments --owned--> Pieces and tensors --> rank file
+RankFiles --fill--> parameters + main parameters + moments + Adam's step
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_vlm.errors import CheckpointError
+from megatron_vlm.models.vlm import global_named_parameters, global_parameters
+from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.training.optimizer.state import Fragment, fragments, warn_of_shared_steps
+from megatron_vlm.weights.mapping import Layout, Mapping
+from megatron_vlm.weights.rank_files import Kind, Piece, RankFiles
+
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+"""What a tied copy on the last stage is filled from."""
+_MAX_LISTED = 20
+
+
+def owned(
+    chunks: Sequence[nn.Module], optimizer: Any, topology: Topology, mapping: Mapping
+) -> tuple[list[Piece], dict[tuple[Kind, str], Tensor]]:
+    """What this rank writes, as views of the live tensors.
+
+    Each element has one writer. Of tensor parallel replicas that is rank 0. Data parallel replicas (weights, and states
+    of a plain optimizer) take turns, so that all ranks write about as much. Tied copies are not written.
+
+    Args:
+        chunks: this rank's stages.
+        optimizer: megatron-core's; None: weights only.
+        topology: the layout.
+        mapping: for this layout, of what is to be written: the family's, or what trains of it.
+
+    Raises:
+        CheckpointError: a parameter trains that ``mapping`` lacks.
+    """
+    layouts = {entry.name: entry.layout for entry in mapping}
+    parts = {id(part.parameter): part for part in fragments(optimizer)} if optimizer is not None else {}
+    parameters = global_parameters(chunks)
+    lost = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in layouts]
+    if lost:
+        raise CheckpointError(f"parameters train that no checkpoint would hold: {', '.join(lost[:_MAX_LISTED])}")
+    parameters = {name: parameter for name, parameter in parameters.items() if name in layouts}
+    total, before = sum(parameter.numel() for parameter in parameters.values()), 0
+    pieces: list[Piece] = []
+    tensors: dict[tuple[Kind, str], Tensor] = {}
+    for name, parameter in parameters.items():
+        my_turn = before * topology.dp // total == topology.dp_rank
+        before += parameter.numel()
+        layout, part = layouts[name], parts.get(id(parameter))
+        if layout.dim is None and topology.tp_rank:
+            continue
+        if part is not None and not (part.sharded or my_turn):
+            part = None
+        mine: dict[Kind, Tensor] = {"model": parameter} if my_turn else {}
+        if part is not None:
+            mine |= part.state()
+        if not mine:
+            continue
+        tensors |= {(kind, name): tensor for kind, tensor in mine.items()}
+        pieces.append(
+            Piece(
+                name=name,
+                shape=_full_shape(parameter, layout, topology.tp, mapping.vocab_size),
+                local_shape=tuple(parameter.shape),
+                layout=layout,
+                start=part.start if part else 0,
+                step=part.step if part else None,
+            )
+        )
+    return pieces, tensors
+
+
+def fill(
+    files: RankFiles,
+    chunks: Sequence[nn.Module],
+    optimizer: Any,
+    topology: Topology,
+    mapping: Mapping,
+    *,
+    with_state: bool,
+    with_main: bool,
+) -> dict[str, str]:
+    """Fills parameters, tied copies, main parameters and, with ``with_state``, what AdamW knows of them.
+
+    Args:
+        with_main: main parameters are those stored, where any are; else, and off, they are the stored weights.
+
+    Returns:
+        Of each parameter of this rank, what became of its optimizer state: ``kept``; ``reset`` (it trains, nothing was
+        taken over); ``dropped`` (stored, but it is frozen now); ``none``.
+
+    Raises:
+        CheckpointError: the files are of another model; names and shapes are listed.
+    """
+    _check_fit(files, chunks, topology, mapping)
+    layouts = {entry.name: entry.layout for entry in mapping}
+    parts = {id(part.parameter): part for part in fragments(optimizer)} if optimizer is not None else {}
+    fate: dict[str, str] = {}
+    fresh: list[Fragment] = []
+    for chunk in chunks:
+        for name, parameter in global_named_parameters(chunk):
+            copy = getattr(parameter, "tied_copy", False)
+            source = EMBEDDING if copy else name
+            if source not in layouts:  # of the base of adapters
+                continue
+            part = parts.get(id(parameter))
+            step = files.steps.get(source) if with_state else None
+            _fill(_Shards(files, source, layouts[source], topology), parameter, part, step, with_main)
+            if part is not None and step is None:
+                fresh.append(part)
+            if copy:
+                continue
+            if parameter.requires_grad and optimizer is not None:
+                fate[name] = "reset" if step is None else "kept"
+            else:
+                fate[name] = "dropped" if source in files.steps else "none"
+    warn_of_shared_steps(fresh)
+    return fate
+
+
+class _Shards:
+    """This rank's shard of one tensor, by kind."""
+
+    def __init__(self, files: RankFiles, name: str, layout: Layout, topology: Topology):
+        self.files, self.name, self.layout, self.topology = files, name, layout, topology
+
+    def has(self, kind: Kind) -> bool:
+        return self.files.has(self.name, kind)
+
+    def read(self, kind: Kind) -> Tensor:
+        return self.files.read_shard(self.name, self.layout, self.topology.tp, self.topology.tp_rank, kind)
+
+
+def _fill(shards: _Shards, parameter: nn.Parameter, part: Fragment | None, step: float | None, with_main: bool) -> None:
+    stored_main = with_main and part is not None and shards.has("param")
+    # fp32 weights are their own main parameters, and take the finer numbers where both are stored.
+    weight = shards.read("param" if stored_main and parameter.dtype == torch.float32 else "model")
+    parameter.copy_(weight)
+    if part is None:
+        return
+    if part.separate:
+        part.set_main(shards.read("param") if stored_main else weight)
+    if step is not None:
+        part.set_moments({"exp_avg": shards.read("exp_avg"), "exp_avg_sq": shards.read("exp_avg_sq")}, step)
+
+
+def _check_fit(files: RankFiles, chunks: Sequence[nn.Module], topology: Topology, mapping: Mapping) -> None:
+    layouts = {entry.name: entry.layout for entry in mapping}
+    stored = set(files.names())
+    problems = [f"{name}: in the checkpoint, not in the model" for name in sorted(stored - set(layouts))]
+    problems += [f"{name}: in the model, not in the checkpoint" for name in sorted(set(layouts) - stored)]
+    for name, parameter in global_parameters(chunks).items():
+        if name in stored:
+            wanted = _full_shape(parameter, layouts[name], topology.tp, mapping.vocab_size)
+            if files.info(name).shape != wanted:
+                problems.append(
+                    f"{name}: {list(files.info(name).shape)} in the checkpoint, {list(wanted)} in the model"
+                )
+    if problems:
+        more = [f"and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
+        listed = "\n    ".join(problems[:_MAX_LISTED] + more)
+        raise CheckpointError(f"{files.directory} is of another model:\n    {listed}")
+
+
+def _full_shape(parameter: Tensor, layout: Layout, tp: int, vocab_size: int) -> tuple[int, ...]:
+    shape = list(parameter.shape)
+    if layout.dim is not None:
+        shape[layout.dim] *= tp
+    if layout.vocab_multiple:
+        shape[0] = vocab_size
+    return tuple(shape)

@@ -1,0 +1,56 @@
+"""`--dry-run`: the resolved config, the topology, and parameters and memory of each stage, for any world size on one process.
+
+RunConfig + config.json --training/memory/estimate.py: real stage modules and a full row, without data--> report
+"""
+
+import os
+from collections.abc import Sequence
+
+import yaml
+
+from megatron_vlm.conversion.source import open_source
+from megatron_vlm.peft.merge import continued
+from megatron_vlm.training.memory.estimate import RowShape, StageMemory, estimate, in_columns, table
+from megatron_vlm.training.run_config import RunConfig
+
+
+def dry_run(config: RunConfig) -> str:
+    """Returns the report as text: of a run on GPUs, unless ``training.device`` says cpu.
+
+    Raises:
+        ConfigError: the sizes do not fit the world or the model.
+        ConversionError: the checkpoint cannot be read.
+    """
+    parallel, training = config.parallel, config.training
+    smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    world = training.dry_run_world_size or max(int(os.environ.get("WORLD_SIZE", "1")), smallest)
+    dp = config.check_world(world)
+    with open_source(str(config.checkpoint.load), config.model.family) as source:
+        spec, model_config = source.spec, source.config
+        if config.peft.adapter is not None:
+            config = config.replace(peft=continued(config.peft, source)[1])
+    config.check_model(model_config)
+    device_kind = training.device or "cuda"
+    row = RowShape.expected(config, model_config)
+    stages = estimate(config, spec, model_config, world, device_kind, row=row)
+    lines = [yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip(), ""]
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    rows = config.num_microbatches_per_batch // dp
+    vp = parallel.virtual_size(model_config.text.num_layers)
+    lines.append(
+        f"{spec.name}: world size {world} = tp {tp} x pp {pp} x dp {dp}, {vp} virtual stages per rank; "
+        f"{training.global_batch_size} {'rows' if config.data.packing else 'samples'} a step = {rows} microbatches per rank"
+    )
+    total = sum(count for stage in stages for count in stage.parameters.values())
+    lines += [f"parameters of one tensor parallel rank over all stages: {total:,}", "", *_parameters(stages)]
+    lines += ["", f"memory of a rank ({device_kind}), with rows of {row}:", *table(stages)]
+    return "\n".join(lines)
+
+
+def _parameters(stages: Sequence[StageMemory]) -> list[str]:
+    rows: list[tuple[str, ...]] = [("stage", "ranks", "llm", "vision", "connector", "trainable")]
+    for stage in stages:
+        counts = [f"{stage.parameters[group]:,}" for group in ("llm", "vision", "connector")]
+        trainable = f"{sum(stage.trainable.values()):,}"
+        rows.append((str(stage.stage), f"{stage.ranks[0]}-{stage.ranks[1]}", *counts, trainable))
+    return in_columns(rows)

@@ -1,0 +1,384 @@
+"""Memory of one rank of each pipeline stage, before anything runs.
+
+    RunConfig + model config --fake process group, real stage modules on meta--> weights, gradients, optimizer
+        + row --memory_trace: real forward and backward pass without data--> activations of the microbatches in flight
+
+So a family, a layout or an adapter is never described twice: what is counted is what the training code makes.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_vlm.data.row import Row
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.rng import seed_step
+from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology, destroy_topology
+from megatron_vlm.registry import FamilySpec
+from megatron_vlm.training.memory.trace import ChunkBytes, measure_chunk
+from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.weights.mapping import TensorInfo
+
+TEXT_PER_IMAGE = 512
+"""Tokens of text that an expected row has for each image (LLaVA's instruction data: about 300)."""
+_CUDA_CONTEXT = 600 << 20  # CUDA's context and loaded kernels
+_NCCL_GROUP = 150 << 20  # buffers of a communicator
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """What one microbatch is taken to hold.
+
+    Attributes:
+        segments: tokens of each sample.
+        images: [C, H, W] of each image as the tower gets it (InternVL: a column of tiles).
+    """
+
+    segments: tuple[int, ...]
+    images: tuple[tuple[int, int, int], ...] = ()
+
+    @classmethod
+    def expected(cls, config: RunConfig, model_config: Any) -> "RowShape":
+        """A full row: images of the largest size that ``config.data`` lets through, one to each ``TEXT_PER_IMAGE`` tokens of text
+        in a packed row and one to each sample else, no more than ``max_image_num`` and ``max_patches_per_row`` allow."""
+        data, samples = config.data, config.training.micro_batch_size
+        segments = (data.seq_length,) * samples
+        if not hasattr(model_config, "vision") or data.max_image_num == 0:
+            return cls(segments=segments)
+        image = model_config.expected_image(data)
+        cost = model_config.image_cost(image)
+        count = max(1, data.seq_length // (cost.features + TEXT_PER_IMAGE)) if data.packing else samples
+        if cost.features >= data.seq_length:
+            count = 0  # no sample with such an image is within seq_length
+        if data.max_patches_per_row is not None:
+            count = min(count, data.max_patches_per_row // cost.patches)
+        return cls(segments=segments, images=(image,) * count)
+
+    def __str__(self) -> str:
+        sizes = {image: self.images.count(image) for image in self.images}
+        images = " and ".join(f"{count} images of {w} x {h} pixels" for (_, h, w), count in sizes.items())
+        return f"{sum(self.segments):,} tokens" + (f" with {images}" if images else ", no images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """One rank of a stage (tensor parallel rank 0, which is never the smaller one); sizes in bytes.
+
+    Attributes:
+        stage: number of the pipeline stage.
+        ranks: first and last global rank of the stage.
+        parameters, trainable: numbers held by one rank, by parameter group (llm, vision, connector).
+        weights, gradients, optimizer: what stays between steps.
+        activations: kept for the backward pass by all microbatches in flight.
+        temporary: on top of these at the worst moment of a step.
+        constant: of the device's context and libraries, outside the allocator.
+    """
+
+    stage: int
+    ranks: tuple[int, int]
+    parameters: dict[str, int]
+    trainable: dict[str, int]
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+    constant: int
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of tensors at the worst moment."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
+
+    @property
+    def total(self) -> int:
+        """Bytes that the device must have."""
+        return self.allocated + self.constant
+
+    @property
+    def largest(self) -> str:
+        """Name of what takes most."""
+        return max(_SIZES, key=lambda name: getattr(self, name))
+
+
+_SIZES = ("weights", "gradients", "optimizer", "activations", "temporary", "constant")
+
+
+def estimate(
+    config: RunConfig,
+    spec: FamilySpec,
+    model_config: Any,
+    world_size: int,
+    device_kind: Literal["cpu", "cuda"],
+    *,
+    row: RowShape | None = None,
+    stages: Sequence[int] | None = None,
+    trace: bool = True,
+) -> list[StageMemory]:
+    """Estimates one rank of each pipeline stage.
+
+    The process must be without a process group; it gets the CPU seams, so it cannot train on a GPU afterwards.
+
+    Args:
+        config: the run; ``checkpoint.load`` is not read.
+        spec, model_config: the model's family and configuration.
+        world_size: ranks of the run.
+        device_kind: where the run would be.
+        row: a microbatch; None: ``RowShape.expected``.
+        stages: numbers of those to estimate; None: all.
+        trace: False: only what stays between steps, which takes no time.
+
+    Raises:
+        ConfigError: the sizes do not fit the world or the model.
+    """
+    if dist.is_initialized():
+        raise ConfigError("memory is estimated in a process without a process group: start it alone, without torchrun")
+    cpu.install()
+    config.check_world(world_size)
+    row = row or RowShape.expected(config, model_config)
+    infos = full_shapes(spec, model_config) if config.peft.active else {}
+    pp, reports = config.parallel.pipeline_model_parallel_size, []
+    for stage in range(pp) if stages is None else stages:
+        with _World(config.parallel, model_config, world_size, stage * (world_size // pp)) as topology:
+            chunks = build_on_meta(config, spec, model_config, topology, infos)
+            reports.append(_report(config, model_config, topology, chunks, row if trace else None, device_kind))
+    return reports
+
+
+class _World:
+    """A topology of ``world_size`` ranks, of which this process is one and the others are not there."""
+
+    def __init__(self, parallel: ParallelConfig, model_config: Any, world_size: int, rank: int):
+        self.parallel, self.layers, self.size, self.rank = parallel, model_config.text.num_layers, world_size, rank
+
+    def __enter__(self) -> Topology:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.size)
+        try:
+            topology = build_topology(self.parallel, num_layers=self.layers, device=torch.device("cpu"))
+            seed_step(topology, 0, 0)
+            return topology
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *unused: Any) -> None:
+        destroy_topology()
+        dist.destroy_process_group()
+
+
+def build_on_meta(
+    config: RunConfig, spec: FamilySpec, model_config: Any, topology: Topology, infos: Mapping[str, TensorInfo]
+) -> list[Any]:
+    """This rank's stages as the trainer builds them, without data; ``infos`` of ``full_shapes`` where ``config.peft`` acts."""
+    from megatron_vlm.models.vlm import ModelOptions, build_model
+
+    with torch.device("meta"):
+        chunks: list[Any] = build_model(spec, model_config, topology, ModelOptions(**config.model_options()))
+    if config.peft.active:
+        adapt(config, spec, model_config, topology, infos, chunks)
+    for chunk in chunks:
+        chunk.train()
+    return chunks
+
+
+def adapt(
+    config: RunConfig,
+    spec: FamilySpec,
+    model_config: Any,
+    topology: Topology,
+    infos: Mapping[str, TensorInfo],
+    chunks: list[Any],
+) -> None:
+    """Quantises (on meta alone) and adds pairs to ``chunks`` as ``config.peft`` says."""
+    from megatron_vlm.models.vlm import DTYPES, ModelOptions, global_parameters
+    from megatron_vlm.peft import qlora
+    from megatron_vlm.peft.adapter_map import adapter_mapping
+    from megatron_vlm.peft.lora import apply_lora
+    from megatron_vlm.peft.select import make_plan
+    from megatron_vlm.weights.nf4 import Quantization
+
+    peft, options = config.peft, ModelOptions(**config.model_options())
+    plan = make_plan(spec, model_config, peft, infos)
+    vocab = options.vocab_layout
+    base = spec.mapping(model_config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
+    if peft.quantize is not None:
+        source: Any = SimpleNamespace(mapping=base, infos=infos, quantization=None)
+        shapes = {name: parameter.shape for name, parameter in global_parameters(chunks).items()}
+        quantization = Quantization(
+            dtype=options.params_dtype, double_quant=peft.double_quant, groups=peft.quantize_groups
+        )
+        for name, linear in qlora.take_weights(chunks, source, quantization, plan.saved).items():
+            codes, values = _nf4(shapes[name], DTYPES[options.params_dtype], peft.double_quant)
+            qlora.install(linear, codes, values)
+    apply_lora(chunks, plan, adapter_mapping(base, plan, topology.tp), topology, config.training.seed)
+
+
+class _Nf4Shape(nn.Module):
+    """Stands for ``peft.nf4_shard.Nf4Weight``: what is held beside the codes, and what they are dequantised to."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, scales: int):
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+        self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8, device="meta"), persistent=False)
+
+    def values(self, codes: Tensor) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def _nf4(shape: torch.Size, dtype: torch.dtype, double_quant: bool) -> tuple[Tensor, Any]:
+    """Codes of 4 bits, and scales: of each 64 values 4 bytes, or one and 8 for each 256 of them."""
+    blocks = -(-shape.numel() // 64)
+    scales = blocks + 8 * -(-blocks // 256) if double_quant else 4 * blocks
+    return torch.empty(blocks * 32, dtype=torch.uint8, device="meta"), _Nf4Shape(shape, dtype, scales)
+
+
+def full_shapes(spec: FamilySpec, model_config: Any) -> dict[str, TensorInfo]:
+    """Infos of the model's whole tensors by global name, as of a WeightSource, without one."""
+    from megatron_vlm.models.vlm import ModelOptions, build_model, global_parameters
+
+    with _World(ParallelConfig(), model_config, 1, 0) as topology, torch.device("meta"):
+        chunks = build_model(spec, model_config, topology, ModelOptions(make_vocab_size_divisible_by=1))
+        return {name: TensorInfo.of(parameter) for name, parameter in global_parameters(chunks).items()}
+
+
+def _report(
+    config: RunConfig,
+    model_config: Any,
+    topology: Topology,
+    chunks: Sequence[Any],
+    row: RowShape | None,
+    device_kind: Any,
+) -> StageMemory:
+    from megatron_vlm.models.vlm import GROUPS, global_named_parameters, group_of
+
+    parallel = config.parallel
+    held, trained = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0)
+    weights = gradients = states = copied = largest = 0
+    grad_width = None if parallel.accumulate_allreduce_grads_in_fp32 else "own"
+    for chunk in chunks:
+        weights += sum(buffer.nbytes for buffer in chunk.buffers())
+        for name, p in global_named_parameters(chunk):
+            held[group_of(name)] += p.numel()
+            weights += p.nbytes
+            if p.requires_grad:
+                trained[group_of(name)] += p.numel()
+                half = p.dtype.itemsize < 4
+                gradients += p.numel() * (p.dtype.itemsize if grad_width else 4)
+                states += p.numel() * (
+                    12 if half else 8
+                )  # AdamW's moments, and fp32 main parameters beside 16-bit ones
+                copied += 4 * p.numel() if half and grad_width else 0  # the optimizer's own fp32 gradients
+                largest = max(largest, 4 * p.numel())
+    shards = topology.dp if parallel.use_distributed_optimizer else 1
+    optimizer_peak = -(-copied // shards) + largest * (1 if device_kind == "cuda" else 2)
+    activations = peak = 0
+    if row is not None:
+        bytes_of = [_chunk_bytes(config, model_config, topology, chunk, row, device_kind) for chunk in chunks]
+        microbatches = config.num_microbatches_per_batch // topology.dp
+        activations, peak = step_peak(bytes_of, passes(microbatches, topology.pp, topology.pp_rank, topology.vp))
+    return StageMemory(
+        stage=topology.pp_rank,
+        ranks=(topology.rank, topology.rank + topology.tp * topology.dp - 1),
+        parameters=held,
+        trainable=trained,
+        weights=weights,
+        gradients=gradients,
+        optimizer=-(-states // shards),
+        activations=activations,
+        temporary=max(peak, optimizer_peak) - activations,
+        constant=_constant(topology) if device_kind == "cuda" else 0,
+    )
+
+
+def _chunk_bytes(
+    config: RunConfig, model_config: Any, topology: Topology, chunk: Any, row: RowShape, device_kind: Any
+) -> ChunkBytes:
+    tokens = max(sum(row.segments), config.row_fill)
+    tokens = -(-tokens // config.row_multiple) * config.row_multiple
+    local = tokens // topology.tp if config.parallel.sequence_parallel else tokens
+    batch = functools.partial(make_batch, row, tokens, model_config, chunk.config.params_dtype)
+    return measure_chunk(chunk, batch, (local, 1, model_config.text.hidden_size), device_kind)
+
+
+def make_batch(row: RowShape, tokens: int, model_config: Any, dtype: torch.dtype) -> Row:
+    """A batch of ``row``, filled to ``tokens``, with a loss on every token; image features come first.
+
+    Raises:
+        ConfigError: the images take more tokens than there are.
+    """
+    segments = [*row.segments, tokens - sum(row.segments)] if tokens > sum(row.segments) else list(row.segments)
+    features = sum(model_config.image_cost(image).features for image in row.images)
+    if features > tokens:
+        raise ConfigError(
+            f"a row of {row} needs {features} tokens for its images: raise data.seq_length, or lower data.image_size, "
+            "max_dynamic_patch or hd_num"
+        )
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    return Row.of(
+        {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in segments]), "labels": ids},
+        segments,
+        pixels=tuple(torch.empty(image, dtype=dtype, device="meta") for image in row.images),
+        image_positions=torch.arange(features),
+    )
+
+
+def passes(microbatches: int, pp: int, pp_rank: int, vp: int) -> Iterator[tuple[bool, int]]:
+    """Yields (forward, chunk) of each pass of a rank in a step, in order.
+
+    Source: megatron-core 0.16.1, pipeline_parallel/schedules.py: one forward, one backward after the warm-up.
+    """
+    group = pp if vp > 1 else 1
+    order = [chunk for _ in range(microbatches // group) for chunk in range(vp) for _ in range(group)]
+    behind = pp - pp_rank - 1
+    warmup = behind if vp == 1 else len(order) if microbatches == pp else 2 * behind + (vp - 1) * group
+    warmup = min(warmup, len(order))
+    yield from ((True, chunk) for chunk in order[:warmup])
+    for number, chunk in enumerate(order):
+        if warmup + number < len(order):
+            yield True, order[warmup + number]
+        yield False, vp - 1 - chunk
+
+
+def step_peak(chunks: Sequence[ChunkBytes], order: Iterable[tuple[bool, int]]) -> tuple[int, int]:
+    """(most bytes kept between passes, most bytes in use) of a step's passes."""
+    now = kept = peak = 0
+    for forward, number in order:
+        chunk = chunks[number]
+        if forward:
+            peak = max(peak, now + chunk.forward)
+            now += chunk.kept
+        else:
+            peak = max(peak, now - chunk.kept + chunk.backward)
+            now -= chunk.kept
+        kept = max(kept, now)
+    return kept, peak
+
+
+def _constant(topology: Topology) -> int:
+    groups = sum(size > 1 for size in (topology.tp, topology.pp, topology.dp)) + (topology.world_size > 1)
+    return _CUDA_CONTEXT + groups * _NCCL_GROUP
+
+
+def table(stages: Sequence[StageMemory]) -> list[str]:
+    """Lines of a table in GiB (MiB where all is small), one per stage."""
+    unit, name = (2**30, "GiB") if max(stage.total for stage in stages) > 2**29 else (2**20, "MiB")
+    rows: list[tuple[str, ...]] = [("stage", "ranks", *_SIZES, f"total {name}", "most")]
+    for stage in stages:
+        sizes = [f"{getattr(stage, size) / unit:.2f}" for size in (*_SIZES, "total")]
+        rows.append((str(stage.stage), f"{stage.ranks[0]}-{stage.ranks[1]}", *sizes, stage.largest))
+    return in_columns(rows)
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, cells to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]

@@ -1,0 +1,98 @@
+"""Videos become frames: evenly spread, announced, from folders and from files."""
+
+import io
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vlm.data.formats.records import VideoSettings
+from megatron_vlm.data.images.video import announce, read_frames, spread
+from megatron_vlm.data.sample import Turn
+from megatron_vlm.errors import DataError
+from tests.data.formats.make import built, picture, write_json, write_pictures
+
+
+def write_video(path, number, size=(64, 48)):
+    """Grey frames that grow lighter by 8 with each."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(number):
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), i * 8, dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "total, most, expected",
+    [(1, 8, [0]), (4, 8, [0, 1, 2, 3]), (8, 4, [1, 3, 5, 7]), (9, 3, [1, 4, 7]), (100, 4, [12, 37, 62, 87])],
+)
+def test_frames_come_from_the_middles_of_equal_parts(total, most, expected):
+    assert spread(total, VideoSettings(max_frames=most)) == expected
+
+
+def test_spread_is_even_for_any_numbers():
+    for total in range(1, 200):
+        for most in (1, 2, 7, 32):
+            found = spread(total, VideoSettings(max_frames=most))
+            steps = np.diff([-1 - found[0], *found, 2 * total - 1 - found[-1]])
+            assert len(set(found)) == len(found) == min(total, most) and found[-1] < total
+            assert max(steps[1:-1], default=0) - min(steps[1:-1], default=0) <= 1
+
+
+def test_video_file(tmp_path):
+    write_video(tmp_path / "v.mp4", 30)
+    frames = read_frames(tmp_path, "v.mp4", VideoSettings(max_frames=5))
+    assert [name for name, _ in frames] == [f"v.mp4#{i}" for i in (3, 9, 15, 21, 27)]
+    for index, (_, data) in zip((3, 9, 15, 21, 27), frames):
+        image = Image.open(io.BytesIO(data))
+        assert image.size == (64, 48) and image.format == "JPEG"
+        assert abs(float(np.asarray(image).mean()) - index * 8) < 4
+    assert read_frames(tmp_path, "v.mp4", VideoSettings(max_frames=5)) == frames
+    with pytest.raises(DataError, match="has 30 frames, at least 31 are needed"):
+        read_frames(tmp_path, "v.mp4", VideoSettings(min_frames=31, max_frames=40))
+
+
+def test_a_cut_video_is_read_or_named(tmp_path):
+    data = write_video(tmp_path / "v.avi", 30).read_bytes()
+    for length in (0, 100, len(data) // 2, len(data) - 100):
+        (tmp_path / "cut.avi").write_bytes(data[:length])
+        try:
+            frames = read_frames(tmp_path, "cut.avi", VideoSettings(max_frames=8))
+        except DataError as error:
+            assert "cut.avi" in str(error)
+        else:
+            assert all(Image.open(io.BytesIO(frame)).size == (64, 48) for _, frame in frames)
+
+
+def test_folder_of_frames_in_the_order_of_their_numbers(tmp_path):
+    folder = write_pictures(tmp_path / "clip", 12)
+    (folder / "notes.txt").write_text("not a frame")
+    frames = read_frames(tmp_path, "clip", VideoSettings())
+    assert [data for _, data in frames] == [picture(i) for i in range(12)]  # 10.png comes after 9.png
+
+
+def test_announced_as_configured(tmp_path):
+    turns = (Turn(role="user", text="<video>\nand <video>?"), Turn(role="assistant", text="x"))
+    text = announce(turns, [2, 1], VideoSettings(announce="Frame{i}: <image>"))[0].text
+    assert text == "Frame1: <image>\nFrame2: <image>\nand Frame1: <image>?"
+
+
+def test_images_and_videos_in_one_record(tmp_path):
+    """The order is that of the placeholders."""
+    write_pictures(tmp_path, 1)
+    write_pictures(tmp_path / "clip", 3)
+    write_video(tmp_path / "v.mp4", 6)
+    talk = [{"from": "human", "value": "<video> <image> <video>"}, {"from": "gpt", "value": "Yes."}]
+    record = {"image": "0.png", "video": ["clip", "v.mp4"], "conversations": talk}
+    path = write_json(tmp_path / "a.jsonl", [record])
+    _, (sample,) = built(tmp_path / "out", "llava", path, root=str(tmp_path), video=VideoSettings(max_frames=2))
+    assert sample.image_names == ("clip/0.png", "clip/2.png", "0.png", "v.mp4#1", "v.mp4#4")
+    assert sample.turns[0].text == "Frame-1: <image>\nFrame-2: <image> <image> Frame-1: <image>\nFrame-2: <image>"
+    again, _ = built(tmp_path / "again", "llava", path, root=str(tmp_path), video=VideoSettings(max_frames=2))
+    assert again["shards"][0]["sha256"] == built(
+        tmp_path / "third", "llava", path, root=str(tmp_path), video=VideoSettings(max_frames=2)
+    )[0]["shards"][0]["sha256"]  # fmt: skip

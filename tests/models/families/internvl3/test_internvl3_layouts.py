@@ -1,0 +1,48 @@
+"""Every layout trains InternVL3 as one process does."""
+
+import pytest
+
+from megatron_vlm import registry
+from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, Case, LayoutCheck, whole_matrix
+from megatron_vlm.testing.twin_internvl3 import make_samples, write_tiny_internvl3
+
+# Texts first, so that a rank without images meets one with; 0, 1 and 3 images of several tiles.
+ROWS = [[([], 23)], [([2], 14), ([], 9)], [([1, 3], 7)], [([], 17)]]
+TWINS = {
+    # Queries and keys normed over heads that lie on several ranks.
+    "": dict(vision=dict(attention_bias=False, use_qk_norm=True, norm_type="rms_norm")),
+    "odd_heads": dict(vision=dict(num_attention_heads=3), tie=True),
+}
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory):
+    made = {}
+
+    def make(name):
+        if name not in made:
+            directory = str(tmp_path_factory.mktemp(name or "twin"))
+            hf_config = write_tiny_internvl3(directory, **TWINS[name]).config.to_dict()
+            config = registry.get("internvl3").config(hf_config)
+            made[name] = LayoutCheck(
+                family="internvl3",
+                directory=directory,
+                hf_config=hf_config,
+                batches=[make_samples(config, row, seed=i) for i, row in enumerate(ROWS)],
+                fill=64,
+                no_true_gradient=lambda n: n.startswith("vision_tower") and n.endswith("k_proj.bias"),
+            )
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("case", [*PAIRWISE_SMALL, Case(tp=2, twin="odd_heads")], ids=str)
+def test_layout_equals_one_process(checks, case):
+    checks(case.twin).check(case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [*PAIRWISE_MORE, *whole_matrix(), *whole_matrix("odd_heads")], ids=str)
+def test_whole_matrix(checks, case):
+    checks(case.twin).check(case)

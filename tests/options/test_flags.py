@@ -1,0 +1,160 @@
+"""The flag table: aliases of config keys, flags without effect, refused and unknown ones."""
+
+import pytest
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.options.aliases import (
+    IGNORED,
+    LAUNCH_LISTS,
+    LAUNCH_SWITCHES,
+    LAUNCH_VALUES,
+    LISTS,
+    REFUSED,
+    SWITCHES,
+    VALUES,
+)
+from megatron_vlm.options.flags import TOLD_FIELDS, flags_help, parse_flags
+
+# design.md, "Public interface"
+AGREED = """
+    tensor-model-parallel-size pipeline-model-parallel-size num-layers-per-virtual-pipeline-stage sequence-parallel
+    use-distributed-optimizer micro-batch-size global-batch-size seq-length train-iters lr min-lr lr-decay-style
+    lr-warmup-iters weight-decay clip-grad seed bf16 load save save-interval eval-interval eval-iters log-interval
+    data-path valid-data-path tensorboard-dir num-workers no-load-optim skip-train recompute-granularity
+    accumulate-allreduce-grads-in-fp32 freeze-llm freeze-clip-vision-tower freeze-perceiver image-size shortest-edge
+    max-image-num answer-loss-only
+"""
+
+
+@pytest.mark.parametrize("flag", AGREED.split())
+def test_agreed_flags_set_something(flag):
+    value = [] if flag in SWITCHES or flag == "bf16" else ["1"]
+    assert len(parse_flags([f"--{flag}", *value]).settings) == 1
+
+
+def test_every_key_of_the_table_exists():
+    from megatron_vlm.training.run_config import RunConfig
+
+    fields = RunConfig.__dataclass_fields__
+    keys = {*VALUES.values(), *LISTS.values(), *(key for key, _ in SWITCHES.values())}
+    for key in keys:
+        section, name = key.split(".")
+        assert name in fields[section].type.__dataclass_fields__, key
+
+
+def test_a_flag_stands_in_one_table_only():
+    flags = [*VALUES, *LISTS, *SWITCHES, *IGNORED, *REFUSED, *TOLD_FIELDS]
+    assert len(flags) == len(set(flags))
+    more = [*LAUNCH_VALUES, *LAUNCH_SWITCHES]
+    assert not set(more) & set(flags) and not set(LAUNCH_LISTS) & (set(flags) - set(LISTS))
+
+
+def test_spellings_and_order():
+    parsed = parse_flags(
+        ["--config", "a.yaml", "--micro_batch_size=2", "optimizer.lr=3e-4", "--data-path", "x", "y", "--lr", "1e-4"]
+    )
+    assert parsed.config == "a.yaml"
+    assert parsed.settings == [
+        ("training.micro_batch_size", "2"),
+        ("optimizer.lr", "3e-4"),
+        ("data.train", ["x", "y"]),
+        ("optimizer.lr", "1e-4"),
+    ]
+
+
+def test_folders_with_megatrons_weights():
+    weighted = [{"path": "a", "weight": 0.3}, {"path": "b", "weight": 1.0}]
+    for words, value in (
+        ("0.3 a 1 b", weighted),
+        ("a b", ["a", "b"]),
+        ("0.3 a b", ["0.3", "a", "b"]),
+        ("1 2", ["1", "2"]),
+    ):
+        assert parse_flags(["--data-path", *words.split()]).settings == [("data.train", value)]
+    assert parse_flags(["data.train=[{path: a, weight: 0.3}, {path: b, weight: 1}]"]).settings == [
+        ("data.train", weighted)
+    ]
+
+
+def test_overrides_are_yaml():
+    assert parse_flags(["data.train=[a, b]", "data.packing=true", "training.eval_interval=null"]).settings == [
+        ("data.train", ["a", "b"]),
+        ("data.packing", True),
+        ("training.eval_interval", None),
+    ]
+
+
+def test_recipe_flags_without_effect_say_why():
+    line = (
+        "--use-mcore-models --distributed-backend nccl --transformer-impl local --num-layers 32 --attention-dropout 0.0 "
+        "--tokenizer-type HF --log-throughput --lr 1e-5"
+    )
+    parsed = parse_flags(line.split())
+    assert parsed.settings == [("optimizer.lr", "1e-5")]
+    assert [note.split()[0] for note in parsed.notes] == [
+        "--use-mcore-models", "--distributed-backend", "--num-layers", "--tokenizer-type", "--log-throughput",
+    ]  # fmt: skip
+    assert all(": " in note for note in parsed.notes)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--transformer-impl", "transformer_engine"], "Transformer Engine"),
+        (["--use-torch-fsdp2"], "FSDP"),
+        (["--cpu-offload"], "offload"),
+        (["--attention-dropout", "0.1"], "dropout"),
+        (["--recompute-method", "block"], "uniform"),
+        (["--learning-rat", "1"], "unknown flag --learning-rat .did you mean 'learning-rate'"),
+        (["--micro-batch-sizes", "1"], "did you mean 'micro-batch-size'"),
+        (["--modle-name-or-path", "x"], "did you mean 'model-name-or-path'"),
+        (["--dataset", "x"], "--dataset x: data is named by its files or folders"),
+        (["--train-mode", "pretrain"], "--train-mode pretrain: what is supervised is a setting: --answer-loss-only"),
+        (["--split", "949,50,1"], "--split 949,50,1: held-out data is named by itself"),
+        (["--lr"], "--lr needs one value, got none"),
+        (["--lr", "1", "2"], "--lr needs one value"),
+        (["--packing", "yes"], "--packing stands alone or says True or False, got 'yes'"),
+        (["--data-path"], "--data-path needs at least one value"),
+        (["lr"], "cannot read argument 'lr'"),
+    ],
+)
+def test_errors_name_the_culprit(argv, named):
+    with pytest.raises(ConfigError, match=named):
+        parse_flags(argv)
+
+
+def test_the_model_has_its_short_name():
+    """`--model` was taken for a mistyped --train-mode; a flag without effect is never what is suggested."""
+    assert parse_flags(["--model", "x"]).settings == parse_flags(["--model_name_or_path", "x"]).settings
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(["--num-layerz", "x"])
+    assert "did you mean 'num-layers'" not in str(caught.value)
+
+
+def test_help_lists_every_flag_that_sets_something():
+    text = flags_help()
+    assert all(f"--{flag}" in text for flag in (*VALUES, *LISTS, *SWITCHES, *TOLD_FIELDS))
+
+
+def test_flags_of_internvls_own_recipe():
+    """The lines of internvl3_8b_dynamic_res_2nd_finetune_full.sh that speak of the model and its images."""
+    words = """
+        --conv_style internvl2_5 --force_image_size 448 --max_dynamic_patch 12 --down_sample_ratio 0.5 --drop_path_rate 0.0
+        --freeze_llm False --freeze_mlp False --freeze_backbone True --vision_select_layer -1
+        --dynamic_image_size True --use_thumbnail True --ps_version v2"""
+    parsed = parse_flags(words.split())
+    assert dict(parsed.settings) == {
+        "data.template": "internvl2_5",
+        "data.image_size": "448",
+        "data.max_dynamic_patch": "12",
+        "model.drop_path_rate": "0.0",
+        "model.freeze_llm": False,
+        "model.freeze_connector": False,
+        "model.freeze_vision": True,
+        "data.dynamic_image_size": True,
+        "data.use_thumbnail": True,
+        "--down_sample_ratio": "0.5",  # these three are checked against the model
+        "--vision_select_layer": "-1",
+        "--ps_version": "v2",
+    }
+    assert not parsed.notes

@@ -1,0 +1,112 @@
+"""The recipes with adapters at the published sizes: what they adapt, counted by hand, and their dry runs; a family's defaults."""
+
+import pytest
+
+from megatron_vlm import registry
+from megatron_vlm.cli.train import resolve
+from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
+from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
+from megatron_vlm.models.parts.clip import ClipConfig
+from megatron_vlm.options import recipes
+from megatron_vlm.testing.shapes import published, text, tower
+from megatron_vlm.training.memory.estimate import estimate
+
+
+def pairs(r: int, *shapes: tuple[int, int]) -> int:
+    """Numbers of A and B over linears of these (in, out)."""
+    return sum(r * (inputs + outputs) for inputs, outputs in shapes)
+
+
+def decoder(r: int, hidden: int, kv: int, ffn: int, *, fused: bool = False) -> int:
+    """A layer: q, k, v and o (or one pair for all of q, k and v), gate, up and down."""
+    qkv = [(hidden, hidden + 2 * kv)] if fused else [(hidden, hidden), (hidden, kv), (hidden, kv)]
+    return pairs(r, *qkv, (hidden, hidden), (hidden, ffn), (hidden, ffn), (ffn, hidden))
+
+
+INTERNVL3 = 28 * decoder(32, 3584, 512, 18944)
+IDEFICS2 = (
+    32 * decoder(8, 4096, 1024, 14336)
+    + pairs(8, (1152, 14336), (1152, 14336), (14336, 4096))
+    + 3 * pairs(8, (4096, 1536), (4096, 384), (4096, 384), (1536, 4096), (4096, 16384), (4096, 16384), (16384, 4096))
+)
+XCOMPOSER2 = 32 * decoder(64, 4096, 1024, 14336, fused=True)
+INTERNLM2 = 24 * decoder(64, 2048, 1024, 8192, fused=True) + pairs(64, (2048, 92544))
+LLAVA_LLM = 24 * decoder(512, 2048, 1024, 8192, fused=True) + pairs(
+    512, (2048, 92672)
+)  # its head is padded to 128 rows
+LLAVA_TOWER = 23 * pairs(64, *4 * [(1024, 1024)], (1024, 4096), (4096, 1024))
+PROJECTOR = 1024 * 2048 + 2048 + 2048 * 2048 + 2048
+
+
+def xcomposer2(size: int, hd: bool) -> XComposer2Config:
+    vision = tower(ClipConfig, 1024, 4096, 24, 16, size, hidden_act="quick_gelu", select_layer=-1)
+    decoder = text(4096, 14336, 32, 32, 8, 92544)
+    return XComposer2Config(text=decoder, vision=vision, hd=hd, plora_rank=256, plora_dropout=0.05)
+
+
+INTERNVL3_8B, IDEFICS2_8B, LLAVA = (
+    published()[name] for name in ("InternVL3-8B", "Idefics2-8B", "LLaVA-InternLM2-1.8B")
+)
+# recipe -> ((family, published model), numbers of its pairs, numbers trained in full, in 4 bits)
+CASES = {
+    "internvl3/lora_internvl3": (INTERNVL3_8B, INTERNVL3, 0, False),
+    "internvl3/qlora_internvl3": (INTERNVL3_8B, INTERNVL3, 0, True),
+    "lora_idefics2": (IDEFICS2_8B, IDEFICS2, 0, False),
+    "qlora_idefics2": (IDEFICS2_8B, IDEFICS2, 0, True),
+    "xcomposer2/lora_xcomposer2": (("xcomposer2", xcomposer2(490, False)), XCOMPOSER2, 0, False),
+    "xcomposer2/lora_xcomposer2_4khd": (("xcomposer2", xcomposer2(336, True)), XCOMPOSER2, 0, False),
+    "internlm2/qlora_internlm2": (
+        ("internlm2", InternLM2ModelConfig(text=text(2048, 8192, 24, 16, 8, 92544))), INTERNLM2, 0, True,
+    ),
+    "llava_internlm2/qlora_llava_internlm2": (LLAVA, LLAVA_LLM + LLAVA_TOWER, PROJECTOR, True),
+}  # fmt: skip
+
+
+def config_of(name: str, *more: str):
+    argv = ["--config", name, "--load", "x", "--save", "z", "--dry-run", "--device", "cpu", "--world-size", "8"]
+    return resolve([*argv, "--global-batch-size", "128", *more])[0]
+
+
+def model_of(name: str):
+    family, config = CASES[name][0]
+    return registry.get(family), config
+
+
+def test_these_are_all():
+    assert set(CASES) == {
+        name for name in recipes.names() if "lora" in name.rpartition("/")[2] and "quickstart" not in name
+    }
+    assert round(INTERNVL3 / 1e6, 1) == 80.7 and round(XCOMPOSER2 / 1e6) == 151 and round(LLAVA_LLM / 1e6) == 552
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_dry_run_at_the_published_size(name):
+    """One of 8 replicas, as the scripts start them: the real stage with its pairs and codes, counted, on 80 GB."""
+    config, (spec, model) = config_of(name), model_of(name)
+    config.check_model(model)
+    (stage,) = estimate(config, spec, model, 8, "cuda", trace=False)
+    _, expected, in_full, quantised = CASES[name]
+    assert sum(stage.trainable.values()) == expected + in_full
+    assert (config.peft.quantize == "nf4") == quantised and config.training.precision == "bf16"
+    parameters = sum(stage.parameters.values())
+    assert 2 * parameters * (0.25 if quantised else 1) < stage.total < 30 * 2**30
+
+
+def test_a_familys_defaults():
+    for variant, kind, name in (
+        ({"img_size": 490, "max_length": 4096}, "full", "finetune_xcomposer2"),
+        ({"img_size": 490, "max_length": 4096}, "lora", "lora_xcomposer2"),
+        ({"max_length": 16384}, "full", "finetune_xcomposer2_4khd"),
+        ({"img_size": 490, "max_length": 16384}, "lora", "lora_xcomposer2_4khd"),
+    ):
+        assert recipes.defaults_of(registry.get("xcomposer2"), variant, kind).name == f"xcomposer2/{name}"
+    for family in registry.FAMILIES:
+        for kind, bits in (("full", None), ("lora", None), ("qlora", "nf4")):
+            recipe = recipes.defaults_of(registry.get(family), {"max_length": 4096, "img_size": 1}, kind)
+            assert (recipe.settings.get("peft") or {}).get("quantize") == bits
+            assert recipes.path_of(recipe.name).is_file() and recipe.batch
+
+
+def test_the_recipe_names_what_the_flag_names():
+    for name, family in (("internvl3/lora_internvl3", "internvl3"), ("xcomposer2/lora_xcomposer2", "xcomposer2")):
+        assert config_of(name).peft.target_modules == registry.get(family).adapters.language

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
+from megatron_vlm.testing import shapes
+from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.twins import tiny_idefics2_config, tiny_tokenizer
+from megatron_vlm.training.memory.flops import Flops, _causal_pairs, forward_flops
+
+# Of the small shapes: one of two sizes, columns of tiles, a grid of them, none.
+IMAGES: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "idefics2": ((3, 84, 112), (3, 70, 42)),
+    "internvl3": ((3, 3 * 112, 112), (3, 112, 112)),
+    "llava_internlm2": ((3, 112, 112),),
+    "xcomposer2": ((3, 112, 2 * 112),),
+    "internlm2": (),
+}
+
+
+def test_equal_to_torchs_count():
+    """The formula gives what FlopCounterMode counts of HF's forward pass, to the operation."""
+    from transformers import Idefics2ForConditionalGeneration
+
+    tokenizer = tiny_tokenizer()
+    hf_config = tiny_idefics2_config(tokenizer)
+    hf_config._attn_implementation = "sdpa"
+    model = Idefics2ForConditionalGeneration(hf_config).eval().requires_grad_(False)
+    latents, image = hf_config.perceiver_config.resampler_n_latents, hf_config.image_token_id
+    ids = torch.full((1, 40), 5)
+    ids[0, 3 : 3 + 2 * latents] = image
+    pixels = torch.randn(1, 2, 3, 40, 56)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, pixel_values=pixels)
+    config = Idefics2ModelConfig.from_hf(hf_config.to_dict())
+    counted = forward_flops(config, images=[(3, 40, 56)] * 2, segments=[40], supervised=40, causal_half=False)
+    assert counter.get_total_flops() == counted.forward
+
+
+def counted_by_torch(family: str) -> tuple[float, float]:
+    """(operations of our formula, of torch's counter) of a forward pass of our own model, without data."""
+    from megatron_vlm import registry
+    from megatron_vlm.models.vlm import ModelOptions, build_model
+    from megatron_vlm.parallel.rng import seed_step
+    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+    from megatron_vlm.training.memory.estimate import RowShape, make_batch
+    from megatron_vlm.training.memory.trace import Meter
+
+    config = shapes.small()[family]
+    topology = build_topology(ParallelConfig(), num_layers=config.text.num_layers, device=torch.device("cpu"))
+    seed_step(topology, 0, 0)
+    row = RowShape(segments=(200,), images=IMAGES[family])
+    with torch.device("meta"):
+        options = ModelOptions(make_vocab_size_divisible_by=1)
+        (chunk,) = build_model(registry.get(family), config, topology, options)
+    chunk.requires_grad_(False)  # else the head's gradients are made, and counted, in the forward pass
+    with sdpa_kernel(SDPBackend.MATH), Meter(), FlopCounterMode(display=False) as counter:
+        chunk(make_batch(row, 200, config, torch.float32))
+    ours = forward_flops(config, images=row.images, segments=row.segments, supervised=200, causal_half=False)
+    return ours.forward, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_every_family_equals_torchs_count(family):
+    ((ours, theirs),) = run_distributed(counted_by_torch, family)
+    assert ours == theirs
+
+
+def test_frozen_groups():
+    flops = Flops(vision=1.0, connector=10.0, llm=100.0)
+    assert flops.training() == 333
+    assert flops.training({"vision"}) == 1 + 330
+    assert flops.training({"vision", "llm"}) == 1 + 30 + 200
+    assert flops.training({"llm"}) == 33 + 200
+    assert flops.training({"vision", "connector", "llm"}) == 111
+
+
+@pytest.mark.parametrize(("length", "window", "pairs"), [(8, 8, 32), (8, 100, 32), (8, 2, 14), (0, 4, 0)])
+def test_sliding_window(length, window, pairs):
+    assert _causal_pairs(length, window) == pairs
+
+
+def test_packing_counts_samples_apart():
+    config = Idefics2ModelConfig.from_hf(tiny_idefics2_config(tiny_tokenizer()).to_dict())
+    one = forward_flops(config, segments=[64], supervised=0)
+    two = forward_flops(config, segments=[32, 32], supervised=0)
+    assert two.llm < one.llm

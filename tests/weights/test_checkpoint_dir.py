@@ -1,0 +1,147 @@
+"""Which folder is loaded, and which are removed."""
+
+import pytest
+
+from megatron_vlm.errors import CheckpointError
+from megatron_vlm.weights import checkpoint_dir
+from megatron_vlm.weights.checkpoint_dir import TRACKER, begin, candidates, commit, purge, verify
+from megatron_vlm.weights.iterations import compare, read_tracker
+
+
+def make(root, iteration, content=b"weights"):
+    """A whole checkpoint with one file."""
+    folder = begin(root, iteration, 1000)
+    (folder / "rank0.safetensors").write_bytes(content)
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text("{}")
+    checkpoint_dir.write_json(folder / "state.json", {"run": {}})
+    return commit(folder, {}, {"iteration": iteration})
+
+
+def names(found):
+    return [folder.name for folder in found.folders]
+
+
+def test_a_new_one_is_whole_and_tracked(tmp_path):
+    folder = make(tmp_path / "new" / "root", 7)
+    verify(folder)
+    assert (folder.parent / TRACKER).read_text() == "7\n"
+    files = checkpoint_dir.read_json(folder, "manifest.json")["files"]
+    assert sorted(files) == ["hf/config.json", "rank0.safetensors", "state.json"]
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["iter_0000007", TRACKER]
+
+
+def test_order_of_candidates(tmp_path):
+    for iteration in (5, 10, 15, 20):
+        make(tmp_path, iteration)
+    assert names(candidates(tmp_path)) == ["iter_0000020", "iter_0000015", "iter_0000010", "iter_0000005"]
+    for changed in (
+        "10",
+        "12",
+        "120",
+        "2\x30",
+        "latest",
+        None,
+    ):  # believed nowhere: the order is that of the checkpoints
+        (tmp_path / TRACKER).write_text(changed) if changed else (tmp_path / TRACKER).unlink()
+        found = candidates(tmp_path)
+        assert names(found) == ["iter_0000020", "iter_0000015", "iter_0000010", "iter_0000005"] and not found.explicit
+        assert found.tracker == changed
+    named = candidates(tmp_path, 15)
+    assert names(named) == ["iter_0000015"] and named.explicit
+    assert candidates(tmp_path / "iter_0000005").explicit
+    assert candidates(tmp_path / "iter_0000005", 5).explicit
+
+
+def test_the_newest_is_the_one_that_was_written_last(tmp_path):
+    """A run that went back to iteration 10 and went on leaves later iterations of an abandoned run behind."""
+    for iteration in (5, 10, 15, 20, 90, 15):
+        make(tmp_path, iteration)
+    assert names(candidates(tmp_path)) == [f"iter_{i:07d}" for i in (15, 90, 20, 10, 5)]
+    (tmp_path / "iter_0000015" / "manifest.json").write_text("{")  # tried, and told of, before older ones
+    assert names(candidates(tmp_path)) == [f"iter_{i:07d}" for i in (90, 20, 15, 10, 5)]
+
+
+def test_a_tracker_is_compared_with_what_is_taken(tmp_path):
+    chosen = make(tmp_path, 10)
+    make(tmp_path, 5)
+    assert compare(tmp_path, "10", chosen) is None
+    said = compare(tmp_path, "5", chosen)
+    assert (
+        "says '5', but the newest sound checkpoint there is iter_0000010: taking that; --ckpt-step 5 takes the other"
+        in said
+    )
+    assert "--ckpt-step" not in compare(tmp_path, "11", chosen)
+    assert "has no latest_checkpointed_iteration.txt: taking the newest sound" in compare(tmp_path, None, chosen)
+    (tmp_path / TRACKER).write_bytes(b"5\xff")
+    assert read_tracker(tmp_path) == "not readable" and "says 'not readable'" in compare(
+        tmp_path, "not readable", chosen
+    )
+
+
+def test_what_cannot_be_a_candidate(tmp_path):
+    make(tmp_path, 5)
+    with pytest.raises(CheckpointError, match="has no iter_0000006"):
+        candidates(tmp_path, 6)
+    with pytest.raises(CheckpointError, match="--ckpt-step 6 another"):
+        candidates(tmp_path / "iter_0000005", 6)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / TRACKER).write_text("latest")
+    with pytest.raises(CheckpointError, match="neither an iteration nor 'release'"):
+        candidates(empty)
+    (empty / TRACKER).write_text("7")
+    with pytest.raises(CheckpointError, match="names iter_0000007, which is absent; iterations there: none"):
+        candidates(empty)
+    (tmp_path / TRACKER).write_text("release")
+    assert candidates(tmp_path) is None  # Megatron weights may lie there
+
+
+def test_purge_keeps_the_last_the_loaded_and_the_later(tmp_path):
+    for iteration in (5, 10, 15, 20, 90):
+        make(tmp_path, iteration)
+    begin(tmp_path, 15, 0)  # as a killed save leaves it
+    purge(tmp_path, 20, 2, [tmp_path / "iter_0000005"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "iter_0000005",
+        "iter_0000015",
+        "iter_0000020",
+        "iter_0000090",
+        TRACKER,
+    ]
+    purge(tmp_path, 20, None)
+    assert len(checkpoint_dir.iterations(tmp_path)) == 4
+
+
+def test_an_iteration_saved_again_is_replaced(tmp_path):
+    make(tmp_path, 5)
+    make(tmp_path, 5, b"other")
+    purge(tmp_path, 5, None)
+    assert (tmp_path / "iter_0000005" / "rank0.safetensors").read_bytes() == b"other"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", TRACKER]
+
+
+def test_a_disk_that_is_too_small_is_refused_first(tmp_path):
+    with pytest.raises(CheckpointError, match="GB free, a checkpoint needs 1152921"):
+        begin(tmp_path, 5, 2**80 // 2**20)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_other_nodes_must_be_visible(tmp_path):
+    folder = begin(tmp_path, 5, 0)
+    with pytest.raises(CheckpointError, match="a file system that all nodes share"):
+        commit(folder, {"rank1.safetensors": {"size": 3, "sha256": ""}}, {})
+    assert checkpoint_dir.iterations(tmp_path) == []
+
+
+def test_shares_of_hashing_cover_every_file(tmp_path):
+    folder = make(tmp_path, 5)
+    (folder / "hf" / "config.json").write_text("[]")  # same size
+    caught = 0
+    for share in range(3):
+        try:
+            verify(folder, share=share, shares=3)
+        except CheckpointError as error:
+            caught += "config.json was changed" in str(error)
+    assert caught == 1
+    verify(folder, hashes=False)

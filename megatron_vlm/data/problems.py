@@ -1,14 +1,24 @@
-"""Records that a build or a check cannot use: told in a message, and kept as lines of ``rejected.jsonl``."""
+"""What is to be said of records.
+
+Problem   of one that a build or a check cannot use: told in a message, and kept as a line of ``rejected.jsonl``
+Notes     of those that are used all the same: counted, and told once a source
+"""
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_vlm.errors import Reason
+from megatron_vlm.errors import DataError, Reason
 
 REJECTED = "rejected.jsonl"
 SHOWN = 50  # problems that an error lists
+_NAMES_SHOWN = 20  # names that a note lists
+_WORDS = {
+    Reason.UNKNOWN_KEYS: "keys that are not known and not read",
+    Reason.SPECIAL_TOKENS_AS_TEXT: "special tokens of the model in texts, which are encoded as text",
+    Reason.SKIPPED_MEMBERS: "members that belong to no sample and are not read",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,3 +70,31 @@ def rejected_line(problem: Problem) -> str:
     """The line of ``rejected.jsonl`` about a record."""
     where = {"file": problem.file, "record": problem.record, "key": problem.key, "reason": problem.message}
     return json.dumps({name: value for name, value in where.items() if name != "key" or value})
+
+
+class Notes:
+    """Counts of names (keys, tokens, members) by place and reason.
+
+    Attributes:
+        counts: (place, reason, name) -> number.
+    """
+
+    def __init__(self) -> None:
+        self.counts = Counter[tuple[str, Reason, str]]()
+
+    def add(self, place: str, reason: Reason, names: Iterable[str], number: int = 1) -> None:
+        """Counts each name."""
+        for name in names:
+            self.counts[place, reason, name] += number
+
+    def warnings(self) -> Iterator[DataError]:
+        """Yields one warning for each place and reason."""
+        for place, reason in dict.fromkeys((place, reason) for place, reason, _ in self.counts):
+            found = Counter({n: number for (p, r, n), number in self.counts.items() if (p, r) == (place, reason)})
+            shown = ", ".join(f"{name} ({number})" for name, number in found.most_common(_NAMES_SHOWN))
+            more = f" and {len(found) - _NAMES_SHOWN} more" if len(found) > _NAMES_SHOWN else ""
+            yield DataError(f"{_WORDS[reason]}: {shown}{more}", reason=reason, shard=place)
+
+    def lines(self) -> Iterator[str]:
+        """Yields the same as text."""
+        yield from map(str, self.warnings())

@@ -21,7 +21,7 @@ from megatron_vlm.data.formats.records import Record, Source
 from megatron_vlm.data.formats.splits import choose
 from megatron_vlm.data.formats.webdataset import read_tars, tars_of
 from megatron_vlm.data.formats.xcomposer import expand_xcomposer, parse_xcomposer
-from megatron_vlm.data.notes import Notes
+from megatron_vlm.data.problems import Notes
 from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.log import get_logger
 

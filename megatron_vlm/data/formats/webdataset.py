@@ -26,7 +26,7 @@ from megatron_vlm.data.formats.parquet import COLUMNS, parse_row
 from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, make_record
 from megatron_vlm.data.formats.splits import Choice, choose_in
 from megatron_vlm.data.images.pictures import MAX_BYTES
-from megatron_vlm.data.notes import Notes
+from megatron_vlm.data.problems import Notes
 from megatron_vlm.data.sample import MAX_IMAGES, MAX_SPAN, Turn
 from megatron_vlm.data.shards.tar import TarIndex, index_tar
 from megatron_vlm.errors import DataError, Reason

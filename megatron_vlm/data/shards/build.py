@@ -30,8 +30,7 @@ from megatron_vlm.data.formats.records import Record, Source
 from megatron_vlm.data.formats.webdataset import open_tars
 from megatron_vlm.data.image_roots import wrong_root
 from megatron_vlm.data.images.video import check_settings
-from megatron_vlm.data.notes import Notes
-from megatron_vlm.data.problems import REJECTED, Problem, describe, rejected_line
+from megatron_vlm.data.problems import REJECTED, Notes, Problem, describe, rejected_line
 from megatron_vlm.data.shards.split import Halves, SplitSettings, assign
 from megatron_vlm.data.shards.staging import fingerprint_of, partial_folder
 from megatron_vlm.data.shards.tar_shards import TarJob, index_shard

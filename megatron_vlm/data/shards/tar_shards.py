@@ -21,7 +21,7 @@ from megatron_vlm.data.formats.webdataset import (
     stray,
 )
 from megatron_vlm.data.images.pictures import probe_image
-from megatron_vlm.data.notes import Notes
+from megatron_vlm.data.problems import Notes
 from megatron_vlm.data.sample import RawSample
 from megatron_vlm.data.shards.tar import parse_members
 from megatron_vlm.data.shards.writer import save_index

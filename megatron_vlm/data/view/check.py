@@ -13,7 +13,7 @@ from typing import Any
 from megatron_vlm.data.formats import read_source
 from megatron_vlm.data.formats.records import Source
 from megatron_vlm.data.images.pictures import probe_image
-from megatron_vlm.data.notes import Notes
+from megatron_vlm.data.problems import Notes
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.data.shards.writer import check_sample, load_record

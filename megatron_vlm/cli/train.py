@@ -9,6 +9,7 @@ from megatron_vlm.log import get_logger, setup_logging
 from megatron_vlm.options.arguments import Request, read_request
 from megatron_vlm.options.flags import flags_help, parse_flags
 from megatron_vlm.options.recipes import load_config
+from megatron_vlm.parallel.grid import replicas
 from megatron_vlm.registry import FamilySpec
 
 USAGE = """usage: megatron-vlm train [--config FILE] [section.key=value ...] [--flag VALUE ...]
@@ -57,13 +58,9 @@ def _model_of(request: Request) -> tuple[dict[str, Any], FamilySpec]:
 def _replicas(request: Request) -> int:
     """Data parallel replicas of this start: ranks by tp x pp; at least 1, as RunConfig tells what does not divide."""
     parallel, training = (request.run.get(name) or {} for name in ("parallel", "training"))
-    model = 1
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        size = str(parallel.get(name) or 1)
-        model *= int(size) if size.isdecimal() and int(size) else 1
     assumed = str(training.get("dry_run_world_size") or "") if training.get("dry_run") else ""
     world = int(assumed) if assumed.isdecimal() else max(int(os.environ.get("WORLD_SIZE", "1")), 1)
-    return max(1, world // model)
+    return replicas(parallel, world)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.parts.decoder import check_tensor_parallel
+from megatron_vlm.parallel.grid import Grid
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.training.memory.estimate import RowShape, StageMemory, estimate
 from megatron_vlm.training.run_config import RunConfig
@@ -152,11 +153,10 @@ def candidates(
     """
     left_out = {} if left_out is None else left_out
     found = []
-    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
-    for tp, pp, recompute in itertools.product(sizes, sizes, (False, True)):
-        if gpus % (tp * pp) or tp > _MAX_TP:
+    for grid, recompute in itertools.product(Grid.all(gpus), (False, True)):
+        tp, pp, dp = grid.tp, grid.pp, grid.dp
+        if tp > _MAX_TP:
             continue
-        dp = gpus // (tp * pp)
         try:
             run = config_for(dp) if config_for else config
         except ConfigError as error:

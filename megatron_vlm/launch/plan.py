@@ -23,13 +23,13 @@ from megatron_vlm.launch.prepare import Inputs, cache_folder, open_inputs
 from megatron_vlm.launch.processes import Place, command
 from megatron_vlm.options.arguments import Request
 from megatron_vlm.options.launch_config import LaunchConfig
+from megatron_vlm.parallel.grid import SETTINGS, replica_size, replicas
 from megatron_vlm.training.checkpoint.output_check import folders_of
 from megatron_vlm.training.memory.estimate import StageMemory, estimate, table
 from megatron_vlm.training.optimizer.build import Schedule
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.iterations import TRACKER
 
-SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 _KEPT = ("recompute_granularity", "use_distributed_optimizer")
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 CONFIG = "config.yaml"
@@ -122,7 +122,7 @@ def _plan(
             sections["checkpoint"]["save_epochs"] = 1.0
         return RunConfig.from_dict(sections), completed.notes
 
-    config, notes = _first_config(config_for, _replicas(request.run, world))
+    config, notes = _first_config(config_for, replicas(request.run.get("parallel") or {}, world))
     config.check_outputs(source.folders())
     check_output(cache_folder(launch), source.folders(), "launch.shard_cache", around=True)
     for note in notes:
@@ -246,13 +246,8 @@ def _first_config(
 
 def _model_ranks(run: dict[str, Any]) -> int | None:
     """Ranks of one replica on the CPU, where its sizes are named: there is no number of GPUs to go by."""
-    sizes = [int((run.get("parallel") or {}).get(name) or 1) for name in SIZES]
-    return math.prod(sizes) if (run.get("training") or {}).get("device") == "cpu" else None
-
-
-def _replicas(run: dict[str, Any], world: int) -> int:
-    parallel = run.get("parallel") or {}
-    return max(1, world // math.prod(int(parallel.get(name) or 1) for name in SIZES))
+    on_cpu = (run.get("training") or {}).get("device") == "cpu"
+    return replica_size(run.get("parallel") or {}) if on_cpu else None
 
 
 def _lay_out(
@@ -271,7 +266,7 @@ def _lay_out(
         ConfigError: a setting that is wrong, or a batch that no layout divides.
     """
     parallel = run.get("parallel") or {}
-    if any(name in parallel for name in SIZES):
+    if any(name in parallel for name in SETTINGS.values()):
         config.check_world(world)
         stages = estimate(config, source.spec, source.config, world, devices.kind)
         need = max(stage.total for stage in stages)
@@ -303,8 +298,8 @@ def _refusal(request: Request, text: str) -> str | None:
 
 
 def _as_flags(config: RunConfig, reason: str) -> str:
-    tp, pp = (getattr(config.parallel, name) for name in SIZES)
-    words = [f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}"]
+    sizes = [getattr(config.parallel, SETTINGS[axis]) for axis in ("tp", "pp")]
+    words = ["--tensor-model-parallel-size {} --pipeline-model-parallel-size {}".format(*sizes)]
     words += ["--use-distributed-optimizer"] if config.parallel.use_distributed_optimizer else []
     words += ["--recompute-granularity full"] if config.parallel.recompute_granularity else []
     return f"{' '.join(words)} ({reason})"
@@ -354,9 +349,9 @@ def num_checkpoints(config: RunConfig) -> int:
 def _describe(
     config: RunConfig, train: Inputs, valid: Inputs, reason: str, world: int, adapter: bool, adapts: bool, merged: bool
 ) -> list[str]:
-    training, parallel = config.training, config.parallel
-    tp, pp = (getattr(parallel, name) for name in SIZES)
-    dp = world // (tp * pp)
+    training = config.training
+    grid = config.parallel.grid(world)
+    dp = grid.dp
     micro, total = training.micro_batch_size, training.global_batch_size
     what = "rows" if config.data.packing else "samples"
     length = next(
@@ -375,7 +370,7 @@ def _describe(
     lines = [
         f"data       {', '.join(train.paths) or 'none'}"
         + (f"; held out: {', '.join(valid.paths)}" if valid.paths else ""),
-        f"layout     tp {tp} pp {pp} dp {dp}: {reason}",
+        f"layout     {grid.name()}: {reason}",
         f"batch      {micro} {what} x {total // (micro * dp)} microbatches x dp {dp} = {total} {what} an update; {length}",
         f"precision  {training.precision}; lr {config.optimizer.lr:g}; seed {training.seed}",
         f"output     {output}: {', '.join([*names, LOSS, 'train.log', CONFIG])}, checkpoints",

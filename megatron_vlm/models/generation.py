@@ -144,8 +144,7 @@ def _next_row(tokens: Sequence[int], positions: Sequence[int], filler_token_id: 
 
 def _forward(stages: Sequence[Any], row: Row, params: RowParams, topology: Topology) -> Tensor | None:
     """Runs a row through all stages, in order; the last stage's ranks return logits [N, V], the others None."""
-    ranks = dist.get_process_group_ranks(topology.pp_group)
-    before, after = ranks[topology.pp_rank - 1], ranks[(topology.pp_rank + 1) % topology.pp]
+    before, after = (topology.grid.neighbour(topology.rank, "pp", offset) for offset in (-1, 1))
     output = None
     for stage in stages:
         if not stage.pre_process:
@@ -167,11 +166,11 @@ def _choose(
 ) -> list[int]:
     """The next token of each answer, on every rank of the replica."""
     tokens = torch.zeros(len(generators), dtype=torch.int64, device=topology.device)
-    if topology.rank == topology.last_stage_rank:
+    if topology.rank == topology.last_stage_source:
         assert logits is not None
         tokens = logits.argmax(-1) if not sampling.temperature else _draw(logits, sampling, generators)
-    if topology.tp * topology.pp > 1:
-        dist.broadcast(tokens, topology.last_stage_rank, group=topology.model_group)
+    if topology.replica_size > 1:
+        dist.broadcast(tokens, topology.last_stage_source, group=topology.replica_group)
     return tokens.tolist()
 
 

@@ -71,7 +71,7 @@ def share_rows(
 
     Args:
         topology: the layout.
-        rows: this replica's rows on its source rank (``topology.model_source``); None elsewhere.
+        rows: this replica's rows on its source rank (``topology.replica_source``); None elsewhere.
         extra: JSON data that travels along, from the source rank.
         error: what stopped the source rank from making the rows.
 
@@ -81,13 +81,13 @@ def share_rows(
     Raises:
         MegatronVLMError: on every rank, where any replica's source brings an error.
     """
-    if error is None and rows is None and topology.rank == topology.model_source:
+    if error is None and rows is None and topology.is_source:
         error = DataError("the source rank of a replica has no rows")
     raise_together(error, topology.device)
-    if topology.tp * topology.pp == 1:
+    if topology.replica_size == 1:
         assert rows is not None
         return tuple(rows), extra
-    source, group, device = topology.model_source, topology.model_group, topology.device
+    source, group, device = topology.replica_source, topology.replica_group, topology.device
     if topology.rank == source:
         assert rows is not None
         packed = [row.pack() for row in rows]
@@ -121,7 +121,7 @@ def device_batch(topology: Topology, row: Row, *, pixels: bool, dtype: torch.dty
 
 
 def _share_pixels(topology: Topology, pixels: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    shapes, source = [p.shape for p in pixels], topology.model_source
+    shapes, source = [p.shape for p in pixels], topology.replica_source
     if topology.rank == source:
         flat = pack_pixels(pixels, dtype).to(topology.device)
     else:

@@ -1,6 +1,6 @@
-"""Parallel layout of a run: ParallelConfig -> megatron-core groups -> one frozen Topology that is passed around.
+"""Parallel layout of a run: ParallelConfig -> Grid -> megatron-core groups -> one frozen Topology that is passed around.
 
-The only file that imports megatron-core's parallel_state. Rank order is megatron-core's: tp fastest, then dp, then pp.
+The only file that imports megatron-core's parallel_state. What a rank's number means is ``grid.py``'s.
 """
 
 import datetime
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.parallel.grid import COPIES, REPLICA, Grid
 from megatron_vlm.parallel.heartbeat import TIMEOUT, Heartbeat
 from megatron_vlm.parallel.place import START_TIMEOUT
 
@@ -76,6 +77,20 @@ class ParallelConfig(Config):
                 "parallel.num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2, got 1"
             )
 
+    def grid(self, world: int) -> Grid:
+        """How ``world`` ranks stand.
+
+        Raises:
+            ConfigError: they are not a multiple of a replica's.
+        """
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        return Grid.of(world, tp=tp, cp=self.context_parallel_size, pp=pp)
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one replica of the model."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
     def virtual_size(self, num_layers: int) -> int:
         """Virtual stages per rank for a decoder of ``num_layers`` layers (1: none).
 
@@ -107,46 +122,105 @@ class SoloGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Sizes, this rank's coordinates and the process groups of a run. ``vp`` is virtual stages per rank (1: none)."""
+    """This rank in its grid, and its process groups.
 
-    tp: int
-    pp: int
-    dp: int
-    vp: int
-    tp_rank: int
-    pp_rank: int
-    dp_rank: int
+    Attributes:
+        grid: sizes of the axes.
+        rank: this process's.
+        vp: virtual stages per rank (1: none).
+        device: of this rank.
+        tp_group, pp_group, dp_group: ranks that differ from this one along that axis.
+        replica_group: ranks of this replica of the model: tp x pp.
+        embedding_group: first and last stage, which share a tied embedding.
+    """
+
+    grid: Grid
     rank: int
-    world_size: int
+    vp: int
     device: torch.device
     tp_group: Any
     pp_group: Any
     dp_group: Any
-    model_group: Any
-    """Ranks of one model replica: tp x pp."""
+    replica_group: Any
     embedding_group: Any
-    """First and last stage, which share a tied embedding."""
+
+    @property
+    def tp(self) -> int:
+        return self.grid.tp
+
+    @property
+    def cp(self) -> int:
+        return self.grid.cp
+
+    @property
+    def dp(self) -> int:
+        return self.grid.dp
+
+    @property
+    def pp(self) -> int:
+        return self.grid.pp
+
+    @property
+    def world_size(self) -> int:
+        return self.grid.world
+
+    @property
+    def tp_rank(self) -> int:
+        return self.grid.coordinate(self.rank, "tp")
+
+    @property
+    def cp_rank(self) -> int:
+        return self.grid.coordinate(self.rank, "cp")
+
+    @property
+    def dp_rank(self) -> int:
+        return self.grid.coordinate(self.rank, "dp")
+
+    @property
+    def pp_rank(self) -> int:
+        return self.grid.coordinate(self.rank, "pp")
 
     @property
     def first_stage(self) -> bool:
-        return self.pp_rank == 0
+        return self.grid.first(self.rank, "pp")
 
     @property
     def last_stage(self) -> bool:
-        return self.pp_rank == self.pp - 1
+        return self.grid.last(self.rank, "pp")
 
     @property
-    def model_source(self) -> int:
-        """Global rank of this replica's (tp 0, stage 0), which reads the data."""
-        return self.dp_rank * self.tp
+    def replica_size(self) -> int:
+        """Ranks of one replica of the model."""
+        return self.grid.size(*REPLICA)
 
     @property
-    def last_stage_rank(self) -> int:
-        """Global rank of this replica's (tp 0, last stage), which knows the loss."""
-        return (self.pp - 1) * self.tp * self.dp + self.dp_rank * self.tp
+    def replica_source(self) -> int:
+        """Global rank of this replica's first on the first stage, which reads the data."""
+        return self.grid.source(self.rank, *REPLICA)
+
+    @property
+    def last_stage_source(self) -> int:
+        """Global rank of this replica's first on the last stage, which knows the loss."""
+        return self.grid.neighbour(self.replica_source, "pp", -1)
+
+    @property
+    def is_source(self) -> bool:
+        """This rank reads the data of its replica."""
+        return self.rank == self.replica_source
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same weights as this one, itself included."""
+        return self.grid.size(*COPIES)
+
+    @property
+    def copy_number(self) -> int:
+        """Which of them this one is."""
+        return self.grid.number(self.rank, *COPIES)
 
     def name(self) -> str:
-        return f"tp {self.tp} pp {self.pp} dp {self.dp}" + (f" vp {self.vp}" if self.vp > 1 else "")
+        """Sizes in words."""
+        return self.grid.name() + (f" vp {self.vp}" if self.vp > 1 else "")
 
 
 def init_process_group(
@@ -191,37 +265,27 @@ def build_topology(config: ParallelConfig, *, num_layers: int, device: torch.dev
     """
     from megatron.core import parallel_state
 
-    world = dist.get_world_size()
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    if world % (tp * pp):
-        raise ConfigError(
-            f"world size {world} is not a multiple of tensor x pipeline parallel size {tp} x {pp} = {tp * pp}: "
-            f"start {tp * pp} ranks (or a multiple), or change parallel.tensor_model_parallel_size / pipeline_model_parallel_size"
-        )
+    grid, rank = config.grid(dist.get_world_size()), dist.get_rank()
     vp = config.virtual_size(num_layers)
     destroy_topology()
     parallel_state.initialize_model_parallel(
-        tp,
-        pp,
+        grid.tp,
+        grid.pp,
         virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
+        context_parallel_size=grid.cp,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=int(max(1, config.distributed_timeout_minutes)),
+        order="tp-cp-ep-dp-pp",
     )
     return Topology(
-        tp=tp,
-        pp=pp,
-        dp=world // (tp * pp),
+        grid=grid,
+        rank=rank,
         vp=vp,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        rank=dist.get_rank(),
-        world_size=world,
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
-        model_group=parallel_state.get_model_parallel_group(),
+        replica_group=parallel_state.get_model_parallel_group(),
         embedding_group=parallel_state.get_embedding_group(check_initialized=False),
     )
 

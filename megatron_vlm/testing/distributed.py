@@ -35,6 +35,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.parallel.grid import Grid
+
 MAX_RANKS = 4
 PRELOAD = (
     "megatron.core.distributed",
@@ -81,7 +83,7 @@ def run_distributed(
     Raises:
         RankError: a rank raised, died, or was not done in time.
     """
-    world = tp * pp * dp
+    world = Grid(tp=tp, dp=dp, pp=pp).world
     if not 1 <= world <= MAX_RANKS:
         raise ValueError(f"tp {tp} x pp {pp} x dp {dp} = {world} ranks, but the pool has {MAX_RANKS}")
     return _pool().run(world, fn, args, kwargs, timeout)

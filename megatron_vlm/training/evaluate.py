@@ -36,7 +36,7 @@ def evaluate(chunks: Sequence[Any], rows: Iterator[Row] | None, topology: Topolo
         DataError: on every rank, where a replica's rows cannot be read.
     """
     group = 2 * topology.pp if topology.pp > 1 else 1
-    source = topology.rank == topology.model_source
+    source = topology.is_source
     total = {"loss_sum": 0.0, "samples": 0.0, "supervised_tokens": 0.0}
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:

@@ -241,15 +241,8 @@ class RunConfig(Config):
         Raises:
             ConfigError: they do not fit; raised alike on every rank, before any collective.
         """
-        tp, pp = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
-        training = self.training
-        if world_size % (tp * pp):
-            raise ConfigError(
-                f"world size {world_size} is not a multiple of tensor x pipeline parallel size {tp} x {pp} = {tp * pp}"
-                f": start {tp * pp} ranks (or a multiple), or change parallel.tensor_model_parallel_size / "
-                "pipeline_model_parallel_size"
-            )
-        dp = world_size // (tp * pp)
+        grid, training = self.parallel.grid(world_size), self.training
+        tp, dp, pp = grid.tp, grid.dp, grid.pp
         unit = training.micro_batch_size * dp
         if training.global_batch_size % unit:
             raise ConfigError(

@@ -142,7 +142,7 @@ class Trainer:
         seed_step(topology, self.seed, self.iteration)  # sequence parallel layers ask for seeded generators
         limit = config.training.eval_iters
         rows = None
-        if topology.rank == topology.model_source:
+        if topology.is_source:
             rows = evaluation_rows(
                 data,
                 self.processor,
@@ -311,7 +311,7 @@ class Trainer:
             self.num_iterations = self.iteration
             return
         facts, error = None, None
-        if topology.rank == topology.model_source:
+        if topology.is_source:
             try:
                 self.loader = RowLoader(
                     config.data,

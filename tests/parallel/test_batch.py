@@ -36,7 +36,7 @@ def topology_of(tp: int, pp: int) -> Topology:
 def receive(tp: int, pp: int):
     """Runs on each rank: returns what it got, in plain form."""
     topology = topology_of(tp, pp)
-    source = topology.rank == topology.model_source
+    source = topology.is_source
     got, extra = share_rows(topology, rows(topology.dp_rank) if source else None, {"n": topology.dp_rank}, None)
     batches = [device_batch(topology, row, pixels=topology.first_stage, dtype=torch.float32) for row in got]
     return topology.dp_rank, topology.first_stage, source, got, extra, batches
@@ -62,7 +62,7 @@ def test_every_rank_receives_the_rows_of_its_replica(tp, pp, dp):
 
 def fail_on(rank: int, kind: str):
     topology = topology_of(2, 1)
-    source = topology.rank == topology.model_source
+    source = topology.is_source
     error = None
     if topology.rank == rank:
         error = DataError("unreadable image", key="k7", shard="s.tar", offset=512) if kind == "data" else KeyError("x")

@@ -27,7 +27,7 @@ def owned(
 ) -> tuple[list[Piece], dict[tuple[Kind, str], Tensor]]:
     """What this rank writes, as views of the live tensors.
 
-    Each element has one writer. Of tensor parallel replicas that is rank 0. Data parallel replicas (weights, and states
+    Each element has one writer. Of tensor parallel replicas that is rank 0. Copies of a shard (weights, and states
     of a plain optimizer) take turns, so that all ranks write about as much. Tied copies are not written.
 
     Args:
@@ -46,11 +46,12 @@ def owned(
     if lost:
         raise CheckpointError(f"parameters train that no checkpoint would hold: {', '.join(lost[:_MAX_LISTED])}")
     parameters = {name: parameter for name, parameter in parameters.items() if name in layouts}
+    copies, copy_number = topology.copies, topology.copy_number
     total, before = sum(parameter.numel() for parameter in parameters.values()), 0
     pieces: list[Piece] = []
     tensors: dict[tuple[Kind, str], Tensor] = {}
     for name, parameter in parameters.items():
-        my_turn = before * topology.dp // total == topology.dp_rank
+        my_turn = before * copies // total == copy_number
         before += parameter.numel()
         layout, part = layouts[name], parts.get(id(parameter))
         if layout.dim is None and topology.tp_rank:

@@ -22,8 +22,7 @@ def dry_run(config: RunConfig) -> str:
         ConversionError: the checkpoint cannot be read.
     """
     parallel, training = config.parallel, config.training
-    smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    world = training.dry_run_world_size or max(int(os.environ.get("WORLD_SIZE", "1")), smallest)
+    world = training.dry_run_world_size or max(int(os.environ.get("WORLD_SIZE", "1")), parallel.replica_size)
     dp = config.check_world(world)
     with open_source(str(config.checkpoint.load), config.model.family) as source:
         spec, model_config = source.spec, source.config
@@ -34,11 +33,11 @@ def dry_run(config: RunConfig) -> str:
     row = RowShape.expected(config, model_config)
     stages = estimate(config, spec, model_config, world, device_kind, row=row)
     lines = [yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip(), ""]
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    grid = parallel.grid(world)
     rows = config.num_microbatches_per_batch // dp
     vp = parallel.virtual_size(model_config.text.num_layers)
     lines.append(
-        f"{spec.name}: world size {world} = tp {tp} x pp {pp} x dp {dp}, {vp} virtual stages per rank; "
+        f"{spec.name}: world size {world} = tp {grid.tp} x pp {grid.pp} x dp {grid.dp}, {vp} virtual stages per rank; "
         f"{training.global_batch_size} {'rows' if config.data.packing else 'samples'} a step = {rows} microbatches per rank"
     )
     total = sum(count for stage in stages for count in stage.parameters.values())

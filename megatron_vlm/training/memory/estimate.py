@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megatron_vlm.data.row import Row
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.grid import AXES, STAGE
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology, destroy_topology
 from megatron_vlm.registry import FamilySpec
@@ -144,9 +145,9 @@ def estimate(
     config.check_world(world_size)
     row = row or RowShape.expected(config, model_config)
     infos = full_shapes(spec, model_config) if config.peft.active else {}
-    pp, reports = config.parallel.pipeline_model_parallel_size, []
-    for stage in range(pp) if stages is None else stages:
-        with _World(config.parallel, model_config, world_size, stage * (world_size // pp)) as topology:
+    grid, reports = config.parallel.grid(world_size), []
+    for stage in range(grid.pp) if stages is None else stages:
+        with _World(config.parallel, model_config, world_size, grid.rank(pp=stage)) as topology:
             chunks = build_on_meta(config, spec, model_config, topology, infos)
             reports.append(_report(config, model_config, topology, chunks, row if trace else None, device_kind))
     return reports
@@ -278,16 +279,17 @@ def _report(
                 )  # AdamW's moments, and fp32 main parameters beside 16-bit ones
                 copied += 4 * p.numel() if half and grad_width else 0  # the optimizer's own fp32 gradients
                 largest = max(largest, 4 * p.numel())
-    shards = topology.dp if parallel.use_distributed_optimizer else 1
+    shards = topology.copies if parallel.use_distributed_optimizer else 1
     optimizer_peak = -(-copied // shards) + largest * (1 if device_kind == "cuda" else 2)
     activations = peak = 0
     if row is not None:
         bytes_of = [_chunk_bytes(config, model_config, topology, chunk, row, device_kind) for chunk in chunks]
         microbatches = config.num_microbatches_per_batch // topology.dp
         activations, peak = step_peak(bytes_of, passes(microbatches, topology.pp, topology.pp_rank, topology.vp))
+    ranks = topology.grid.group(topology.rank, *STAGE)
     return StageMemory(
         stage=topology.pp_rank,
-        ranks=(topology.rank, topology.rank + topology.tp * topology.dp - 1),
+        ranks=(ranks[0], ranks[-1]),
         parameters=held,
         trainable=trained,
         weights=weights,
@@ -364,7 +366,7 @@ def step_peak(chunks: Sequence[ChunkBytes], order: Iterable[tuple[bool, int]]) -
 
 
 def _constant(topology: Topology) -> int:
-    groups = sum(size > 1 for size in (topology.tp, topology.pp, topology.dp)) + (topology.world_size > 1)
+    groups = sum(topology.grid.size(axis) > 1 for axis in AXES) + (topology.world_size > 1)
     return _CUDA_CONTEXT + groups * _NCCL_GROUP
 
 

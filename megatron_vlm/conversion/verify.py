@@ -1,6 +1,7 @@
 """``convert verify``: is what lies in ``--load`` the model of ``--hf``, and does it compute the same?
 
-    weights   every tensor, through the inverse mapping, bit for bit, streamed; and config.json
+    weights   every tensor, through the inverse mapping, bit for bit, streamed; and config.json. Of another dtype than HF's
+              (``--dtype``), they must be HF's values rounded to it, bit for bit, and the last line says so
     forward   activations module by module, and logits, against HF eager, on a small batch made from the config
     full      the same, and loss and gradients of every parameter
 
@@ -29,6 +30,7 @@ LEVELS = ("weights", "forward", "full")
 BYTES_PER_PARAMETER = {"forward": 9, "full": 18}
 """fp64 weights of HF, with gradients for ``full``, and some room. One model is in memory at a time."""
 _IMPORTS_BYTES = 10**9
+_PART = 1 << 24
 _IGNORED_KEYS = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 
@@ -43,10 +45,11 @@ class Row:
 
 @dataclass
 class Report:
-    """Outcome of ``verify``: whether all passed, the level that ran, and the printed lines."""
+    """Outcome of ``verify``: whether all passed, the level that ran, how equal the weights are, and the printed lines."""
 
     level: str
     passed: bool = True
+    weights: str = ""
     lines: list[str] = field(default_factory=list)
 
     def say(self, line: str) -> None:
@@ -119,7 +122,7 @@ def verify(
         elif chosen != "weights":
             report.say(f"the {chosen} comparison is left out: the weights differ already")
     report.say("")
-    report.say(f"verify {chosen}: " + ("passed" if report.passed else "FAILED"))
+    report.say(f"verify {chosen}: " + (f"passed, weights {report.weights}" if report.passed else "FAILED"))
     return report
 
 
@@ -191,6 +194,8 @@ class _Tally:
     size: int = 0
     dtypes: set[str] = field(default_factory=set)
     largest: float = 0.0
+    rounding: float = 0.0
+    rounded_to: set[str] = field(default_factory=set)
     different: list[str] = field(default_factory=list)
 
 
@@ -207,13 +212,25 @@ def _compare_weights(expected: HFSource, source: WeightSource, report: Report) -
         if name in expected.infos:
             tally = tallies.setdefault(module_of(name), _Tally())
             _compare_tensor(expected, source, name, tally)
-    rows = []
+    rows: list[Row] = []
     for module, tally in tallies.items():
         cells = (str(tally.tensors), f"{tally.size / 1e9:.3f}", ", ".join(sorted(tally.dtypes)), f"{tally.largest:.3g}")
         rows.append(Row(module, cells, not tally.different))
         for text in tally.different[:5]:
             report.say(f"differs: {text}")
+    report.weights = _how_equal(tallies.values())
     return rows
+
+
+def _how_equal(tallies: Iterable[_Tally]) -> str:
+    """In words, of weights that all passed."""
+    dtypes = ", ".join(sorted(set[str]().union(*(tally.rounded_to for tally in tallies))))
+    if not dtypes:
+        return "equal bit for bit"
+    rounding = max(tally.rounding for tally in tallies)
+    if not rounding:
+        return f"equal, every value of HF's is one of {dtypes}"
+    return f"equal to HF's rounded to {dtypes}, which changes values by up to {rounding:.2g}"
 
 
 def _compare_tensor(expected: HFSource, source: WeightSource, name: str, tally: _Tally) -> None:
@@ -223,17 +240,25 @@ def _compare_tensor(expected: HFSource, source: WeightSource, name: str, tally: 
         label = _short(ours.dtype)
         if theirs.dtype != ours.dtype:  # converted with --dtype: the cast itself must be exact
             label = f"{_short(theirs.dtype)} -> {label}"
-            theirs = cast(theirs, ours.dtype)
+            exact, theirs = theirs, cast(theirs, ours.dtype)
+            tally.rounded_to.add(_short(ours.dtype))
+            tally.rounding = max(tally.rounding, _distance(exact, theirs))
         tally.tensors += 1
         tally.size += TensorInfo.of(ours).nbytes
         tally.dtypes.add(label)
         if ours.shape != theirs.shape:
             tally.different.append(f"{hf_name} has shape {list(ours.shape)}, HF has {list(theirs.shape)}")
         elif not _same_bits(ours, theirs):
-            difference = float((ours.double() - theirs.double()).abs().max())
+            difference = _distance(ours, theirs)
             tally.largest = max(tally.largest, difference)
             count = int((ours != theirs).sum())
             tally.different.append(f"{hf_name}: {count:,} of {ours.numel():,} values, by up to {difference:.3g}")
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    """The largest difference, without a copy of the whole in a wider dtype."""
+    parts = zip(left.reshape(-1).split(_PART), right.reshape(-1).split(_PART))
+    return max((float((a.double() - b.double()).abs().max()) for a, b in parts if a.numel()), default=0.0)
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

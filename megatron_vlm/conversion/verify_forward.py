@@ -49,7 +49,8 @@ def compare_runs(hf_dir: Path, source: WeightSource, report: Report, *, gradient
     images = sum(len(sample.pixels) for sample in samples)
     report.say("")
     report.say(
-        f"{len(samples)} samples, {images} images, {len(exact.logits)} tokens; distances are relative, from HF in fp64"
+        f"{len(samples)} samples, {images} images, {len(exact.logits)} tokens; distances are relative, from HF in fp64 with "
+        "the weights of --load"
     )
     header = ("HF fp32", "ours", "ratio")
     report.table("activations", header, _activation_rows(exact, noise, ours))

@@ -49,10 +49,26 @@ def test_cast_weights_are_compared_after_the_cast(twins, tmp_path):
     assert passed and "float32 -> bfloat16" in text, text
 
 
-def test_an_export_is_verified_too(twins, tmp_path):
+def test_an_export_is_verified_too_and_the_last_line_says_how_equal_it_is(twins, tmp_path, capsys):
     hf2mg(twins / "mistral", tmp_path / "mg", tp=2)
-    mg2hf(tmp_path / "mg", tmp_path / "hf")
-    assert main(["verify", "--hf", str(twins / "mistral"), "--load", str(tmp_path / "hf"), "--level", "weights"]) == 0
+    words = ["verify", "--hf", str(twins / "mistral"), "--level", "weights", "--load"]
+    for dtype, said in (
+        (None, "equal bit for bit"),
+        ("fp16", "equal to HF's rounded to float16, which changes values by up to "),
+    ):
+        out = tmp_path / f"hf_{dtype}"
+        mg2hf(tmp_path / "mg", out, dtype=dtype)
+        assert main([*words, str(out)]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith(f"verify weights: passed, weights {said}"), last
+    exact, rounded = (load_file(folder / "model.safetensors") for folder in (twins / "mistral", out))
+    largest = max(float((exact[name].double() - rounded[name].double()).abs().max()) for name in rounded)
+    assert last.endswith(f" {largest:.2g}") and largest > 0
+    # What was widened holds every value of HF's.
+    half = ["verify", "--hf", str(out), "--level", "weights", "--load"]
+    mg2hf(out, tmp_path / "wide", dtype="fp32")
+    assert main([*half, str(tmp_path / "wide")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("weights equal, every value of HF's is one of float32")
 
 
 def changed_copy(source, directory, change):

@@ -21,7 +21,7 @@ import socket
 import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def expand_text(text: str, what: str = "path") -> str:
         what: the setting it came from, for the error.
 
     Raises:
-        ConfigError: a variable that is not set, a user that does not exist, or a name that no file can have.
+        ConfigError: an empty text, a variable that is not set, a user that does not exist, or a name that no file can have.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -61,6 +61,8 @@ def expand_text(text: str, what: str = "path") -> str:
     if "\0" in text:
         raise ConfigError(f"{what} {text!r}: a path has no null byte")
     expanded = _VARIABLE.sub(value, text)
+    if not expanded:  # else it would be read as the folder that the program runs in
+        raise ConfigError(f"{what} {text!r} is empty: name a path, or leave it out")
     if not expanded.startswith("~"):
         return expanded
     try:
@@ -171,10 +173,17 @@ def write_synced(path: Path, data: bytes) -> None:
     Raises:
         OSError: as the disk says; nothing is left behind.
     """
+    with synced_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def synced_file(path: Path) -> Iterator[BufferedWriter]:
+    """Opens a file that appears whole when the block ends, or where that fails not at all; errors as of ``write_synced``."""
     temporary = unique_temporary(path)
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from megatron_vlm.errors import ConfigError, MegatronVLMError
+from megatron_vlm.files import write_synced, writing
 from megatron_vlm.launch import exports, prepare, processes
 from megatron_vlm.launch.checks import Report
 from megatron_vlm.launch.plan import CONFIG, Plan, make_plan
@@ -66,7 +67,8 @@ def _prepare(request: Request, place: processes.Place) -> Plan | None:
     output.mkdir(parents=True, exist_ok=True)
     if settings.overwrite_output_dir:
         _remove_old(output, plan)
-    (output / CONFIG).write_text(yaml.safe_dump(plan.config.to_dict(), sort_keys=False), encoding="utf-8")
+    with writing(output / CONFIG):
+        write_synced(output / CONFIG, yaml.safe_dump(plan.config.to_dict(), sort_keys=False).encode())
     return plan
 
 

@@ -36,7 +36,7 @@ from megatron_vlm.data.stream.loader import open_data
 from megatron_vlm.data.types import Processor
 from megatron_vlm.data.view.check import check_folder, check_sources
 from megatron_vlm.errors import ConfigError, DataError, Reason
-from megatron_vlm.files import expand_path, open_regular, read_bytes
+from megatron_vlm.files import expand_path, open_regular, read_bytes, write_synced, writing
 from megatron_vlm.launch.checks import Report
 from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.progress import Bar
@@ -275,7 +275,8 @@ def _build(inputs: Inputs, config: DataConfig) -> None:
             num_workers=min(os.cpu_count() or 1, 8) if len(inputs.images) > _SNIFFED * 10 else 0,
             progress=lambda records: bar.show(records),
         )
-    listing.write_text(json.dumps(inputs.images), encoding="utf-8")
+    with writing(listing):
+        write_synced(listing, json.dumps(inputs.images).encode())
 
 
 def _check_folders(report: Report, inputs: Inputs, config: DataConfig, processor: Processor, cache: Path) -> None:

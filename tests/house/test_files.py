@@ -21,6 +21,20 @@ def test_paths_are_expanded(monkeypatch):
         files.expand_path("$NOWHERE/x", "checkpoint.save")
     with pytest.raises(ConfigError, match="no_such_user"):
         files.expand_path("~no_such_user/x")
+    monkeypatch.setenv("DATA", "")
+    for empty in ("", "$DATA"):
+        with pytest.raises(ConfigError, match=r"checkpoint\.save '.*' is empty: name a path"):
+            files.expand_path(empty, "checkpoint.save")
+
+
+def test_a_file_that_is_written_bit_by_bit_appears_whole_or_not_at_all(tmp_path):
+    with files.synced_file(tmp_path / "list") as file:
+        file.write(b"one")
+        assert not (tmp_path / "list").exists()
+    with pytest.raises(ConfigError), files.synced_file(tmp_path / "list") as file:
+        file.write(b"two")
+        raise ConfigError("no")
+    assert [path.name for path in tmp_path.iterdir()] == ["list"] and (tmp_path / "list").read_bytes() == b"one"
 
 
 def test_what_is_no_regular_file_is_an_error_at_once(tmp_path):

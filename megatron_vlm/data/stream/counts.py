@@ -29,7 +29,7 @@ from megatron_vlm.data.shards.writer import table_bytes
 from megatron_vlm.data.stream.mixture import Source
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError, Reason
-from megatron_vlm.files import expand_path, open_regular, unique_temporary
+from megatron_vlm.files import expand_path, open_regular, synced_file, write_synced, writing
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
@@ -152,18 +152,12 @@ class TokenCounts:
     def _save(self, shard: int, counts: NDArray[Any]) -> Path:
         errors = []
         for path in self._places(shard):
-            temporary = unique_temporary(path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with temporary.open("wb") as file:
-                    file.write(table_bytes(counts))
-                    file.write(zlib.crc32(counts.tobytes()).to_bytes(_CRC, "little"))
-                os.replace(temporary, path)
+                write_synced(path, table_bytes(counts) + zlib.crc32(counts.tobytes()).to_bytes(_CRC, "little"))
                 return path
             except OSError as error:
                 errors.append(f"{path}: {error.strerror}")
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
         raise ConfigError(
             f"cannot write token counts ({'; '.join(errors)}): set data.cache_dir to a folder that can be written"
         )
@@ -230,6 +224,7 @@ def survey(
 
     Raises:
         DataError: samples that ``raise`` policies refuse (the first ones named), or nothing usable.
+        ConfigError: ``excluded.jsonl`` cannot be written.
     """
     dataset = counts.dataset
     report: dict[str, Any] = {"samples": len(dataset), "excluded": {}, "truncated": 0, "tokens": 0}
@@ -242,7 +237,7 @@ def survey(
     firsts = np.array([source.first for source in sources], dtype=np.int64)
     used = np.zeros((2, len(sources)), dtype=np.int64)  # usable samples and their tokens
     path = None if output_dir is None else output_dir / "excluded.jsonl"
-    with _replacing(path) as file:
+    with _listing(path) as file:
         for shard in range(len(dataset.shards)):
             table = counts.shard(shard)
             digest.update(np.ascontiguousarray(table["reason"]).tobytes())
@@ -261,9 +256,9 @@ def survey(
                 if len(refused.get(reason, "12345")) < 5:
                     refused[reason].append(_describe(dataset, shard, row, tokens))
                 if file is not None:
-                    file.write(json.dumps(_excluded_line(dataset, shard, row, reason, tokens)) + "\n")
-        report["excluded_digest"] = digest.hexdigest()[:32]
-        _refuse(report, refused, config)
+                    file.write(json.dumps(_excluded_line(dataset, shard, row, reason, tokens)).encode() + b"\n")
+    report["excluded_digest"] = digest.hexdigest()[:32]
+    _refuse(report, refused, config)  # once they are listed, to be looked at
     if report["excluded"]:
         number = sum(report["excluded"].values())
         listed = "" if path is None else f"; all are listed in {path}"
@@ -379,19 +374,15 @@ def _excluded_line(dataset: Dataset, shard: int, row: int, reason: Reason, token
 
 
 @contextlib.contextmanager
-def _replacing(path: Path | None) -> Iterator[IO[str] | None]:
-    """Opens a file that takes its place when all is written; refused samples are kept too, to be looked at."""
+def _listing(path: Path | None) -> Iterator[IO[bytes] | None]:
+    """Opens the list of excluded samples, which appears whole; None: there is none."""
     if path is None:
         yield None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = unique_temporary(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        try:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with synced_file(path) as file:
             yield file
-        finally:
-            file.flush()
-            os.replace(temporary, path)
 
 
 def digest_of(text: str) -> str:

@@ -18,7 +18,7 @@ import yaml
 from megatron_vlm.config import Config
 from megatron_vlm.data.row import IGNORE_INDEX, Row
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.files import LineFile, write_synced
+from megatron_vlm.files import LineFile, write_synced, writing
 from megatron_vlm.log import get_logger
 from megatron_vlm.progress import LINE, Bar
 from megatron_vlm.training.answers import Prompt
@@ -88,7 +88,8 @@ class Metrics:
         self.output_dir, self.config, self.total = output_dir, config, total
         output_dir.mkdir(parents=True, exist_ok=True)
         name = "config.eval.yaml" if evaluation_only else "config.yaml"
-        (output_dir / name).write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        with writing(output_dir / name):
+            write_synced(output_dir / name, yaml.safe_dump(resolved, sort_keys=False).encode())
         path = output_dir / "metrics.jsonl"
         if not evaluation_only:
             for old in (path, output_dir / SAMPLES):

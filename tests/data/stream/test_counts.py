@@ -1,6 +1,7 @@
 """Token counts: made once per fingerprint, kept beside the shards or in a cache, right when many make them at once."""
 
 import hashlib
+import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.data.stream import counts
-from megatron_vlm.data.stream.counts import NO_LIMIT, TokenCounts, check_share
+from megatron_vlm.data.stream.counts import NO_LIMIT, TokenCounts, check_share, survey
 from megatron_vlm.errors import ConfigError, DataError, Reason
 
 
@@ -92,6 +93,28 @@ def test_a_folder_that_cannot_be_written_uses_the_cache(folder, processor, tmp_p
     with pytest.raises(ConfigError, match=r"set data\.cache_dir"):
         TokenCounts(dataset, processor, cache_dir=tmp_path / "file" / "x")
     assert not list(folder.glob(".*"))  # no temporary file stays
+
+
+def test_a_full_disk_is_told_of(folder, processor, tmp_path):
+    """Of counts, which would then go to the cache, and of the list of what is excluded; nothing half written stays."""
+    dataset = Dataset([folder])
+    config = DataConfig(seq_length=28, on_too_long="drop")
+    short = TokenCounts(dataset, replace(processor, seq_length=28))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"cannot write .*excluded.jsonl: File too large: make room"):
+            survey(short, config, tmp_path / "out")
+        for path in folder.glob("*.tokens.npy"):
+            path.unlink()
+        with pytest.raises(
+            ConfigError, match=r"tokens.npy: File too large; .*tokens.npy: File too large.*data\.cache_dir"
+        ):
+            TokenCounts(dataset, processor, cache_dir=tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = [path for place in (folder, tmp_path / "cache", tmp_path / "out") for path in place.rglob(".*")]
+    assert not left and not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.slow

@@ -67,6 +67,18 @@ def test_a_new_run_keeps_the_metrics_of_the_old_one(tmp_path):
     assert len(lines(tmp_path)) == 2
 
 
+def test_a_disk_that_is_full_before_the_first_line_is_told_of(tmp_path):
+    """Nothing has been trained yet."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"cannot write .*config.yaml: File too large: make room"):
+            Metrics(tmp_path, LoggingConfig(tensorboard=False), {"training": {"seed": 1}}, start=0, total=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
     metrics = Metrics(tmp_path, LoggingConfig(tensorboard=False), {}, start=0, total=1)
     metrics.step(1, result(float("nan")), RATES, seconds=1.0, consumed_samples=1)

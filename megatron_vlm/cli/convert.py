@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.cli.paths import PathArgument
+from megatron_vlm.cli.paths import PathArgument, add_verify_hashes
 from megatron_vlm.config import apply_overrides
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger, setup_logging
@@ -66,23 +66,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--base", metavar="DIR", action=PathArgument, help="with adapters: the model that is named as their base"
     )
     _add_dtype(parser)
-    _add_verify_hashes(parser)
+    add_verify_hashes(parser)
     parser.set_defaults(run=_run_pth2hf)
     _add_verify(commands)
 
 
-def _add_verify_hashes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--no-verify-hashes",
-        dest="verify_hashes",
-        action="store_false",
-        help="trust the files that are read: compare their sizes alone with what was recorded, not their digests",
-    )
-
-
 def _add_output(parser: argparse.ArgumentParser) -> None:
     _add_dtype(parser)
-    _add_verify_hashes(parser)
+    add_verify_hashes(parser)
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: 5GB)"
     )
@@ -147,7 +138,7 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--pp", "--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="pipeline stages"
     )
     _add_dtype(parser)
-    _add_verify_hashes(parser)
+    add_verify_hashes(parser)
     quantize = parser.add_argument_group("4 bits (for QLoRA)")
     quantize.add_argument(
         "--quantize", choices=("nf4",), help="keep linears in 4 bits; --dtype is what runs compute in"
@@ -297,7 +288,7 @@ def _run_verify(args: argparse.Namespace) -> int:
 def run(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit code; users' errors are raised."""
     parser = argparse.ArgumentParser(
-        prog="convert", description="Converts weights between Hugging Face and Megatron layouts."
+        prog="megatron-vlm convert", description="Converts weights between Hugging Face and Megatron layouts."
     )
     add_parser(parser.add_subparsers(dest="command", required=True, metavar="hf2mg | mg2hf | merge | pth2hf | verify"))
     args = parser.parse_args(argv)

@@ -160,17 +160,19 @@ def _sources(config: Any, paths: Sequence[str]) -> Sequence[Any]:
 
 
 def _processor(model: str, config: Any) -> Any:
-    """Returns the processor of a model. Weights are needed only where a training folder has to say which checkpoint."""
+    """Returns the processor of a model, its files compared with the digests that were recorded of them.
+
+    A Hugging Face folder, of which none are recorded, needs no weights.
+    """
     from megatron_vlm.files import read_json
     from megatron_vlm.registry import family_of
 
-    for folder in (Path(model), Path(model, "hf")):
-        if os.path.isfile(folder / "config.json"):
-            return family_of(read_json(folder / "config.json")).open_processor(folder, config)
+    if os.path.isfile(Path(model, "config.json")):
+        return family_of(read_json(Path(model, "config.json"))).open_processor(Path(model), config)
     from megatron_vlm.conversion.source import open_source
 
-    source = open_source(model)
-    return source.spec.open_processor(source.hf_dir, config)
+    with open_source(model) as source:
+        return source.spec.open_processor(source.hf_dir, config)
 
 
 def _check_out(args: argparse.Namespace, config: Any) -> None:

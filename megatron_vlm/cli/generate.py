@@ -1,9 +1,12 @@
 """`megatron-vlm generate`: arguments -> GenerateConfig -> answers."""
 
 import argparse
+import functools
 from collections.abc import Sequence
 
+from megatron_vlm.cli.paths import PathArgument, add_verify_hashes
 from megatron_vlm.config import apply_overrides
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import setup_logging
 
 USAGE = """Answers of a model: to --prompt (with --image) on standard output, or to every record of --input as JSON lines.
@@ -14,22 +17,19 @@ def run(argv: Sequence[str]) -> int:
     """Answers and returns the exit code."""
     parser = argparse.ArgumentParser(prog="megatron-vlm generate", description=USAGE)
     add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="Hugging Face model, Megatron weights, a checkpoint or an adapter")
-    add("--base", metavar="DIR", help="the base of an adapter (default: where its files say)")
-    add(
-        "--no-verify-hashes",
-        dest="verify_hashes",
-        action="store_false",
-        help="trust the files: sizes alone are compared",
-    )
+    path = functools.partial(add, action=PathArgument)
+    path("--load", required=True, metavar="DIR",
+        help="Hugging Face model, Megatron weights, a checkpoint or an adapter")  # fmt: skip
+    path("--base", metavar="DIR", help="the base of an adapter (default: where its files say)")
+    add_verify_hashes(parser)
     add("--family", help="checked against what --load holds")
     add("--prompt", metavar="TEXT", help="a question; <image> marks an image's place, else images come first")
-    add("--image", nargs="+", default=[], metavar="FILE", help="images of --prompt, in order")
+    path("--image", nargs="+", default=[], metavar="FILE", help="images of --prompt, in order")
     add("--system", metavar="TEXT", help="a system turn before --prompt")
-    add("--input", nargs="+", default=[], metavar="FILE", help="records with the last answer to be given again")
+    path("--input", nargs="+", default=[], metavar="FILE", help="records with the last answer to be given again")
     add("--format", default="llava", help="format of --input, as of data build (default: llava)")
-    add("--image-root", default=".", metavar="DIR", help="folder that relative image paths of --input start from")
-    add("--out", metavar="FILE", help="where JSON lines go (default: standard output)")
+    path("--image-root", default=".", metavar="DIR", help="folder that relative image paths of --input start from")
+    path("--out", metavar="FILE", help="where JSON lines go (default: standard output)")
     add("--limit", type=int, metavar="N", help="answer the first N records of each input")
     add("--max-new-tokens", type=int, default=128, metavar="N")
     add("--temperature", type=float, default=0.0, metavar="X", help="0 (default): the likeliest token each time")
@@ -42,6 +42,10 @@ def run(argv: Sequence[str]) -> int:
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     add("data", nargs="*", metavar="data.key=value", help="how images are treated, as in the training config")
     args = parser.parse_args(argv)
+    if args.prompt is None and (args.image or args.system is not None):
+        given = "--image" if args.image else "--system"
+        what = "leave it out, as the records of --input name their own" if args.input else "add the question"
+        raise ConfigError(f"{given} goes with --prompt TEXT, which is not given: {what}")
     setup_logging()
     from megatron_vlm.training.generate import GenerateConfig, run_generate  # imports megatron-core: seconds
 
@@ -54,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
     config = GenerateConfig.from_dict(
         values
         | {
-            "prompt": prompt if args.prompt is not None or args.image else None,
+            "prompt": prompt if args.prompt is not None else None,
             "input": args.input,
             "device": args.device,
             "sampling": sampling,

@@ -1,4 +1,8 @@
-"""Paths on command lines that argparse reads: ``action=PathArgument`` expands ``~`` and environment variables."""
+"""Arguments that several commands of argparse share.
+
+PathArgument        ``action`` of a path: ``~`` and environment variables are expanded, an empty one is refused
+add_verify_hashes   ``--no-verify-hashes``, wherever files are compared with the digests that were recorded of them
+"""
 
 import argparse
 from typing import Any
@@ -16,3 +20,13 @@ class PathArgument(argparse.Action):
         else:
             expanded = expand_text(values, what)
         setattr(namespace, self.dest, expanded)
+
+
+def add_verify_hashes(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--no-verify-hashes``, which makes ``verify_hashes`` False."""
+    parser.add_argument(
+        "--no-verify-hashes",
+        dest="verify_hashes",
+        action="store_false",
+        help="trust the files that are read: compare their sizes alone with what was recorded, not their digests",
+    )

@@ -348,9 +348,12 @@ def _other_layout(source: WeightSource, layout: str | None) -> ExportSpec | None
     if layout is None or layout == getattr(source.config, "layout", None):
         return None  # the original's
     offered = source.spec.exports
+    if not offered:
+        raise ConfigError(f"--as {layout}: family {source.spec.name} has one layout alone: leave --as out")
     if layout not in offered:
-        known = f"offers {', '.join(offered)}" if offered else "has no other layout than its own"
-        raise ConfigError(f"--as {layout}{nearest(layout, offered)}: family {source.spec.name} {known}")
+        raise ConfigError(
+            f"--as {layout}{nearest(layout, offered)}: family {source.spec.name} offers {', '.join(offered)}"
+        )
     return offered[layout]
 
 

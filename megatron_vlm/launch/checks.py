@@ -319,9 +319,12 @@ def _selected(gpus: list[Gpu], asked: str) -> list[Gpu] | None:
 def check_outputs(report: Report, folders: Mapping[str, Path]) -> None:
     """Tries to write where the run will: setting -> folder."""
     failures = len(report.failed)
+    settings: dict[Path, list[str]] = {}
     for setting, folder in folders.items():
+        settings.setdefault(folder, []).append(setting)
+    for folder, names in settings.items():  # one folder, one line
         try:
-            trial_write(folder, setting)
+            trial_write(folder, ", ".join(names))
         except ConfigError as error:
             report.fail(
                 "output", str(error), "name a folder that can be written: --output_dir, --shard_cache, --logging_dir"

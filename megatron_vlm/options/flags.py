@@ -194,7 +194,7 @@ def _text(value: Any) -> str:
 def _some(flag: str, values: list[str]) -> list[str]:
     if not values:
         raise ConfigError(f"--{flag} needs at least one value")
-    return values
+    return _filled(f"--{flag}", values)
 
 
 def _wrap(flags: Iterable[str]) -> list[str]:
@@ -233,4 +233,11 @@ def _is_number(text: str) -> bool:
 def _one(word: str, values: list[str]) -> str:
     if len(values) != 1:
         raise ConfigError(f"{word.split('=')[0]} needs one value, got {' '.join(values) or 'none'}")
-    return values[0]
+    return _filled(word, values)[0]
+
+
+def _filled(word: str, values: list[str]) -> list[str]:
+    """The values, none of them empty, as a variable of a shell that was never set leaves them."""
+    if "" in values:
+        raise ConfigError(f"{word.split('=')[0]} is given an empty value: name one, or leave it out")
+    return values

@@ -24,7 +24,7 @@ from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.shards.writer import load_record
 from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.files import writing
+from megatron_vlm.files import check_output, writing
 from megatron_vlm.log import setup_logging
 from megatron_vlm.models.generation import SamplingConfig
 from megatron_vlm.models.vlm import ModelOptions
@@ -76,7 +76,8 @@ class GenerateConfig(Config):
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (not self.input):
-            raise ConfigError("give one of --prompt (with --image) and --input")
+            given = "--prompt and --input are both given" if self.input else "nothing is asked"
+            raise ConfigError(f"{given}: give one of --prompt (with --image) and --input")
         if self.out is not None and not self.input:
             raise ConfigError("--out goes with --input: the answer to --prompt is printed")
         if self.limit is not None and self.limit < 1:
@@ -112,6 +113,8 @@ def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
         _check_out(config)
         verify = config.verify_hashes and os.environ.get("LOCAL_RANK", "0") == "0"  # of small files: once a machine
         source = open_source(config.load, config.family, config.base, verify_hashes=verify)
+        if config.out is not None:
+            check_output(config.out, source.folders(), "--out")
     with source:
         with together(device):
             if config.verify_hashes:
@@ -155,8 +158,11 @@ def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
 
 
 def _check_out(config: GenerateConfig) -> None:
-    """Refuses answers in place of what is asked: opening the output would empty the input before it is read."""
-    if config.out is None or not config.out.exists():
+    """Refuses answers in place of what is asked, or in a model: opening the output would empty what is read after it."""
+    if config.out is None:
+        return
+    check_output(config.out, [folder for folder in (config.load, config.base) if folder is not None], "--out")
+    if not config.out.exists():
         return
     read = [
         *config.input,

@@ -44,6 +44,32 @@ def test_adapters_on_an_assembled_base(llava, tmp_path):
         run(["pth2hf", str(trained), str(tmp_path / "none")])
 
 
+def test_usage_names_the_command_that_others_name(capsys):
+    """Called as `toolkits/convert` as well: the two are one."""
+    for argv in (["hf2mg"], ["mg2hf", "--no"], []):
+        with pytest.raises(SystemExit):
+            main(argv)
+        said = capsys.readouterr().err
+        assert said.startswith(f"usage: megatron-vlm convert {' '.join(argv[:1])}".rstrip()), said
+
+
+def test_empty_paths_are_refused_by_name(tmp_path):
+    """As the variable of a shell that was never set leaves them: they are not the folder that the command runs in."""
+    words = {
+        "hf2mg": ["--hf", "x", "--llm", "x", "--vision", "x", "--projector", "x", "--out", "x"],
+        "mg2hf": ["--load", "x", "--out", "x", "--base", "x"],
+        "merge": ["--base", "x", "--adapter", "x", "--out", "x"],
+        "verify": ["--hf", "x", "--load", "x"],
+        "pth2hf": ["x", "y", "--base", "x"],
+    }
+    for command, argv in words.items():
+        for place, word in enumerate(argv):
+            if not word.startswith("--"):
+                name = argv[place - 1] if argv[place - 1].startswith("--") else r"\[CONFIG\] CHECKPOINT OUT"
+                with pytest.raises(ConfigError, match=f"{name} '' is empty: name a path"):
+                    run([command, *argv[:place], "", *argv[place + 1 :]])
+
+
 def test_mistakes_are_named(llava, tmp_path):
     with pytest.raises(ConfigError, match=r"pth2hf takes \[CONFIG\] CHECKPOINT OUT, got 1 arguments"):
         run(["pth2hf", str(llava)])

@@ -253,6 +253,11 @@ def test_layouts_that_do_not_divide(twins, tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_family_of_one_layout_offers_no_other(twins, tmp_path):
+    with pytest.raises(ConfigError, match=r"^--as chat: family idefics2 has one layout alone: leave --as out$"):
+        mg2hf(twins("mistral"), tmp_path / "hf", layout="chat")
+
+
 def test_wrong_family(twins, tmp_path):
     with pytest.raises(ConversionError, match=r"family idefics2 .*'mistral'.*not idefics2_llama3"):
         open_source(twins("mistral"), "idefics2_llama3")

@@ -115,6 +115,21 @@ def test_every_command_finds_it(folders, tmp_path, kind, name):
     assert not any((tmp_path / "out" / name).exists() for name in ("hf", "mg", "merged"))
 
 
+def test_data_commands_find_it_in_the_processors_files(folders, tmp_path, capsys):
+    """They read tokenizer and image settings of the model, and no weights."""
+    shards = str(folders / "data" / "shards")
+    views = {"check": [], "stats": [], "preview": ["--out", str(tmp_path / "page.html")]}
+    for command, more in views.items():
+        words = ["data", command, shards, "--seq-length", "96", *more, "--model"]
+        assert main([*words, str(folders / "megatron")]) == 0
+        file, what = flipped(folders / "megatron", tmp_path / "bad", random.Random(11), "tokenizer.json")
+        capsys.readouterr()
+        (tmp_path / "page.html").unlink(missing_ok=True)
+        assert main([*words, str(tmp_path / "bad")]) == 1
+        assert f"{file} was changed: its sha256" in capsys.readouterr().err, (command, what)
+        assert not (tmp_path / "page.html").exists()
+
+
 def test_digests_can_be_left_out(folders, tmp_path):
     shutil.copytree(folders / "megatron", tmp_path / "bad")
     path = tmp_path / "bad" / "hf" / "tokenizer_config.json"

@@ -287,6 +287,11 @@ def test_preview_draws_tiles_apart(digits_dir, tmp_path):
         (["stats", "DIR", "--model", "MODEL", "--set", "data.sliding=1"], "unknown config key 'data.sliding'"),
         (["preview", "DIR", "--model", "MODEL", "--out", "/no/where.html"], "cannot be written"),
         (["preview", "DIR", "--model", "MODEL", "--out", "x.html", "--samples", "0"], "--samples must be at least 1"),
+        (["check", ""], "PATH '' is empty"),
+        (["stats", "DIR", "--model", ""], "--model '' is empty"),
+        (["build", "--format", "llava", "--input", "", "--out", "x"], "--input '' is empty: name a path"),
+        (["build", "--format", "llava", "--input", "x", "--out", ""], "--out '' is empty"),
+        (["build", "--format", "llava", "--input", "x", "--out", "x", "--image-root", ""], "--image-root '' is empty"),
     ],
 )
 def test_mistakes(digits_dir, idefics2_dir, tmp_path, capsys, words, message):

@@ -123,6 +123,10 @@ def test_outputs_that_cannot_be_written(launch, data, tmp_path):
         code, output, tmp_path, "FAILED   output", "/proc/tb cannot be written", f"{tmp_path / 'file'} is no"
     )
     assert not (tmp_path / "cache").exists()
+    # Checkpoints, reports and TensorBoard go to one folder: one fault, one line.
+    code, output = launch(f"--train_json {data} --max_steps 3 --output_dir {tmp_path / 'file'} --no-launch")
+    assert code == 1 and output.count("FAILED") == 1 and "1 of the checks failed" in output, output
+    assert f"logging.output_dir, checkpoint.save {tmp_path / 'file'}: {tmp_path / 'file'} is no folder" in output
 
 
 def test_no_gpu(launch, data, tmp_path, monkeypatch):

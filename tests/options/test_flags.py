@@ -115,6 +115,9 @@ def test_recipe_flags_without_effect_say_why():
         (["--lr", "1", "2"], "--lr needs one value"),
         (["--packing", "yes"], "--packing stands alone or says True or False, got 'yes'"),
         (["--data-path"], "--data-path needs at least one value"),
+        (["--save", ""], "--save is given an empty value: name one, or leave it out"),
+        (["--data-path", "a", ""], "--data-path is given an empty value"),
+        (["--deepspeed="], "--deepspeed is given an empty value"),
         (["lr"], "cannot read argument 'lr'"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_vlm.cli.main import main
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.testing import commands
 from megatron_vlm.testing.distributed import RankError, run_distributed
@@ -171,6 +172,32 @@ def test_answers_never_replace_what_is_asked_nor_end_in_a_traceback(twin, tmp_pa
         tmp_path / "nowhere" / "x.jsonl", str(asked)
     )
     assert "cannot write /dev/full: No space left on device" in run("/dev/full", str(asked))
+
+
+def test_mistakes_of_the_command_line_are_named(twin, tmp_path, capsys):
+    def said(*words):
+        assert main(["generate", "--load", str(twin), *map(str, words)]) == 1
+        return capsys.readouterr().err
+
+    assert "--image goes with --prompt TEXT, which is not given: add the question" in said("--image", "x.png")
+    assert "--system goes with --prompt TEXT, which is not given: leave it out" in said("--system", "a", "--input", "b")
+    for flag in ("--load", "--base", "--image", "--input", "--image-root", "--out"):
+        assert f"{flag} '' is empty" in said("--prompt", "a", flag, "")
+
+
+def test_no_answers_go_into_a_model(twin, tmp_path):
+    config = (twin / "config.json").read_bytes()
+    asked = tmp_path / "asked.json"
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    asked.write_text(json.dumps([{"conversations": turns}]))
+    inside = GenerateConfig(load=str(twin), input=(str(asked),), out=twin / "config.json", device="cpu")
+    new = inside.replace(out=twin / "new.jsonl")
+    other = inside.replace(load=str(tmp_path / "none"), base=str(twin))
+    for each in (inside, new, other):
+        with pytest.raises(RankError) as error:
+            run_distributed(run_generate, each, tp=1, timeout=60)
+        assert f"--out {each.out} lies in the folder {twin}" in str(error.value)
+    assert (twin / "config.json").read_bytes() == config and not (twin / "new.jsonl").exists()
 
 
 def test_prompts_that_cannot_be(twin, picture):

@@ -35,14 +35,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSpec:
-    """Another HF layout than a family's own, for ``mg2hf --as``.
+    """Another HF naming than a family's own, for ``mg2hf --as``.
 
     Attributes:
-        mapping: ``mapping(config) -> conversion.mapping.Mapping``: the family's full tensors under that layout's HF names;
+        mapping: ``mapping(config) -> conversion.mapping.Mapping``: the family's full tensors under those HF names;
             ``folder/name`` goes to a folder beside the others.
         files: ``files(hf_dir, hf_config, directory)`` writes every non-weight file, config.json among them; ``hf_dir`` and
             ``hf_config`` are the family's own.
-        adapters: folder of the mapping's names -> folder that takes an adapter of what lies there; the layout's other folders
+        adapters: folder of the mapping's names -> folder that takes an adapter of what lies there; the naming's other folders
             are written whole beside them. None: one adapter for all.
     """
 
@@ -107,7 +107,7 @@ class FamilySpec:
             it; ``files`` holds a copy of the model's non-weight files. None: not offered.
         reference: ``reference(config)`` runs HF's model beside ours for ``convert verify``; None, or where it returns None: HF
             has no such model.
-        exports: other HF layouts that the family's weights can be written in, by name.
+        exports: other HF namings that the family's weights can be written in, by name.
         drop_path: the family's tower takes ``ModelOptions.drop_path_rate``.
         adapters: what the flags of adapters mean.
         recipes: ``recipes(hf_config) -> RecipeSpec``, by the variant that the config is of.

@@ -79,7 +79,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--as",
-        dest="layout",
+        dest="naming",
         metavar="LAYOUT",
         help="another of the family's Hugging Face layouts (default: the one the model came in)",
     )
@@ -237,7 +237,7 @@ def _run_mg2hf(args: argparse.Namespace) -> int:
         family=args.family,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
-        layout=args.layout,
+        naming=args.naming,
         adapter_only=args.adapter_only,
         merge=args.merge,
         base=args.base,
@@ -249,7 +249,7 @@ def _run_mg2hf(args: argparse.Namespace) -> int:
 def _run_merge(args: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import merge
 
-    settings = {name: getattr(args, name) for name in ("dtype", "max_shard_size", "layout", "verify_hashes")}
+    settings = {name: getattr(args, name) for name in ("dtype", "max_shard_size", "naming", "verify_hashes")}
     merge(args.base, args.adapter, args.out, **settings)
     return 0
 
@@ -271,11 +271,11 @@ def _run_pth2hf(args: argparse.Namespace) -> int:
             "takes a checkpoint of megatron-vlm"
         )
     with open_source(load, verify_hashes=args.verify_hashes) as source:
-        adapted, layout = source.kind == "adapted", "xtuner" if "xtuner" in source.spec.exports else None
+        adapted, naming = source.kind == "adapted", "xtuner" if "xtuner" in source.spec.exports else None
     if args.base is not None and not adapted:
         raise ConfigError(f"--base {args.base}: {load} is a whole model, which has no base: leave it out")
     settings = {name: getattr(args, name) for name in ("dtype", "base", "verify_hashes")}
-    mg2hf(load, out, layout=layout, adapter_only=adapted, **settings)
+    mg2hf(load, out, naming=naming, adapter_only=adapted, **settings)
     return 0
 
 

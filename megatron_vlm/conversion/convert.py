@@ -211,7 +211,7 @@ def mg2hf(
     family: str | None = None,
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
-    layout: str | None = None,
+    naming: str | None = None,
     adapter_only: bool = False,
     merge: bool = False,
     base: str | os.PathLike | None = None,
@@ -220,7 +220,7 @@ def mg2hf(
     """Converts Megatron weights, a training checkpoint or an HF directory to an HF directory (see ``export_hf``).
 
     Args:
-        load, out, family, dtype, max_shard_size, layout: see there.
+        load, out, family, dtype, max_shard_size, naming: see there.
         adapter_only: write what LoRA trained, for PEFT (see ``export_adapter``).
         merge: write it merged into its base.
         base: where the base is (``merge``), or the HF model that is named as the base (``adapter_only``).
@@ -239,13 +239,13 @@ def mg2hf(
         if adapter_only:
             from megatron_vlm.peft.export import export_adapter
 
-            export_adapter(source, out, base=base, layout=layout, dtype=params_dtype(dtype))
+            export_adapter(source, out, base=base, naming=naming, dtype=params_dtype(dtype))
             return
         if source.kind == "adapted" and not merge:
             raise ConfigError(
                 f"{load} holds an adapter: --merge writes it merged into its base, --adapter-only as it is"
             )
-        export_hf(source, out, dtype=params_dtype(dtype), max_shard_size=max_shard_size, layout=layout)
+        export_hf(source, out, dtype=params_dtype(dtype), max_shard_size=max_shard_size, naming=naming)
 
 
 def _open_for(
@@ -271,11 +271,11 @@ def merge(
     *,
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
-    layout: str | None = None,
+    naming: str | None = None,
     verify_hashes: bool = True,
 ) -> None:
     """Merges an adapter (PEFT's folder, XTuner's folders or a checkpoint) into a model, and writes that (see ``export_hf``)."""
-    settings = dict[str, Any](dtype=dtype, max_shard_size=max_shard_size, layout=layout, verify_hashes=verify_hashes)
+    settings = dict[str, Any](dtype=dtype, max_shard_size=max_shard_size, naming=naming, verify_hashes=verify_hashes)
     mg2hf(adapter, out, merge=True, base=base, **settings)
 
 
@@ -285,7 +285,7 @@ def export_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
-    layout: str | None = None,
+    naming: str | None = None,
 ) -> None:
     """Writes a source as an HF directory: sharded safetensors with index, and every other file of the original.
 
@@ -294,14 +294,14 @@ def export_hf(
         out: absent or an empty directory.
         dtype: of the written floating point tensors; None: each keeps its own.
         max_shard_size: as of transformers' ``save_pretrained``.
-        layout: another of the family's HF layouts (``FamilySpec.exports``); None: the original's.
+        naming: another of the family's HF namings (``FamilySpec.exports``); None: the original's.
 
     Raises:
-        ConfigError: the family has no such layout.
+        ConfigError: the family has no such naming.
     """
     source.require_full("writing an HF model")
     check_output(out, source.folders(), "--out", ConversionError)
-    other = _other_layout(source, layout)
+    other = _other_naming(source, naming)
     entries = (source.mapping if other is None else other.mapping(source.config)).by_name()
     order = aligned_order({name: info.cast(dtype) for name, info in source.infos.items()})
     copies = {source.mapping.hf_tied[name]: name for name in source.stored_ties} if other is None else {}
@@ -344,17 +344,17 @@ def _end_answers(source: WeightSource, directory: Path) -> None:
     add_stops(directory, ends)
 
 
-def _other_layout(source: WeightSource, layout: str | None) -> ExportSpec | None:
-    if layout is None or layout == getattr(source.config, "layout", None):
+def _other_naming(source: WeightSource, naming: str | None) -> ExportSpec | None:
+    if naming is None or naming == getattr(source.config, "layout", None):
         return None  # the original's
     offered = source.spec.exports
     if not offered:
-        raise ConfigError(f"--as {layout}: family {source.spec.name} has one layout alone: leave --as out")
-    if layout not in offered:
+        raise ConfigError(f"--as {naming}: family {source.spec.name} has one layout alone: leave --as out")
+    if naming not in offered:
         raise ConfigError(
-            f"--as {layout}{nearest(layout, offered)}: family {source.spec.name} offers {', '.join(offered)}"
+            f"--as {naming}{nearest(naming, offered)}: family {source.spec.name} offers {', '.join(offered)}"
         )
-    return offered[layout]
+    return offered[naming]
 
 
 def _write_parts(

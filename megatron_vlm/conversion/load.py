@@ -72,8 +72,8 @@ def load_into(
     """
     from megatron_vlm.models.vlm import global_named_parameters
 
-    layouts = {
-        entry.name: entry.layout for entry in source.spec.mapping(source.config, tp=tp, vocab_multiple=vocab_multiple)
+    splits = {
+        entry.name: entry.split for entry in source.spec.mapping(source.config, tp=tp, vocab_multiple=vocab_multiple)
     }
     wanted = None if names is None else set(names)
     jobs: dict[str, list[nn.Parameter]] = {}
@@ -84,10 +84,10 @@ def load_into(
                 name = _EMBEDDING
             if wanted is not None and name not in wanted:
                 continue
-            if name not in layouts:
+            if name not in splits:
                 problems.append(f"{name}: in the model, not in the weights")
                 continue
-            expected = tuple(layouts[name].shard(source.infos[name].meta(), tp, tp_rank).shape)
+            expected = tuple(splits[name].shard(source.infos[name].meta(), tp, tp_rank).shape)
             if expected != tuple(parameter.shape):
                 problems.append(f"{name}: the model has {list(parameter.shape)}, the weights give {list(expected)}")
             jobs.setdefault(name, []).append(parameter)
@@ -96,6 +96,6 @@ def load_into(
         raise ConversionError(f"the weights of {source.hf_dir} do not fit the model:\n  " + "\n  ".join(problems))
     with torch.no_grad():
         for name, parameters in jobs.items():
-            shard = source.read_shard(name, layouts[name], tp, tp_rank)
+            shard = source.read_shard(name, splits[name], tp, tp_rank)
             for parameter in parameters:
                 parameter.copy_(shard)

@@ -152,14 +152,14 @@ def write_megatron(
 
     mapping = source.spec.mapping(source.config, tp=tp, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
     entries = mapping.by_name()
-    layouts = {entry.name: entry.layout for entry in mapping}
-    stages = Stages(layouts, pp)
+    splits = {entry.name: entry.split for entry in mapping}
+    stages = Stages(splits, pp)
     nf4 = Nf4Writer(source, mapping, stages, quantize, dtype)
-    order = aligned_order({name: source.infos[name].cast(dtype) for name in layouts if name not in nf4.names})
+    order = aligned_order({name: source.infos[name].cast(dtype) for name in splits if name not in nf4.names})
     plans: dict[str, dict[str, TensorInfo]] = {rank_file(t, p): {} for p in range(pp) for t in range(tp)}
     for name, info in order.items():
         try:
-            shard = TensorInfo.of(layouts[name].shard(info.meta(), tp, 0))
+            shard = TensorInfo.of(splits[name].shard(info.meta(), tp, 0))
         except ConversionError as error:
             raise ConversionError(f"{name}: {error}") from error
         for t in range(tp):
@@ -191,7 +191,7 @@ def write_megatron(
             pipeline_model_parallel_size=pp,
             num_layers=stages.num_layers,
             vocab_size=mapping.vocab_size,
-            padded_vocab_size=max(layout.padded(mapping.vocab_size, tp) for layout in layouts.values()),
+            padded_vocab_size=max(split.padded(mapping.vocab_size, tp) for split in splits.values()),
             make_vocab_size_divisible_by=vocab_multiple,
             extra_vocab_size=vocab_extra,
             stored_ties=tuple(source.stored_ties),

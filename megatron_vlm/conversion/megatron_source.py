@@ -16,7 +16,7 @@ from megatron_vlm.files import read_json
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.weights.config_sizes import check_sizes
 from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
-from megatron_vlm.weights.mapping import Entry, Layout, TensorInfo
+from megatron_vlm.weights.mapping import Entry, Split, TensorInfo
 from megatron_vlm.weights.model_folder import check_model_folder
 from megatron_vlm.weights.nf4 import Nf4Tensor
 from megatron_vlm.weights.safetensors_io import SafetensorsFile
@@ -43,8 +43,8 @@ class MegatronSource(WeightSource):
         )
         self.stored_ties, self.source_files = self.manifest.stored_ties, self.manifest.source_files
         self.tp, self.pp = self.manifest.tensor_model_parallel_size, self.manifest.pipeline_model_parallel_size
-        self._layouts = {
-            entry.name: entry.layout
+        self._splits = {
+            entry.name: entry.split
             for entry in self.spec.mapping(
                 self.config,
                 tp=self.tp,
@@ -52,7 +52,7 @@ class MegatronSource(WeightSource):
                 vocab_extra=self.manifest.extra_vocab_size,
             )
         }
-        self._stages = Stages(self._layouts, self.pp)
+        self._stages = Stages(self._splits, self.pp)
         self._files: dict[tuple[int, int], SafetensorsFile] = {}
         self._nf4: Nf4Reader | None = None
         self.quantization = self.manifest.quantization
@@ -73,7 +73,7 @@ class MegatronSource(WeightSource):
     def read(self, name: str) -> Tensor:
         self._require_full(name)
         try:
-            return self._layouts[name].merge(self._read_all(name), self.mapping.vocab_size)
+            return self._splits[name].merge(self._read_all(name), self.mapping.vocab_size)
         except ConversionError as error:
             raise ConversionError(f"{self.directory}: {name}: {error}") from error
 
@@ -81,20 +81,20 @@ class MegatronSource(WeightSource):
         if not entry.cut_by_rows:  # of one rank's map, in which everything is cut that can be
             return super().read_hf_pieces(entry)
         self._require_full(entry.name)
-        layout = self._layouts[entry.name]
-        if layout.dim is None:
+        split = self._splits[entry.name]
+        if split.dim is None:
             return super().read_hf_pieces(entry)
-        blocks = zip(*(shard.chunk(layout.stride) for shard in self._read_all(entry.name)), strict=True)
-        if not layout.vocab_multiple:
+        blocks = zip(*(shard.chunk(split.stride) for shard in self._read_all(entry.name)), strict=True)
+        if not split.vocab_multiple:
             return [list(pieces) for pieces in blocks]
         rows = self.mapping.vocab_size
         return [[p[: rows - i * len(p)] for i, p in enumerate(pieces) if i * len(p) < rows] for pieces in blocks]
 
-    def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
+    def read_shard(self, name: str, split: Split, tp: int, tp_rank: int) -> Tensor:
         self._require_full(name)
-        if tp == self.tp and layout == self._layouts[name]:
+        if tp == self.tp and split == self._splits[name]:
             return self._files[tp_rank, self._stages.of(name)].read(name)
-        return super().read_shard(name, layout, tp, tp_rank)
+        return super().read_shard(name, split, tp, tp_rank)
 
     def read_nf4(self, entry: Entry) -> Iterator[Nf4Tensor]:
         if self._nf4 is None or entry.name not in self._in_nf4:
@@ -152,7 +152,7 @@ class MegatronSource(WeightSource):
 
     def _check_names(self) -> None:
         for (_, stage), file in self._files.items():
-            wanted = {name for name in self._layouts if self._stages.of(name) == stage} - self._in_nf4
+            wanted = {name for name in self._splits if self._stages.of(name) == stage} - self._in_nf4
             missing, extra = sorted(wanted - set(file.infos)), sorted(set(file.infos) - wanted)
             if missing or extra:
                 raise ConversionError(
@@ -162,7 +162,7 @@ class MegatronSource(WeightSource):
 
     def _full_infos(self) -> dict[str, TensorInfo]:
         infos = {}
-        for name, layout in self._layouts.items():
+        for name, split in self._splits.items():
             if self._nf4 is not None and name in self._in_nf4:
                 parts = [self._nf4.info(hf).meta() for hf in self.entries[name].hf]
                 infos[name] = TensorInfo.of(self.entries[name].to_full(parts))
@@ -171,13 +171,13 @@ class MegatronSource(WeightSource):
             shards = [self._files[rank, stage].infos[name] for rank in range(self.tp)]
             if len(set(shards)) > 1:
                 raise ConversionError(f"{self.directory}: shards of {name} differ in shape or dtype: {shards}")
-            if layout.dim is None:
+            if split.dim is None:
                 infos[name] = shards[0]
                 continue
             shape = list(shards[0].shape)
-            shape[layout.dim] *= self.tp
-            if layout.vocab_multiple:
-                padded = layout.padded(self.mapping.vocab_size, self.tp)
+            shape[split.dim] *= self.tp
+            if split.vocab_multiple:
+                padded = split.padded(self.mapping.vocab_size, self.tp)
                 if shape[0] != padded:
                     raise ConversionError(f"{self.directory}: {name} has {shape[0]} rows, {MANIFEST} says {padded}")
                 shape[0] = self.mapping.vocab_size

@@ -1,7 +1,7 @@
 """Where weights come from: an HF directory, Megatron weights or a training checkpoint, all read as full tensors.
 
 HF files ----Entry.to_full---+
-Megatron shards --merge------+--> WeightSource.read(full name) --Layout.shard--> parameter (load.py)
+Megatron shards --merge------+--> WeightSource.read(full name) --Split.shard--> parameter (load.py)
 RankFiles (checkpoint) ------+                                 --Entry.from_full--> HF export (convert.export_hf)
 """
 
@@ -26,7 +26,7 @@ from megatron_vlm.weights.checkpoint_dir import tracked_folder
 from megatron_vlm.weights.config_sizes import check_layers, check_sizes, described
 from megatron_vlm.weights.hf_io import CONFIG_NAME, HFTensors, list_names, resolve_directory
 from megatron_vlm.weights.iterations import TRACKER
-from megatron_vlm.weights.mapping import Entry, HFModel, Layout, Mapping, TensorInfo
+from megatron_vlm.weights.mapping import Entry, HFModel, Mapping, Split, TensorInfo
 from megatron_vlm.weights.model_folder import check_model_folder, hf_files
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class WeightSource(abc.ABC):
         hf_config: content of config.json.
         config: the family's model config.
         hf_dir: directory with every non-weight HF file.
-        mapping: the family's map (layouts as for one rank).
+        mapping: the family's map (splits as for one rank).
         infos: name -> dtype and shape of the full tensor, without vocabulary padding.
         stored_ties: HF names of tied copies that the original files store.
         source_files: sizes and digests of the HF directory that the weights were made from, where that was recorded.
@@ -76,16 +76,16 @@ class WeightSource(abc.ABC):
     def read(self, name: str) -> Tensor:
         """Reads one full tensor: fused as Megatron holds it, with the true vocabulary."""
 
-    def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
-        """Reads what one tensor parallel rank holds, vocabulary padded as ``layout`` says."""
-        return layout.shard(self.read(name), tp, tp_rank)
+    def read_shard(self, name: str, split: Split, tp: int, tp_rank: int) -> Tensor:
+        """Reads what one tensor parallel rank holds, vocabulary padded as ``split`` says."""
+        return split.shard(self.read(name), tp, tp_rank)
 
     def read_shards(self, entry: Entry, tp: int) -> list[list[Tensor]]:
-        """Reads every rank's shard, as ``entry.layout`` cuts it, in pieces along dim 0: nothing is copied without need."""
-        full, layout = self.read(entry.name), entry.layout
-        if layout.dim == 0:
-            return [layout.pieces(full, tp, rank) for rank in range(tp)]
-        return [[layout.shard(full, tp, rank)] for rank in range(tp)]
+        """Reads every rank's shard, as ``entry.split`` cuts it, in pieces along dim 0: nothing is copied without need."""
+        full, split = self.read(entry.name), entry.split
+        if split.dim == 0:
+            return [split.pieces(full, tp, rank) for rank in range(tp)]
+        return [[split.shard(full, tp, rank)] for rank in range(tp)]
 
     def read_hf_pieces(self, entry: Entry) -> list[list[Tensor]]:
         """Reads the entry's HF tensors, each in pieces along dim 0."""
@@ -188,7 +188,7 @@ class HFSource(WeightSource):
         return entry.to_full([self.tensors.read(self._file_name[hf]) for hf in entry.hf])
 
     def read_shards(self, entry: Entry, tp: int) -> list[list[Tensor]]:
-        if not entry.cut_by_rows or entry.layout.vocab_multiple:
+        if not entry.cut_by_rows or entry.split.vocab_multiple:
             return super().read_shards(entry, tp)
         parts = [self.read_hf(hf) for hf in entry.hf]
         return [[part.chunk(tp)[rank] for part in parts] for rank in range(tp)]
@@ -266,7 +266,7 @@ def check_entry(entry: Entry, infos: Sequence[TensorInfo], vocab_size: int) -> T
         raise ConversionError(f"shapes do not fit into {entry.name}: {shapes} ({error})") from error
     if back != list(infos):
         raise ConversionError(f"shapes do not fit the heads or parts of {entry.name}: {shapes}")
-    if entry.layout.vocab_multiple and full.shape[0] != vocab_size:
+    if entry.split.vocab_multiple and full.shape[0] != vocab_size:
         raise ConversionError(f"{shapes}: config.json says a vocabulary of {vocab_size} rows")
     return TensorInfo.of(full)
 

@@ -17,7 +17,7 @@ from megatron_vlm.files import read_json
 from megatron_vlm.weights.checkpoint_dir import STATE, checkpoint_record
 from megatron_vlm.weights.config_sizes import check_sizes
 from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
-from megatron_vlm.weights.mapping import Layout
+from megatron_vlm.weights.mapping import Split
 from megatron_vlm.weights.model_folder import check_model_folder
 from megatron_vlm.weights.rank_files import Kind, RankFiles
 
@@ -85,8 +85,8 @@ class TrainingSource(WeightSource):
     def read(self, name: str) -> Tensor:
         return self._tensors.read(name, self._kinds.get(name, "model"))
 
-    def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
-        return self._tensors.read_shard(name, layout, tp, tp_rank, self._kinds.get(name, "model"))
+    def read_shard(self, name: str, split: Split, tp: int, tp_rank: int) -> Tensor:
+        return self._tensors.read_shard(name, split, tp, tp_rank, self._kinds.get(name, "model"))
 
     def use_main_parameters(self) -> None:
         for name in self.infos:

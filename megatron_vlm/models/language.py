@@ -143,7 +143,7 @@ class Decoder(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=spec,
-            vocab_size=options.vocab_layout.padded(text.vocab_size, topology.tp),
+            vocab_size=options.vocab_split.padded(text.vocab_size, topology.tp),
             max_sequence_length=text.max_position_embeddings,
             pre_process=pre,
             post_process=post,

@@ -32,7 +32,7 @@ from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.parallel.rng import unchanged_generators
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.registry import FamilySpec
-from megatron_vlm.weights.mapping import Layout, Mapping
+from megatron_vlm.weights.mapping import Mapping, Split
 
 GROUPS = {"vision": "vision_model.", "connector": "connector.", "llm": "language_model."}
 """Parameter groups, by which parts are frozen and given learning rates: group -> prefix of its names."""
@@ -75,9 +75,9 @@ class ModelOptions(Config):
         return DTYPES[self.params_dtype]
 
     @property
-    def vocab_layout(self) -> Layout:
+    def vocab_split(self) -> Split:
         """How embedding and head lie over tensor parallel ranks."""
-        return Layout(dim=0, vocab_multiple=self.make_vocab_size_divisible_by, vocab_extra=self.extra_vocab_size)
+        return Split(dim=0, vocab_multiple=self.make_vocab_size_divisible_by, vocab_extra=self.extra_vocab_size)
 
 
 class VisionLanguageModel(MegatronModule):
@@ -184,7 +184,7 @@ def build_model(spec: FamilySpec, config: Any, topology: Topology, options: Mode
     Raises:
         ConfigError: the model does not divide over the topology, with the legal sizes.
     """
-    vocab = options.vocab_layout
+    vocab = options.vocab_split
     if options.drop_path_rate and not spec.drop_path:
         raise ConfigError(f"drop_path_rate {options.drop_path_rate}: the tower of family {spec.name} has no drop path")
     mapping = spec.mapping(config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
@@ -197,7 +197,7 @@ def build_model(spec: FamilySpec, config: Any, topology: Topology, options: Mode
     return chunks
 
 
-def mark_sharding(chunk: nn.Module, mapping: Mapping, vocab: Layout) -> None:
+def mark_sharding(chunk: nn.Module, mapping: Mapping, vocab: Split) -> None:
     """Sets the marks by which megatron-core tells sharded from replicated parameters, from the family's weight map.
 
     megatron-core sets them only where it initialises weights itself, and ours are loaded. Without them the gradient norm would
@@ -205,10 +205,10 @@ def mark_sharding(chunk: nn.Module, mapping: Mapping, vocab: Layout) -> None:
     """
     entries = mapping.by_name()
     for name, parameter in global_named_parameters(chunk):
-        layout = entries[name].layout if name in entries else vocab  # only the copy of a tied weight has no entry
-        parameter.tensor_model_parallel = layout.dim is not None  # type: ignore[attr-defined]
-        parameter.partition_dim = -1 if layout.dim is None else layout.dim  # type: ignore[attr-defined]
-        parameter.partition_stride = layout.stride  # type: ignore[attr-defined]
+        split = entries[name].split if name in entries else vocab  # only the copy of a tied weight has no entry
+        parameter.tensor_model_parallel = split.dim is not None  # type: ignore[attr-defined]
+        parameter.partition_dim = -1 if split.dim is None else split.dim  # type: ignore[attr-defined]
+        parameter.partition_stride = split.stride  # type: ignore[attr-defined]
 
 
 def build_stage(

@@ -7,7 +7,7 @@ lora.py     PeftPlan -> the pairs in a model's stages, everything else frozen
 base.py     which base a checkpoint of adapters belongs to
 adapter.py, adapter_io.py, adapter_folders.py   an adapter in memory, in PEFT's files, in XTuner's folders
 merge.py    base and adapter as one weight source; adapters of checkpoints, folders and models saved with theirs inside
-export.py   writing adapters for PEFT, in any layout of the family
+export.py   writing adapters for PEFT, in any naming of the family
 
 Adapters are more entries of the family's weight map, derived from those of the linears they belong to; so sharding marks,
 checkpoints, tensor parallel cutting and export are those of every other weight.

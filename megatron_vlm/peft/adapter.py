@@ -2,7 +2,7 @@
 
     y = x (W + scaling B A)^T          A [r, inputs], B [outputs, r]; of a fused linear one pair, as PEFT has it
 
-``renamed`` takes an adapter from one HF layout of a family to another, exactly: both layouts hold the rows of the same full
+``renamed`` takes an adapter from one HF naming of a family to another, exactly: both hold the rows of the same full
 tensors, so that rows of B move as rows of W do. A linear that falls into parts gives each its A; parts that become one linear
 stack their ranks, each with its own rows of B.
 """
@@ -97,7 +97,7 @@ def hf_infos(mapping: Mapping, infos: Dict[str, TensorInfo]) -> dict[str, Tensor
 def renamed(
     adapter: Adapter, old: Mapping, new: Mapping, infos: Dict[str, TensorInfo], read: Callable[[str], Tensor]
 ) -> Adapter:
-    """The same adapter under the names of another layout of the model.
+    """The same adapter under the names of another naming of the model.
 
     Args:
         adapter: under the names of ``old``.

@@ -34,7 +34,7 @@ def open_adapter(directory: Path, source: WeightSource, verify_hashes: bool = Tr
         verify_hashes: compare its files with the digests that were written beside them, if any.
 
     Returns:
-        The adapter, and the layout that it names modules of (None: the model's own).
+        The adapter, and the naming of its modules (None: the model's own).
 
     Raises:
         ConversionError: no adapter, one that does not fit the base, or one that was trained on another.
@@ -55,7 +55,7 @@ def adapter_records(directory: Path, source: WeightSource) -> Iterator[Record]:
             yield from listed(directory / folder, ConversionError)
 
 
-def _layouts(source: WeightSource) -> Iterator[tuple[str | None, Mapping]]:
+def _namings(source: WeightSource) -> Iterator[tuple[str | None, Mapping]]:
     yield None, source.mapping
     for name, export in source.spec.exports.items():
         yield name, export.mapping(source.config)
@@ -64,8 +64,8 @@ def _layouts(source: WeightSource) -> Iterator[tuple[str | None, Mapping]]:
 def _read_folder(directory: Path, source: WeightSource) -> tuple[Adapter, str | None]:
     if not is_adapter(directory):
         raise ConversionError(f"{directory} holds no adapter: there is no {CONFIG}")
-    # The layout that knows all of its modules; of several the model's own.
-    names, mapping = min(_layouts(source), key=lambda layout: unknown_modules(directory, layout[1]))
+    # The naming that knows all of its modules; of several the model's own.
+    names, mapping = min(_namings(source), key=lambda naming: unknown_modules(directory, naming[1]))
     return read_adapter(directory, mapping, source.infos), names
 
 

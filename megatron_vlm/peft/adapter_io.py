@@ -51,7 +51,7 @@ def read_adapter(directory: Path, mapping: Mapping, infos: Dict[str, TensorInfo]
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors (or .bin).
-        mapping: of the layout that the adapter belongs to.
+        mapping: of the naming that the adapter belongs to.
         infos: of the base's full tensors.
         folder: of the mapping's HF names that the adapter's are in.
 
@@ -74,7 +74,7 @@ def read_adapter(directory: Path, mapping: Mapping, infos: Dict[str, TensorInfo]
 
 
 def unknown_modules(directory: Path, mapping: Mapping, folder: str = "") -> int:
-    """How many of an adapter's pairs lie on modules that ``mapping`` has not: 0 where it is of that layout."""
+    """How many of an adapter's pairs lie on modules that ``mapping`` has not: 0 where it is of that naming."""
     tensors, _ = _read_tensors(directory)
     names, reader = mapping.hf_names(), _Reader({}, mapping, {}, folder)
     return sum(1 for key in tensors if (m := _LORA.fullmatch(key)) and reader.hf_name(m[1] + WEIGHT) not in names)
@@ -245,8 +245,8 @@ def lora_settings(adapter: Adapter, mapping: Mapping, folder: str | None = None)
 
     Args:
         adapter: under the names of ``mapping``.
-        mapping: its layout.
-        folder: only modules in this folder of the layout, named without it; None: all, named with it.
+        mapping: its naming.
+        folder: only modules in this folder of the naming, named without it; None: all, named with it.
 
     Raises:
         ConversionError: tensors trained in full that are no whole modules, which PEFT cannot hold.

@@ -1,9 +1,9 @@
 """What trains, and the pairs A, B as entries of the weight map. Pure functions, no process group.
 
-    Mapping of a layout + PeftPlan --adapter_mapping--> Mapping with two more entries per target
+    Mapping of a naming + PeftPlan --adapter_mapping--> Mapping with two more entries per target
 
 A pair belongs to one HF linear, so a fused linear of ours has several: ``linear_qkv.lora.q_proj.{a,b}`` and so on. How A and B
-lie over tensor parallel ranks follows from the layout of the linear's weight [out, in]:
+lie over tensor parallel ranks follows from the split of the linear's weight [out, in]:
 
     cut along out (column parallel)   A whole, B cut like the rows of its HF tensor
     cut along in (row parallel)       A cut along in, B whole
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, Layout, Mapping, direct
+from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, Mapping, Split, direct
 
 _GROUPS = {"language_model": "llm", "vision_model": "vision", "connector": "connector"}
 
@@ -30,11 +30,11 @@ class Target:
     """One linear of the HF model that gets a pair.
 
     Attributes:
-        entry: of the weight [out, in] that holds it, in the layout of names that the plan was made for.
+        entry: of the weight [out, in] that holds it, in the naming that the plan was made for.
         index: its place in ``entry.hf``.
         hf_module: its name as PEFT sees it.
         part_rows: rows of each of ``entry.hf``.
-        full_rows: rows of the full tensor, which the head of another layout of names may have fewer of.
+        full_rows: rows of the full tensor, which the head of another naming may have fewer of.
         inputs: in.
         r, alpha, dropout: of the pair.
         scaling: what B A x is multiplied by.
@@ -80,7 +80,7 @@ class PeftPlan:
         targets: the pairs, in the order of the weight map.
         saved: entries of base weights that are trained in full (``modules_to_save``).
         biases: entry of a bias that trains -> HF names of its parts that do.
-        bias_entries: these entries, in the layout of names that the plan was made for.
+        bias_entries: these entries, in the naming that the plan was made for.
         init: how A starts.
     """
 
@@ -100,7 +100,7 @@ class PeftPlan:
 def adapter_mapping(base: Mapping, plan: PeftPlan, tp: int = 1) -> Mapping:
     """Returns ``base`` (the family's map for ``tp`` ranks) with two entries per target behind its own."""
     entries = base.by_name()
-    pairs = [pair for target in plan.targets for pair in _pair(target, entries[target.entry.name].layout, tp)]
+    pairs = [pair for target in plan.targets for pair in _pair(target, entries[target.entry.name].split, tp)]
     return dataclasses.replace(base, entries=(*base.entries, *pairs))
 
 
@@ -128,36 +128,36 @@ class Rows:
     place: Tensor
 
 
-def local_rows(target: Target, layout: Layout, tp: int, rank: int) -> Rows:
-    """Which outputs of a rank belong to a target; ``layout`` is that of the linear's weight for ``tp`` ranks."""
-    if layout.vocab_multiple:  # one HF tensor, padded at its end
-        width = layout.padded(target.full_rows, tp) // tp
+def local_rows(target: Target, split: Split, tp: int, rank: int) -> Rows:
+    """Which outputs of a rank belong to a target; ``split`` is that of the linear's weight for ``tp`` ranks."""
+    if split.vocab_multiple:  # one HF tensor, padded at its end
+        width = split.padded(target.full_rows, tp) // tp
         return Rows(source=torch.arange(rank * width, (rank + 1) * width), place=torch.arange(width))
     fused = _fused(target)
-    local = layout.shard(fused, tp, rank) if layout.dim == 0 else fused
+    local = split.shard(fused, tp, rank) if split.dim == 0 else fused
     place = (local >= 0).nonzero()[:, 0]
     row_of = _order(fused).argsort()
     return Rows(source=row_of[local[place]], place=place)
 
 
-def shared_evenly(target: Target, layout: Layout, tp: int) -> bool:
+def shared_evenly(target: Target, split: Split, tp: int) -> bool:
     """Whether each rank's rows of a target are one of ``tp`` equal pieces. Not so with fewer kv heads than ranks."""
-    if layout.dim != 0 or layout.vocab_multiple or tp == 1:
+    if split.dim != 0 or split.vocab_multiple or tp == 1:
         return True
     rows = torch.arange(target.shape[0])
     return len(rows) % tp == 0 and all(
-        torch.equal(local_rows(target, layout, tp, rank).source, piece) for rank, piece in enumerate(rows.chunk(tp))
+        torch.equal(local_rows(target, split, tp, rank).source, piece) for rank, piece in enumerate(rows.chunk(tp))
     )
 
 
-def _pair(target: Target, layout: Layout, tp: int) -> list[Entry]:
+def _pair(target: Target, split: Split, tp: int) -> list[Entry]:
     hf = f"base_model.model.{target.hf_module}.lora_"
-    a = direct(f"{target.name}.a", f"{hf}A.weight", ROW if layout.dim == 1 else REPLICATED)
-    if layout.vocab_multiple:
-        b, added = direct(f"{target.name}.b", f"{hf}B.weight", layout), target.full_rows - target.shape[0]
+    a = direct(f"{target.name}.a", f"{hf}A.weight", ROW if split.dim == 1 else REPLICATED)
+    if split.vocab_multiple:
+        b, added = direct(f"{target.name}.b", f"{hf}B.weight", split), target.full_rows - target.shape[0]
         if not added:
             return [a, b]
-        # This layout's HF head lacks the rows that our vocabulary has more (the image token's).
+        # This naming's HF head lacks the rows that our vocabulary has more (the image token's).
         return [
             a,
             dataclasses.replace(
@@ -167,7 +167,7 @@ def _pair(target: Target, layout: Layout, tp: int) -> list[Entry]:
                 end_to_end=False,
             ),
         ]
-    cut = layout.dim == 0 and shared_evenly(target, layout, tp)
+    cut = split.dim == 0 and shared_evenly(target, split, tp)
     b = direct(f"{target.name}.b", f"{hf}B.weight", COLUMN if cut else REPLICATED)
     order = _order(_fused(target))
     if not torch.equal(order, torch.arange(len(order))):

@@ -30,8 +30,8 @@ class PeftConfig(Config):
             matches decides, and wins over the settings of a part.
         bias: biases that train: ``none``, ``all`` of the model, or those of adapted linears (``lora_only``).
         init: how A starts; B is zero. ``kaiming``: uniform within 1 / sqrt(inputs); ``gaussian``: N(0, 1 / r).
-        names: another HF layout of the family (as in ``convert mg2hf --as``) whose module names are meant, with one pair for
-            each linear of that layout; None: the model's own.
+        names: another HF naming of the family (as in ``convert mg2hf --as``) whose module names are meant, with one pair for
+            each linear of that naming; None: the model's own.
         adapter: folder of a PEFT adapter to go on from; its adapter_config.json says targets, ranks and scales.
         quantize: 4-bit format of the frozen linears of ``quantize_groups``; None: as loaded.
         double_quant: keep the scales of 4-bit blocks in 8 bits.

@@ -1,6 +1,6 @@
 """Writing adapters: ``convert mg2hf --adapter-only`` and, of XTuner's form, its folders.
 
-MergedSource --renamed (adapter.py)--> Adapter in the wanted layout --write_adapter--> OUT/adapter_config.json
+MergedSource --renamed (adapter.py)--> Adapter in the wanted naming --write_adapter--> OUT/adapter_config.json
                                                                                       OUT/adapter_model.safetensors
                                                                                       OUT/tokenizer and processor files
                                                       OUT/megatron_vlm_files.json, their digests
@@ -46,7 +46,7 @@ def export_adapter(
     out: str | os.PathLike,
     *,
     base: str | os.PathLike | None = None,
-    layout: str | None = None,
+    naming: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes the adapter of a source for PEFT, with tokenizer and processor files beside it.
@@ -54,21 +54,21 @@ def export_adapter(
     Args:
         source: a base with an adapter.
         out: absent or an empty directory.
-        base: HF model to be named as the base (directory or hub id), in the adapter's layout; None: the one it was trained on.
+        base: HF model to be named as the base (directory or hub id), in the adapter's naming; None: the one it was trained on.
             With fewer rows in its vocabulary, as before tokens were added, embedding and head are written along.
-        layout: one of the family's exports; None: the model's own.
+        naming: one of the family's exports; None: the model's own.
         dtype: of what is written; None: as trained.
 
     Raises:
-        ConfigError: nothing was adapted, or a layout that the family does not offer.
+        ConfigError: nothing was adapted, or a naming that the family does not offer.
         ConversionError: no base to name, or another model.
     """
     if not isinstance(source, MergedSource):
         raise ConfigError(f"--adapter-only: {source.hf_dir} holds a whole model, and no adapter")
     check_output(out, source.folders(), "--out", ConversionError)
-    names, mapping, export = _layout(source, layout)
+    names, mapping, export = _naming(source, naming)
     adapter = source.adapter
-    if names != source.layout:
+    if names != source.naming:
         adapter = renamed(adapter, source.named, mapping, source.base.infos, source.base.read)
     name = _base_name(source, names, base)
     parts = export.adapters if export is not None else None
@@ -101,15 +101,15 @@ def copy_beside(source: Path, directory: Path) -> None:
             shutil.copyfile(path, directory / path.name)
 
 
-def _layout(source: MergedSource, layout: str | None) -> tuple[str | None, Mapping, ExportSpec | None]:
-    """The name that the layout has among exports, its map and its ExportSpec; nothing of these for the model's own."""
+def _naming(source: MergedSource, naming: str | None) -> tuple[str | None, Mapping, ExportSpec | None]:
+    """The name that the naming has among exports, its map and its ExportSpec; nothing of these for the model's own."""
     offered = source.spec.exports
-    if layout is None or layout == getattr(source.config, "layout", None):
+    if naming is None or naming == getattr(source.config, "layout", None):
         return None, source.mapping, None
-    if layout not in offered:
+    if naming not in offered:
         known = f"offers {', '.join(offered)}" if offered else "has no other layout than its own"
-        raise ConfigError(f"--as {layout}{nearest(layout, offered)}: family {source.spec.name} {known}")
-    return layout, offered[layout].mapping(source.config), offered[layout]
+        raise ConfigError(f"--as {naming}{nearest(naming, offered)}: family {source.spec.name} {known}")
+    return naming, offered[naming].mapping(source.config), offered[naming]
 
 
 def _base_name(source: MergedSource, names: str | None, base: str | os.PathLike | None) -> str:
@@ -130,7 +130,7 @@ def _base_name(source: MergedSource, names: str | None, base: str | os.PathLike 
 
 
 def _with_added_rows(adapter: Adapter, source: MergedSource, mapping: Mapping, base: Path) -> Adapter:
-    """Checks the model that is to be named, in the layout of ``mapping``, and takes along rows that it lacks.
+    """Checks the model that is to be named, under the names of ``mapping``, and takes along rows that it lacks.
 
     Raises:
         ConversionError: it is another model.

@@ -38,7 +38,7 @@ from megatron_vlm.models.vlm import global_named_modules, global_named_parameter
 from megatron_vlm.parallel.rng import derive_seed
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.peft.adapter_map import PeftPlan, Target, local_rows, shared_evenly
-from megatron_vlm.weights.mapping import Entry, Layout
+from megatron_vlm.weights.mapping import Entry, Split
 from megatron_vlm.weights.mapping import Mapping as WeightMap
 
 NEVER_RUN = "vision_model.unused_"
@@ -148,20 +148,20 @@ def apply_lora(stages: Sequence[nn.Module], plan: PeftPlan, mapping: WeightMap, 
     """Adds the plan's pairs to this rank's stages and freezes everything that the plan does not train.
 
     To be called between ``load_stages`` and ``wrap_model``. A is drawn whole from a generator of its own, keyed by ``seed`` and
-    the HF name, and then cut: what a model starts from does not depend on the layout. B is zero.
+    the HF name, and then cut: what a model starts from does not depend on the split. B is zero.
 
     Args:
         stages: as built, weights loaded or not.
         plan: of ``make_plan``.
-        mapping: ``adapter_mapping`` for this layout.
-        topology: the layout.
+        mapping: ``adapter_mapping`` for this split.
+        topology: the split.
         seed: of the run.
     """
     by_linear: dict[str, list[Target]] = defaultdict(list)
     for target in plan.targets:
         by_linear[target.linear].append(target)
     entries = mapping.by_name()
-    vocab = next(entry.layout for entry in mapping if entry.layout.vocab_multiple)
+    vocab = next(entry.split for entry in mapping if entry.split.vocab_multiple)
     for stage in stages:
         for name, linear in list(global_named_modules(stage)):
             if name in by_linear:
@@ -171,7 +171,7 @@ def apply_lora(stages: Sequence[nn.Module], plan: PeftPlan, mapping: WeightMap, 
             if name in plan.names and not name.startswith(NEVER_RUN):
                 parameter.requires_grad_()
                 if name in plan.biases:
-                    _train_parts(parameter, plan.bias_entries[name], entries[name].layout, plan.biases[name], topology)
+                    _train_parts(parameter, plan.bias_entries[name], entries[name].split, plan.biases[name], topology)
         for linear in unwrapped(stage).modules():
             if isinstance(linear, ColumnParallelLinear) and not linear.skip_bias_add and _trains_bias_alone(linear):
                 linear.register_forward_hook(_let_gradient_into_bias)
@@ -186,7 +186,7 @@ def fill(stages: Sequence[nn.Module], mapping: WeightMap, topology: Topology, te
         for stage in stages:
             for name, parameter in global_named_parameters(stage):
                 if name in tensors:
-                    parameter.copy_(entries[name].layout.shard(tensors[name], topology.tp, topology.tp_rank))
+                    parameter.copy_(entries[name].split.shard(tensors[name], topology.tp, topology.tp_rank))
 
 
 def _add_pairs(
@@ -198,19 +198,19 @@ def _add_pairs(
             f"peft.target_modules: {targets[0].hf_module} is a {type(linear).__name__}, which takes no pair"
         )
     tp, rank, device = topology.tp, topology.tp_rank, linear.weight.device
-    layout = entries[targets[0].entry.name].layout
+    split = entries[targets[0].entry.name].split
     pairs, places = {}, []
     for target in targets:
-        rows = local_rows(target, layout, tp, rank)
-        whole = not shared_evenly(target, layout, tp)
-        inputs = target.inputs // tp if layout.dim == 1 else target.inputs
+        rows = local_rows(target, split, tp, rank)
+        whole = not shared_evenly(target, split, tp)
+        inputs = target.inputs // tp if split.dim == 1 else target.inputs
         outputs = target.shape[0] if whole else len(rows.place)
         pair = pairs[target.key] = Pair(target, inputs, outputs, device, rows.source if whole else None)
         places.append(rows.place)
         if device.type != "meta":
-            pair.a.data.copy_(entries[f"{target.name}.a"].layout.shard(draw(target, init, seed), tp, rank))
-    full = layout.padded(targets[0].full_rows, tp)
-    linear.lora = LowRank(linear, pairs, places, full // tp if layout.dim == 0 else full)
+            pair.a.data.copy_(entries[f"{target.name}.a"].split.shard(draw(target, init, seed), tp, rank))
+    full = split.padded(targets[0].full_rows, tp)
+    linear.lora = LowRank(linear, pairs, places, full // tp if split.dim == 0 else full)
     linear.register_forward_hook(_add_to_output)
 
 
@@ -227,14 +227,14 @@ def draw(target: Target, init: str, seed: int) -> Tensor:
     return (2 * torch.rand(shape, generator=generator) - 1) / target.inputs**0.5
 
 
-def _train_parts(bias: Tensor, entry: Entry, layout: Layout, parts: Sequence[str], topology: Topology) -> None:
+def _train_parts(bias: Tensor, entry: Entry, split: Split, parts: Sequence[str], topology: Topology) -> None:
     """Keeps those rows of a fused bias fixed whose HF bias is not among ``parts``."""
     if len(parts) == len(entry.hf):
         return
-    rows = bias.shape[0] * (topology.tp if layout.dim == 0 else 1)
+    rows = bias.shape[0] * (topology.tp if split.dim == 0 else 1)
     sizes = [len(part) for part in entry.from_full(torch.empty(rows, device="meta"))]
     full = entry.to_full([torch.full((size,), float(hf in parts)) for hf, size in zip(entry.hf, sizes)])
-    mask = layout.shard(full, topology.tp, topology.tp_rank).to(bias.device, bias.dtype)
+    mask = split.shard(full, topology.tp, topology.tp_rank).to(bias.device, bias.dtype)
     bias.register_hook(lambda gradient: gradient * mask)
 
 

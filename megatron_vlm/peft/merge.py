@@ -34,7 +34,7 @@ from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.select import make_plan, named_mapping
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
-from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, Layout, Mapping
+from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, Mapping, Split
 from megatron_vlm.weights.model_folder import copy_hf_files
 from megatron_vlm.weights.nf4 import Nf4Tensor
 from megatron_vlm.weights.rank_files import Kind, RankFiles
@@ -48,8 +48,8 @@ class MergedSource(WeightSource):
     Attributes:
         base: the weights beneath; closed with this source.
         adapter: under the names of ``named``.
-        named: the layout that the adapter is in.
-        layout: its name among the family's exports; None: the model's own.
+        named: the map whose names the adapter has.
+        naming: its name among the family's exports; None: the model's own.
         directory: where the adapter comes from.
         base_name: path or hub id of the base; None: there is none without the adapter.
 
@@ -62,17 +62,17 @@ class MergedSource(WeightSource):
         self,
         base: WeightSource,
         adapter: Adapter,
-        layout: str | None,
+        naming: str | None,
         directory: Path,
         base_name: str | os.PathLike | None,
         records: Sequence[Record] = (),
         main: Callable[[], Adapter] | None = None,
     ):
         super().__init__(base.hf_dir, base.hf_config, base.spec)
-        self.base, self.adapter, self.layout, self.directory = base, adapter, layout, directory
+        self.base, self.adapter, self.naming, self.directory = base, adapter, naming, directory
         self.base_name = None if base_name is None else absolute(base_name)
         self._records, self._main = records, main
-        self.named = named_mapping(base.spec, base.config, layout)
+        self.named = named_mapping(base.spec, base.config, naming)
         self.infos, self.stored_ties, self.quantization = base.infos, base.stored_ties, base.quantization
         self._touched = {entry.name: entry for entry in self.named if adapter.touches(entry)}
 
@@ -83,13 +83,13 @@ class MergedSource(WeightSource):
             return full
         parts = zip(entry.hf, entry.from_full(full.to(self.dtype(name))), strict=True)
         merged = entry.to_full([self.adapter.applied(hf, part) for hf, part in parts])
-        # The head of another layout may lack the rows of added tokens.
+        # The head under another naming may lack the rows of added tokens.
         return torch.cat([merged, full[len(merged) :]]) if len(merged) < len(full) else merged
 
-    def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int) -> Tensor:
+    def read_shard(self, name: str, split: Split, tp: int, tp_rank: int) -> Tensor:
         if name in self._touched:
-            return super().read_shard(name, layout, tp, tp_rank)
-        return self.base.read_shard(name, layout, tp, tp_rank)
+            return super().read_shard(name, split, tp, tp_rank)
+        return self.base.read_shard(name, split, tp, tp_rank)
 
     def read_shards(self, entry: Entry, tp: int) -> list[list[Tensor]]:
         return super().read_shards(entry, tp) if entry.name in self._touched else self.base.read_shards(entry, tp)
@@ -215,7 +215,7 @@ def trained_adapter(plan: PeftPlan, config: PeftConfig, named: Mapping, read: Ca
 
     Args:
         plan, config: of the run.
-        named: the layout that the plan goes by.
+        named: the map whose names the plan goes by.
         read: reads a full tensor by its global name.
     """
     entries, trained = named.by_name(), trained_mapping(named, plan).by_name()
@@ -257,7 +257,7 @@ def continued(
                 f"{source.directory} is a base with an adapter already, and peft.adapter {folder} is another: merge the first "
                 "into its base (convert merge), and load the result"
             )
-        base, adapter, names = source.base, source.adapter, source.layout
+        base, adapter, names = source.base, source.adapter, source.naming
     else:
         base = source
         adapter, names = open_adapter(folder, source, verify_hashes)

@@ -136,7 +136,7 @@ def named_mapping(spec: FamilySpec, model_config: Any, names: str | None) -> Map
 
 
 def _ends_with(module: str, name: str) -> bool:
-    """PEFT's rule for an entry of a list; folders of a layout count as parents."""
+    """PEFT's rule for an entry of a list; folders of a naming count as parents."""
     module = module.replace("/", ".")
     return module == name or module.endswith(f".{name}")
 

@@ -298,13 +298,13 @@ def merge_gradients(results: Sequence[dict], mapping: Mapping, vocab_size: int) 
         shards = [r["grads"][name] for r in sorted(first, key=lambda r: r["tp_rank"]) if name in r["grads"]]
         if not shards:
             continue
-        if entry.layout.dim is None:
+        if entry.split.dim is None:
             # The order of sums differs between ranks; more than rounding would be a missing reduction.
             spread = max(float((shard - shards[0]).norm()) for shard in shards)
             if spread > 1e-5 * float(shards[0].norm()) + 1e-7:
                 raise AssertionError(f"gradient of {name} differs between tensor parallel ranks by {spread}")
             shards = shards[:1]
-        full = entry.layout.merge(shards, vocab_size)
+        full = entry.split.merge(shards, vocab_size)
         hf_grads |= dict(zip(entry.hf, entry.from_full(full)))
     return loss, hf_grads
 

@@ -1,4 +1,4 @@
-"""Tiny random InternVL3 twins in both layouts, with tokenizer and processor."""
+"""Tiny random InternVL3 twins in both namings, with tokenizer and processor."""
 
 import json
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def tiny_config(tokenizer: Any, **options: Any):
 
 
 def write_tiny_internvl3(directory: str | Path, *, seed: int = 0, std: float = 0.15, **options: Any):
-    """Writes a checkpoint in transformers' layout (weights, config, tokenizer, processor) and returns the model."""
+    """Writes a checkpoint in transformers' naming (weights, config, tokenizer, processor) and returns the model."""
     from transformers import InternVLForConditionalGeneration
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 

@@ -168,7 +168,7 @@ def build_stages(
     config, plan = peft.config, peft.plan
     quantization = quantization_of(config, options.params_dtype)
     stages = load_stages(source, topology, options, quantize=quantization, keep=plan.saved)
-    vocab = options.vocab_layout
+    vocab = options.vocab_split
     base = source.spec.mapping(source.config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
     mapping = adapter_mapping(base, plan, topology.tp)
     apply_lora(stages, plan, mapping, topology, seed)

@@ -1,6 +1,6 @@
 """Weight mappings: how HF tensors become Megatron tensors, and back. Pure functions of tensors, no process group.
 
-    HF tensors <--Entry.to_full / from_full--> full Megatron tensor <--Layout.split / merge--> tp shards
+    HF tensors <--Entry.to_full / from_full--> full Megatron tensor <--Split.shards / merge--> tp shards
 
 A *full* tensor is the Megatron tensor as one tensor parallel rank would hold it (fused, group-major qkv; [gate; up]),
 without vocabulary padding. A family's mapping is one list of entries; export is the inverse of import by construction.
@@ -103,7 +103,7 @@ class HFModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Split:
     """How one full tensor lies over tensor parallel ranks.
 
     Attributes:
@@ -153,7 +153,7 @@ class Layout:
             pieces = [real, full.new_zeros(width - real.shape[0], *full.shape[1:])]
         return pieces
 
-    def split(self, full: Tensor, tp: int) -> list[Tensor]:
+    def shards(self, full: Tensor, tp: int) -> list[Tensor]:
         """Cuts a full tensor into ``tp`` shards (views where possible)."""
         return [self.shard(full, tp, rank) for rank in range(tp)]
 
@@ -180,10 +180,10 @@ class Layout:
         return full
 
 
-REPLICATED = Layout()
-COLUMN = Layout(dim=0)
-ROW = Layout(dim=1)
-GATED = Layout(dim=0, stride=2)
+REPLICATED = Split()
+COLUMN = Split(dim=0)
+ROW = Split(dim=1)
+GATED = Split(dim=0, stride=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ class Entry:
 
     name: str
     hf: tuple[str, ...]
-    layout: Layout
+    split: Split
     to_full: Callable[[Sequence[Tensor]], Tensor]
     from_full: Callable[[Tensor], list[Tensor]]
     end_to_end: bool = False
@@ -200,23 +200,23 @@ class Entry:
 
     @property
     def cut_by_rows(self) -> bool:
-        """Each HF tensor is one block of the layout, cut along its rows: shards are row ranges of the HF tensors."""
-        return self.end_to_end and self.layout.dim == 0 and self.layout.stride == len(self.hf)
+        """Each HF tensor is one block of the split, cut along its rows: shards are row ranges of the HF tensors."""
+        return self.end_to_end and self.split.dim == 0 and self.split.stride == len(self.hf)
 
 
-def direct(name: str, hf: str, layout: Layout = REPLICATED) -> Entry:
+def direct(name: str, hf: str, split: Split = REPLICATED) -> Entry:
     """The same tensor under another name."""
     return Entry(
         name=name,
         hf=(hf,),
-        layout=layout,
+        split=split,
         to_full=lambda tensors: tensors[0],
         from_full=lambda full: [full],
         end_to_end=True,
     )
 
 
-def qkv(name: str, hf: Sequence[str], *, num_heads: int, num_query_groups: int, layout: Layout = COLUMN) -> Entry:
+def qkv(name: str, hf: Sequence[str], *, num_heads: int, num_query_groups: int, split: Split = COLUMN) -> Entry:
     """Fuses q, k, v (weights [n * d, h] or biases [n * d]) group by group: [q_0 .. q_{g-1}, k, v] per query group.
 
     ``hf`` names three tensors, or one with the three end to end.
@@ -239,15 +239,15 @@ def qkv(name: str, hf: Sequence[str], *, num_heads: int, num_query_groups: int, 
         tensors = [part.reshape(-1, *full.shape[1:]) for part in parts]
         return tensors if len(hf) == 3 else [torch.cat(tensors)]
 
-    return Entry(name=name, hf=tuple(hf), layout=layout, to_full=to_full, from_full=from_full)
+    return Entry(name=name, hf=tuple(hf), split=split, to_full=to_full, from_full=from_full)
 
 
-def gated(name: str, hf: Sequence[str], layout: Layout = GATED) -> Entry:
+def gated(name: str, hf: Sequence[str], split: Split = GATED) -> Entry:
     """[gate; up] of a gated MLP."""
     return Entry(
         name=name,
         hf=tuple(hf),
-        layout=layout,
+        split=split,
         to_full=lambda tensors: torch.cat(list(tensors)),
         from_full=lambda full: list(full.chunk(len(hf))),
         end_to_end=True,
@@ -266,7 +266,7 @@ class Mapping:
         hf_aliases: ``rename(hf name found in a file) -> hf name of the entries`` for other spellings on disk.
         module_name: ``rename(hf name of an entry, or of its module) -> name in memory`` of the class that loads the files:
             transformers' where it has one, else the original's. Adapters name modules so.
-        vocab_size: true rows of the tensors whose layout pads the vocabulary.
+        vocab_size: true rows of the tensors whose split pads the vocabulary.
     """
 
     entries: tuple[Entry, ...]

@@ -47,21 +47,21 @@ class Lines:
         """The lines of one rank's shard of a 2-D weight.
 
         Args:
-            entry: with its layout for ``tp`` ranks.
+            entry: with its split for ``tp`` ranks.
             shapes: of its HF tensors.
             tp, tp_rank: the rank's place.
         """
-        layout, columns = entry.layout, shapes[0][1]
-        if layout.vocab_multiple or layout.dim not in (None, 0, 1) or (layout.dim == 1 and layout.stride != 1):
-            raise ValueError(f"{entry.name} is no linear that can be quantised: {layout}")
+        split, columns = entry.split, shapes[0][1]
+        if split.vocab_multiple or split.dim not in (None, 0, 1) or (split.dim == 1 and split.stride != 1):
+            raise ValueError(f"{entry.name} is no linear that can be quantised: {split}")
         bounds = torch.tensor([0, *(shape[0] for shape in shapes)]).cumsum(0)
         # The entry's own rule of fusing, applied to the numbers of the rows.
         rows = entry.to_full([torch.arange(int(a), int(b)) for a, b in itertools.pairwise(bounds)])
-        if layout.dim == 0:
-            rows = layout.shard(rows, tp, tp_rank)
+        if split.dim == 0:
+            rows = split.shard(rows, tp, tp_rank)
         tensor = torch.bucketize(rows, bounds[1:], right=True)
         start = (rows - bounds[tensor]) * columns
-        if layout.dim == 1 and tp > 1:
+        if split.dim == 1 and tp > 1:
             if columns % tp:
                 raise ConfigError(f"{entry.name}: {columns} columns do not divide by tensor parallel size {tp}")
             width = columns // tp

@@ -5,7 +5,7 @@
 A file holds ``model/NAME`` (the rank's tensor parallel shard of a weight) and flat fragments ``param/NAME``,
 ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` of the optimizer's state of such a shard. The header says where each piece
 belongs, so reading needs neither a process group nor the layout of the run that wrote it. A tensor is rebuilt by laying
-fragments end to end into tp shards, and these into the full tensor (conversion.mapping.Layout); padded vocabulary rows
+fragments end to end into tp shards, and these into the full tensor (mapping.Split); padded vocabulary rows
 are dropped on the way.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.errors import CheckpointError, ConversionError
-from megatron_vlm.weights.mapping import Layout
+from megatron_vlm.weights.mapping import Split
 from megatron_vlm.weights.safetensors_io import SafetensorsFile, SafetensorsWriter, TensorInfo, aligned_order
 
 Kind = Literal["model", "param", "exp_avg", "exp_avg_sq"]
@@ -39,7 +39,7 @@ class Piece:
         name: global name.
         shape: of the full tensor, without vocabulary padding.
         local_shape: of the tensor parallel shard.
-        layout: how shards make up the full tensor.
+        split: how shards make up the full tensor.
         start: place of the optimizer's fragments in the flat shard (0 where the rank holds all of it).
         step: updates that AdamW has made to the parameter; None where the rank has no state of it.
     """
@@ -47,7 +47,7 @@ class Piece:
     name: str
     shape: tuple[int, ...]
     local_shape: tuple[int, ...]
-    layout: Layout
+    split: Split
     start: int = 0
     step: float | None = None
 
@@ -57,7 +57,7 @@ class Piece:
         return torch.Size(self.local_shape).numel()
 
     def same_place(self, other: "Piece") -> bool:
-        return (self.shape, self.local_shape, self.layout) == (other.shape, other.local_shape, other.layout)
+        return (self.shape, self.local_shape, self.split) == (other.shape, other.local_shape, other.split)
 
 
 def rank_file_name(rank: int) -> str:
@@ -94,7 +94,7 @@ def write_rank_file(
     Raises:
         ConversionError: the disk refuses.
     """
-    header = {piece.name: dataclasses.asdict(piece) for piece in pieces}
+    header = {piece.name: _fields(piece) for piece in pieces}
     metadata = {
         "format": FORMAT,
         "place": json.dumps({"rank": rank, "world_size": world_size, "tp": tp, "tp_rank": tp_rank}),
@@ -173,18 +173,18 @@ class RankFiles:
         self._need(name, kind)
         piece = self._pieces[name]
         shards = [self._shard(name, kind, tp_rank) for tp_rank in self._tp_ranks(piece)]
-        return piece.layout.merge(shards, piece.shape[0] if piece.layout.vocab_multiple else None)
+        return piece.split.merge(shards, piece.shape[0] if piece.split.vocab_multiple else None)
 
-    def read_shard(self, name: str, layout: Layout, tp: int, tp_rank: int, kind: Kind = "model") -> Tensor:
-        """Reads what one tensor parallel rank of any run holds; touches only its own bytes where the layouts agree.
+    def read_shard(self, name: str, split: Split, tp: int, tp_rank: int, kind: Kind = "model") -> Tensor:
+        """Reads what one tensor parallel rank of any run holds; touches only its own bytes where the splits agree.
 
         Raises:
             CheckpointError: as ``read``.
         """
         self._need(name, kind)
-        if tp == self.tp and layout == self._pieces[name].layout:
-            return self._shard(name, kind, tp_rank if layout.dim is not None else 0)
-        return layout.shard(self.read(name, kind), tp, tp_rank)
+        if tp == self.tp and split == self._pieces[name].split:
+            return self._shard(name, kind, tp_rank if split.dim is not None else 0)
+        return split.shard(self.read(name, kind), tp, tp_rank)
 
     def close(self) -> None:
         for file in self._files:
@@ -243,7 +243,7 @@ class RankFiles:
             raise CheckpointError(f"{self.directory} does not hold every element once:\n  {listed}{more}")
 
     def _tp_ranks(self, piece: Piece) -> range:
-        return range(1 if piece.layout.dim is None else self.tp)
+        return range(1 if piece.split.dim is None else self.tp)
 
     def _need(self, name: str, kind: Kind) -> None:
         if not self.has(name, kind):
@@ -260,12 +260,12 @@ class RankFiles:
             raise CheckpointError(str(error)) from error
 
 
+def _fields(piece: Piece) -> dict[str, Any]:
+    """What the header says of a piece; in the file, its split has the name that it had when the format began."""
+    return {"layout" if key == "split" else key: value for key, value in dataclasses.asdict(piece).items()}
+
+
 def _piece(fields: dict[str, Any]) -> Piece:
-    return Piece(
-        **{
-            **fields,
-            "shape": tuple(fields["shape"]),
-            "local_shape": tuple(fields["local_shape"]),
-            "layout": Layout(**fields["layout"]),
-        }
-    )
+    shape, local_shape, split = tuple(fields["shape"]), tuple(fields["local_shape"]), Split(**fields["layout"])
+    others = {key: value for key, value in fields.items() if key != "layout"}
+    return Piece(**{**others, "shape": shape, "local_shape": local_shape, "split": split})

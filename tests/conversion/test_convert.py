@@ -188,8 +188,8 @@ def test_shards_are_read_directly_or_merged(twins, tmp_path):
         for tp, multiple in ((2, 8), (2, 1), (4, 8), (1, 8)):
             for entry in hf.spec.mapping(hf.config, tp=tp, vocab_multiple=multiple):
                 for rank in range(tp):
-                    shard = megatron.read_shard(entry.name, entry.layout, tp, rank)
-                    assert torch.equal(shard, hf.read_shard(entry.name, entry.layout, tp, rank)), entry.name
+                    shard = megatron.read_shard(entry.name, entry.split, tp, rank)
+                    assert torch.equal(shard, hf.read_shard(entry.name, entry.split, tp, rank)), entry.name
                 assert megatron.shape(entry.name) == hf.shape(entry.name) == tuple(hf.read(entry.name).shape)
 
 

@@ -45,14 +45,14 @@ def test_any_layout_loads_any_other(twins, tmp_path, tp, pp):
     parallel = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     ranks = run_distributed(loaded, twins / "tied", tmp_path / "mg", parallel, tp=tp, pp=pp)
     with open_source(twins / "tied") as source:
-        layouts = {e.name: e.layout for e in source.spec.mapping(source.config, tp=tp, vocab_multiple=8)}
+        splits = {e.name: e.split for e in source.spec.mapping(source.config, tp=tp, vocab_multiple=8)}
         seen = set()
         for rank, parameters in enumerate(ranks):
             for name, value in parameters.items():
                 full = EMBEDDING if name == "language_model.output_layer.weight" else name  # the last stage's tied copy
                 seen.add(name)
-                assert torch.equal(value, layouts[full].shard(source.read(full), tp, rank % tp)), name
-    assert seen == {*layouts, "language_model.output_layer.weight"}
+                assert torch.equal(value, splits[full].shard(source.read(full), tp, rank % tp)), name
+    assert seen == {*splits, "language_model.output_layer.weight"}
 
 
 def test_chosen_names_alone_are_loaded(twins):

@@ -39,7 +39,7 @@ def project(features, weights, gradient, epsilon):
     with torch.no_grad():
         for entry in projector_entries("", ("1", "3"), norm):
             full = entry.to_full([weights[name] for name in entry.hf])
-            parameters[entry.name].copy_(entry.layout.shard(full, size, topology.tp_rank))
+            parameters[entry.name].copy_(entry.split.shard(full, size, topology.tp_rank))
     features.requires_grad_()
     out = module(features)
     out.backward(gradient)

@@ -129,13 +129,13 @@ def test_parameters_are_cut_and_counted_as_the_mapping_says(tmp_path, tp, option
     sharded = 0
     for entry in mapping:
         full = entry.to_full([tensors[name] for name in entry.hf])
-        shards = entry.layout.split(full, tp)
+        shards = entry.split.shards(full, tp)
         for rank, marks in enumerate(ranks):
             parallel, dim, counted, shape = marks[entry.name]
             assert shape == tuple(shards[rank].shape), entry.name
-            assert (dim if parallel else None) == entry.layout.dim, entry.name
+            assert (dim if parallel else None) == entry.split.dim, entry.name
             assert counted == (parallel or rank == 0), entry.name
-        sharded += entry.layout.dim is not None
+        sharded += entry.split.dim is not None
     assert sharded >= 20
 
 

@@ -38,14 +38,14 @@ def checkpoint(folder: Path, base: Path, tp: int = 1, pp: int = 1, **settings: A
     for rank in range(tp * pp):
         pieces, tensors = [], {}
         for number, entry in enumerate(whole):
-            if number % pp != rank // tp or (entry.layout.dim is None and rank % tp):
+            if number % pp != rank // tp or (entry.split.dim is None and rank % tp):
                 continue
             shape = shapes.get(entry.name) or infos[entry.name].shape
             full = 0.1 * torch.randn(shape, generator=generator(0, entry.name))
             if entry.hf and entry.name not in shapes:
                 full = full + 0.5
-            shard = entry.layout.shard(full, tp, rank % tp).contiguous()
-            pieces.append(Piece(name=entry.name, shape=shape, local_shape=tuple(shard.shape), layout=entry.layout))
+            shard = entry.split.shard(full, tp, rank % tp).contiguous()
+            pieces.append(Piece(name=entry.name, shape=shape, local_shape=tuple(shard.shape), split=entry.split))
             tensors["model", entry.name] = shard
         place = dict(rank=rank, world_size=tp * pp, tp=tp, tp_rank=rank % tp)
         write_rank_file(folder, **place, pieces=pieces, tensors=tensors)  # type: ignore[arg-type]

@@ -103,9 +103,9 @@ def test_another_layout_in_peft(case, tmp_path):
     (tmp_path / "base").mkdir()
     write(tmp_path / "base")
     run = checkpoint(tmp_path / "run", tmp_path / "base", tp=2, **settings)
-    mg2hf(tmp_path / "base", tmp_path / "other", layout=layout)
-    mg2hf(run, tmp_path / "adapter", adapter_only=True, layout=layout, base=tmp_path / "other")
-    mg2hf(run, tmp_path / "merged", merge=True, layout=layout)
+    mg2hf(tmp_path / "base", tmp_path / "other", naming=layout)
+    mg2hf(run, tmp_path / "adapter", adapter_only=True, naming=layout, base=tmp_path / "other")
+    mg2hf(run, tmp_path / "merged", merge=True, naming=layout)
     load = getattr(transformers, name).from_pretrained
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -114,7 +114,7 @@ def test_another_layout_in_peft(case, tmp_path):
     with pytest.raises(
         ConversionError, match="names a base of its own layout: give the model in that layout with --base"
     ):
-        mg2hf(run, tmp_path / "no", adapter_only=True, layout=layout)
+        mg2hf(run, tmp_path / "no", adapter_only=True, naming=layout)
 
 
 def test_parts_become_one_linear(tmp_path):
@@ -124,8 +124,8 @@ def test_parts_become_one_linear(tmp_path):
     run = checkpoint(
         tmp_path / "run", tmp_path / "base", target_modules=r".*attention\.(q|k)_proj|.*linear_1", r=4, alpha=8.0
     )
-    mg2hf(run, tmp_path / "adapter", adapter_only=True, layout="chat", base=tmp_path / "chat")
-    mg2hf(run, tmp_path / "merged", merge=True, layout="chat")
+    mg2hf(run, tmp_path / "adapter", adapter_only=True, naming="chat", base=tmp_path / "chat")
+    mg2hf(run, tmp_path / "merged", merge=True, naming="chat")
     config, adapter = adapter_of(tmp_path / "adapter")
     name = "vision_model.encoder.layers.0.attn.qkv"
     assert adapter[f"{name}.lora_A.weight"].shape[0] == 8 and not adapter[f"{name}.lora_B.weight"][-48:].any()
@@ -137,7 +137,7 @@ def test_parts_become_one_linear(tmp_path):
     assert_same(load_file(tmp_path / "merged" / "model.safetensors"), expected)
     # The fused adapter comes in on the model of the other layout, too.
     with open_source(tmp_path / "adapter", base=tmp_path / "base") as fused, open_source(run) as split:
-        assert fused.layout == "chat" and split.layout is None
+        assert fused.naming == "chat" and split.naming is None
         assert_same({n: fused.read(n) for n in fused.names()}, {n: split.read(n) for n in split.names()})
 
 
@@ -157,9 +157,9 @@ def test_xtuner_folders(case, tmp_path):
     """llm_adapter/, visual_encoder_adapter/ and projector/, from either kind of names; read back they are the same model."""
     write_tiny_llava_internlm2(tmp_path / "base")
     run = checkpoint(tmp_path / "run", tmp_path / "base", r=4, alpha=2.0, **XTUNER[case])
-    mg2hf(tmp_path / "base", tmp_path / "parts", layout="xtuner")
-    mg2hf(run, tmp_path / "out", adapter_only=True, layout="xtuner", base=tmp_path / "parts")
-    mg2hf(run, tmp_path / "merged", merge=True, layout="xtuner")
+    mg2hf(tmp_path / "base", tmp_path / "parts", naming="xtuner")
+    mg2hf(run, tmp_path / "out", adapter_only=True, naming="xtuner", base=tmp_path / "parts")
+    mg2hf(run, tmp_path / "merged", merge=True, naming="xtuner")
     linears = {"": "model.layers.0.attention.wqkv", "visual_encoder": "vision_model.encoder.layers.0.mlp.fc1"}
     for folder, part in (("llm_adapter", ""), ("visual_encoder_adapter", "visual_encoder")):
         config, adapter = adapter_of(tmp_path / "out" / folder)
@@ -265,7 +265,7 @@ def test_flags_that_say_nothing(tmp_path):
     for options, message in (
         ({}, "holds an adapter: --merge writes"),
         ({"merge": True, "adapter_only": True}, "give one of them"),
-        ({"adapter_only": True, "layout": "lama"}, "did you mean|offers llama"),
+        ({"adapter_only": True, "naming": "lama"}, "did you mean|offers llama"),
     ):
         with pytest.raises(ConfigError, match=message):
             mg2hf(run, tmp_path / "out", **options)

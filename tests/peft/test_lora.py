@@ -113,7 +113,7 @@ def test_what_pairs_start_from(twin):
             name = f"{target.name}.a"
             if name in pairs:
                 seen.add(name)
-                assert torch.equal(pairs[name], mapping[name].layout.shard(draw(target, "kaiming", 0), 2, rank))
+                assert torch.equal(pairs[name], mapping[name].split.shard(draw(target, "kaiming", 0), 2, rank))
     assert seen == {f"{target.name}.a" for target in plan.targets}
     bounds = [float(draw(t, "kaiming", 0).abs().max()) * t.inputs**0.5 for t in plan.targets]
     assert max(bounds) <= 1 and min(bounds) > 0.9

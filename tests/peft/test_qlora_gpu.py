@@ -80,7 +80,7 @@ def test_shards_equal_the_whole_tensor_on_cuda():
         for tp in (1, 2, 4):
             for rank in range(tp):
                 codes, nf4 = shard(Lines.of(entry, shapes, tp, rank), tensors, backend, torch.bfloat16)
-                assert codes.is_cuda and torch.equal(nf4.values(codes), entry.layout.shard(full, tp, rank))
+                assert codes.is_cuda and torch.equal(nf4.values(codes), entry.split.shard(full, tp, rank))
 
 
 def build(directory: str, dtype: str, tensors: dict[str, torch.Tensor], **settings):

@@ -173,16 +173,16 @@ def test_pairs_lie_as_their_weights(twin, name, tp):
         parts[target.index] = b_hf @ a_hf
         fused = target.entry.to_full(parts)
         for rank in range(tp):
-            rows = local_rows(target, weight.layout, tp, rank)
-            whole = b.layout.dim is None
-            b_local = b.layout.shard(b.to_full([b_hf]), tp, rank)
+            rows = local_rows(target, weight.split, tp, rank)
+            whole = b.split.dim is None
+            b_local = b.split.shard(b.to_full([b_hf]), tp, rank)
             b_local = b_local[rows.source] if whole else b_local
-            a_local = a.layout.shard(a_hf, tp, rank)
-            expected = weight.layout.shard(fused, tp, rank)
+            a_local = a.split.shard(a_hf, tp, rank)
+            expected = weight.split.shard(fused, tp, rank)
             delta = torch.zeros_like(expected)
             delta[rows.place] = b_local @ a_local
             torch.testing.assert_close(delta, expected)
-        replicated += weight.layout.dim == 0 and b.layout.dim is None
+        replicated += weight.split.dim == 0 and b.split.dim is None
     # More ranks than kv heads: their shares of q, k and v differ.
     assert replicated == (3 * source.config.text.num_layers if name == "one_kv_head" else 0)
 

@@ -173,7 +173,7 @@ def leg(hf_dir: str, parallel: dict, options: dict, checkpoint: dict) -> dict[st
 
 def merge(snapshots: list[dict[str, Any]], mapping: Any) -> dict[tuple[str, str], torch.Tensor]:
     """(kind, name) -> full tensor, put together from all ranks' shares; "step" is a tensor of one number."""
-    layouts = {entry.name: entry.layout for entry in mapping}
+    splits = {entry.name: entry.split for entry in mapping}
     shards: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
     full: dict[tuple[str, str], torch.Tensor] = {}
     for snapshot in snapshots:
@@ -194,10 +194,10 @@ def merge(snapshots: list[dict[str, Any]], mapping: Any) -> dict[tuple[str, str]
                 known = full.setdefault(("step", name), torch.tensor(step))
                 assert known == step, f"steps of {name} differ between ranks"
     for (kind, name), by_rank in shards.items():
-        layout = layouts[name]
+        split = splits[name]
         parts = [by_rank[rank] for rank in sorted(by_rank)]
-        full[kind, name] = layout.merge(
-            parts[:1] if layout.dim is None else parts, mapping.vocab_size if layout.vocab_multiple else None
+        full[kind, name] = split.merge(
+            parts[:1] if split.dim is None else parts, mapping.vocab_size if split.vocab_multiple else None
         )
     for snapshot in snapshots:
         for weight in snapshot["tied"].values():

@@ -9,9 +9,9 @@ from megatron_vlm.weights.mapping import (
     GATED,
     REPLICATED,
     ROW,
-    Layout,
     Mapping,
     Prefixes,
+    Split,
     direct,
     gated,
     qkv,
@@ -22,23 +22,23 @@ SHAPES = [(48, 40), (16, 8), (8, 24), (2400, 8)]
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("layout", [REPLICATED, COLUMN, ROW, GATED], ids=["replicated", "column", "row", "gated"])
-def test_merge_inverts_split(layout, shape, tp):
+@pytest.mark.parametrize("split", [REPLICATED, COLUMN, ROW, GATED], ids=["replicated", "column", "row", "gated"])
+def test_merge_inverts_split(split, shape, tp):
     full = torch.arange(shape[0] * shape[1]).reshape(shape)
-    if layout.dim is not None and shape[layout.dim] % (tp * layout.stride):
+    if split.dim is not None and shape[split.dim] % (tp * split.stride):
         with pytest.raises(ConversionError, match="does not divide"):
-            layout.split(full, tp)
+            split.shards(full, tp)
         return
-    shards = layout.split(full, tp)
+    shards = split.shards(full, tp)
     assert len(shards) == tp
-    assert torch.equal(layout.merge(shards), full)
-    if layout.dim is not None:
-        assert all(shard.shape[layout.dim] == shape[layout.dim] // tp for shard in shards)
+    assert torch.equal(split.merge(shards), full)
+    if split.dim is not None:
+        assert all(shard.shape[split.dim] == shape[split.dim] // tp for shard in shards)
 
 
 def test_a_gated_shard_holds_the_same_rows_of_gate_and_up():
     full = torch.arange(16)[:, None]
-    assert [shard[:, 0].tolist() for shard in GATED.split(full, 2)] == [
+    assert [shard[:, 0].tolist() for shard in GATED.shards(full, 2)] == [
         [0, 1, 2, 3, 8, 9, 10, 11],
         [4, 5, 6, 7, 12, 13, 14, 15],
     ]
@@ -48,15 +48,15 @@ def test_a_gated_shard_holds_the_same_rows_of_gate_and_up():
 @pytest.mark.parametrize("rows", [1, 7, 32, 33, 401])
 @pytest.mark.parametrize("multiple, extra", [(1, 0), (8, 0), (128, 0), (8, 5), (1, 3)])
 def test_vocabulary_is_padded_with_zeros_and_comes_back(rows, tp, multiple, extra):
-    layout = Layout(dim=0, vocab_multiple=multiple, vocab_extra=extra)
+    split = Split(dim=0, vocab_multiple=multiple, vocab_extra=extra)
     full = torch.rand(rows, 3) + 1
-    shards = layout.split(full, tp)
+    shards = split.shards(full, tp)
     padded = torch.cat(shards)
     assert len({shard.shape for shard in shards}) == 1
-    assert len(padded) == layout.padded(rows, tp) and len(padded) % (multiple * tp) == 0
+    assert len(padded) == split.padded(rows, tp) and len(padded) % (multiple * tp) == 0
     assert rows + extra <= len(padded) < rows + extra + multiple * tp
     assert torch.equal(padded[:rows], full) and not padded[rows:].any()
-    assert torch.equal(layout.merge(shards, rows), full)
+    assert torch.equal(split.merge(shards, rows), full)
 
 
 def test_replicas_that_differ_are_refused():

@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes: codes, scales and values of whole tensors, and of shards in every layout. All of it bit for bit."""
+"""NF4 against bitsandbytes: codes, scales and values of whole tensors, and of shards in every split. All of it bit for bit."""
 
 import builtins
 
@@ -10,7 +10,7 @@ from megatron_vlm import registry
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
 from megatron_vlm.peft.select import quantised_names
-from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, Layout, TensorInfo, direct, gated, qkv
+from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, Split, TensorInfo, direct, gated, qkv
 from megatron_vlm.weights.nf4 import Nf4Tensor, TorchBackend, dequantise, dynamic_map, get_backend, quantise
 from megatron_vlm.weights.nf4_shard import Lines, shard
 
@@ -95,7 +95,7 @@ def test_shards_equal_the_whole_tensor(name):
             for rank in range(tp):
                 lines = Lines.of(entry, shapes, tp, rank)
                 codes, nf4 = shard(lines, iter(tensors), backend, torch.bfloat16)
-                expected = entry.layout.shard(full, tp, rank)
+                expected = entry.split.shard(full, tp, rank)
                 assert torch.equal(nf4.values(codes), expected), (double, tp, rank)
                 if "odd" not in name and "wide" not in name:
                     assert codes.numel() * 2 == expected.numel()
@@ -150,7 +150,7 @@ def test_backends_say_which_and_refuse_clearly(monkeypatch, caplog):
 
 
 def test_what_is_no_linear_is_refused():
-    vocab = Layout(dim=0, vocab_multiple=8)
+    vocab = Split(dim=0, vocab_multiple=8)
     with pytest.raises(ValueError, match="no linear"):
         Lines.of(direct("head", "head", vocab), [(64, 64)], 1, 0)
     with pytest.raises(ConfigError, match="100 columns do not divide by tensor parallel size 3"):

@@ -1,4 +1,4 @@
-"""Rank files written by hand for a few layouts, read back as full tensors and as shards of other layouts."""
+"""Rank files written by hand for a few splits, read back as full tensors and as shards of other splits."""
 
 import dataclasses
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.weights.mapping import COLUMN, GATED, REPLICATED, ROW, Layout
+from megatron_vlm.weights.mapping import COLUMN, GATED, REPLICATED, ROW, Split
 from megatron_vlm.weights.rank_files import Piece, RankFiles, rank_file_name, write_rank_file
 
-VOCAB = Layout(dim=0, vocab_multiple=4)
+VOCAB = Split(dim=0, vocab_multiple=4)
 LAYOUTS = {"norm": REPLICATED, "fc1": GATED, "fc2": ROW, "qkv": COLUMN, "embedding": VOCAB}
 SHAPES = {"norm": (6,), "fc1": (16, 6), "fc2": (6, 8), "qkv": (12, 6), "embedding": (13, 6)}
 MOMENTS = ("param", "exp_avg", "exp_avg_sq")
@@ -35,20 +35,20 @@ def write(directory, full, tp, dp, change=lambda rank, pieces, tensors: None):
     for rank in range(tp * dp):
         tp_rank, dp_rank = rank % tp, rank // tp
         pieces, tensors = {}, {}
-        for name, layout in LAYOUTS.items():
-            if layout.dim is None and tp_rank:
+        for name, split in LAYOUTS.items():
+            if split.dim is None and tp_rank:
                 continue
-            shard = layout.shard(full["model", name], tp, tp_rank)
+            shard = split.shard(full["model", name], tp, tp_rank)
             count = shard.numel()
             cuts = [0, *(count * i // dp - (i % 2) for i in range(1, dp)), count]
             start, end = cuts[dp_rank], cuts[dp_rank + 1]
             pieces[name] = Piece(
-                name=name, shape=SHAPES[name], local_shape=tuple(shard.shape), layout=layout, start=start, step=3.0
+                name=name, shape=SHAPES[name], local_shape=tuple(shard.shape), split=split, start=start, step=3.0
             )
             if dp_rank == dp - 1:
                 tensors["model", name] = shard
             for kind in MOMENTS:
-                tensors[kind, name] = layout.shard(full[kind, name], tp, tp_rank).reshape(-1)[start:end]
+                tensors[kind, name] = split.shard(full[kind, name], tp, tp_rank).reshape(-1)[start:end]
         change(rank, pieces, tensors)
         write_rank_file(
             directory, rank=rank, world_size=tp * dp, tp=tp, tp_rank=tp_rank, pieces=pieces.values(), tensors=tensors
@@ -79,7 +79,7 @@ def test_full_tensors_and_shards_of_any_layout(tmp_path, full, tp, dp):
 def test_a_layout_that_depends_on_tp(tmp_path, full):
     with RankFiles(write(tmp_path, full, 2, 1)) as files:
         assert same(files.read_shard("qkv", REPLICATED, 2, 1, "exp_avg"), full["exp_avg", "qkv"])
-        other_padding = Layout(dim=0, vocab_multiple=16)
+        other_padding = Split(dim=0, vocab_multiple=16)
         assert files.read_shard("embedding", other_padding, 2, 1).shape == (16, 6)
 
 

@@ -7,7 +7,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.rope import RopeScaling
 from megatron_vlm.models.hf_config import require
-from megatron_vlm.weights.mapping import ROW, Entry, Layout, direct, gated, qkv
+from megatron_vlm.weights.mapping import ROW, Entry, Split, direct, gated, qkv
 
 _MAX_TP = 64
 _TYPES = ("llama", "mistral", "qwen2")
@@ -123,12 +123,12 @@ def check_tensor_parallel(text: TextConfig, tp: int) -> None:
         )
 
 
-def llama_entries(text: TextConfig, vocab: Layout, prefix: str = "model.", head: str = "lm_head.weight") -> list[Entry]:
+def llama_entries(text: TextConfig, vocab: Split, prefix: str = "model.", head: str = "lm_head.weight") -> list[Entry]:
     """Weight map of a decoder whose HF names are those of Llama, Mistral and Qwen2.
 
     Args:
         text: the decoder.
-        vocab: layout of embedding and head.
+        vocab: split of embedding and head.
         prefix: of the HF names of all but the head.
         head: HF name of the head; unused where it is tied.
     """

@@ -142,7 +142,7 @@ def layer_entries(
     entries = [direct(f"{mg}{own}.{kind}", f"{hf}{name}.{kind}") for own, name in norms for kind in norm_kinds]
     for kind in qkv_kinds:
         fused, parts = f"{mg}self_attention.linear_qkv.{kind}", [f"{hf}{name}.{kind}" for name in names.qkv]
-        entries.append(qkv(fused, parts, num_heads=heads, num_query_groups=heads, layout=column))
+        entries.append(qkv(fused, parts, num_heads=heads, num_query_groups=heads, split=column))
     entries += [direct(f"{mg}mlp.linear_fc1.{kind}", f"{hf}mlp.fc1.{kind}", column) for kind in BOTH]
     for own, name in (("self_attention.linear_proj", names.projection), ("mlp.linear_fc2", "mlp.fc2")):
         entries += [

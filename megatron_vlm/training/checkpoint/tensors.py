@@ -14,7 +14,7 @@ from megatron_vlm.errors import CheckpointError
 from megatron_vlm.models.vlm import global_named_parameters, global_parameters
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.training.optimizer.state import Fragment, fragments, warn_of_shared_steps
-from megatron_vlm.weights.mapping import Layout, Mapping
+from megatron_vlm.weights.mapping import Mapping, Split
 from megatron_vlm.weights.rank_files import Kind, Piece, RankFiles
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -33,19 +33,19 @@ def owned(
     Args:
         chunks: this rank's stages.
         optimizer: megatron-core's; None: weights only.
-        topology: the layout.
+        topology: the split.
         mapping: for this layout, of what is to be written: the family's, or what trains of it.
 
     Raises:
         CheckpointError: a parameter trains that ``mapping`` lacks.
     """
-    layouts = {entry.name: entry.layout for entry in mapping}
+    splits = {entry.name: entry.split for entry in mapping}
     parts = {id(part.parameter): part for part in fragments(optimizer)} if optimizer is not None else {}
     parameters = global_parameters(chunks)
-    lost = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in layouts]
+    lost = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in splits]
     if lost:
         raise CheckpointError(f"parameters train that no checkpoint would hold: {', '.join(lost[:_MAX_LISTED])}")
-    parameters = {name: parameter for name, parameter in parameters.items() if name in layouts}
+    parameters = {name: parameter for name, parameter in parameters.items() if name in splits}
     copies, copy_number = topology.copies, topology.copy_number
     total, before = sum(parameter.numel() for parameter in parameters.values()), 0
     pieces: list[Piece] = []
@@ -53,8 +53,8 @@ def owned(
     for name, parameter in parameters.items():
         my_turn = before * copies // total == copy_number
         before += parameter.numel()
-        layout, part = layouts[name], parts.get(id(parameter))
-        if layout.dim is None and topology.tp_rank:
+        split, part = splits[name], parts.get(id(parameter))
+        if split.dim is None and topology.tp_rank:
             continue
         if part is not None and not (part.sharded or my_turn):
             part = None
@@ -67,9 +67,9 @@ def owned(
         pieces.append(
             Piece(
                 name=name,
-                shape=_full_shape(parameter, layout, topology.tp, mapping.vocab_size),
+                shape=_full_shape(parameter, split, topology.tp, mapping.vocab_size),
                 local_shape=tuple(parameter.shape),
-                layout=layout,
+                split=split,
                 start=part.start if part else 0,
                 step=part.step if part else None,
             )
@@ -100,7 +100,7 @@ def fill(
         CheckpointError: the files are of another model; names and shapes are listed.
     """
     _check_fit(files, chunks, topology, mapping)
-    layouts = {entry.name: entry.layout for entry in mapping}
+    splits = {entry.name: entry.split for entry in mapping}
     parts = {id(part.parameter): part for part in fragments(optimizer)} if optimizer is not None else {}
     fate: dict[str, str] = {}
     fresh: list[Fragment] = []
@@ -108,11 +108,11 @@ def fill(
         for name, parameter in global_named_parameters(chunk):
             copy = getattr(parameter, "tied_copy", False)
             source = EMBEDDING if copy else name
-            if source not in layouts:  # of the base of adapters
+            if source not in splits:  # of the base of adapters
                 continue
             part = parts.get(id(parameter))
             step = files.steps.get(source) if with_state else None
-            _fill(_Shards(files, source, layouts[source], topology), parameter, part, step, with_main)
+            _fill(_Shards(files, source, splits[source], topology), parameter, part, step, with_main)
             if part is not None and step is None:
                 fresh.append(part)
             if copy:
@@ -128,14 +128,14 @@ def fill(
 class _Shards:
     """This rank's shard of one tensor, by kind."""
 
-    def __init__(self, files: RankFiles, name: str, layout: Layout, topology: Topology):
-        self.files, self.name, self.layout, self.topology = files, name, layout, topology
+    def __init__(self, files: RankFiles, name: str, split: Split, topology: Topology):
+        self.files, self.name, self.split, self.topology = files, name, split, topology
 
     def has(self, kind: Kind) -> bool:
         return self.files.has(self.name, kind)
 
     def read(self, kind: Kind) -> Tensor:
-        return self.files.read_shard(self.name, self.layout, self.topology.tp, self.topology.tp_rank, kind)
+        return self.files.read_shard(self.name, self.split, self.topology.tp, self.topology.tp_rank, kind)
 
 
 def _fill(shards: _Shards, parameter: nn.Parameter, part: Fragment | None, step: float | None, with_main: bool) -> None:
@@ -152,13 +152,13 @@ def _fill(shards: _Shards, parameter: nn.Parameter, part: Fragment | None, step:
 
 
 def _check_fit(files: RankFiles, chunks: Sequence[nn.Module], topology: Topology, mapping: Mapping) -> None:
-    layouts = {entry.name: entry.layout for entry in mapping}
+    splits = {entry.name: entry.split for entry in mapping}
     stored = set(files.names())
-    problems = [f"{name}: in the checkpoint, not in the model" for name in sorted(stored - set(layouts))]
-    problems += [f"{name}: in the model, not in the checkpoint" for name in sorted(set(layouts) - stored)]
+    problems = [f"{name}: in the checkpoint, not in the model" for name in sorted(stored - set(splits))]
+    problems += [f"{name}: in the model, not in the checkpoint" for name in sorted(set(splits) - stored)]
     for name, parameter in global_parameters(chunks).items():
         if name in stored:
-            wanted = _full_shape(parameter, layouts[name], topology.tp, mapping.vocab_size)
+            wanted = _full_shape(parameter, splits[name], topology.tp, mapping.vocab_size)
             if files.info(name).shape != wanted:
                 problems.append(
                     f"{name}: {list(files.info(name).shape)} in the checkpoint, {list(wanted)} in the model"
@@ -169,10 +169,10 @@ def _check_fit(files: RankFiles, chunks: Sequence[nn.Module], topology: Topology
         raise CheckpointError(f"{files.directory} is of another model:\n    {listed}")
 
 
-def _full_shape(parameter: Tensor, layout: Layout, tp: int, vocab_size: int) -> tuple[int, ...]:
+def _full_shape(parameter: Tensor, split: Split, tp: int, vocab_size: int) -> tuple[int, ...]:
     shape = list(parameter.shape)
-    if layout.dim is not None:
-        shape[layout.dim] *= tp
-    if layout.vocab_multiple:
+    if split.dim is not None:
+        shape[split.dim] *= tp
+    if split.vocab_multiple:
         shape[0] = vocab_size
     return tuple(shape)

@@ -209,7 +209,7 @@ def adapt(
 
     peft, options = config.peft, ModelOptions(**config.model_options())
     plan = make_plan(spec, model_config, peft, infos)
-    vocab = options.vocab_layout
+    vocab = options.vocab_split
     base = spec.mapping(model_config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
     if peft.quantize is not None:
         source: Any = SimpleNamespace(mapping=base, infos=infos, quantization=None)

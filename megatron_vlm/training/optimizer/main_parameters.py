@@ -44,8 +44,8 @@ def fill_main(
     Returns:
         Parameters of this rank whose main parameters are finer than the weights now.
     """
-    layouts = {
-        entry.name: entry.layout
+    splits = {
+        entry.name: entry.split
         for entry in source.spec.mapping(source.config, tp=topology.tp, vocab_multiple=vocab_multiple)
     }
     parts = {id(part.parameter): part for part in fragments(optimizer) if part.separate}
@@ -57,12 +57,12 @@ def fill_main(
             for name, parameter in global_named_parameters(chunk):
                 name = EMBEDDING if getattr(parameter, "tied_copy", False) else name
                 part = parts.get(id(parameter))
-                if part is None or name not in layouts:
+                if part is None or name not in splits:
                     continue
                 if name in tensors:
-                    shard = layouts[name].shard(tensors[name], topology.tp, topology.tp_rank)
+                    shard = splits[name].shard(tensors[name], topology.tp, topology.tp_rank)
                 elif source.dtype(name) != parameter.dtype:
-                    shard = source.read_shard(name, layouts[name], topology.tp, topology.tp_rank)
+                    shard = source.read_shard(name, splits[name], topology.tp, topology.tp_rank)
                 else:
                     continue
                 part.set_main(shard)

@@ -44,7 +44,7 @@ def on_rank(hf_config, weights, images, parallel, select_layer, options):
         for name, parameter in parameters.items():
             entry = entries[name]
             full = entry.to_full([weights[hf] for hf in entry.hf])
-            parameter.copy_(entry.layout.shard(full, topology.tp, topology.tp_rank))
+            parameter.copy_(entry.split.shard(full, topology.tp, topology.tp_rank))
     states, counts = tower(images)
     (states * torch.arange(states.numel()).reshape(states.shape).cos()).sum().backward()
     grads = {name: p.grad for name, p in parameters.items() if p.requires_grad}
@@ -75,7 +75,7 @@ def test_states_and_gradients_equal_hf(heads, select_layer, parallel, act):
     for entry in clip_entries(clip, tp, "vision_model.", ""):
         if entry.name in results[0][2]:
             shards = [grads[entry.name] for _, _, grads in results]
-            full = entry.layout.merge(shards if entry.layout.dim is not None else shards[:1])
+            full = entry.split.merge(shards if entry.split.dim is not None else shards[:1])
             ours |= dict(zip(entry.hf, entry.from_full(full)))
     difference = float(((results[0][0] - expected).abs().max() / expected.abs().max()).detach())
     errors = gradient_errors(ours, theirs)  # the layers that are not selected have no gradient on either side

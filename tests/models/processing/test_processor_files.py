@@ -53,7 +53,7 @@ def test_an_export_ends_where_a_turn_does(tmp_path, name):
         for layout in layouts:
             out = tmp_path / f"{number}{layout}"
             with open_source(twin.directory) as source:
-                export_hf(source, out, layout=layout)
+                export_hf(source, out, naming=layout)
             found = GenerationConfig.from_pretrained(out).eos_token_id if (out / path.name).is_file() else None
             if found is None:  # transformers takes those of config.json
                 found = json.loads((out / "config.json").read_text())

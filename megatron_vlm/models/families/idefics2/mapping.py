@@ -4,7 +4,7 @@ from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel, llama_entries
 from megatron_vlm.models.parts.perceiver import perceiver_entries
 from megatron_vlm.models.parts.siglip import siglip_entries
-from megatron_vlm.weights.mapping import ROW, Layout, Mapping, direct, gated
+from megatron_vlm.weights.mapping import ROW, Mapping, Split, direct, gated
 
 
 def idefics2_mapping(
@@ -16,7 +16,7 @@ def idefics2_mapping(
         ConfigError: the decoder cannot be cut into ``tp`` parts; with the sizes that can.
     """
     check_tensor_parallel(config.text, tp)
-    vocab = Layout(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
+    vocab = Split(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
     hf, mg = "model.connector.modality_projection.", "connector.modality_projection."
     resampler = "connector.perceiver_resampler."
     entries = [

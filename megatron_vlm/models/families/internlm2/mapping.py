@@ -5,7 +5,7 @@ Both hold, for each group of query heads, [q_0 .. q_{g-1}, k, v] x head_dim.
 
 from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
 from megatron_vlm.models.parts.decoder import TextConfig, check_tensor_parallel, llama_entries
-from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, Layout, Mapping, direct, gated
+from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, Mapping, Split, direct, gated
 
 
 def internlm2_mapping(
@@ -20,7 +20,7 @@ def internlm2_mapping(
     check_tensor_parallel(text, tp)
     tied = {"output.weight": "model.tok_embeddings.weight"} if text.tie_word_embeddings else {}
     return Mapping(
-        entries=tuple(internlm2_entries(text, Layout(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra))),
+        entries=tuple(internlm2_entries(text, Split(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra))),
         vocab_size=text.vocab_size,
         hf_tied=tied,
         ignored=frozenset(f"model.layers.{i}.attention.rotary_emb.inv_freq" for i in range(text.num_layers)),
@@ -30,15 +30,15 @@ def internlm2_mapping(
 def llama_mapping(config: InternLM2ModelConfig) -> Mapping:
     """The same full tensors as LlamaForCausalLM's: query, key and value apart."""
     text = config.text
-    return Mapping(entries=tuple(llama_entries(text, Layout(dim=0, vocab_multiple=1))), vocab_size=text.vocab_size)
+    return Mapping(entries=tuple(llama_entries(text, Split(dim=0, vocab_multiple=1))), vocab_size=text.vocab_size)
 
 
-def internlm2_entries(text: TextConfig, vocab: Layout, prefix: str = "") -> list[Entry]:
+def internlm2_entries(text: TextConfig, vocab: Split, prefix: str = "") -> list[Entry]:
     """Weight map of an InternLM2 decoder.
 
     Args:
         text: the decoder.
-        vocab: layout of embedding and head.
+        vocab: split of embedding and head.
         prefix: of the HF names.
     """
     mg = "language_model."

@@ -11,8 +11,8 @@ _part = partial(Part, __name__)
 _mapping = _part("mapping:internvl3_mapping")
 
 
-def _export(layout: str) -> ExportSpec:
-    return ExportSpec(mapping=partial(_mapping, layout=layout), files=partial(_part("layouts:write_files"), layout))
+def _export(naming: str) -> ExportSpec:
+    return ExportSpec(mapping=partial(_mapping, naming=naming), files=partial(_part("naming:write_files"), naming))
 
 
 def _whole(hf_config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -34,7 +34,7 @@ SPEC = FamilySpec(
     drop_path=True,
     adapters=AdapterSpec(
         language=rf"(language_model\.model|model\.language_model)\.layers\.\d+\.{LLAMA_LINEARS}",
-        vision=r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"  # in its own layout q, k and v are one
+        vision=r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"  # in its own naming q, k and v are one
         r"|model\.vision_tower\.encoder\.layer\.\d+\.(attention\.(q_proj|k_proj|v_proj|projection_layer)|mlp\.fc[12])",
         whole=_whole,
     ),

@@ -1,4 +1,4 @@
-"""Configuration of InternVL3, from either of its layouts: ``internvl_chat`` (the original's) and ``internvl`` (transformers')."""
+"""Configuration of InternVL3, from either of its namings: ``internvl_chat`` (the original's) and ``internvl`` (transformers')."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from megatron_vlm.models.parts.internvit import InternVitConfig
 from megatron_vlm.models.processing.image_cost import ImageCost, projector_flops
 
 _MAX_TILES = 12  # of an image where the data section does not say: InternVL's scripts
-LAYOUTS: dict[str, Literal["chat", "hf"]] = {"internvl_chat": "chat", "internvl": "hf"}
+NAMINGS: dict[str, Literal["chat", "hf"]] = {"internvl_chat": "chat", "internvl": "hf"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class InternVL3ModelConfig(Config):
         text, vision: decoder and tower.
         shuffle: side of the block of patches that becomes one token.
         image_token_id: ``<IMG_CONTEXT>``; None: config.json does not say (the tokenizer does).
-        layout: of the HF names of the checkpoint this was read from.
+        layout: the naming of the checkpoint this was read from.
     """
 
     text: TextConfig
@@ -62,12 +62,12 @@ class InternVL3ModelConfig(Config):
         Raises:
             ConfigError: not InternVL's config, or a feature that is not built.
         """
-        layout = LAYOUTS.get(hf_config.get("model_type", ""))
-        if layout is None:
+        naming = NAMINGS.get(hf_config.get("model_type", ""))
+        if naming is None:
             raise ConfigError(
-                f"an InternVL config has model_type {' or '.join(LAYOUTS)}, this one has {hf_config.get('model_type')!r}"
+                f"an InternVL config has model_type {' or '.join(NAMINGS)}, this one has {hf_config.get('model_type')!r}"
             )
-        return _from_chat(hf_config) if layout == "chat" else _from_native(hf_config)
+        return _from_chat(hf_config) if naming == "chat" else _from_native(hf_config)
 
 
 def _from_chat(hf: dict[str, Any]) -> InternVL3ModelConfig:

@@ -1,4 +1,4 @@
-"""Weight map of InternVL3 in both of its layouts: the same full tensors, under the original's or transformers' names."""
+"""Weight map of InternVL3 in both of its namings: the same full tensors, under the original's or transformers' names."""
 
 from typing import Literal
 
@@ -6,14 +6,14 @@ from megatron_vlm.layers.projector import projector_entries
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel, llama_entries
 from megatron_vlm.models.parts.internvit import internvit_entries
-from megatron_vlm.weights.mapping import Layout, Mapping, Prefixes
+from megatron_vlm.weights.mapping import Mapping, Prefixes, Split
 
 _TOWERS = {"chat": "vision_model.", "hf": "vision_tower."}
 _CONNECTORS = {  # linears and norm
     "chat": ("mlp1.1", "mlp1.3", "mlp1.0"),
     "hf": tuple(f"multi_modal_projector.{name}" for name in ("linear_1", "linear_2", "layer_norm")),
 }
-NAMES = Prefixes(  # of transformers' layout
+NAMES = Prefixes(  # of transformers' naming
     (
         ("model.language_model.", "language_model.model."),
         ("model.vision_tower.", "vision_tower."),
@@ -28,19 +28,19 @@ def internvl3_mapping(
     tp: int = 1,
     vocab_multiple: int = 1,
     vocab_extra: int = 0,
-    layout: Literal["chat", "hf"] | None = None,
+    naming: Literal["chat", "hf"] | None = None,
 ) -> Mapping:
-    """Returns the map of a model; arguments as of ``FamilySpec.mapping``, and ``layout`` of the HF names (None: the model's own).
+    """Returns the map of a model; arguments as of ``FamilySpec.mapping``, and ``naming`` (chat or hf) (None: the model's own).
 
     Raises:
         ConfigError: the decoder cannot be cut into ``tp`` parts; with the sizes that can.
     """
     check_tensor_parallel(config.text, tp)
-    vocab = Layout(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
-    layout = layout or config.layout
-    *linears, norm = _CONNECTORS[layout]
+    vocab = Split(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
+    naming = naming or config.layout
+    *linears, norm = _CONNECTORS[naming]
     entries = [
-        *internvit_entries(config.vision, tp, layout, _TOWERS[layout]),
+        *internvit_entries(config.vision, tp, naming, _TOWERS[naming]),
         *projector_entries("connector.", linears, norm),
         *llama_entries(config.text, vocab, "language_model.model.", "language_model.lm_head.weight"),
     ]
@@ -50,5 +50,5 @@ def internvl3_mapping(
         vocab_size=config.text.vocab_size,
         hf_tied=tied if config.text.tie_word_embeddings else {},
         hf_aliases=NAMES.file_name,
-        module_name=NAMES.module_name if layout == "hf" else str,
+        module_name=NAMES.module_name if naming == "hf" else str,
     )

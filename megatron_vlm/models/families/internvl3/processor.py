@@ -22,7 +22,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.text.chat import Piece, Tokens, encode_separately
 from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.families.internvl3.config import LAYOUTS, InternVL3ModelConfig
+from megatron_vlm.models.families.internvl3.config import NAMINGS, InternVL3ModelConfig
 from megatron_vlm.models.processing.conversation import ConversationProcessor, Size, data_fields
 from megatron_vlm.models.processing.pixels import IMAGENET, pixel_fields
 from megatron_vlm.models.processing.processor_files import (
@@ -60,7 +60,7 @@ class InternVL3Processor(DynamicTiles, ConversationProcessor):
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "InternVL3Processor":
-        """Reads tokenizer, processor and model configuration of an HF folder of either layout.
+        """Reads tokenizer, processor and model configuration of an HF folder of either naming.
 
         Raises:
             ConfigError: a file is missing, or a setting that is not built or cannot work.
@@ -70,7 +70,7 @@ class InternVL3Processor(DynamicTiles, ConversationProcessor):
         model = InternVL3ModelConfig.from_hf(content)
         check_image_settings(config, "InternVL3", "max_image_num", *TILE_SETTINGS)
         config.check_template("internvl3", TEMPLATE)
-        read = _chat_settings if LAYOUTS[content["model_type"]] == "chat" else _native_settings
+        read = _chat_settings if NAMINGS[content["model_type"]] == "chat" else _native_settings
         tiles = tile_fields(config, read(hf_dir, content, model), model.vision.patch_size, model.shuffle)
         tokens = _tokens_of(hf_dir, model)
         return cls(**tokens, **tiles, **data_fields(config), tile_tokens=model.tile_tokens(tiles["side"]))

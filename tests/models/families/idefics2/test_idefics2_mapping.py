@@ -55,7 +55,7 @@ def test_towers_that_do_not_divide_are_replicated(tokenizer):
     split = SPEC.mapping(config).by_name()
     whole = SPEC.mapping(config, tp=2).by_name()
     for name in (VISION_QKV, PERCEIVER_Q):
-        assert split[name].layout.dim == 0
-        assert whole[name].layout == REPLICATED
+        assert split[name].split.dim == 0
+        assert whole[name].split == REPLICATED
     # The connector's MLPs do not depend on heads.
-    assert whole["connector.modality_projection.linear_fc1.weight"].layout.stride == 2
+    assert whole["connector.modality_projection.linear_fc1.weight"].split.stride == 2

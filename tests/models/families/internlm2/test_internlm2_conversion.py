@@ -76,7 +76,7 @@ def test_as_llama(twin, tmp_path, caplog):
 
 
 def test_as_llama_from_an_hf_folder_in_another_dtype(twin, tmp_path):
-    mg2hf(twin[0], tmp_path / "llama", dtype="bf16", layout="llama")
+    mg2hf(twin[0], tmp_path / "llama", dtype="bf16", naming="llama")
     assert json.loads((tmp_path / "llama" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     tensors = load_file(tmp_path / "llama" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -88,7 +88,7 @@ def test_a_tied_head_stays_tied(tmp_path):
     hf2mg(tmp_path / "a", tmp_path / "mg", tp=2)
     mg2hf(tmp_path / "mg", tmp_path / "b")
     assert_same_folder(tmp_path / "a", tmp_path / "b")
-    mg2hf(tmp_path / "mg", tmp_path / "llama", layout="llama")
+    mg2hf(tmp_path / "mg", tmp_path / "llama", naming="llama")
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
@@ -98,7 +98,7 @@ def test_a_tied_head_stays_tied(tmp_path):
 
 def test_another_layout_than_the_family_has(twin, tmp_path):
     with pytest.raises(ConfigError, match=r"--as lama .did you mean 'llama'.*family internlm2 offers llama"):
-        mg2hf(twin[0], tmp_path / "out", layout="lama")
+        mg2hf(twin[0], tmp_path / "out", naming="lama")
     assert not (tmp_path / "out").exists()
 
 

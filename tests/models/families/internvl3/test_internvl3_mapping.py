@@ -57,7 +57,7 @@ def assert_same_tensors(one, other):
 def test_each_layout_exports_to_the_other(folders, tmp_path, name):
     both = folders(name)
     for own, other in (("hf", "chat"), ("chat", "hf")):
-        mg2hf(both[own], tmp_path / own, layout=other)
+        mg2hf(both[own], tmp_path / own, naming=other)
         written = tensors(tmp_path / own)
         wanted = tensors(both[other])
         if name == "tied":  # the twin in the original's layout stores the head, transformers' does not
@@ -88,13 +88,13 @@ def test_each_layout_exports_to_the_other(folders, tmp_path, name):
 
 def test_own_layout_by_name_is_a_plain_copy(folders, tmp_path):
     both = folders("300m")
-    mg2hf(both["chat"], tmp_path / "out", layout="chat")
+    mg2hf(both["chat"], tmp_path / "out", naming="chat")
     assert_same_tensors(both["chat"], tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
         (both["chat"] / "config.json").read_text()
     )
     with pytest.raises(ConfigError, match=r"--as llama.*chat, hf"):
-        mg2hf(both["chat"], tmp_path / "other", layout="llama")
+        mg2hf(both["chat"], tmp_path / "other", naming="llama")
 
 
 @pytest.mark.parametrize("layout", ["hf", "chat"])
@@ -120,8 +120,8 @@ def test_equal_logits_of_both_layouts(folders, name):
 def test_towers_that_do_not_divide_are_replicated(folders):
     config = SPEC.config(json.loads((folders("6b")["hf"] / "config.json").read_text()))
     name = "vision_model.encoder.layers.0.self_attention.q_layernorm.weight"
-    assert SPEC.mapping(config).by_name()[name].layout.dim == 0
-    assert SPEC.mapping(config, tp=2).by_name()[name].layout == REPLICATED
+    assert SPEC.mapping(config).by_name()[name].split.dim == 0
+    assert SPEC.mapping(config, tp=2).by_name()[name].split == REPLICATED
     with pytest.raises(ConfigError, match="use one of 1, 2, 4, 8"):
         SPEC.mapping(config, tp=3)
 

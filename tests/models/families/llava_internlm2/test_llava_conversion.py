@@ -70,7 +70,7 @@ def test_round_trips(parts, native, tmp_path, tp, pp):
     hf2mg(None, tmp_path / "mg", family=FAMILY, **parts, tp=tp, pp=pp)
     mg2hf(tmp_path / "mg", tmp_path / "hf")
     assert_equal(tensors(native), tensors(tmp_path / "hf"))
-    mg2hf(tmp_path / "mg", tmp_path / "xtuner", layout="xtuner")
+    mg2hf(tmp_path / "mg", tmp_path / "xtuner", naming="xtuner")
     for part, folder in (("llm", "."), ("vision", "visual_encoder"), ("projector", "projector")):
         assert_equal(tensors(parts[part]), tensors(tmp_path / "xtuner" / folder))
     for path in parts["llm"].iterdir():
@@ -79,7 +79,7 @@ def test_round_trips(parts, native, tmp_path, tp, pp):
 
 
 def test_xtuners_folders_are_read(native, tmp_path):
-    mg2hf(native, tmp_path / "xtuner", layout="xtuner")
+    mg2hf(native, tmp_path / "xtuner", naming="xtuner")
     assert main(["hf2mg", "--hf", str(tmp_path / "xtuner"), "--out", str(tmp_path / "mg"), "--tp", "2"]) == 0
     mg2hf(tmp_path / "mg", tmp_path / "hf")
     assert_equal(tensors(native), tensors(tmp_path / "hf"))
@@ -92,7 +92,7 @@ def test_xtuners_folders_are_read(native, tmp_path):
 
 
 def test_a_folder_of_parts_is_not_mistaken_for_its_language_model(native, tmp_path):
-    mg2hf(native, tmp_path / "xtuner", layout="xtuner")
+    mg2hf(native, tmp_path / "xtuner", naming="xtuner")
     with pytest.raises(ConversionError, match=r"holds a llava_internlm2 in parts: .*hf2mg --hf"):
         open_source(tmp_path / "xtuner")
     with open_source(tmp_path / "xtuner", "internlm2") as source:
@@ -100,7 +100,7 @@ def test_a_folder_of_parts_is_not_mistaken_for_its_language_model(native, tmp_pa
 
 
 def test_what_xtuner_did_not_train_is_asked_for(native, tmp_path):
-    mg2hf(native, tmp_path / "xtuner", layout="xtuner")
+    mg2hf(native, tmp_path / "xtuner", naming="xtuner")
     shutil.rmtree(tmp_path / "xtuner" / "visual_encoder")
     with pytest.raises(ConversionError, match=r"--llm DIR --vision DIR --projector .*\(absent here: --vision\)"):
         hf2mg(tmp_path / "xtuner", tmp_path / "mg")
@@ -156,7 +156,7 @@ def test_verify_runs_both_models(native, tmp_path):
 
 def test_a_llama_in_xtuners_folders(tmp_path):
     write_tiny_llava(tmp_path / "a")
-    mg2hf(tmp_path / "a", tmp_path / "xtuner", layout="xtuner")
+    mg2hf(tmp_path / "a", tmp_path / "xtuner", naming="xtuner")
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(tmp_path / "xtuner")
@@ -268,7 +268,7 @@ def test_tower_of_another_depth_keeps_its_unused_layers(tmp_path, parts):
     models = ["--llm", str(parts["llm"]), "--vision", str(tmp_path / "clip"), "--projector", str(parts["projector"])]
     command = ["hf2mg", "--family", FAMILY, *models, "--template", "default", "--tp", "2"]
     assert main([*command, "--out", str(tmp_path / "mg")]) == 0
-    mg2hf(tmp_path / "mg", tmp_path / "xtuner", layout="xtuner")
+    mg2hf(tmp_path / "mg", tmp_path / "xtuner", naming="xtuner")
     assert_equal(tensors(tmp_path / "clip"), tensors(tmp_path / "xtuner" / "visual_encoder"))
     assert_equal(tensors(parts["projector"]), tensors(tmp_path / "xtuner" / "projector"))
     assert "<|User|>:" in (tmp_path / "mg" / "hf" / "chat_template.jinja").read_text()
@@ -281,7 +281,7 @@ def test_text_logits_are_internlm2s(parts, native):
     llava = LlavaForConditionalGeneration.from_pretrained(native, attn_implementation="eager")
     with open_model(parts["llm"]) as source:
         rows = source.config.text.vocab_size
-    mg2hf(parts["llm"], native.parent / "llama", layout="llama")
+    mg2hf(parts["llm"], native.parent / "llama", naming="llama")
     llama = LlamaForCausalLM.from_pretrained(native.parent / "llama", attn_implementation="eager")
     for sample in make_samples(rows, [20, 100]):
         with torch.no_grad():

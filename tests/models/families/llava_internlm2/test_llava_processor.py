@@ -167,7 +167,7 @@ def test_settings_that_say_nothing_are_refused(folders):
 
 
 def test_xtuners_folder_keeps_the_tokenizer(folders, tmp_path):
-    mg2hf(folders["internlm2_chat"], tmp_path / "xtuner", layout="xtuner")
+    mg2hf(folders["internlm2_chat"], tmp_path / "xtuner", naming="xtuner")
     text = registry.get("internlm2").processor(tmp_path / "xtuner", DataConfig(seq_length=64))
     ours = processor_of(folders["internlm2_chat"])
     prompt = turns("How many cats?")

@@ -122,7 +122,7 @@ def test_the_map_takes_the_published_tensors(variant):
     for entry in mapping:
         infos = [TensorInfo(dtype=torch.bfloat16, shape=shapes[name]) for name in entry.hf]
         full = check_entry(entry, infos, mapping.vocab_size)
-        entry.layout.shard(full.meta(), 8, 7)  # divides over 8 ranks
+        entry.split.shard(full.meta(), 8, 7)  # divides over 8 ranks
     branches = sum(torch.Size(shape).numel() for name, shape in shapes.items() if "Plora" in name)
     assert round(branches / 1e6) == 604
     with pytest.raises(ConfigError, match=r"use one of 1, 2, 4, 8, 16, 32"):

@@ -41,7 +41,7 @@ def test_the_recipe_fits_the_published_model(variant, tp, pp):
     expected = 0
     for entry in mapping:
         count = sum(torch.Size(shapes[name]).numel() for name in entry.hf)
-        expected += count if entry.layout.dim is not None else tp * count
+        expected += count if entry.split.dim is not None else tp * count
     padding = 2 * (-(-92544 // (128 * tp)) * 128 * tp - 92544) * 4096
     assert held == expected + padding
     assert 8.6e9 < sum(torch.Size(shape).numel() for shape in shapes.values()) < 8.7e9

@@ -1,4 +1,4 @@
-"""The non-weight files of InternVL3's other layout: config.json, tokenizer and processor of ``--as chat`` and ``--as hf``."""
+"""The non-weight files of InternVL3's other naming: config.json, tokenizer and processor of ``--as chat`` and ``--as hf``."""
 
 import json
 from pathlib import Path
@@ -26,10 +26,10 @@ _TEXT = (
 )  # fmt: skip
 
 
-def write_files(layout: str, hf_dir: Path, hf_config: dict[str, Any], directory: Path) -> None:
-    """Writes the files of ``layout``; ``hf_dir`` and ``hf_config`` are of the other one."""
+def write_files(naming: str, hf_dir: Path, hf_config: dict[str, Any], directory: Path) -> None:
+    """Writes the files of ``naming``; ``hf_dir`` and ``hf_config`` are of the other one."""
     model = InternVL3ModelConfig.from_hf(dict(hf_config))
-    (_write_native if layout == "hf" else _write_chat)(model, hf_dir, hf_config, directory)
+    (_write_native if naming == "hf" else _write_chat)(model, hf_dir, hf_config, directory)
     copy_licences(hf_dir, directory)
 
 

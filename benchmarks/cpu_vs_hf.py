@@ -20,11 +20,13 @@ import torch
 from megatron_vlm.conversion.load import load_into
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
-from megatron_vlm.models.vlm import ModelOptions, build_model
+from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.models.vlm import build_model
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 from megatron_vlm.testing.twins import write_tiny_idefics2
-from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.step import train_step
 
 MODEL = dict(

@@ -18,15 +18,17 @@ from megatron_vlm import registry
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, Row, row_from_samples
 from megatron_vlm.layers.attention import attention, select_backend
 from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.models.parts.perceiver import PerceiverConfig
 from megatron_vlm.models.parts.siglip import SiglipConfig
-from megatron_vlm.models.vlm import ModelOptions, build_model
+from megatron_vlm.models.vlm import build_model
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 from megatron_vlm.training.memory.flops import forward_flops
-from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.step import train_step
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name (vendor's data sheets, SXM where both exist).

@@ -25,7 +25,7 @@ from megatron_vlm.launch.layout import choose_layout
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.memory import Case, estimated, measured
-from megatron_vlm.training.checkpoint.save_load import CheckpointConfig
+from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.memory.estimate import RowShape
 from megatron_vlm.training.run_config import RunConfig, TrainingConfig
 

@@ -21,7 +21,8 @@ from megatron_vlm import registry
 from megatron_vlm.conversion.load import load_stages
 from megatron_vlm.conversion.source import HFSource
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
-from megatron_vlm.models.vlm import ModelOptions, global_named_modules
+from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.models.vlm import global_named_modules
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology, init_process_group
 from megatron_vlm.peft.adapter_map import adapter_mapping
@@ -31,7 +32,8 @@ from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan
 from megatron_vlm.training.device import start_device
 from megatron_vlm.training.memory.estimate import full_shapes
-from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.step import train_step
 from megatron_vlm.weights.mapping import DerivedTensors, HFModel, TensorInfo
 from megatron_vlm.weights.nf4 import get_backend

@@ -1,14 +1,22 @@
 """The model families: FamilySpec and the one table of names."""
 
+import copy
 import importlib
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.config import nearest
 from megatron_vlm.errors import ConfigError, MegatronVLMError
+from megatron_vlm.files import describe
+from megatron_vlm.models.hf_config import check_numbers, check_parts
+
+if TYPE_CHECKING:  # they load torch, which flags are read without
+    from megatron_vlm.data.config import DataConfig
+    from megatron_vlm.data.types import Processor
+    from megatron_vlm.models.family_config import FamilyConfig
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,8 @@ class FamilySpec:
     Attributes:
         name: as users write it (``--family``).
         model_types: HF ``model_type`` values whose directories this family reads.
-        config: ``config(hf_config: dict) -> model config`` (frozen dataclass; resolves HF's defaults).
-        build: ``build(config, topology, *, vp_stage, training options) -> VisionLanguageModel``.
+        config: ``config(hf_config: dict) -> FamilyConfig`` (frozen dataclass; resolves HF's defaults).
+        build: ``build(config, topology, options, *, vp_stage) -> VisionLanguageModel``; ``options`` are ModelOptions.
         processor: ``processor(hf_dir, data config) -> data.types.Processor``.
         stop_ids: ``stop_ids(hf_dir) -> ids`` that end an answer of a model with these tokenizer files.
         mapping: ``mapping(config, tp=1, vocab_multiple=1, vocab_extra=0) -> conversion.mapping.Mapping``, both directions. ``tp``
@@ -117,9 +125,9 @@ class FamilySpec:
 
     name: str
     model_types: tuple[str, ...]
-    config: Callable[[dict[str, Any]], Any]
+    config: "Callable[[dict[str, Any]], FamilyConfig]"
     build: Callable[..., Any]
-    processor: Callable[..., Any]
+    processor: "Callable[[Path, DataConfig], Processor]"
     stop_ids: Callable[[Path], tuple[int, ...]]
     mapping: Callable[..., Any]
     assemble: Callable[..., Any] | None = None
@@ -133,7 +141,34 @@ class FamilySpec:
     record_format: str = "llava"
     facts: Mapping[str, tuple[tuple[str, ...], Any]] = field(default_factory=dict)
 
-    def open_processor(self, hf_dir: Path, data: Any) -> Any:
+    def read_config(self, hf_config: dict[str, Any], path: Path) -> "FamilyConfig":
+        """The family's model config of a config.json.
+
+        Args:
+            hf_config: content of the file.
+            path: of the file, for the error.
+
+        Raises:
+            ConfigError: a number that no model has, or a config that the family cannot read.
+        """
+        try:
+            check_numbers(hf_config)
+            # transformers' config classes change what they are given, and let null through.
+            config = self.config(copy.deepcopy(hf_config))
+            check_parts(config)
+            return config
+        except MegatronVLMError as error:
+            raise ConfigError(f"{describe(path)}: {error}") from error
+        except (
+            Exception
+        ) as error:  # transformers' classes, and arithmetic on what they let through, raise whatever comes
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"{describe(path)} cannot be read as a config of family {self.name} ({type(error).__name__}: {reason}): compare "
+                "it with the file that the model was published with"
+            ) from error
+
+    def open_processor(self, hf_dir: Path, data: "DataConfig") -> "Processor":
         """The processor of a model's folder.
 
         Args:

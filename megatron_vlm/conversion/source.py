@@ -20,7 +20,7 @@ from megatron_vlm.digests import Record, check_records, listed
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.hf_config import resolve, section
+from megatron_vlm.models.hf_config import section
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.weights.checkpoint_dir import tracked_folder
 from megatron_vlm.weights.config_sizes import check_layers, check_sizes, described
@@ -59,7 +59,7 @@ class WeightSource(abc.ABC):
 
     def __init__(self, hf_dir: Path, hf_config: dict[str, Any], spec: FamilySpec):
         self.hf_dir, self.hf_config, self.spec = hf_dir, hf_config, spec
-        self.config = resolve(spec, hf_config, hf_dir / CONFIG_NAME)
+        self.config = spec.read_config(hf_config, hf_dir / CONFIG_NAME)
         self.mapping: Mapping = spec.mapping(self.config)
         self.entries: dict[str, Entry] = self.mapping.by_name()
 

@@ -102,7 +102,8 @@ def run_hf(
 
 def run_ours(reference: Any, source: WeightSource, samples: Sequence[EncodedSample], gradients: bool) -> Run:
     """Our model on one process, all samples packed in one row, weights merged from the source's shards."""
-    from megatron_vlm.models.vlm import ModelOptions, global_named_parameters
+    from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.models.vlm import global_named_parameters
     from megatron_vlm.parallel import cpu
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.sample import RawSample as RawSample
 from megatron_vlm.data.sample import Turn as Turn
+from megatron_vlm.data.text.chat import FastTokenizer
 from megatron_vlm.errors import Reason
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -44,12 +45,14 @@ class TokenCount:
 class Processor(Protocol):
     """What a family gives the data system: a frozen dataclass of plain values, which travels to worker processes.
 
-    Samples are counted once for any ``seq_length`` unless ``truncate`` is set: with ``dataclasses.replace``.
+    Samples are counted once for any ``seq_length`` unless ``truncate`` is set: with ``dataclasses.replace``. ``mean`` and
+    ``std`` undo the normalisation of pixels: a model without images has neither.
     """
 
     image_token_id: int
     filler_token_id: int
-    tokenizer: Any  # data.chat.FastTokenizer
+    stop_ids: tuple[int, ...]
+    tokenizer: FastTokenizer
     mean: tuple[float, ...]
     std: tuple[float, ...]
     seq_length: int
@@ -86,6 +89,16 @@ class Processor(Protocol):
         Raises:
             DataError: what is wrong with the sample, by name.
         """
+
+    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
+        """Encodes a question, up to where the assistant answers; without labels.
+
+        Raises:
+            DataError: what is wrong with it, by name.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of an answer's ids, the token that ended it left out."""
 
 
 def plain(value: Any) -> Any:

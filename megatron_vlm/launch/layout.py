@@ -9,9 +9,10 @@ recomputation (a second forward pass), the bubble of a pipeline, and what a micr
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel
 from megatron_vlm.parallel.grid import Grid
 from megatron_vlm.registry import FamilySpec
@@ -95,7 +96,7 @@ class Layout:
 def choose_layout(
     config: RunConfig,
     spec: FamilySpec,
-    model_config: Any,
+    model_config: FamilyConfig,
     gpus: int,
     bytes_per_gpu: int,
     *,
@@ -140,7 +141,7 @@ def choose_layout(
 
 def candidates(
     config: RunConfig,
-    model_config: Any,
+    model_config: FamilyConfig,
     gpus: int,
     config_for: Callable[[int], RunConfig] | None = None,
     micro_batch_sizes: Sequence[int] = (),
@@ -183,7 +184,7 @@ def candidates(
     return sorted(found, key=lambda layout: (layout.slowness, layout.pp, layout.tp))
 
 
-def _check(layout: Layout, config: RunConfig, model_config: Any, gpus: int) -> None:
+def _check(layout: Layout, config: RunConfig, model_config: FamilyConfig, gpus: int) -> None:
     """Raises ConfigError where model or batch do not divide over the layout."""
     layout.apply(config).check_world(gpus)
     check_tensor_parallel(model_config.text, layout.tp)

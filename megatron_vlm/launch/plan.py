@@ -26,7 +26,7 @@ from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.parallel.grid import SETTINGS, replica_size, replicas
 from megatron_vlm.training.checkpoint.output_check import folders_of
 from megatron_vlm.training.memory.estimate import StageMemory, estimate, table
-from megatron_vlm.training.optimizer.build import Schedule
+from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.iterations import TRACKER
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
         super().__init__()
         self.eps = eps
         self.weight = make_parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
@@ -26,7 +27,7 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """LayerNorm with weight and bias over the last dimension."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
         super().__init__()
         self.eps = eps
         self.weight = make_parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
@@ -36,7 +37,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
-def make_parameter(data: Tensor, config: Any) -> nn.Parameter:
+def make_parameter(data: Tensor, config: TransformerConfig) -> nn.Parameter:
     """Returns ``data`` as a replicated parameter on the device that ``config`` builds on, marked for sequence parallelism."""
     device = data.device if config.use_cpu_initialization else torch.cuda.current_device()
     parameter = nn.Parameter(data.to(device))

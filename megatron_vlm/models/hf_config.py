@@ -1,18 +1,14 @@
 """Reading HF's config.json: what is not built is refused by name, whatever the family, and so are numbers that cannot be.
 
-config.json --check_numbers--> --family's config class--> model config; what goes wrong on the way names the file
+config.json --check_numbers--> --family's config class--> model config --check_parts-->       (FamilySpec.read_config)
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from megatron_vlm.errors import ConfigError, MegatronVLMError
-from megatron_vlm.files import describe
-from megatron_vlm.registry import FamilySpec
+from megatron_vlm.errors import ConfigError
 
 _COUNT, _WIDTH, _ROWS, _SIDE = 10_000, 1_000_000, 100_000_000, 8_192
 _LARGEST = {
@@ -47,34 +43,6 @@ def require(name: str, value: Any, wanted: Any, family: str = "") -> None:
     """
     if value != wanted:
         raise ConfigError(f"{name} {value!r} is not built{family and f' for {family}'}: only {wanted!r} is")
-
-
-def resolve(spec: FamilySpec, hf_config: dict[str, Any], path: Path) -> Any:
-    """The family's model config of a config.json.
-
-    Args:
-        spec: the family.
-        hf_config: content of the file.
-        path: of the file, for the error.
-
-    Raises:
-        ConfigError: a number that no model has, or a config that the family cannot read.
-    """
-    try:
-        check_numbers(hf_config)
-        # transformers' config classes change what they are given, and let null through.
-        config = spec.config(copy.deepcopy(hf_config))
-        for part in ("text", "vision", "perceiver"):
-            _check_part(getattr(config, part, None), part)
-        return config
-    except MegatronVLMError as error:
-        raise ConfigError(f"{describe(path)}: {error}") from error
-    except Exception as error:  # transformers' classes, and arithmetic on what they let through, raise whatever comes
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"{describe(path)} cannot be read as a config of family {spec.name} ({type(error).__name__}: {reason}): compare it "
-            "with the file that the model was published with"
-        ) from error
 
 
 def check_numbers(config: Mapping[str, Any], where: str = "") -> None:
@@ -113,8 +81,17 @@ def check_numbers(config: Mapping[str, Any], where: str = "") -> None:
             check_numbers(value, f"{name}.")
 
 
+def check_parts(config: Any) -> None:
+    """Checks that every part of a model config has its numbers.
+
+    Raises:
+        ConfigError: one is none, or an image is smaller than a patch.
+    """
+    for part in ("text", "vision", "perceiver"):
+        _check_part(getattr(config, part, None), part)
+
+
 def _check_part(config: Any, part: str) -> None:
-    """Checks that a part of a model config has its numbers."""
     for field in dataclasses.fields(config) if config is not None else ():
         value = getattr(config, field.name)
         if field.type in (int, float) and (

@@ -32,6 +32,7 @@ from megatron_vlm.layers.core_attention import CoreAttention, RowParams
 from megatron_vlm.layers.cross_entropy import linear_cross_entropy_sum
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 from megatron_vlm.layers.rope import RotaryAngles
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.parallel.topology import SoloGroup, Topology
 
@@ -73,13 +74,13 @@ def layer_spec(
 
 
 def transformer_config(
-    topology: Topology, options: Any, *, decoder: bool, tp: int | None = None, **fields: Any
+    topology: Topology, options: ModelOptions, *, decoder: bool, tp: int | None = None, **fields: Any
 ) -> TransformerConfig:
     """Returns megatron-core's config with what every part of a model shares; ``fields`` are the part's own.
 
     Args:
         topology: layout of the run.
-        options: ``models.vlm.ModelOptions``.
+        options: of the model.
         decoder: the part is the decoder, which pipelines and may run sequence parallel; towers and connectors do neither.
         tp: tensor parallel size of the part; 1 for a part that runs replicated.
     """
@@ -130,7 +131,7 @@ class Decoder(GPTModel):
         self,
         text: TextConfig,
         topology: Topology,
-        options: Any,
+        options: ModelOptions,
         vp_stage: int | None,
         pre: bool,
         post: bool,
@@ -226,7 +227,7 @@ class Decoder(GPTModel):
         return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
 
 
-def decoder_transformer_config(text: TextConfig, topology: Topology, options: Any) -> TransformerConfig:
+def decoder_transformer_config(text: TextConfig, topology: Topology, options: ModelOptions) -> TransformerConfig:
     """megatron-core's config of a Llama-shaped decoder."""
     window = (text.sliding_window - 1, 0) if text.sliding_window is not None else None
     return transformer_config(

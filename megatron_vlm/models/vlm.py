@@ -11,8 +11,7 @@ In training a row without images runs them on the smallest image of zeros, whose
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -22,62 +21,18 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_vlm.config import Config, nearest
 from megatron_vlm.data.row import Row
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.layers.core_attention import RowParams
+from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.models.fusion import Filler, filler_pixels, fuse
 from megatron_vlm.models.language import Decoder
+from megatron_vlm.models.options import ModelOptions, group_of
 from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.parallel.rng import unchanged_generators
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.weights.mapping import Mapping, Split
-
-GROUPS = {"vision": "vision_model.", "connector": "connector.", "llm": "language_model."}
-"""Parameter groups, by which parts are frozen and given learning rates: group -> prefix of its names."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions(Config):
-    """How a model is built, beside its own config and the topology.
-
-    Attributes:
-        params_dtype: dtype of the parameters and activations.
-        sequence_parallel: the decoder's activations are split along the sequence between tensor parallel regions.
-        recompute_granularity: "full" recomputes each layer of tower and decoder, and the connector, in the backward pass.
-        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
-        extra_vocab_size: rows added to the vocabulary before that padding; like the padding they take no part.
-        freeze: parameter groups that do not train: llm, vision, connector.
-        drop_path_rate: probability that the tower's last layer leaves out an image's update in training (stochastic depth).
-        build_on_cpu: parameters are made in the CPU's memory, which takes none before they are filled; the caller moves what
-            it keeps to the device.
-    """
-
-    params_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    sequence_parallel: bool = False
-    recompute_granularity: Literal["full"] | None = None
-    make_vocab_size_divisible_by: int = 128
-    extra_vocab_size: int = 0
-    freeze: tuple[str, ...] = ()
-    drop_path_rate: float = 0.0
-    build_on_cpu: bool = False
-
-    def __post_init__(self) -> None:
-        for group in self.freeze:
-            if group not in GROUPS:
-                raise ConfigError(f"cannot freeze {group!r}{nearest(group, GROUPS)}")
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.params_dtype]
-
-    @property
-    def vocab_split(self) -> Split:
-        """How embedding and head lie over tensor parallel ranks."""
-        return Split(dim=0, vocab_multiple=self.make_vocab_size_divisible_by, vocab_extra=self.extra_vocab_size)
 
 
 class VisionLanguageModel(MegatronModule):
@@ -178,7 +133,9 @@ class VisionLanguageModel(MegatronModule):
         return self.vision_model, self.connector
 
 
-def build_model(spec: FamilySpec, config: Any, topology: Topology, options: ModelOptions) -> list[VisionLanguageModel]:
+def build_model(
+    spec: FamilySpec, config: FamilyConfig, topology: Topology, options: ModelOptions
+) -> list[VisionLanguageModel]:
     """Builds this rank's stages (one per virtual stage), frozen groups applied; weights are to be loaded.
 
     Raises:
@@ -244,14 +201,6 @@ def freeze(chunk: nn.Module, groups: Sequence[str]) -> None:
     for name, parameter in global_named_parameters(chunk):
         if group_of(name) in groups:
             parameter.requires_grad_(False)
-
-
-def group_of(name: str) -> str:
-    """Group of a global parameter name."""
-    for group, prefix in GROUPS.items():
-        if name.startswith(prefix):
-            return group
-    raise ValueError(f"parameter {name!r} belongs to no group")
 
 
 _LAYER = re.compile(r"^language_model\.decoder\.layers\.(\d+)\.")

@@ -23,7 +23,8 @@ from megatron_vlm.conversion.load import load_into
 from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.vlm import DTYPES, ModelOptions, build_model, global_named_modules
+from megatron_vlm.models.options import DTYPES, ModelOptions
+from megatron_vlm.models.vlm import build_model, global_named_modules
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.select import quantised_names

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_vlm.config import nearest
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.peft.adapter_map import PeftPlan, Target, group_of
 from megatron_vlm.peft.config import ALL_LINEAR, PeftConfig
 from megatron_vlm.registry import FamilySpec
@@ -25,7 +26,9 @@ HEAD = "language_model.output_layer.weight"
 _EMBEDDINGS = ("word_embeddings", "position_embedding")
 
 
-def make_plan(spec: FamilySpec, model_config: Any, config: PeftConfig, infos: Dict[str, TensorInfo]) -> PeftPlan:
+def make_plan(
+    spec: FamilySpec, model_config: FamilyConfig, config: PeftConfig, infos: Dict[str, TensorInfo]
+) -> PeftPlan:
     """Decides what trains.
 
     Args:
@@ -126,7 +129,7 @@ def last_name(module: str) -> str:
     return f"{parents[-1]}.{name}" if name.isdecimal() and parents else name
 
 
-def named_mapping(spec: FamilySpec, model_config: Any, names: str | None) -> Mapping:
+def named_mapping(spec: FamilySpec, model_config: FamilyConfig, names: str | None) -> Mapping:
     """The map whose names a run goes by: the model's own, or that of one of the family's exports."""
     if names is None:
         return spec.mapping(model_config)

@@ -13,11 +13,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import Row
+from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.topology import ParallelConfig, init_process_group
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.training.checkpoint.save_load import CheckpointConfig
+from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.memory.estimate import RowShape, adapt, estimate, make_batch
 from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
 from megatron_vlm.weights.mapping import TensorInfo
@@ -40,7 +41,7 @@ class Case:
 
     name: str
     family: str
-    model_config: Any
+    model_config: FamilyConfig
     row: RowShape
     parallel: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -89,10 +90,12 @@ def measured(case: Case, device_type: str) -> dict[int, int]:
 
 def measure(case: Case, device_type: str) -> tuple[int, int]:
     """On a rank: (number of its stage, peak bytes of tensors) over two steps."""
-    from megatron_vlm.models.vlm import ModelOptions, build_model, global_parameters
+    from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.models.vlm import build_model, global_parameters
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import build_topology, destroy_topology
-    from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.config import OptimizerConfig
     from megatron_vlm.training.step import train_step
 
     config, model_config, device = case.config(), case.model_config, torch.device(device_type)
@@ -122,7 +125,7 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
     return stage, peak.bytes
 
 
-def make_row(row: RowShape, model_config: Any) -> Row:
+def make_row(row: RowShape, model_config: FamilyConfig) -> Row:
     """A row of that shape with a loss on every token."""
     made = make_batch(row, sum(row.segments), model_config, torch.float32)
     return replace(made, pixels=tuple(torch.randn(image) for image in row.images), keys=("row",))

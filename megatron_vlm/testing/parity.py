@@ -108,7 +108,7 @@ def build_for_test(
     """
     from megatron_vlm.conversion.load import load_stages
     from megatron_vlm.conversion.source import open_source
-    from megatron_vlm.models.vlm import ModelOptions
+    from megatron_vlm.models.options import ModelOptions
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
 
@@ -209,7 +209,8 @@ def layout_run(
         what ``batch_gradients`` returns, before any update; loss and gradient norm of each of ``steps`` AdamW updates; and the
         dtype of the gradient buffers.
     """
-    from megatron_vlm.training.optimizer.build import OptimizerConfig, set_learning_rates
+    from megatron_vlm.training.optimizer.build import set_learning_rates
+    from megatron_vlm.training.optimizer.config import OptimizerConfig
     from megatron_vlm.training.step import train_step
 
     optimizer_config = OptimizerConfig(lr=lr)
@@ -232,7 +233,7 @@ def layout_gradients(
 
     In fp16 the gradients are 256 times as large.
     """
-    from megatron_vlm.training.optimizer.build import OptimizerConfig
+    from megatron_vlm.training.optimizer.config import OptimizerConfig
 
     topology, models, _ = wrapped_for_test(hf_dir, parallel, options, peft, OptimizerConfig(loss_scale=256.0))
     return [batch_gradients(models, rows, topology) for rows in batches]

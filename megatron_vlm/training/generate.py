@@ -22,18 +22,20 @@ from megatron_vlm.data.formats import open_sources, read_source
 from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.shards.writer import load_record
+from megatron_vlm.data.types import Processor
 from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.files import check_output, writing
 from megatron_vlm.log import setup_logging
 from megatron_vlm.models.generation import SamplingConfig
-from megatron_vlm.models.vlm import ModelOptions
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.batch import together
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
-from megatron_vlm.training.answers import Prompt, answer, check_length, encode_prompt
+from megatron_vlm.training.answers import answer, check_length
 from megatron_vlm.training.device import start_device
+from megatron_vlm.training.prompts import Prompt, encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +177,7 @@ def _check_out(config: GenerateConfig) -> None:
             )
 
 
-def _questions(config: GenerateConfig, processor: Any, positions: int) -> Iterator[Question]:
+def _questions(config: GenerateConfig, processor: Processor, positions: int) -> Iterator[Question]:
     if config.prompt is not None:
         sample = encode_prompt(processor, config.prompt)
         check_length(sample, positions, config.sampling, "--prompt")

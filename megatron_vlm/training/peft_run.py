@@ -21,7 +21,7 @@ from megatron_vlm.conversion.source import WeightSource, open_source
 from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.vlm import ModelOptions
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.peft.adapter_map import adapter_mapping
 from megatron_vlm.peft.base_identity import base_place, describe_base

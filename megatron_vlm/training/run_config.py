@@ -15,12 +15,13 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import check_output
+from megatron_vlm.models.family_config import FamilyConfig, has_tower
 from megatron_vlm.parallel.topology import ParallelConfig
 from megatron_vlm.peft.config import PeftConfig
-from megatron_vlm.training.answers import EvaluateConfig
-from megatron_vlm.training.checkpoint.save_load import CheckpointConfig
-from megatron_vlm.training.metrics.logger import LoggingConfig
-from megatron_vlm.training.optimizer.build import OptimizerConfig
+from megatron_vlm.training.checkpoint.config import CheckpointConfig
+from megatron_vlm.training.metrics.config import LoggingConfig
+from megatron_vlm.training.optimizer.config import OptimizerConfig
+from megatron_vlm.training.prompts import EvaluateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +265,7 @@ class RunConfig(Config):
             )
         return dp
 
-    def check_model(self, model_config: Any) -> None:
+    def check_model(self, model_config: FamilyConfig) -> None:
         """Checks the settings against the model.
 
         Raises:
@@ -277,7 +278,7 @@ class RunConfig(Config):
                 f"data.seq_length {self.data.seq_length} is above the model's max_position_embeddings {positions}: set "
                 f"it to at most {positions}"
             )
-        if not hasattr(model_config, "vision"):
+        if not has_tower(model_config):
             for section, name in (
                 (self.model, "freeze_vision"),
                 (self.model, "freeze_connector"),

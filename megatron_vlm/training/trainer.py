@@ -19,12 +19,13 @@ from megatron_vlm.data.row import Row
 from megatron_vlm.data.stream.counts import check_share
 from megatron_vlm.data.stream.loader import DataState, RowLoader, StepRows, evaluation_rows
 from megatron_vlm.log import get_logger, setup_logging
-from megatron_vlm.models.vlm import ModelOptions, build_model
+from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.models.vlm import build_model
 from megatron_vlm.parallel.batch import any_rank, share_rows, together
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import build_topology, init_process_group
-from megatron_vlm.training.answers import SamplingConfig, answer, check_length, encode_prompt
+from megatron_vlm.training.answers import SamplingConfig, answer, check_length
 from megatron_vlm.training.checkpoint.output_check import check_room, check_writable
 from megatron_vlm.training.checkpoint.run_lock import RunLocks
 from megatron_vlm.training.checkpoint.save_load import find_checkpoint, load_checkpoint, save_checkpoint
@@ -33,9 +34,11 @@ from megatron_vlm.training.device import start_device
 from megatron_vlm.training.due import Due
 from megatron_vlm.training.evaluate import EvalResult, evaluate
 from megatron_vlm.training.metrics.logger import Metrics, progress_line, show_sample
-from megatron_vlm.training.optimizer.build import Schedule, build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.optimizer.main_parameters import fill_main
 from megatron_vlm.training.peft_run import build_stages, check_source, open_run
+from megatron_vlm.training.prompts import encode_prompt
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.training.step import StepResult, train_step
 from megatron_vlm.training.stop import STOPPED, StopSignal
@@ -414,6 +417,4 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.step(self.iteration, result, rates, seconds=seconds, consumed_samples=self.consumed_samples)
         elif self.iteration % self.config.logging.log_interval == 0 or self.iteration in (1, self.num_iterations):
-            log.info(
-                progress_line(self.iteration, self.num_iterations, result, rates["llm"], seconds)
-            )  # of a node's first rank
+            log.info(progress_line(self.iteration, self.num_iterations, result, rates["llm"], seconds))

@@ -22,7 +22,8 @@ def save(hf_dir, root, parallel, dtype):
     """On a rank: the weights of ``hf_dir``, doubled, as iteration 3."""
     from megatron_vlm.models.vlm import global_named_parameters
     from megatron_vlm.testing.parity import build_for_test
-    from megatron_vlm.training.checkpoint.save_load import CheckpointConfig, save_checkpoint
+    from megatron_vlm.training.checkpoint.config import CheckpointConfig
+    from megatron_vlm.training.checkpoint.save_load import save_checkpoint
     from megatron_vlm.training.optimizer.build import wrap_model
 
     topology, source, chunks, config = build_for_test(hf_dir, parallel, {"params_dtype": dtype})

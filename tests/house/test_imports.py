@@ -22,12 +22,12 @@ LEVELS = {
     "packages": 0,
     "processes": 0,
     "progress": 0,
-    "registry": 0,  # imports a family only when asked for it
     "data": 1,
     "layers": 1,
     "weights": 1,
     "parallel": 2,
     "models": 3,
+    "registry": 3,  # imports a family only when asked for it
     "peft": 4,
     "conversion": 4,
     "training": 5,

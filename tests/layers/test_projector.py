@@ -17,7 +17,7 @@ def project(features, weights, gradient, epsilon):
 
     from megatron_vlm.layers.projector import Projector
     from megatron_vlm.models.language import transformer_config
-    from megatron_vlm.models.vlm import ModelOptions
+    from megatron_vlm.models.options import ModelOptions
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
 
     size = dist.get_world_size()

@@ -28,7 +28,8 @@ def twin(tmp_path_factory):
 def build(directory, dtype, **parallel):
     from megatron_vlm.conversion.load import load_into
     from megatron_vlm.conversion.source import open_source
-    from megatron_vlm.models.vlm import ModelOptions, build_model
+    from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.models.vlm import build_model
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 
@@ -69,7 +70,8 @@ def test_bf16_kernels_are_close(twin):
 
 def test_fp16_skips_an_overflowed_step_and_lowers_the_scale(twin):
     from megatron_vlm.parallel.topology import ParallelConfig
-    from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.config import OptimizerConfig
     from megatron_vlm.training.step import train_step
 
     directory, _, config = twin

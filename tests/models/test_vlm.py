@@ -155,7 +155,7 @@ def test_sizes_that_do_not_divide_name_the_legal_ones(tmp_path):
 
 
 def test_an_unknown_group_is_an_error():
-    from megatron_vlm.models.vlm import ModelOptions
+    from megatron_vlm.models.options import ModelOptions
 
     with pytest.raises(ConfigError, match="'vision'"):
         ModelOptions(freeze=("visoin",))

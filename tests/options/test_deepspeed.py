@@ -10,7 +10,7 @@ from megatron_vlm import registry
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.options.arguments import read_request
 from megatron_vlm.options.flags import parse_flags
-from megatron_vlm.training.optimizer.build import OptimizerConfig, Schedule
+from megatron_vlm.training.optimizer.config import OptimizerConfig, Schedule
 
 # As published with InternVL (zero_stage1_config.json), shortened by nothing.
 INTERNVL_ZERO1 = {

@@ -98,7 +98,8 @@ def test_bf16_is_as_near_as_peft(tmp_path):
 
 def on_codes(directories, parallel: dict, quantizations) -> list[dict[str, bytes]]:
     """On a rank: what it holds of each directory's linears, by global name, and that every other parameter is full."""
-    from megatron_vlm.models.vlm import ModelOptions, global_named_modules
+    from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.models.vlm import global_named_modules
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
 
     found = []
@@ -178,7 +179,8 @@ def on_families(directories) -> list[tuple[int, int, list[str]]]:
     """On a rank: for each model, (linears, those in 4 bits, those left out) with all of its parts quantised."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    from megatron_vlm.models.vlm import ModelOptions, global_named_modules
+    from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.models.vlm import global_named_modules
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
 
     found = []
@@ -250,7 +252,8 @@ def test_the_products_gradient_and_what_it_keeps():
 
 def on_kept(directory: str, stored: str) -> tuple[list[str], str]:
     """On a rank: parameters of linears that stay because they train, and the refusal where they are stored in 4 bits."""
-    from megatron_vlm.models.vlm import ModelOptions, global_named_parameters
+    from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.models.vlm import global_named_parameters
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
 
     options, wanted = ModelOptions(params_dtype="bf16"), Quantization(dtype="bf16", groups=("connector",))

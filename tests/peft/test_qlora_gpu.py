@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron_vlm.conversion.load import load_stages
 from megatron_vlm.conversion.source import open_source
 from megatron_vlm.data.row import row_from_samples
-from megatron_vlm.models.vlm import ModelOptions
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 from megatron_vlm.peft.adapter_map import adapter_mapping
@@ -155,7 +155,8 @@ def test_fp32_equals_peft_on_bitsandbytes(twin):
 @pytest.mark.parametrize("backend", ["bitsandbytes", "torch"])
 def test_a_bf16_run_learns(twin, backend):
     """Ten updates of the pairs alone; the codes stay what they were."""
-    from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.config import OptimizerConfig
     from megatron_vlm.training.step import train_step
 
     settings = dict(quantize="nf4", quantize_backend=backend, quantize_groups=("llm", "vision"), **TARGETS)

@@ -34,10 +34,13 @@ class Run:
     def __init__(self, hf_dir: str, parallel: dict, options: dict | None = None, checkpoint: dict | None = None):
         from megatron_vlm.conversion.load import load_into
         from megatron_vlm.conversion.source import open_source
-        from megatron_vlm.models.vlm import ModelOptions, build_model
+        from megatron_vlm.models.options import ModelOptions
+        from megatron_vlm.models.vlm import build_model
         from megatron_vlm.parallel.topology import ParallelConfig, build_topology
-        from megatron_vlm.training.checkpoint.save_load import CheckpointConfig, find_checkpoint, load_checkpoint
-        from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, wrap_model
+        from megatron_vlm.training.checkpoint.config import CheckpointConfig
+        from megatron_vlm.training.checkpoint.save_load import find_checkpoint, load_checkpoint
+        from megatron_vlm.training.optimizer.build import build_optimizer, wrap_model
+        from megatron_vlm.training.optimizer.config import OptimizerConfig
         from megatron_vlm.training.optimizer.main_parameters import fill_main
 
         self.hf_dir, self.iteration, self.report = hf_dir, 0, None
@@ -214,7 +217,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def looked_for(checkpoints: list[dict]) -> list[tuple[str, bool] | str]:
     """(folder name, weights only) that each config finds, "none", or its error."""
     from megatron_vlm.errors import CheckpointError
-    from megatron_vlm.training.checkpoint.save_load import CheckpointConfig, find_checkpoint
+    from megatron_vlm.training.checkpoint.config import CheckpointConfig
+    from megatron_vlm.training.checkpoint.save_load import find_checkpoint
 
     answers: list[tuple[str, bool] | str] = []
     for fields in checkpoints:

@@ -5,10 +5,10 @@ from checkpoint_ranks import load_error, load_of, merge, save_of
 from test_checkpoint import assert_same, at, mapping_of
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.vlm import group_of
+from megatron_vlm.models.options import group_of
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins import write_tiny_idefics2
-from megatron_vlm.training.checkpoint.save_load import CheckpointConfig
+from megatron_vlm.training.checkpoint.config import CheckpointConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

@@ -12,7 +12,8 @@ SPECS = [[([(16, 24)], 9), ([], 6)], [([], 12)]]
 
 def steps(hf_dir: str, parallel: dict, options: dict, settings: dict, number: int = 4) -> list[tuple]:
     """On a rank: (skipped, loss scale, norm, counts, digest of the weights) after each of some steps on one batch."""
-    from megatron_vlm.training.optimizer.build import OptimizerConfig, build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
+    from megatron_vlm.training.optimizer.config import OptimizerConfig
     from megatron_vlm.training.step import train_step
 
     topology, source, chunks, config = build_for_test(hf_dir, parallel, options)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text import literal
-from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError
 
 

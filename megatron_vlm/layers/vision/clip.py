@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vlm.errors import DataError
@@ -40,7 +41,14 @@ class ClipVisionModel(nn.Module):
     smallest = 1
 
     def __init__(
-        self, encoder: Any, *, num_run_layers: int, config: Any, patch_size: int, num_channels: int, side: int
+        self,
+        encoder: Any,
+        *,
+        num_run_layers: int,
+        config: TransformerConfig,
+        patch_size: int,
+        num_channels: int,
+        side: int,
     ):
         super().__init__()
         hidden, epsilon = config.hidden_size, config.layernorm_epsilon

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.tower import BOTH, TowerConfig, build_encoder, layer_entries, tower_sizes
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.weights.mapping import Entry, direct
@@ -54,7 +55,7 @@ class ClipConfig(TowerConfig):
 
 
 def build_clip(
-    clip: ClipConfig, topology: Topology, options: Any, tower: "type[ClipVisionModel] | None" = None
+    clip: ClipConfig, topology: Topology, options: ModelOptions, tower: "type[ClipVisionModel] | None" = None
 ) -> "ClipVisionModel":
     """The tower (of a subclass ``tower``, if given); whole on every rank where its heads do not divide."""
     import torch.nn.functional as F

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.hf_config import require
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.tower import BOTH, LayerNames, TowerConfig, build_encoder, layer_entries, tower_sizes
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.weights.mapping import COLUMN, REPLICATED, Entry, direct
@@ -87,7 +88,7 @@ class InternVitConfig(TowerConfig):
 
 
 def build_internvit(
-    vit: InternVitConfig, topology: Topology, options: Any, *, smallest: int = 1
+    vit: InternVitConfig, topology: Topology, options: ModelOptions, *, smallest: int = 1
 ) -> "InternVisionModel":
     """The tower; whole on every rank where its heads do not divide. ``smallest``: side of the connector's blocks of patches."""
     import torch.nn.functional as F

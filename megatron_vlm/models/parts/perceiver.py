@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_vlm.config import Config
 from megatron_vlm.models.hf_config import require
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.topology import SoloGroup, Topology
 from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, direct, gated
 
@@ -58,7 +59,7 @@ class PerceiverConfig(Config):
 
 
 def perceiver_transformer_config(
-    perceiver: PerceiverConfig, hidden_size: int, topology: Topology, options: Any
+    perceiver: PerceiverConfig, hidden_size: int, topology: Topology, options: ModelOptions
 ) -> "TransformerConfig":
     """megatron-core's config of the resampler, which serves a gated projection before it as well."""
     import torch.nn.functional as F

@@ -1,18 +1,24 @@
 """Builds the MLP projector between a tower and a decoder (``layers/projector.py``) for any family."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.nn.functional as F
 
 from megatron_vlm.layers.projector import Projector
 from megatron_vlm.models.language import transformer_config
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.topology import Topology
 
 P = TypeVar("P", bound=Projector)
 
 
 def build_projector(
-    kind: type[P], width: int, hidden_size: int, topology: Topology, options: Any, norm_epsilon: float | None = None
+    kind: type[P],
+    width: int,
+    hidden_size: int,
+    topology: Topology,
+    options: ModelOptions,
+    norm_epsilon: float | None = None,
 ) -> P:
     """The projector, split by the width between its linears.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.models.hf_config import require
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.tower import BOTH, TowerConfig, build_encoder, layer_entries, tower_sizes
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.weights.mapping import Entry, direct
@@ -29,7 +30,7 @@ class SiglipConfig(TowerConfig):
         return cls(**tower_sizes(vision))
 
 
-def build_siglip(siglip: SiglipConfig, topology: Topology, options: Any) -> "SiglipVisionModel":
+def build_siglip(siglip: SiglipConfig, topology: Topology, options: ModelOptions) -> "SiglipVisionModel":
     """The tower, with the norm after its last layer; whole on every rank where its heads do not divide."""
     from megatron_vlm.layers.vision.siglip import SiglipVisionModel
     from megatron_vlm.models.language import gelu_tanh

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_vlm.config import Config
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, direct, qkv
 
@@ -68,7 +69,7 @@ def tower_sizes(vision: Mapping[str, Any]) -> dict[str, Any]:
 def build_encoder(
     tower: TowerConfig,
     topology: Topology,
-    options: Any,
+    options: ModelOptions,
     activation: Callable[[Tensor], Tensor],
     *,
     final_norm: bool = False,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.log import get_logger
-from megatron_vlm.training.checkpoint.save_load import CheckpointConfig
+from megatron_vlm.training.checkpoint.config import CheckpointConfig
 
 log = get_logger(__name__)
 

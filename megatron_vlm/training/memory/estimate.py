@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_vlm.data.row import Row
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.family_config import FamilyConfig, has_tower
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.grid import AXES, STAGE
 from megatron_vlm.parallel.rng import seed_step
@@ -46,12 +47,12 @@ class RowShape:
     images: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
-    def expected(cls, config: RunConfig, model_config: Any) -> "RowShape":
+    def expected(cls, config: RunConfig, model_config: FamilyConfig) -> "RowShape":
         """A full row: images of the largest size that ``config.data`` lets through, one to each ``TEXT_PER_IMAGE`` tokens of text
         in a packed row and one to each sample else, no more than ``max_image_num`` and ``max_patches_per_row`` allow."""
         data, samples = config.data, config.training.micro_batch_size
         segments = (data.seq_length,) * samples
-        if not hasattr(model_config, "vision") or data.max_image_num == 0:
+        if not has_tower(model_config) or data.max_image_num == 0:
             return cls(segments=segments)
         image = model_config.expected_image(data)
         cost = model_config.image_cost(image)
@@ -115,7 +116,7 @@ _SIZES = ("weights", "gradients", "optimizer", "activations", "temporary", "cons
 def estimate(
     config: RunConfig,
     spec: FamilySpec,
-    model_config: Any,
+    model_config: FamilyConfig,
     world_size: int,
     device_kind: Literal["cpu", "cuda"],
     *,
@@ -156,7 +157,7 @@ def estimate(
 class _World:
     """A topology of ``world_size`` ranks, of which this process is one and the others are not there."""
 
-    def __init__(self, parallel: ParallelConfig, model_config: Any, world_size: int, rank: int):
+    def __init__(self, parallel: ParallelConfig, model_config: FamilyConfig, world_size: int, rank: int):
         self.parallel, self.layers, self.size, self.rank = parallel, model_config.text.num_layers, world_size, rank
 
     def __enter__(self) -> Topology:
@@ -177,10 +178,11 @@ class _World:
 
 
 def build_on_meta(
-    config: RunConfig, spec: FamilySpec, model_config: Any, topology: Topology, infos: Mapping[str, TensorInfo]
+    config: RunConfig, spec: FamilySpec, model_config: FamilyConfig, topology: Topology, infos: Mapping[str, TensorInfo]
 ) -> list[Any]:
     """This rank's stages as the trainer builds them, without data; ``infos`` of ``full_shapes`` where ``config.peft`` acts."""
-    from megatron_vlm.models.vlm import ModelOptions, build_model
+    from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.models.vlm import build_model
 
     with torch.device("meta"):
         chunks: list[Any] = build_model(spec, model_config, topology, ModelOptions(**config.model_options()))
@@ -194,13 +196,14 @@ def build_on_meta(
 def adapt(
     config: RunConfig,
     spec: FamilySpec,
-    model_config: Any,
+    model_config: FamilyConfig,
     topology: Topology,
     infos: Mapping[str, TensorInfo],
     chunks: list[Any],
 ) -> None:
     """Quantises (on meta alone) and adds pairs to ``chunks`` as ``config.peft`` says."""
-    from megatron_vlm.models.vlm import DTYPES, ModelOptions, global_parameters
+    from megatron_vlm.models.options import DTYPES, ModelOptions
+    from megatron_vlm.models.vlm import global_parameters
     from megatron_vlm.peft import qlora
     from megatron_vlm.peft.adapter_map import adapter_mapping
     from megatron_vlm.peft.lora import apply_lora
@@ -242,9 +245,10 @@ def _nf4(shape: torch.Size, dtype: torch.dtype, double_quant: bool) -> tuple[Ten
     return torch.empty(blocks * 32, dtype=torch.uint8, device="meta"), _Nf4Shape(shape, dtype, scales)
 
 
-def full_shapes(spec: FamilySpec, model_config: Any) -> dict[str, TensorInfo]:
+def full_shapes(spec: FamilySpec, model_config: FamilyConfig) -> dict[str, TensorInfo]:
     """Infos of the model's whole tensors by global name, as of a WeightSource, without one."""
-    from megatron_vlm.models.vlm import ModelOptions, build_model, global_parameters
+    from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.models.vlm import build_model, global_parameters
 
     with _World(ParallelConfig(), model_config, 1, 0) as topology, torch.device("meta"):
         chunks = build_model(spec, model_config, topology, ModelOptions(make_vocab_size_divisible_by=1))
@@ -253,13 +257,14 @@ def full_shapes(spec: FamilySpec, model_config: Any) -> dict[str, TensorInfo]:
 
 def _report(
     config: RunConfig,
-    model_config: Any,
+    model_config: FamilyConfig,
     topology: Topology,
     chunks: Sequence[Any],
     row: RowShape | None,
     device_kind: Any,
 ) -> StageMemory:
-    from megatron_vlm.models.vlm import GROUPS, global_named_parameters, group_of
+    from megatron_vlm.models.options import GROUPS, group_of
+    from megatron_vlm.models.vlm import global_named_parameters
 
     parallel = config.parallel
     held, trained = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0)
@@ -302,7 +307,7 @@ def _report(
 
 
 def _chunk_bytes(
-    config: RunConfig, model_config: Any, topology: Topology, chunk: Any, row: RowShape, device_kind: Any
+    config: RunConfig, model_config: FamilyConfig, topology: Topology, chunk: Any, row: RowShape, device_kind: Any
 ) -> ChunkBytes:
     tokens = max(sum(row.segments), config.row_fill)
     tokens = -(-tokens // config.row_multiple) * config.row_multiple
@@ -311,14 +316,15 @@ def _chunk_bytes(
     return measure_chunk(chunk, batch, (local, 1, model_config.text.hidden_size), device_kind)
 
 
-def make_batch(row: RowShape, tokens: int, model_config: Any, dtype: torch.dtype) -> Row:
+def make_batch(row: RowShape, tokens: int, model_config: FamilyConfig, dtype: torch.dtype) -> Row:
     """A batch of ``row``, filled to ``tokens``, with a loss on every token; image features come first.
 
     Raises:
         ConfigError: the images take more tokens than there are.
     """
     segments = [*row.segments, tokens - sum(row.segments)] if tokens > sum(row.segments) else list(row.segments)
-    features = sum(model_config.image_cost(image).features for image in row.images)
+    costs = [model_config.image_cost(image) for image in row.images] if has_tower(model_config) else []
+    features = sum(cost.features for cost in costs)
     if features > tokens:
         raise ConfigError(
             f"a row of {row} needs {features} tokens for its images: raise data.seq_length, or lower data.image_size, "

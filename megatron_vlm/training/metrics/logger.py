@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,51 +14,22 @@ from typing import Any, Self
 
 import yaml
 
-from megatron_vlm.config import Config
 from megatron_vlm.data.row import IGNORE_INDEX, Row
+from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import LineFile, write_synced, writing
 from megatron_vlm.log import get_logger
 from megatron_vlm.progress import LINE, Bar
-from megatron_vlm.training.answers import Prompt
 from megatron_vlm.training.evaluate import EvalResult
-from megatron_vlm.training.metrics.wandb_writer import WandbWriter, check_wandb
+from megatron_vlm.training.metrics.config import LoggingConfig
+from megatron_vlm.training.metrics.wandb_writer import WandbWriter
 from megatron_vlm.training.metrics.writers import SafeWriter
+from megatron_vlm.training.prompts import Prompt
 from megatron_vlm.training.step import StepResult
 
 log = get_logger(__name__)
 
 SAMPLES = "samples.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggingConfig(Config):
-    """Where a run reports.
-
-    Attributes:
-        name: name of the run, for the default output directory.
-        output_dir: where config.yaml, metrics.jsonl, train.log and TensorBoard events go; None: ``checkpoint.save``,
-            else ``./runs/<name>``.
-        log_interval: steps between two progress lines and TensorBoard points; metrics.jsonl has every step.
-        tensorboard: write TensorBoard events.
-        tensorboard_dir: where; None: ``tensorboard`` in the output directory.
-        wandb: report to Weights & Biases, too (package wandb; WANDB_MODE=offline and its other variables hold).
-    """
-
-    name: str = "train"
-    output_dir: Path | None = None
-    log_interval: int = 10
-    tensorboard: bool = True
-    tensorboard_dir: Path | None = None
-    wandb: bool = False
-
-    def __post_init__(self) -> None:
-        if self.log_interval < 1:
-            raise ConfigError(f"logging.log_interval must be at least 1, got {self.log_interval}")
-        if self.tensorboard_dir is not None and not self.tensorboard:
-            raise ConfigError("logging.tensorboard_dir has no effect while logging.tensorboard is false")
-        if self.wandb:
-            check_wandb()
 
 
 class Metrics:
@@ -252,7 +222,7 @@ def keep_old(path: Path) -> None:
     log.warning(f"{path} is of an earlier run: kept as {aside.name}")
 
 
-def show_sample(row: Row, processor: Any) -> str:
+def show_sample(row: Row, processor: Processor) -> str:
     """The first sample of a row as text: supervised parts in ``[[ ]]``, runs of image tokens as ``<image> x n``."""
     end = row.starts[1]
     ids = row.input_ids[:end].tolist()

@@ -93,7 +93,7 @@ def nf4_bytes(hf_dir: str) -> int:
     """Bytes of a real stage in NF4."""
     from megatron_vlm.conversion.load import load_stages
     from megatron_vlm.conversion.source import open_source
-    from megatron_vlm.models.vlm import ModelOptions
+    from megatron_vlm.models.options import ModelOptions
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
     from megatron_vlm.weights.nf4 import Quantization
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.training.metrics.logger import LoggingConfig
+from megatron_vlm.training.metrics.config import LoggingConfig
 from megatron_vlm.training.metrics.wandb_writer import WandbWriter
 
 RECORDER = """

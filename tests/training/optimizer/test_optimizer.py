@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.training.optimizer.build import OptimizerConfig, Schedule, set_learning_rates
+from megatron_vlm.training.optimizer.build import set_learning_rates
+from megatron_vlm.training.optimizer.config import OptimizerConfig, Schedule
 
 
 class Groups:

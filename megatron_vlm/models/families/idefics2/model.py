@@ -7,12 +7,12 @@ Tower and resampler are split over tensor parallel ranks; where their heads do n
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from megatron_vlm.layers.mlp import ParallelMLP
 from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.perceiver import build_perceiver, perceiver_transformer_config
 from megatron_vlm.models.parts.siglip import build_siglip
 from megatron_vlm.models.vlm import VisionLanguageModel, build_stage
@@ -33,14 +33,14 @@ class Idefics2Connector(nn.Module):
 
 
 def build_idefics2(
-    config: Idefics2ModelConfig, topology: Topology, options: Any, *, vp_stage: int | None = None
+    config: Idefics2ModelConfig, topology: Topology, options: ModelOptions, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
     tower, connector = partial(build_siglip, config.vision), partial(_build_connector, config)
     return build_stage(config.text, topology, options, vp_stage, tower, connector)
 
 
-def _build_connector(config: Idefics2ModelConfig, topology: Topology, options: Any) -> Idefics2Connector:
+def _build_connector(config: Idefics2ModelConfig, topology: Topology, options: ModelOptions) -> Idefics2Connector:
     """Modality projection (split by its ffn) and resampler (attention whole on every rank where its heads do not divide)."""
     text = config.text
     mcore = perceiver_transformer_config(config.perceiver, text.hidden_size, topology, options)

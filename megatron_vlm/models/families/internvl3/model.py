@@ -7,13 +7,13 @@ The tower is split over tensor parallel ranks; where its heads do not divide it 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from megatron_vlm.layers.projector import Projector
 from megatron_vlm.layers.vision.internvit import pixel_shuffle
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.internvit import build_internvit
 from megatron_vlm.models.parts.projector import build_projector
 from megatron_vlm.models.vlm import VisionLanguageModel, build_stage
@@ -33,7 +33,7 @@ class InternVL3Connector(Projector):
 
 
 def build_internvl3(
-    config: InternVL3ModelConfig, topology: Topology, options: Any, *, vp_stage: int | None = None
+    config: InternVL3ModelConfig, topology: Topology, options: ModelOptions, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
     tower = partial(build_internvit, config.vision, smallest=config.shuffle)
@@ -41,7 +41,7 @@ def build_internvl3(
     return build_stage(config.text, topology, options, vp_stage, tower, connector)
 
 
-def _build_connector(config: InternVL3ModelConfig, topology: Topology, options: Any) -> InternVL3Connector:
+def _build_connector(config: InternVL3ModelConfig, topology: Topology, options: ModelOptions) -> InternVL3Connector:
     width, hidden = config.vision.hidden_size * config.shuffle**2, config.text.hidden_size
     connector = build_projector(InternVL3Connector, width, hidden, topology, options, _NORM_EPSILON)
     connector.shuffle = config.shuffle

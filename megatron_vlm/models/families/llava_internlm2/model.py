@@ -5,12 +5,12 @@ pixels --ClipVisionModel: hidden state of one layer, without CLS--> [P, Hv] --li
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from megatron_vlm.layers.projector import Projector
 from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.clip import build_clip
 from megatron_vlm.models.parts.projector import build_projector
 from megatron_vlm.models.vlm import VisionLanguageModel, build_stage
@@ -26,7 +26,7 @@ class LlavaConnector(Projector):
 
 
 def build_llava(
-    config: LlavaModelConfig, topology: Topology, options: Any, *, vp_stage: int | None = None
+    config: LlavaModelConfig, topology: Topology, options: ModelOptions, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
     tower = partial(build_clip, config.vision)

@@ -8,7 +8,6 @@ Legend: S size of the tower's images (336), n patches a side, Hv and H hidden si
 """
 
 from functools import partial
-from typing import Any
 
 from megatron_vlm.layers.norm import RMSNorm
 from megatron_vlm.layers.partial_lora import PartialLoraColumnLinear, PartialLoraLayer, PartialLoraRowLinear
@@ -17,6 +16,7 @@ from megatron_vlm.layers.vision.clip import ClipVisionModel
 from megatron_vlm.layers.vision.hd import HdClipVisionModel, HdConnector
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
 from megatron_vlm.models.language import layer_spec
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.clip import build_clip
 from megatron_vlm.models.parts.projector import build_projector
 from megatron_vlm.models.vlm import VisionLanguageModel, build_stage
@@ -24,7 +24,7 @@ from megatron_vlm.parallel.topology import Topology
 
 
 def build_xcomposer2(
-    config: XComposer2Config, topology: Topology, options: Any, *, vp_stage: int | None = None
+    config: XComposer2Config, topology: Topology, options: ModelOptions, *, vp_stage: int | None = None
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
     tower = partial(build_clip, config.vision, tower=HdClipVisionModel if config.hd else ClipVisionModel)
@@ -39,7 +39,7 @@ def build_xcomposer2(
     return build_stage(config.text, topology, options, vp_stage, tower, partial(_build_connector, config), layer)
 
 
-def _build_connector(config: XComposer2Config, topology: Topology, options: Any) -> HdConnector:
+def _build_connector(config: XComposer2Config, topology: Topology, options: ModelOptions) -> HdConnector:
     width = config.feature_size
     projection = build_projector(Projector, width, config.text.hidden_size, topology, options)
     return HdConnector(projection, width if config.hd else None)

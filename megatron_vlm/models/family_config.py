@@ -1,0 +1,44 @@
+"""What a family's config tells the house, beside what the family's own files read in it.
+
+config.json --FamilySpec.config--> FamilyConfig (a text model) | ImageConfig (a model with a tower)
+"""
+
+from typing import Any, Protocol, TypeGuard
+
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.models.parts.decoder import TextConfig
+from megatron_vlm.models.parts.tower import TowerConfig
+from megatron_vlm.models.processing.image_cost import ImageCost
+
+ImageShape = tuple[int, int, int]
+"""[C, H, W] of an image as the tower gets it (InternVL: a column of tiles)."""
+
+
+class FamilyConfig(Protocol):
+    """Of any model: a frozen dataclass of plain values."""
+
+    @property
+    def text(self) -> TextConfig:
+        """The decoder."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data."""
+
+
+class ImageConfig(FamilyConfig, Protocol):
+    """Of a model with a tower."""
+
+    @property
+    def vision(self) -> TowerConfig:
+        """The tower."""
+
+    def expected_image(self, data: DataConfig) -> ImageShape:
+        """The largest image that ``data`` lets through."""
+
+    def image_cost(self, image: ImageShape) -> ImageCost:
+        """What one image costs."""
+
+
+def has_tower(config: FamilyConfig) -> TypeGuard[ImageConfig]:
+    """Whether the model sees images."""
+    return hasattr(config, "vision")

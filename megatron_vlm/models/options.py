@@ -1,0 +1,61 @@
+"""How a model is built, beside its family's config and the topology: read by every part of it. Imports no megatron-core."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_vlm.config import Config, nearest
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.weights.mapping import Split
+
+GROUPS = {"vision": "vision_model.", "connector": "connector.", "llm": "language_model."}
+"""Parameter groups, by which parts are frozen and given learning rates: group -> prefix of its names."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Config):
+    """How a model is built, beside its own config and the topology.
+
+    Attributes:
+        params_dtype: dtype of the parameters and activations.
+        sequence_parallel: the decoder's activations are split along the sequence between tensor parallel regions.
+        recompute_granularity: "full" recomputes each layer of tower and decoder, and the connector, in the backward pass.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
+        freeze: parameter groups that do not train: llm, vision, connector.
+        drop_path_rate: probability that the tower's last layer leaves out an image's update in training (stochastic depth).
+        build_on_cpu: parameters are made in the CPU's memory, which takes none before they are filled; the caller moves what
+            it keeps to the device.
+    """
+
+    params_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    sequence_parallel: bool = False
+    recompute_granularity: Literal["full"] | None = None
+    make_vocab_size_divisible_by: int = 128
+    freeze: tuple[str, ...] = ()
+    drop_path_rate: float = 0.0
+    build_on_cpu: bool = False
+
+    def __post_init__(self) -> None:
+        for group in self.freeze:
+            if group not in GROUPS:
+                raise ConfigError(f"cannot freeze {group!r}{nearest(group, GROUPS)}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.params_dtype]
+
+    @property
+    def vocab_split(self) -> Split:
+        """How embedding and head lie over tensor parallel ranks."""
+        return Split(dim=0, vocab_multiple=self.make_vocab_size_divisible_by)
+
+
+def group_of(name: str) -> str:
+    """Group of a global parameter name."""
+    for group, prefix in GROUPS.items():
+        if name.startswith(prefix):
+            return group
+    raise ValueError(f"parameter {name!r} belongs to no group")

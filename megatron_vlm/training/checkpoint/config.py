@@ -1,0 +1,68 @@
+"""The section ``checkpoint`` of a run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vlm.config import Config, PathText
+from megatron_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Config):
+    """Where a run starts from and what it leaves.
+
+    Attributes:
+        load: an HF directory or hub id, Megatron weights, or a training checkpoint (its folder or one iteration's).
+        save: folder for checkpoints; None: none are written.
+        ckpt_step: iteration to load, with no other in its place; None: the newest.
+        save_interval: iterations between checkpoints; None: at the end (and on SIGTERM) only.
+        save_epochs: epochs between checkpoints; excludes ``save_interval``.
+        keep_last: checkpoints to keep, at least 2, so that one is left if the newest is damaged; None: all.
+        finetune: take weights only (fp32 main parameters, where there are any) and start at iteration 0 with fresh
+            optimizer and data state.
+        no_load_optim: leave main parameters, moments and Adam's step behind, but go on at the iteration.
+        no_load_rng: draw random numbers from this run's seed instead of the checkpoint's.
+        no_save_optim: write weights only; such a checkpoint is smaller and resumes without moments.
+        base: where the base of adapters is now, which ``load`` holds without it; None: where their checkpoint says.
+        save_retries, save_retry_seconds: tries of a save that failed; before the first, each further wait is twice as long.
+        on_save_failure: then: stop the run, or continue to the next save, if there is one. Older checkpoints are untouched.
+        verify_hashes: read every file once more before loading and compare its sha256; sizes are compared in any case.
+    """
+
+    load: PathText | None = None
+    save: PathText | None = None
+    ckpt_step: int | None = None
+    save_interval: int | None = None
+    save_epochs: float | None = None
+    keep_last: int | None = None
+    finetune: bool = False
+    no_load_optim: bool = False
+    no_load_rng: bool = False
+    no_save_optim: bool = False
+    base: PathText | None = None
+    save_retries: int = 2
+    save_retry_seconds: float = 10.0
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    verify_hashes: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("save_interval", "save_epochs"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"checkpoint.{name} must be above 0, got {value}")
+            if value is not None and self.save is None:
+                raise ConfigError(
+                    f"checkpoint.{name} is {value}, but checkpoint.save is not set: name a folder (--save)"
+                )
+        if self.save_retries < 0 or self.save_retry_seconds < 0:
+            raise ConfigError("neither checkpoint.save_retries nor checkpoint.save_retry_seconds may be negative")
+        if self.save_interval is not None and self.save_epochs is not None:
+            raise ConfigError("set checkpoint.save_interval or save_epochs, not both")
+        if self.keep_last is not None and self.keep_last < 2:
+            raise ConfigError(
+                f"checkpoint.keep_last must be at least 2, got {self.keep_last}: the newest may turn out damaged"
+            )
+        if self.ckpt_step is not None and (self.load is None or self.ckpt_step < 0):
+            raise ConfigError(f"checkpoint.ckpt_step {self.ckpt_step} needs checkpoint.load, and must not be negative")
+        if self.base is not None and self.load is None:
+            raise ConfigError(f"checkpoint.base {self.base}, but checkpoint.load names no adapters: set it (--load)")

@@ -1,0 +1,38 @@
+"""The section ``logging`` of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_vlm.config import Config
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.training.metrics.wandb_writer import check_wandb
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig(Config):
+    """Where a run reports.
+
+    Attributes:
+        name: name of the run, for the default output directory.
+        output_dir: where config.yaml, metrics.jsonl, train.log and TensorBoard events go; None: ``checkpoint.save``,
+            else ``./runs/<name>``.
+        log_interval: steps between two progress lines and TensorBoard points; metrics.jsonl has every step.
+        tensorboard: write TensorBoard events.
+        tensorboard_dir: where; None: ``tensorboard`` in the output directory.
+        wandb: report to Weights & Biases, too (package wandb; WANDB_MODE=offline and its other variables hold).
+    """
+
+    name: str = "train"
+    output_dir: Path | None = None
+    log_interval: int = 10
+    tensorboard: bool = True
+    tensorboard_dir: Path | None = None
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        if self.log_interval < 1:
+            raise ConfigError(f"logging.log_interval must be at least 1, got {self.log_interval}")
+        if self.tensorboard_dir is not None and not self.tensorboard:
+            raise ConfigError("logging.tensorboard_dir has no effect while logging.tensorboard is false")
+        if self.wandb:
+            check_wandb()

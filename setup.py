@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -82,9 +82,6 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    # The fast walk over tar headers. Without a C compiler it is left out with a warning, and the walk in Python serves.
-    ext_modules=[Extension("megatron_vlm.data._tar", ["megatron_vlm/data/_tar.c"], optional=True, py_limited_api=True)],
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     python_requires=">=3.11,<3.13",
     cmdclass={"build_py": BuildWithRecipes},
     packages=find_packages(include=["megatron_vlm", "megatron_vlm.*"]),

@@ -11,7 +11,7 @@
 #   MEGATRON_VLM_EXTRAS     extras of setup.py to install (default: dev)
 #   MEGATRON_VLM_VENV       where the environment lives (default: .venv)
 #
-# The environment is made once for a given setup.py, toolkits/constraints.txt, C source and the variables above.
+# The environment is made once for a given setup.py, toolkits/constraints.txt and the variables above.
 
 # Sourced, "$@" is the caller's, so options are read only where this file is run itself.
 _run=
@@ -40,7 +40,7 @@ fi
 
 _venv=${MEGATRON_VLM_VENV:-.venv}
 _build=${MEGATRON_VLM_TORCH:-cpu}
-_key=$({ cat setup.py toolkits/constraints.txt megatron_vlm/data/_tar.c; echo "$_build|${MEGATRON_VLM_PIP_ARGS:-}|${MEGATRON_VLM_EXTRAS:-dev}"; } | cksum)
+_key=$({ cat setup.py toolkits/constraints.txt; echo "$_build|${MEGATRON_VLM_PIP_ARGS:-}|${MEGATRON_VLM_EXTRAS:-dev}"; } | cksum)
 
 if [ -n "$_cache" ]; then
     mkdir -p "$_cache/pip" "$_cache/huggingface" || exit 1

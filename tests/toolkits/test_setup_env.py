@@ -25,7 +25,7 @@ esac
 @pytest.fixture
 def checkout(tmp_path):
     """A checkout with a recording interpreter in place of its environment's."""
-    for name in ("setup.py", "toolkits/setup_env.sh", "toolkits/constraints.txt", "megatron_vlm/data/_tar.c"):
+    for name in ("setup.py", "toolkits/setup_env.sh", "toolkits/constraints.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)

@@ -1,10 +1,9 @@
 """Tar headers: read fast and with suspicion. Only regular members, whole, with plain names.
 
-    file --_tar.c, where it was built: archives without a fault--> TarIndex
-         --walk: a jump from header to header--> offsets --numpy: checksums and types of all at once--> TarIndex
+    file --walk: a jump from header to header--> offsets --numpy: checksums and types of all at once--> TarIndex
 
-The walk in C gives up on whatever is odd, so errors come from the one here, and both list the same. Archives with pax or
-GNU extension headers (long names) get their names from ``tarfile`` here; their places are checked all the same.
+Archives whose pax or GNU extension headers say more than times (long names) get their names from ``tarfile``; their places are
+checked all the same.
 """
 
 import io
@@ -23,18 +22,15 @@ from megatron_vlm.data.foreign import told
 from megatron_vlm.errors import DataError, Reason
 from megatron_vlm.files import open_regular
 
-try:
-    from megatron_vlm.data import _tar as _native
-except ImportError:  # installed without a C compiler
-    _native = None  # type: ignore[assignment]
-
 BLOCK = 512
 _damaged = partial(DataError, reason=Reason.DAMAGED_SHARD)
 MAX_MEMBER = 2**30
 MAX_EXTENSION = 2**20  # of a pax or GNU header
 _REGULAR = (0, ord("0"))
 _FOLDER = ord("5")
+_PAX = ord("x")
 _EXTENSIONS = tuple(map(ord, "xgLK"))
+_TIMES = (b"mtime", b"atime", b"ctime")
 _CHUNK = 2048  # headers checked at a time: a megabyte, so that it stays in the cache
 _WORDS = BLOCK // 8
 _LOW_BYTES = np.uint64(0x00FF00FF00FF00FF)
@@ -91,11 +87,6 @@ def index_tar(path: str | Path) -> TarIndex:
                 raise _damaged(f"not a tar archive: {words}")
             if size < BLOCK:
                 raise _damaged("not a tar archive: it has no header")
-            found = _native.walk(file.fileno(), size, MAX_MEMBER) if _native else None
-            if found is not None:
-                *numbers, names, end = found
-                starts, offsets, sizes, groups = (np.frombuffer(part, dtype=np.int64) for part in numbers)
-                return TarIndex(starts=starts, offsets=offsets, sizes=sizes, groups=groups, end=end, raw_names=names)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _index(path, data, size)
     except OSError as error:
@@ -140,12 +131,38 @@ def _index(path: Path, data: mmap.mmap, size: int) -> TarIndex:
         raise _damaged(
             f"tar member {_shown(names[row])} has {sizes[row]} bytes, beyond the limit", offset=int(headers[row])
         )
-    starts, names, sizes = headers[regular], names[regular], sizes[regular]
-    offsets = starts + BLOCK
-    if extension.any():
-        starts, names = _named_by_tarfile(path, offsets, sizes)
+    starts, offsets = headers[regular], headers[regular] + BLOCK
+    names, exact = names[regular], sizes[regular]
+    if extension.any() and _tell_times_alone(data, headers, sizes, kinds):
+        rows = np.flatnonzero(regular)
+        starts = headers[rows - extension[rows - 1]]
+    elif extension.any():
+        starts, names = _named_by_tarfile(path, offsets, exact)
     raw = b"".join(name.split(b"\0")[0] + b"\0" for name in names.tolist())
-    return TarIndex(starts=starts, offsets=offsets, sizes=sizes, groups=_groups(names), end=end, raw_names=raw)
+    return TarIndex(starts=starts, offsets=offsets, sizes=exact, groups=_groups(names), end=end, raw_names=raw)
+
+
+def _tell_times_alone(
+    data: mmap.mmap, headers: NDArray[np.int64], sizes: NDArray[np.int64], kinds: NDArray[np.uint8]
+) -> bool:
+    """Whether all extension headers are pax headers of nothing but times, each before a member, which keeps its name and size.
+
+    webdataset's own writer gives one to every member, for the fraction of a second.
+    """
+    extension = np.isin(kinds, _EXTENSIONS)
+    if extension[-1] or (extension[1:] & extension[:-1]).any() or (kinds[extension] != _PAX).any():
+        return False
+    if sizes[kinds == _FOLDER].any():  # whose content tarfile does not step over
+        return False
+    for start, size in zip((headers[extension] + BLOCK).tolist(), sizes[extension].tolist()):
+        lines = data[start : start + size].splitlines(keepends=True)
+        for line in lines:  # 23 mtime=1700000000.5
+            length, _, record = line.partition(b" ")
+            if length != b"%d" % len(line) or line[-1:] != b"\n" or record.partition(b"=")[0] not in _TIMES:
+                return False
+        if not lines:
+            return False
+    return True
 
 
 class _Steps(dict[bytes, int]):

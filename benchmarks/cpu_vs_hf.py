@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from megatron_vlm.conversion.load import load_into
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import build_model

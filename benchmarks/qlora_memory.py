@@ -19,7 +19,6 @@ import torch
 
 from megatron_vlm import registry
 from megatron_vlm.conversion.load import load_stages
-from megatron_vlm.conversion.source import HFSource
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import global_named_modules
@@ -30,6 +29,7 @@ from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora
 from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan
+from megatron_vlm.sources.hf import HFSource
 from megatron_vlm.training.device import start_device
 from megatron_vlm.training.memory.estimate import full_shapes
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model

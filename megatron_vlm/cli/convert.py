@@ -256,7 +256,7 @@ def _run_merge(args: argparse.Namespace) -> int:
 
 def _run_pth2hf(args: argparse.Namespace) -> int:
     from megatron_vlm.conversion.convert import mg2hf
-    from megatron_vlm.conversion.source import open_source
+    from megatron_vlm.conversion.open_source import open_source
 
     if len(args.paths) not in (2, 3):
         raise ConfigError(f"pth2hf takes [CONFIG] CHECKPOINT OUT, got {len(args.paths)} arguments")

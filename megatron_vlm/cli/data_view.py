@@ -169,7 +169,7 @@ def _processor(model: str, config: Any) -> Any:
 
     if os.path.isfile(Path(model, "config.json")):
         return family_of(read_json(Path(model, "config.json"))).open_processor(Path(model), config)
-    from megatron_vlm.conversion.source import open_source
+    from megatron_vlm.conversion.open_source import open_source
 
     with open_source(model) as source:
         return source.spec.open_processor(source.hf_dir, config)

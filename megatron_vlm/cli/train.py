@@ -46,7 +46,7 @@ def resolve(argv: Sequence[str]) -> tuple[Any, list[str]]:
 
 def _model_of(request: Request) -> tuple[dict[str, Any], FamilySpec]:
     """config.json and family of the model that a run starts from."""
-    from megatron_vlm.conversion.source import open_source
+    from megatron_vlm.conversion.open_source import open_source
 
     load = (request.run.get("checkpoint") or {}).get("load")
     if load is None:

@@ -17,14 +17,18 @@ import torch
 
 from megatron_vlm import registry
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.megatron_dir import write_config, write_megatron
-from megatron_vlm.conversion.source import HFSource, WeightSource, open_hf, open_source
+from megatron_vlm.conversion.open_source import open_source
+from megatron_vlm.conversion.write_megatron import write_megatron
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.files import check_output, read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.processing.processor_files import add_stops
+from megatron_vlm.peft.export import export_adapter
 from megatron_vlm.registry import ExportSpec, FamilySpec
-from megatron_vlm.weights.hf_io import CONFIG_NAME, HFWriter, list_names, resolve_directory
+from megatron_vlm.sources.hf import HFSource, open_hf
+from megatron_vlm.sources.quantised import quantised_names
+from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.weights.hf_io import CONFIG_NAME, HFWriter, list_names, resolve_directory, write_config
 from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, TensorInfo
 from megatron_vlm.weights.model_folder import copy_hf_files
 from megatron_vlm.weights.nf4 import Quantization
@@ -194,8 +198,6 @@ def _quantization(
     quantization = Quantization.from_dict(settings, "--quantize")
     if dtype is not None:
         return quantization
-    from megatron_vlm.peft.select import quantised_names
-
     own = {source.infos[name].dtype for name in quantised_names(source.mapping, source.infos, groups)}
     names = [name for name, known in PARAMS_DTYPES.items() if {known} == own]
     if not names:
@@ -237,8 +239,6 @@ def mg2hf(
         if params_dtype(dtype) == torch.float32:
             source.use_main_parameters()
         if adapter_only:
-            from megatron_vlm.peft.export import export_adapter
-
             export_adapter(source, out, base=base, naming=naming, dtype=params_dtype(dtype))
             return
         if source.kind == "adapted" and not merge:
@@ -360,7 +360,7 @@ def _other_naming(source: WeightSource, naming: str | None) -> ExportSpec | None
 def _write_parts(
     source: WeightSource, entry: Entry, dtype: torch.dtype | None, writers: dict[str, HFWriter], copies: dict[str, str]
 ) -> None:
-    for hf_name, pieces in zip(entry.hf, source.read_hf_pieces(entry), strict=True):
+    for hf_name, pieces in zip(entry.hf, source.read_hf(entry), strict=True):
         pieces = [cast(piece, dtype) for piece in pieces]
         for written_name in filter(None, (hf_name, copies.get(hf_name))):
             folder, _, tensor = written_name.rpartition("/")

@@ -3,26 +3,30 @@
 WeightSource --read_shard--> parameters of the stages on the device (linears in 4 bits where the run keeps them so)
 """
 
+import dataclasses
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConversionError
-
-if TYPE_CHECKING:
-    from megatron_vlm.weights.nf4 import Quantization
+from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.models.vlm import build_model, global_named_parameters
+from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.peft.qlora import fill, take_weights
+from megatron_vlm.sources.quantised import agree
+from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.weights.nf4 import Quantization
 
 _OUTPUT, _EMBEDDING = "language_model.output_layer.weight", "language_model.embedding.word_embeddings.weight"
 
 
 def load_stages(
     source: WeightSource,
-    topology: Any,
-    options: Any,
-    quantize: "Quantization | None" = None,
+    topology: Topology,
+    options: ModelOptions,
+    quantize: Quantization | None = None,
     keep: Collection[str] = (),
 ) -> list[Any]:
     """Builds this rank's stages on its device and fills them.
@@ -38,11 +42,7 @@ def load_stages(
         ConversionError: the weights do not fit the model.
     """
     if quantize is not None or source.quantization is not None:
-        from megatron_vlm.peft.qlora import load_quantised
-
-        return load_quantised(source, topology, options, quantize, keep)
-    from megatron_vlm.models.vlm import build_model
-
+        return _load_quantised(source, topology, options, quantize, keep)
     stages = [stage.to(topology.device) for stage in build_model(source.spec, source.config, topology, options)]
     multiple = options.make_vocab_size_divisible_by
     load_into(source, stages, tp=topology.tp, tp_rank=topology.tp_rank, vocab_multiple=multiple)
@@ -70,8 +70,6 @@ def load_into(
     Raises:
         ConversionError: a parameter that the source lacks, or shapes that differ; all are listed.
     """
-    from megatron_vlm.models.vlm import global_named_parameters
-
     splits = {
         entry.name: entry.split for entry in source.spec.mapping(source.config, tp=tp, vocab_multiple=vocab_multiple)
     }
@@ -99,3 +97,18 @@ def load_into(
             shard = source.read_shard(name, splits[name], tp, tp_rank)
             for parameter in parameters:
                 parameter.copy_(shard)
+
+
+def _load_quantised(
+    source: WeightSource, topology: Topology, options: ModelOptions, wanted: Quantization | None, keep: Collection[str]
+) -> list[Any]:
+    """``load_stages`` with linears in NF4; ``wanted`` None: as the source stores them."""
+    quantization = agree(source, wanted, options.params_dtype)
+    assert quantization is not None
+    place: dict[str, Any] = dict(tp=topology.tp, tp_rank=topology.tp_rank)
+    stages = build_model(source.spec, source.config, topology, dataclasses.replace(options, build_on_cpu=True))
+    linears = take_weights(stages, source, quantization, keep)
+    stages = [stage.to(topology.device) for stage in stages]
+    load_into(source, stages, **place, vocab_multiple=options.make_vocab_size_divisible_by)
+    fill(linears, source, quantization, **place, device=topology.device)
+    return stages

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.source import HFSource, WeightSource, open_source
+from megatron_vlm.conversion.open_source import open_source
+from megatron_vlm.conversion.report import Report, Row, module_of
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.files import file_digest
+from megatron_vlm.sources.hf import HFSource
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names, resolve_directory
 from megatron_vlm.weights.mapping import TensorInfo
 from megatron_vlm.weights.model_folder import is_weights
@@ -32,42 +35,6 @@ BYTES_PER_PARAMETER = {"forward": 9, "full": 18}
 _IMPORTS_BYTES = 10**9
 _PART = 1 << 24
 _IGNORED_KEYS = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
-
-
-@dataclass
-class Row:
-    """One line of a table."""
-
-    module: str
-    cells: tuple[str, ...]
-    passed: bool
-
-
-@dataclass
-class Report:
-    """Outcome of ``verify``: whether all passed, the level that ran, how equal the weights are, and the printed lines."""
-
-    level: str
-    passed: bool = True
-    weights: str = ""
-    lines: list[str] = field(default_factory=list)
-
-    def say(self, line: str) -> None:
-        """Prints and keeps a line."""
-        print(line, flush=True)
-        self.lines.append(line)
-
-    def table(self, title: str, header: tuple[str, ...], rows: Iterable[Row]) -> None:
-        """Prints a table; a row that did not pass makes the whole fail."""
-        rows = list(rows)
-        width = max([len(row.module) for row in rows] + [len(title)])
-        columns = [max([len(row.cells[i]) for row in rows] + [len(name)]) for i, name in enumerate(header)]
-        self.say("")
-        self.say(f"{title:<{width}}  " + "  ".join(f"{name:>{w}}" for name, w in zip(header, columns)))
-        for row in rows:
-            cells = "  ".join(f"{cell:>{w}}" for cell, w in zip(row.cells, columns))
-            self.say(f"{row.module:<{width}}  {cells}  {'ok' if row.passed else 'DIFFERS'}")
-        self.passed &= all(row.passed for row in rows)
 
 
 def verify(
@@ -116,7 +83,7 @@ def verify(
                 report.passed = False
                 report.say(str(error))
         if chosen != "weights" and report.passed:
-            from megatron_vlm.conversion.verify_forward import compare_runs
+            from megatron_vlm.conversion.verify_forward import compare_runs  # loads megatron-core
 
             compare_runs(directory, source, report, gradients=chosen == "full")
         elif chosen != "weights":
@@ -236,7 +203,7 @@ def _how_equal(tallies: Iterable[_Tally]) -> str:
 def _compare_tensor(expected: HFSource, source: WeightSource, name: str, tally: _Tally) -> None:
     entry = source.entries[name]
     for hf_name, ours in zip(entry.hf, entry.from_full(source.read(name)), strict=True):
-        theirs = expected.read_hf(hf_name)
+        theirs = expected.read_stored(hf_name)
         label = _short(ours.dtype)
         if theirs.dtype != ours.dtype:  # converted with --dtype: the cast itself must be exact
             label = f"{_short(theirs.dtype)} -> {label}"
@@ -264,15 +231,6 @@ def _distance(left: Tensor, right: Tensor) -> float:
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (left, right))
     return torch.equal(a, b)
-
-
-def module_of(name: str) -> str:
-    """The layer, or the part outside layers, that a tensor belongs to."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: i + 1])
-    return ".".join(parts[:-1]) if len(parts) > 2 else name
 
 
 def _short(dtype: torch.dtype) -> str:

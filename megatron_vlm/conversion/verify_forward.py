@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_vlm.conversion.load import load_stages
-from megatron_vlm.conversion.source import WeightSource
-from megatron_vlm.conversion.verify import Report, Row, module_of
+from megatron_vlm.conversion.report import Report, Row, module_of
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
+from megatron_vlm.sources.source import WeightSource
 
 TIMES_NOISE = 3.0
 """How many times HF's own fp32-fp64 distance ours may be. Measured on twins: up to 1.5 (activations), 1.9 (gradients)."""
@@ -72,7 +72,7 @@ def run_hf(
         parameters = {source.mapping.hf_aliases(name): p for name, p in model.named_parameters()}
         for name, entry in source.entries.items():
             for hf_name in entry.hf:
-                parameters[hf_name].copy_(parameters[hf_name].to(source.dtype(name)))
+                parameters[hf_name].copy_(parameters[hf_name].to(source.infos[name].dtype))
     pieces: dict[str, list[Tensor]] = {probe.ours: [] for probe in reference.probes()}
     logits, losses = [], []
     current: list[EncodedSample] = []

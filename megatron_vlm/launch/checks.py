@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 import psutil
 
-from megatron_vlm.conversion.source import WeightSource, open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.files import read_json, trial_write
 from megatron_vlm.packages import DISTRIBUTION, OWN_NAMES, pins, pip_line
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.hf_io import INDEX_NAME, resolve_directory
 
 GIB = 2**30

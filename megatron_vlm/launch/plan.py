@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, ConversionError, DataError, MegatronVLMError
 from megatron_vlm.files import check_output
@@ -24,6 +23,7 @@ from megatron_vlm.launch.processes import Place, command
 from megatron_vlm.options.arguments import Request
 from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.parallel.grid import SETTINGS, replica_size, replicas
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.output_check import folders_of
 from megatron_vlm.training.memory.estimate import StageMemory, estimate, table
 from megatron_vlm.training.optimizer.config import Schedule

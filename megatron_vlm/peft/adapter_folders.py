@@ -1,28 +1,24 @@
 """Adapters on disk: PEFT's folder, or XTuner's with one for each part of the model; and the base that they belong to."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from collections.abc import Mapping as Dict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.digests import LISTING, Record, check_records, listed
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.log import get_logger
 from megatron_vlm.peft.adapter import Adapter, hf_infos
 from megatron_vlm.peft.adapter_io import CONFIG, is_adapter, read_adapter, unknown_modules
+from megatron_vlm.peft.base_identity import base_mark, marks_apart
 from megatron_vlm.peft.select import named_mapping
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.hf_io import HFTensors
-from megatron_vlm.weights.mapping import Mapping, TensorInfo
+from megatron_vlm.weights.mapping import Mapping
 
 log = get_logger(__name__)
-_MARKED = 64
-"""Values of each of three weights by which a base is known."""
-_SAME = 2.0**-7
-"""Relative distance of a weight from its copy in bf16 or fp16."""
 
 
 def open_adapter(directory: Path, source: WeightSource, verify_hashes: bool = True) -> tuple[Adapter, str | None]:
@@ -112,26 +108,6 @@ def _read_whole(directory: Path, folder: str, mapping: Mapping, source: WeightSo
         shapes = ", ".join(f"{name} {list(infos[name].shape)}" for name in sorted(wanted))
         raise ConversionError(f"{directory} does not hold what the model has there: {shapes}")
     return found
-
-
-def base_mark(infos: Dict[str, TensorInfo], read: Callable[[str], Tensor]) -> tuple[float, ...]:
-    """A few values of a model's weights, spread over it: the same in any layout, nearly so in any dtype.
-
-    Args:
-        infos, read: of the full tensors.
-    """
-    names = [name for name, info in infos.items() if len(info.shape) == 2 and ".decoder.layers." in name]
-    values: list[float] = []
-    for name in (names[0], names[len(names) // 2], names[-1]):
-        flat = read(name).reshape(-1)
-        values += flat[:: max(1, flat.numel() // _MARKED)][:_MARKED].double().tolist()
-    return tuple(float(f"{value:.5g}") for value in values)
-
-
-def marks_apart(left: tuple[float, ...], right: tuple[float, ...]) -> int:
-    """How many values of two marks are those of different weights."""
-    apart = sum(abs(a - b) > _SAME * max(abs(a), abs(b)) + 1e-7 for a, b in zip(left, right))
-    return apart + abs(len(left) - len(right))
 
 
 def check_base(adapter: Adapter, source: WeightSource, mapping: Mapping, what: Path) -> None:

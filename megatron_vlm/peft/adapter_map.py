@@ -22,8 +22,6 @@ from torch import Tensor
 
 from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, Mapping, Split, direct
 
-_GROUPS = {"language_model": "llm", "vision_model": "vision", "connector": "connector"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -108,11 +106,6 @@ def trained_mapping(base: Mapping, plan: PeftPlan, tp: int = 1) -> Mapping:
     """The part of ``adapter_mapping`` that a checkpoint of such a run holds: pairs, saved weights and trained biases."""
     whole, names = adapter_mapping(base, plan, tp), plan.names
     return dataclasses.replace(whole, entries=tuple(entry for entry in whole if entry.name in names))
-
-
-def group_of(name: str) -> str:
-    """Part of the model that a global name lies in: llm, vision or connector."""
-    return _GROUPS[name.partition(".")[0]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,22 @@ weights, compared to within the rounding of 16-bit floats.
 
 import hashlib
 import json
+from collections.abc import Callable
+from collections.abc import Mapping as Dict
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.conversion.source import WeightSource
+from torch import Tensor
+
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.peft.adapter_folders import base_mark, marks_apart
+from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.weights.mapping import TensorInfo
 
 _VALUES = 64
+_MARKED = 64
+"""Values of each of three weights by which a base is known."""
+_SAME = 2.0**-7
+"""Relative distance of a weight from its copy in bf16 or fp16."""
 
 
 def describe_base(source: WeightSource, path: str) -> dict[str, Any]:
@@ -66,6 +74,26 @@ def base_place(record: dict[str, Any], moved: str | None, what: Path) -> str:
             f"{what} holds adapters alone, and their base is not at {path}: name its new place with checkpoint.base (--base DIR)"
         )
     return path
+
+
+def base_mark(infos: Dict[str, TensorInfo], read: Callable[[str], Tensor]) -> tuple[float, ...]:
+    """A few values of a model's weights, spread over it: the same in any layout, nearly so in any dtype.
+
+    Args:
+        infos, read: of the full tensors.
+    """
+    names = [name for name, info in infos.items() if len(info.shape) == 2 and ".decoder.layers." in name]
+    values: list[float] = []
+    for name in (names[0], names[len(names) // 2], names[-1]):
+        flat = read(name).reshape(-1)
+        values += flat[:: max(1, flat.numel() // _MARKED)][:_MARKED].double().tolist()
+    return tuple(float(f"{value:.5g}") for value in values)
+
+
+def marks_apart(left: tuple[float, ...], right: tuple[float, ...]) -> int:
+    """How many values of two marks are those of different weights."""
+    apart = sum(abs(a - b) > _SAME * max(abs(a), abs(b)) + 1e-7 for a, b in zip(left, right))
+    return apart + abs(len(left) - len(right))
 
 
 def _fingerprint(source: WeightSource) -> str:

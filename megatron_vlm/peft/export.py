@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.config import nearest
-from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.digests import write_listing
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import check_output, read_json
 from megatron_vlm.peft.adapter import Adapter, Pair, hf_infos, renamed
-from megatron_vlm.peft.adapter_folders import base_mark, marks_apart
 from megatron_vlm.peft.adapter_io import write_adapter
+from megatron_vlm.peft.base_identity import base_mark, marks_apart
 from megatron_vlm.peft.merge import MergedSource, absolute
 from megatron_vlm.registry import ExportSpec
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.hf_io import CONFIG_NAME, HFTensors, HFWriter, list_names
 from megatron_vlm.weights.mapping import Mapping, TensorInfo
 from megatron_vlm.weights.safetensors_io import atomic_directory, cast

@@ -7,37 +7,25 @@
 What can be loaded, converted, verified or answered with can thus be a base with an adapter.
 """
 
-import atexit
 import dataclasses
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.source import HFSource, WeightSource, open_source
 from megatron_vlm.digests import Record
-from megatron_vlm.errors import CheckpointError, ConversionError
-from megatron_vlm.files import read_json, write_json
-from megatron_vlm.peft.adapter import WEIGHT, Adapter, Pair, hf_infos
-from megatron_vlm.peft.adapter_folders import adapter_records, open_adapter
-from megatron_vlm.peft.adapter_io import CONFIG, is_adapter, lora_settings
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.peft.adapter import WEIGHT, Adapter, Pair
+from megatron_vlm.peft.adapter_folders import open_adapter
+from megatron_vlm.peft.adapter_io import lora_settings
 from megatron_vlm.peft.adapter_map import PeftPlan, trained_mapping
-from megatron_vlm.peft.base_identity import base_place, check_base
 from megatron_vlm.peft.config import PeftConfig
-from megatron_vlm.peft.select import make_plan, named_mapping
-from megatron_vlm.registry import FamilySpec
-from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
-from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, Mapping, Split
-from megatron_vlm.weights.model_folder import copy_hf_files
+from megatron_vlm.peft.select import named_mapping
+from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.weights.mapping import Entry, Mapping, Split
 from megatron_vlm.weights.nf4 import Nf4Tensor
-from megatron_vlm.weights.rank_files import Kind, RankFiles
 
 _INSIDE = ".base_model.model."
 
@@ -81,7 +69,7 @@ class MergedSource(WeightSource):
         entry = self._touched.get(name)
         if entry is None:
             return full
-        parts = zip(entry.hf, entry.from_full(full.to(self.dtype(name))), strict=True)
+        parts = zip(entry.hf, entry.from_full(full.to(self.infos[name].dtype)), strict=True)
         merged = entry.to_full([self.adapter.applied(hf, part) for hf, part in parts])
         # The head under another naming may lack the rows of added tokens.
         return torch.cat([merged, full[len(merged) :]]) if len(merged) < len(full) else merged
@@ -91,11 +79,8 @@ class MergedSource(WeightSource):
             return super().read_shard(name, split, tp, tp_rank)
         return self.base.read_shard(name, split, tp, tp_rank)
 
-    def read_shards(self, entry: Entry, tp: int) -> list[list[Tensor]]:
-        return super().read_shards(entry, tp) if entry.name in self._touched else self.base.read_shards(entry, tp)
-
-    def read_hf_pieces(self, entry: Entry) -> list[list[Tensor]]:
-        return super().read_hf_pieces(entry) if entry.name in self._touched else self.base.read_hf_pieces(entry)
+    def read_hf(self, entry: Entry) -> Iterator[list[Tensor]]:
+        return super().read_hf(entry) if entry.name in self._touched else self.base.read_hf(entry)
 
     def read_nf4(self, entry: Entry) -> Iterator[Nf4Tensor]:
         self.require_full("merging an adapter into it")
@@ -128,86 +113,6 @@ def absolute(path_or_id: str | os.PathLike) -> str:
 
 
 # ---- checkpoints of runs, and runs that go on from an adapter ----
-
-
-def open_run(
-    directory: Path,
-    peft: dict[str, Any],
-    base: str | os.PathLike | None = None,
-    family: str | None = None,
-    record: Record | None = None,
-    verify_hashes: bool = True,
-) -> MergedSource:
-    """A checkpoint that holds only what trained, with its base.
-
-    Args:
-        directory: of one iteration.
-        peft: of its state.json: config and base.
-        base: where the base is now; None: where it was.
-        family, verify_hashes: as of ``open_source``.
-        record: of the checkpoint's files.
-
-    Raises:
-        ConversionError: the base is another one, or tensors are missing or unknown.
-    """
-    config = PeftConfig.from_dict(peft["config"])
-    source = open_base(peft["base"], None if base is None else str(base), directory, family, verify_hashes)
-    try:
-        plan = make_plan(source.spec, source.config, config, source.infos)
-        with RankFiles(directory) as files:
-            stored = set(files.names())
-            missing, extra = sorted(plan.names - stored), sorted(stored - plan.names)
-            if missing or extra:
-                raise ConversionError(
-                    f"{directory} does not hold what its run trained: missing {list_names(missing) or 'nothing'}; "
-                    f"unexpected {list_names(extra) or 'nothing'}"
-                )
-
-        def read(*kinds: Kind) -> Adapter:
-            named = named_mapping(source.spec, source.config, config.names)
-            with RankFiles(directory) as files:
-
-                def full(name: str) -> Tensor:
-                    return files.read(name, next(kind for kind in kinds if files.has(name, kind)))
-
-                return trained_adapter(plan, config, named, full)
-
-        where, main = base or peft["base"]["path"], partial(read, "param", "model")
-        return MergedSource(source, read("model"), config.names, directory, where, [record] if record else (), main)
-    except BaseException:
-        source.close()
-        raise
-
-
-def open_base(
-    record: dict[str, Any], moved: str | None, what: Path, family: str | None = None, verify_hashes: bool = True
-) -> WeightSource:
-    """Opens the base of a checkpoint that holds adapters alone.
-
-    Args:
-        record: ``base`` of ``peft`` in its state.json.
-        moved: where it is now; None: where it was.
-        what: the checkpoint.
-        family, verify_hashes: as of ``open_source``.
-
-    Raises:
-        CheckpointError: it is not there, or another one.
-    """
-    path = base_place(record, moved, what)
-    source = open_source(path, family, verify_hashes=verify_hashes)
-    try:
-        try:
-            check_base(record, source, path)
-        except CheckpointError:
-            # A folder with base and adapter in it is also where a run that goes on from that adapter has its base.
-            if not isinstance(source, MergedSource):
-                raise
-            source = source.base
-            check_base(record, source, path)
-        return source
-    except BaseException:
-        source.close()
-        raise
 
 
 def trained_adapter(plan: PeftPlan, config: PeftConfig, named: Mapping, read: Callable[[str], Tensor]) -> Adapter:
@@ -300,67 +205,3 @@ def full_tensors(adapter: Adapter, plan: PeftPlan, named: Mapping, read: Callabl
 
 
 # ---- folders and models ----
-
-
-def adapted(
-    directory: Path, base: str | os.PathLike | None = None, family: str | None = None, verify_hashes: bool = True
-) -> MergedSource:
-    """An adapter's folder with its base.
-
-    Args:
-        directory: see ``open_adapter``.
-        base: the model it was trained on; None: where its adapter_config.json says.
-        family, verify_hashes: as of ``open_source``.
-
-    Raises:
-        ConversionError: no base is known, or it is another one.
-    """
-    path = base or (
-        read_json(directory / CONFIG, ConversionError).get("base_model_name_or_path") if is_adapter(directory) else None
-    )
-    if not path:
-        raise ConversionError(f"{directory} holds an adapter and does not say of which model: give --base DIR")
-    source = open_source(path, family, verify_hashes=verify_hashes)
-    try:
-        adapter, names = open_adapter(directory, source, verify_hashes)
-        return MergedSource(source, adapter, names, directory, path, list(adapter_records(directory, source)))
-    except BaseException:
-        source.close()
-        raise
-
-
-def open_wrapped(model: HFModel, spec: FamilySpec) -> MergedSource:
-    """Splits such a model into base and adapter.
-
-    Raises:
-        ConversionError: tensors that belong to neither.
-    """
-    ranks = {key: model.config[key] for key in ("use_llm_lora", "use_backbone_lora") if model.config.get(key)}
-    config = {**model.config, **dict.fromkeys(ranks, 0)}
-    halves: dict[str, dict[str, Tensor]] = {}
-    infos, readers = {}, {}
-    for name, info in model.tensors.infos.items():
-        plain = name.replace(_INSIDE, ".")
-        if match := re.fullmatch(r"(.+)\.lora_([AB])\.default\.weight", plain):
-            halves.setdefault(match[1], {})[match[2]] = model.tensors.read(name)
-            continue
-        plain = plain.replace(".base_layer.", ".")
-        infos[plain], readers[plain] = info, partial(model.tensors.read, name)
-    tensors = DerivedTensors(infos, readers, [model.tensors])
-    # Whoever copies the other files takes the changed config.json along.
-    files = Path(tempfile.mkdtemp(prefix="megatron_vlm_"))
-    atexit.register(shutil.rmtree, files, ignore_errors=True)
-    copy_hf_files(model.directory, files)
-    write_json(files / CONFIG_NAME, config)
-    source = HFSource(HFModel(directory=files, config=config, tensors=tensors), spec)
-    shapes = hf_infos(source.mapping, source.infos)
-    problems = []
-    for module, pair in halves.items():
-        shape = shapes[module + WEIGHT].shape if module + WEIGHT in shapes else None
-        if shape is None or pair.keys() != {"A", "B"} or (pair["B"].shape[0], pair["A"].shape[1]) != shape:
-            problems.append(module)
-    if problems:
-        raise ConversionError(f"{model.directory}: lora_A and lora_B do not fit at {list_names(problems)}")
-    # The original's wrap_llm_lora and wrap_backbone_lora: alpha is twice the rank.
-    pairs = {m: Pair(a=pair["A"], b=pair["B"], alpha=2.0 * pair["A"].shape[0]) for m, pair in halves.items()}
-    return MergedSource(source, Adapter(pairs=pairs, dropout=0.05), None, model.directory, None)

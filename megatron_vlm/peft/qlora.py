@@ -8,8 +8,7 @@ Codes and scales are buffers: no gradient, no optimizer state, no part of a chec
 norms, biases and the branches of partial LoRA keep the dtype of the run.
 """
 
-import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -19,17 +18,14 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from megatron_vlm.conversion.load import load_into
-from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.options import DTYPES, ModelOptions
-from megatron_vlm.models.vlm import build_model, global_named_modules
-from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.models.options import DTYPES
+from megatron_vlm.models.vlm import global_named_modules
 from megatron_vlm.peft.config import PeftConfig
-from megatron_vlm.peft.select import quantised_names
-from megatron_vlm.weights.mapping import Entry
-from megatron_vlm.weights.nf4 import Backend, Nf4Tensor, Quantization, get_backend, quantise
+from megatron_vlm.sources.quantised import nf4_tensors, quantised_names
+from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.weights.nf4 import Quantization, get_backend
 from megatron_vlm.weights.nf4_shard import Lines, Nf4Weight, shard
 
 log = get_logger(__name__)
@@ -46,54 +42,6 @@ def quantization_of(peft: PeftConfig, dtype: Literal["fp32", "bf16", "fp16"]) ->
         dtype=dtype,
         backend=peft.quantize_backend,
     )
-
-
-def agree(source: WeightSource, wanted: Quantization | None, dtype: str) -> Quantization | None:
-    """How the linears of a run are quantised: as the weights are stored, else as is wanted.
-
-    Args:
-        source: of the weights.
-        wanted: by the run's config.
-        dtype: of the run: fp32, bf16 or fp16.
-
-    Raises:
-        ConfigError: stored otherwise than the run needs.
-    """
-    stored = source.quantization
-    if stored is None:
-        return wanted
-    if stored.dtype != dtype:
-        raise ConfigError(
-            f"the 4-bit weights were quantised from {stored.dtype}, the run computes in {dtype}: set the run's precision to "
-            f"{stored.dtype}, or make them again with `convert hf2mg --quantize nf4 --dtype {dtype}`"
-        )
-    if wanted is not None and wanted != stored:
-        ours, theirs = wanted.to_dict(), stored.to_dict()
-        differing = ", ".join(
-            f"{key} {ours[key]!r} against {theirs[key]!r}"
-            for key in ours
-            if key != "backend" and ours[key] != theirs[key]
-        )
-        raise ConfigError(
-            f"the run's settings differ from those that the 4-bit weights were made with: {differing}; set them alike, or "
-            "leave peft.quantize out, which takes what is stored"
-        )
-    return dataclasses.replace(stored, backend=wanted.backend if wanted else None)
-
-
-def load_quantised(
-    source: WeightSource, topology: Topology, options: ModelOptions, wanted: Quantization | None, keep: Collection[str]
-) -> list[Any]:
-    """``conversion.source.load_stages`` with linears in NF4; ``wanted`` None: as the source stores them."""
-    quantization = agree(source, wanted, options.params_dtype)
-    assert quantization is not None
-    place: dict[str, Any] = dict(tp=topology.tp, tp_rank=topology.tp_rank)
-    stages = build_model(source.spec, source.config, topology, dataclasses.replace(options, build_on_cpu=True))
-    linears = take_weights(stages, source, quantization, keep)
-    stages = [stage.to(topology.device) for stage in stages]
-    load_into(source, stages, **place, vocab_multiple=options.make_vocab_size_divisible_by)
-    fill(linears, source, quantization, **place, device=topology.device)
-    return stages
 
 
 def take_weights(
@@ -162,19 +110,6 @@ def fill(
         lines = Lines.of(entry, shapes, tp, tp_rank)
         tensors = nf4_tensors(source, entry, quantization, backend, device)
         install(linear, *shard(lines, tensors, backend, DTYPES[quantization.dtype]))
-
-
-def nf4_tensors(
-    source: WeightSource, entry: Entry, quantization: Quantization, backend: Backend, device: Any
-) -> Iterator[Nf4Tensor]:
-    """The HF tensors of an entry in NF4, one at a time: as stored, or quantised on ``device`` after the cast."""
-    if source.quantization is not None:
-        for stored in source.read_nf4(entry):
-            yield stored.to(device)
-        return
-    for tensor in source.read_hf_tensors(entry):
-        on_device = tensor.to(DTYPES[quantization.dtype]).to(device)
-        yield quantise(on_device, backend, double=quantization.double_quant)
 
 
 def install(linear: nn.Module, codes: Tensor, weight: Nf4Weight) -> None:

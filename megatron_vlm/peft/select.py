@@ -16,14 +16,11 @@ from typing import Any
 from megatron_vlm.config import nearest
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.family_config import FamilyConfig
-from megatron_vlm.peft.adapter_map import PeftPlan, Target, group_of
+from megatron_vlm.peft.adapter_map import PeftPlan, Target
 from megatron_vlm.peft.config import ALL_LINEAR, PeftConfig
 from megatron_vlm.registry import FamilySpec
-from megatron_vlm.weights.mapping import Entry, Mapping, TensorInfo
-
-HEAD = "language_model.output_layer.weight"
-"""The LM head, which ``all-linear`` leaves out."""
-_EMBEDDINGS = ("word_embeddings", "position_embedding")
+from megatron_vlm.sources.quantised import HEAD, is_linear
+from megatron_vlm.weights.mapping import Entry, Mapping, TensorInfo, group_of
 
 
 def make_plan(
@@ -92,7 +89,7 @@ class _Modules:
                 full_rows=infos[entry.name].shape[0],
             )
             for entry in mapping
-            if _is_linear(entry.name, infos[entry.name])
+            if is_linear(entry.name, infos[entry.name])
             for rows in [tuple(part.shape[0] for part in entry.from_full(infos[entry.name].meta()))]
             for index, hf in enumerate(entry.hf)
         ]
@@ -106,21 +103,6 @@ class _Modules:
             if names:
                 parts.append(f"{group}: {', '.join(names)}")
         return "; ".join(parts)
-
-
-def _is_linear(name: str, info: TensorInfo) -> bool:
-    module, _, kind = name.rpartition(".")
-    return kind == "weight" and len(info.shape) == 2 and module.rpartition(".")[2] not in _EMBEDDINGS
-
-
-def quantised_names(mapping: Mapping, infos: Dict[str, TensorInfo], groups: Iterable[str]) -> set[str]:
-    """Global names of the linears' weights of whole parts of the model, the LM head left out."""
-    groups = set(groups)
-    return {
-        entry.name
-        for entry in mapping
-        if _is_linear(entry.name, infos[entry.name]) and entry.name != HEAD and group_of(entry.name) in groups
-    }
 
 
 def last_name(module: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vlm import registry
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import EncodedSample, row_from_samples
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import adapted_mapping, gradient_errors, layout_run, merge_gradients

@@ -107,7 +107,7 @@ def build_for_test(
     ``peft``: of the section of that name of a run, and ``tensors`` of adapters by the names in PEFT's files.
     """
     from megatron_vlm.conversion.load import load_stages
-    from megatron_vlm.conversion.source import open_source
+    from megatron_vlm.conversion.open_source import open_source
     from megatron_vlm.models.options import ModelOptions
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology

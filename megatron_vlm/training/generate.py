@@ -16,7 +16,7 @@ import torch
 
 from megatron_vlm.config import Config, PathText
 from megatron_vlm.conversion.load import load_stages
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.formats import open_sources, read_source
 from megatron_vlm.data.images.pictures import decode_image

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vlm.conversion.load import load_stages
-from megatron_vlm.conversion.source import WeightSource, open_source
+from megatron_vlm.conversion.open_source import open_base, open_source
 from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
@@ -27,9 +27,10 @@ from megatron_vlm.peft.adapter_map import adapter_mapping
 from megatron_vlm.peft.base_identity import base_place, describe_base
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora, fill
-from megatron_vlm.peft.merge import absolute, continued, full_tensors, open_base
+from megatron_vlm.peft.merge import absolute, continued, full_tensors
 from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan, named_mapping
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.save_load import Checkpoint, PeftRecord
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.model_folder import CarriedFiles

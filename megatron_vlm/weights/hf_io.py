@@ -7,8 +7,9 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from megatron_vlm.errors import ConfigError, ConversionError
@@ -226,3 +227,15 @@ class HFWriter:
                 self.directory / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(self._shard_of.items()))}
             )
         sync_path(self.directory)
+
+
+def write_config(hf_dir: Path, hf_config: dict[str, Any], dtype: torch.dtype | None) -> None:
+    """Rewrites the copied config.json where ``hf_config`` differs from it, or where ``dtype`` changes what it says."""
+    config = dict(hf_config)
+    if dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(dtype).removeprefix("torch.")
+    path = hf_dir / CONFIG_NAME
+    if not path.exists() or read_json(path, ConversionError) != config:
+        hf_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConversionError
 
+_GROUPS = {"language_model": "llm", "vision_model": "vision", "connector": "connector"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
@@ -313,3 +315,8 @@ class Prefixes:
         """The inverse, for a tensor or its module."""
         memory, disk = max((p for p in self.pairs if name.startswith(p[1])), key=lambda p: len(p[1]), default=("", ""))
         return memory + name.removeprefix(disk)
+
+
+def group_of(name: str) -> str:
+    """Part of the model that a global name lies in: llm, vision or connector."""
+    return _GROUPS[name.partition(".")[0]]

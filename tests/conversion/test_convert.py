@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import export_hf, hf2mg, mg2hf
-from megatron_vlm.conversion.megatron_source import MegatronSource
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.sources.megatron import MegatronSource
 from megatron_vlm.testing.twins import write_tiny_idefics2
 
 ROOT = Path(__file__).parents[2]
@@ -184,13 +184,15 @@ def test_dtype_casts_tensors_and_config(twins, tmp_path, step):
 def test_shards_are_read_directly_or_merged(twins, tmp_path):
     hf2mg(twins("mistral"), tmp_path / "mg", tp=2, vocab_multiple=8)
     with open_source(twins("mistral")) as hf, open_source(tmp_path / "mg") as megatron:
-        assert hf.names() == megatron.names() and megatron.kind == "megatron"
+        assert list(hf.infos) == list(megatron.infos) and megatron.kind == "megatron"
         for tp, multiple in ((2, 8), (2, 1), (4, 8), (1, 8)):
             for entry in hf.spec.mapping(hf.config, tp=tp, vocab_multiple=multiple):
                 for rank in range(tp):
                     shard = megatron.read_shard(entry.name, entry.split, tp, rank)
                     assert torch.equal(shard, hf.read_shard(entry.name, entry.split, tp, rank)), entry.name
-                assert megatron.shape(entry.name) == hf.shape(entry.name) == tuple(hf.read(entry.name).shape)
+                assert (
+                    megatron.infos[entry.name].shape == hf.infos[entry.name].shape == tuple(hf.read(entry.name).shape)
+                )
 
 
 def missing(tensors):
@@ -255,7 +257,7 @@ def test_layouts_that_do_not_divide(twins, tmp_path, options, message):
 
 def test_a_family_of_one_layout_offers_no_other(twins, tmp_path):
     with pytest.raises(ConfigError, match=r"^--as chat: family idefics2 has one layout alone: leave --as out$"):
-        mg2hf(twins("mistral"), tmp_path / "hf", layout="chat")
+        mg2hf(twins("mistral"), tmp_path / "hf", naming="chat")
 
 
 def test_wrong_family(twins, tmp_path):

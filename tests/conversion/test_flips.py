@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vlm.cli.main import main
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.verify import verify
 from megatron_vlm.errors import MegatronVLMError
 from megatron_vlm.testing.fuzz import flip_bit, run_forked

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion import verify as verify_module
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
-from megatron_vlm.conversion.source import open_source
-from megatron_vlm.conversion.verify import Report, verify
+from megatron_vlm.conversion.open_source import open_source
+from megatron_vlm.conversion.report import Report
+from megatron_vlm.conversion.verify import verify
 from megatron_vlm.digests import sealed
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.testing.distributed import run_distributed

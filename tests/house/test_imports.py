@@ -28,14 +28,15 @@ LEVELS = {
     "parallel": 2,
     "models": 3,
     "registry": 3,  # imports a family only when asked for it
-    "peft": 4,
-    "conversion": 4,
-    "training": 5,
-    "options": 6,
-    "launch": 7,
-    "cli": 8,
-    "__main__": 8,
-    "testing": 9,
+    "sources": 4,
+    "peft": 5,
+    "conversion": 6,
+    "training": 7,
+    "options": 8,
+    "launch": 9,
+    "cli": 10,
+    "__main__": 10,
+    "testing": 11,
 }
 # Neighbours on one level that must stay apart all the same. Layers may say how their weights are split (weights.mapping).
 APART = {("data", "layers"), ("layers", "data"), ("data", "weights"), ("weights", "data"), ("weights", "layers")}
@@ -127,7 +128,9 @@ def test_import_order():
         ("models.vlm", "from megatron_vlm.conversion.convert import export_hf"),
         ("models.idefics2.model", "from ...cli import main"),
         ("training.step", "from megatron_vlm.testing import twins"),
-        ("weights.mapping", "from megatron_vlm.conversion.source import open_source"),
+        ("weights.mapping", "from megatron_vlm.conversion.open_source import open_source"),
+        ("sources.hf", "from megatron_vlm.peft.merge import MergedSource"),
+        ("peft.merge", "from megatron_vlm.conversion.open_source import open_source"),
     ],
 )
 def test_the_walk_sees_what_it_should(module, source):

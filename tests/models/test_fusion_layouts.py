@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_vlm import registry
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.layouts import GRADIENT, LOSS
 from megatron_vlm.testing.parity import adapted_mapping, gradient_errors, layout_gradients, merge_gradients

@@ -27,7 +27,7 @@ def twin(tmp_path_factory):
 
 def build(directory, dtype, **parallel):
     from megatron_vlm.conversion.load import load_into
-    from megatron_vlm.conversion.source import open_source
+    from megatron_vlm.conversion.open_source import open_source
     from megatron_vlm.models.options import ModelOptions
     from megatron_vlm.models.vlm import build_model
     from megatron_vlm.parallel.rng import seed_step

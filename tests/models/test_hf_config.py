@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.conversion.convert import hf2mg
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.models.hf_config import check_numbers

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.files import file_digest
 from megatron_vlm.models.assembling import generator
 from megatron_vlm.peft.adapter_io import CONFIG, WEIGHTS

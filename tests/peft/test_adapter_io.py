@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_vlm.conversion.convert import export_hf
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.peft.adapter_io import CONFIG, WEIGHTS
 from megatron_vlm.peft.export import export_adapter

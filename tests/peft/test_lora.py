@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models.vlm import global_named_parameters
 from megatron_vlm.peft.lora import draw

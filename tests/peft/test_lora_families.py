@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing import twin_internlm2, twin_internvl3, twin_llava_internlm2, twin_xcomposer2
 from megatron_vlm.testing.distributed import run_distributed

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.testing.layouts import Case, LayoutCheck, whole_matrix
 from megatron_vlm.testing.parity import random_samples
 from megatron_vlm.testing.peft_twin import random_pairs

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.digests import sealed
 from megatron_vlm.files import file_digest
 from megatron_vlm.testing.distributed import run_distributed

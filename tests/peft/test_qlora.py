@@ -5,7 +5,7 @@ import torch
 
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.load import load_stages
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.verify import verify
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError, ConversionError

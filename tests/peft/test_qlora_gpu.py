@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_vlm.conversion.load import load_stages
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.rng import seed_step

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.peft.adapter_map import adapter_mapping, local_rows, trained_mapping
 from megatron_vlm.peft.config import PeftConfig

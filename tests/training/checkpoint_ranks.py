@@ -33,7 +33,7 @@ class Run:
 
     def __init__(self, hf_dir: str, parallel: dict, options: dict | None = None, checkpoint: dict | None = None):
         from megatron_vlm.conversion.load import load_into
-        from megatron_vlm.conversion.source import open_source
+        from megatron_vlm.conversion.open_source import open_source
         from megatron_vlm.models.options import ModelOptions
         from megatron_vlm.models.vlm import build_model
         from megatron_vlm.parallel.topology import ParallelConfig, build_topology

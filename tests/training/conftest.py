@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.testing.parity import hf_reference, random_samples
 from megatron_vlm.testing.runs import write_shards
 from megatron_vlm.testing.twins import write_tiny_idefics2

@@ -145,7 +145,7 @@ def test_lfs_pointers_are_named(model, tmp_path, name):
 
     (model / name).write_bytes(LFS_POINTER)
     with pytest.raises(Exception, match=rf"{name} is a Git LFS pointer.*lfs pull"):
-        from megatron_vlm.conversion.source import open_source
+        from megatron_vlm.conversion.open_source import open_source
         from megatron_vlm.data.config import DataConfig
 
         with open_source(model) as source:

@@ -9,7 +9,7 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
-from megatron_vlm.peft.select import quantised_names
+from megatron_vlm.sources.quantised import quantised_names
 from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, Split, TensorInfo, direct, gated, qkv
 from megatron_vlm.weights.nf4 import Nf4Tensor, TorchBackend, dequantise, dynamic_map, get_backend, quantise
 from megatron_vlm.weights.nf4_shard import Lines, shard

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.vlm import global_named_parameters
 from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.tensors import EMBEDDING
 from megatron_vlm.training.optimizer.state import fragments
 
@@ -61,7 +61,7 @@ def fill_main(
                     continue
                 if name in tensors:
                     shard = splits[name].shard(tensors[name], topology.tp, topology.tp_rank)
-                elif source.dtype(name) != parameter.dtype:
+                elif source.infos[name].dtype != parameter.dtype:
                     shard = source.read_shard(name, splits[name], topology.tp, topology.tp_rank)
                 else:
                     continue

@@ -92,7 +92,7 @@ def test_adapters_need_less_and_short_rows_keep_less():
 def nf4_bytes(hf_dir: str) -> int:
     """Bytes of a real stage in NF4."""
     from megatron_vlm.conversion.load import load_stages
-    from megatron_vlm.conversion.source import open_source
+    from megatron_vlm.conversion.open_source import open_source
     from megatron_vlm.models.options import ModelOptions
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
     from megatron_vlm.weights.nf4 import Quantization
@@ -107,7 +107,7 @@ def nf4_bytes(hf_dir: str) -> int:
 
 
 def nf4_estimate(hf_dir: str) -> int:
-    from megatron_vlm.conversion.source import open_source
+    from megatron_vlm.conversion.open_source import open_source
 
     with open_source(hf_dir) as source:
         case = Case(

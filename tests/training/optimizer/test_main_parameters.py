@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vlm.conversion.convert import mg2hf
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.runs import train
 from megatron_vlm.testing.twins import write_tiny_idefics2
@@ -33,9 +33,9 @@ def test_main_parameters_are_the_weights_on_disk(command, twin, tied, tmp_path, 
     argv = command("out", f"{UNMOVED} {LAYOUTS[layout]} --save {tmp_path / 'run'}", load=start)
     assert [code for code, _ in run_distributed(train, argv, dp=2)] == [0, 0]
     with open_source(start) as source, RankFiles(tmp_path / "run" / "iter_0000001") as files:
-        frozen = {name for name in source.names() if layout == "tp" and name.startswith("vision_model")}
-        assert set(files.names("param")) == set(source.names()) - frozen
-        for name in source.names():
+        frozen = {name for name in source.infos if layout == "tp" and name.startswith("vision_model")}
+        assert set(files.names("param")) == set(source.infos) - frozen
+        for name in source.infos:
             weight = source.read(name)
             assert torch.equal(files.read(name), weight.bfloat16()) and not torch.equal(
                 weight, weight.bfloat16().float()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vlm.conversion.convert import export_hf, hf2mg, mg2hf, open_model
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.testing.twins import randomise, tiny_tokenizer, write_tiny_idefics2
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import hf2mg, mg2hf, open_model
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.verify import verify
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models.families.llava_internlm2.mapping import NAMES

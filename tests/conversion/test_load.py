@@ -5,7 +5,7 @@ import torch
 
 from megatron_vlm.conversion.convert import hf2mg
 from megatron_vlm.conversion.load import load_into
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins import write_tiny_idefics2

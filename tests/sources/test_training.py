@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
-from megatron_vlm.conversion.source import open_source
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins import write_tiny_idefics2

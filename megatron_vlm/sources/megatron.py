@@ -1,4 +1,4 @@
-"""Megatron weights (megatron_dir.py) as a weight source: shards of any tp and pp, merged tensor by tensor."""
+"""Megatron weights (weights/megatron_dir.py) as a weight source: shards of any tp and pp, merged tensor by tensor."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,18 +7,18 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_vlm import registry
-from megatron_vlm.conversion.megatron_dir import MANIFEST, Stages, check_hf_files, rank_file, read_manifest
-from megatron_vlm.conversion.nf4_files import Nf4Reader, nf4_file
-from megatron_vlm.conversion.source import WeightSource
 from megatron_vlm.digests import Record
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_json
 from megatron_vlm.registry import FamilySpec
-from megatron_vlm.weights.config_sizes import check_sizes
+from megatron_vlm.sources.config_sizes import check_sizes
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
 from megatron_vlm.weights.mapping import Entry, Split, TensorInfo
+from megatron_vlm.weights.megatron_dir import MANIFEST, Stages, check_hf_files, rank_file, read_manifest
 from megatron_vlm.weights.model_folder import check_model_folder
 from megatron_vlm.weights.nf4 import Nf4Tensor
+from megatron_vlm.weights.nf4_files import Nf4Reader, nf4_file
 from megatron_vlm.weights.safetensors_io import SafetensorsFile
 
 
@@ -77,18 +77,18 @@ class MegatronSource(WeightSource):
         except ConversionError as error:
             raise ConversionError(f"{self.directory}: {name}: {error}") from error
 
-    def read_hf_pieces(self, entry: Entry) -> list[list[Tensor]]:
-        if not entry.cut_by_rows:  # of one rank's map, in which everything is cut that can be
-            return super().read_hf_pieces(entry)
-        self._require_full(entry.name)
+    def read_hf(self, entry: Entry) -> Iterator[list[Tensor]]:
         split = self._splits[entry.name]
-        if split.dim is None:
-            return super().read_hf_pieces(entry)
-        blocks = zip(*(shard.chunk(split.stride) for shard in self._read_all(entry.name)), strict=True)
-        if not split.vocab_multiple:
-            return [list(pieces) for pieces in blocks]
+        if not entry.cut_by_rows or split.dim is None:
+            yield from super().read_hf(entry)
+            return
+        self._require_full(entry.name)
         rows = self.mapping.vocab_size
-        return [[p[: rows - i * len(p)] for i, p in enumerate(pieces) if i * len(p) < rows] for pieces in blocks]
+        for pieces in zip(*(shard.chunk(split.stride) for shard in self._read_all(entry.name)), strict=True):
+            if split.vocab_multiple:
+                yield [p[: rows - i * len(p)] for i, p in enumerate(pieces) if i * len(p) < rows]
+            else:
+                yield list(pieces)
 
     def read_shard(self, name: str, split: Split, tp: int, tp_rank: int) -> Tensor:
         self._require_full(name)

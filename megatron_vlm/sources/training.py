@@ -1,52 +1,18 @@
-"""Training checkpoints as weight sources: the folder of a run, or one of its iterations.
+"""One iteration of a training checkpoint as a weight source."""
 
-DIR/latest_checkpointed_iteration.txt: "100" --> DIR/iter_0000100/{manifest.json, state.json, rankR.safetensors, hf/}
-                                       "release" --> DIR/release/, a checkpoint or Megatron weights
-"""
-
-import os
 from pathlib import Path
 
 from torch import Tensor
 
-from megatron_vlm.conversion.megatron_dir import check_hf_files
-from megatron_vlm.conversion.source import WeightSource, check_entry, choose_family
 from megatron_vlm.digests import Record
-from megatron_vlm.errors import CheckpointError, ConversionError
+from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_json
-from megatron_vlm.weights.checkpoint_dir import STATE, checkpoint_record
-from megatron_vlm.weights.config_sizes import check_sizes
+from megatron_vlm.sources.config_sizes import check_sizes
+from megatron_vlm.sources.source import WeightSource, check_entry, choose_family
+from megatron_vlm.weights.checkpoint_dir import checkpoint_record
 from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
 from megatron_vlm.weights.mapping import Split
-from megatron_vlm.weights.model_folder import check_model_folder
 from megatron_vlm.weights.rank_files import Kind, RankFiles
-
-
-def open_iteration(
-    directory: Path, family: str | None = None, base: str | os.PathLike | None = None, verify_hashes: bool = True
-) -> WeightSource:
-    """Opens one iteration's folder: all weights of a model, or what a run trained of it together with its base.
-
-    Args:
-        directory: of the iteration.
-        family, verify_hashes: as of ``open_source``.
-        base: where the base of such a run is now; None: where it was.
-
-    Raises:
-        CheckpointError: files absent or damaged.
-    """
-    record = checkpoint_record(directory)
-    if (directory / "hf").is_dir():
-        check_model_folder(directory / "hf")
-    if verify_hashes:
-        check_hf_files(record)
-        record.check_digests([name for name in record.files if name == STATE])
-    peft = read_json(directory / STATE, CheckpointError).get("peft")
-    if peft is None:
-        return TrainingSource(directory, family, record)
-    from megatron_vlm.peft.merge import open_run
-
-    return open_run(directory, peft, base=base, family=family, record=record, verify_hashes=verify_hashes)
 
 
 class TrainingSource(WeightSource):

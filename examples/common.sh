@@ -15,7 +15,7 @@
 #   SHUTDOWN_TIMEOUT       seconds that a run may take to save after SIGTERM or SIGUSR1 (default: 120)
 #
 # `~` and environment variables in paths are expanded, as `megatron-vlm` does. A run whose OUTPUT already holds a checkpoint goes on
-# from it, unless RESUME=0. Arguments are passed on to `megatron-vlm train`.
+# from it; with RESUME=0 it starts anew, once the checkpoints there are removed. Arguments are passed on to `megatron-vlm train`.
 
 ROOT=${ROOT:-$(cd "$(dirname "$0")/.." && pwd)}
 [ ! -x "$ROOT/.venv/bin/python" ] || PATH="$ROOT/.venv/bin:$PATH"

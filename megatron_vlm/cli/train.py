@@ -41,7 +41,7 @@ def resolve(argv: Sequence[str]) -> tuple[Any, list[str]]:
     trained = {os.path.realpath(item if isinstance(item, str) else item.path) for item in config.data.train}
     both = trained & {os.path.realpath(path) for path in config.data.valid}
     notes = [f"data.valid names {path}, which is trained on: its loss is not that of held-out data" for path in both]
-    return config, [*completed.notes, *notes]
+    return config, [*completed.notes, *config.default_notes(completed.run), *notes]
 
 
 def _model_of(request: Request) -> tuple[dict[str, Any], FamilySpec]:

@@ -120,7 +120,8 @@ def _plan(
             if sections["checkpoint"].get("save_interval"):
                 raise ConfigError("launch.export_each_epoch needs checkpoints at epochs: leave save_interval out")
             sections["checkpoint"]["save_epochs"] = 1.0
-        return RunConfig.from_dict(sections), completed.notes
+        config = RunConfig.from_dict(sections)
+        return config, (*completed.notes, *config.default_notes(sections))
 
     config, notes = _first_config(config_for, replicas(request.run.get("parallel") or {}, world))
     config.check_outputs(source.folders())
@@ -203,6 +204,9 @@ def _start_from(request: Request, report: Report) -> str | None:
             text = f"{output} holds checkpoints: the run goes on from the last one"
             report.warn("model", text, "--overwrite_output_dir True to start anew")
             return str(output)
+        if not Path(os.path.realpath(load)).is_relative_to(os.path.realpath(output)):
+            text = f"{output} holds checkpoints of another run than the one that checkpoint.finetune starts from {load}"
+            report.fail("output", text, "--overwrite_output_dir True to replace them, or another --output_dir")
     elif (Path(load) / TRACKER).is_file() or (Path(load) / "state.json").is_file():
         section.setdefault("finetune", True)  # another run's checkpoint gives its weights
     return str(load)

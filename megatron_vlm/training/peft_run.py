@@ -31,6 +31,7 @@ from megatron_vlm.peft.merge import absolute, continued, full_tensors
 from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan, named_mapping
 from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.training.checkpoint.output_check import check_kept
 from megatron_vlm.training.checkpoint.save_load import Checkpoint, PeftRecord
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.model_folder import CarriedFiles
@@ -105,21 +106,27 @@ def verifies(config: RunConfig) -> bool:
     return config.checkpoint.verify_hashes and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def check_source(config: RunConfig, source: WeightSource, found: Checkpoint | None) -> CarriedFiles | None:
-    """Checks that a run may start from these files: no output lies in them, and this rank's share of them is as it was written.
+def check_source(
+    config: RunConfig, source: WeightSource, found: Checkpoint | None, *, start: int
+) -> CarriedFiles | None:
+    """Checks that a run may start from these files: no output lies in them, none is another run's, and this rank's share of
+    them is as it was written.
 
     Args:
         config: of the run.
         source: of its weights.
         found: the checkpoint that ``checkpoint.load`` means, if it is one; its own digests were compared when it was found.
+        start: iteration that the run goes on at.
 
     Returns:
         On rank 0 what the run's checkpoints carry: the folder may be gone by the first save, as a temporary copy is.
 
     Raises:
-        MegatronVLMError: an output lies in the model, or a file was changed or cannot be read.
+        MegatronVLMError: an output lies in the model or holds another run, or a file was changed or cannot be read.
     """
     config.check_outputs(source.folders())
+    if dist.get_rank() == 0 and not config.training.skip_train:
+        check_kept(config.checkpoint, found, start)
     if config.checkpoint.verify_hashes:
         records = [record for record in source.records() if found is None or record.folder != found.folder]
         check_records(records, share=dist.get_rank(), shares=dist.get_world_size())

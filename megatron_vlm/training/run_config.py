@@ -4,7 +4,7 @@ YAML + section.key=value + flags --cli/train.py--> RunConfig --check_world--> --
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -183,6 +183,12 @@ class RunConfig(Config):
                 "data.valid is empty, but training.skip_train, eval_interval, eval_epochs or eval_iters is set: name held-out "
                 "folders (--valid-data-path) or leave these out"
             )
+
+    def default_notes(self, said: Mapping[str, Any]) -> list[str]:
+        """Lines about defaults that nobody should train with unknowingly; ``said``: the sections as they were given."""
+        if self.training.skip_train or (said.get("optimizer") or {}).get("lr") is not None:
+            return []
+        return [f"no learning rate is given: optimizer.lr is {self.optimizer.lr:g}, the default (--lr sets another)"]
 
     @property
     def output_dir(self) -> Path:

@@ -243,7 +243,7 @@ class Trainer:
         found, (self.source, self.peft, self.found) = self.found, opened
         self.closing.callback(self.source.close)
         with together(self.device):
-            self.hf_files = check_source(config, self.source, found)
+            self.hf_files = check_source(config, self.source, found, start=self.found.iteration if self.found else 0)
         config.check_model(self.source.config)
         with together(self.device):
             self.processor = self.source.spec.open_processor(self.source.hf_dir, config.data)

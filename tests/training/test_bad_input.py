@@ -78,6 +78,17 @@ def test_a_checkpoint_that_will_not_fit_is_found_before_the_first_step(command, 
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_a_folder_of_another_run_is_left_alone(command, twin, tmp_path):
+    """Before the first step, with both named; a run that stops at 2 would leave a tracker that names its own."""
+    kept = tmp_path / "other" / "iter_0000005"
+    kept.mkdir(parents=True)
+    for text in errors(command("out", f"--train-iters 2 --save {tmp_path / 'other'}")):
+        assert text.startswith("ConfigError: ") and f"starts at 0 from {twin}" in text, text
+        assert f"{tmp_path / 'other'} holds checkpoints of another run (iterations 5)" in text
+        assert f"--load {tmp_path / 'other'}" in text and "another folder (--save)" in text
+    assert not (tmp_path / "out" / "metrics.jsonl").exists() and list((tmp_path / "other").glob("iter_*")) == [kept]
+
+
 def test_a_source_that_is_never_read(command, train_data):
     for text in errors(command("out", "--train-iters 2", f"--data-path 1 {train_data} 0.0001 {train_data}")):
         wanted = rf"ConfigError: .*1 epoch\) never reads.*{train_data} \(2\): \d+ samples, share 0\.0\d+ of a sample an epoch"

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_vlm.cli.train import resolve
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.training.run_config import RunConfig
 
@@ -25,6 +26,21 @@ def test_plain_data_goes_round():
     assert RunConfig.from_dict(one.to_dict()) == one
     assert one.model.freeze == ("llm",)
     assert not one.data.packing
+
+
+def test_a_learning_rate_that_nobody_named_is_said(tmp_path):
+    base = ["--load", "M", "--data-path", "D", "--seq-length", "64", "--train-iters", "1", "--device", "cpu"]
+    said = "no learning rate is given: optimizer.lr is 0.0001, the default (--lr sets another)"
+    (tmp_path / "run.yaml").write_text("optimizer: {lr: 1e-4}")
+    assert resolve(base)[1] == [said]
+    for more in (
+        ["--lr", "1e-4"],
+        ["optimizer.lr=1e-4"],
+        ["--learning_rate", "1e-4"],
+        ["--config", str(tmp_path / "run.yaml")],
+    ):
+        assert resolve([*base, *more])[1] == []
+    assert resolve([*base, "--skip-train", "--valid-data-path", "V"])[1] == []
 
 
 def test_output_dir_falls_back_to_save_and_then_to_the_name():

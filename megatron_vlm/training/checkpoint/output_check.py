@@ -1,6 +1,7 @@
-"""What a run will write is tried before it trains: every folder on every node, and room for the first checkpoint.
+"""What a run will write is tried before it trains: every folder on every node, whose checkpoints are there, and room for one.
 
 start of the Trainer --check_writable--> a file of each folder, written and removed   (before the model is built)
+what it starts from is known --check_kept--> no checkpoint of another run would be replaced or overtaken
 model and optimizer built --check_room--> bytes of a checkpoint against what is free  (before the first step)
 """
 
@@ -18,7 +19,9 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import trial_write
 from megatron_vlm.parallel.batch import together
 from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.training.checkpoint.save_load import Checkpoint, CheckpointConfig
 from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.weights.iterations import iterations
 
 
 def folders_of(config: RunConfig) -> dict[str, Path]:
@@ -43,6 +46,34 @@ def check_writable(config: RunConfig, device: torch.device) -> None:
                 with contextlib.suppress(OSError):  # trial_write finds the same, and says it
                     folder.mkdir(parents=True, exist_ok=True)
                 trial_write(folder, setting)
+
+
+def check_kept(checkpoint: CheckpointConfig, found: Checkpoint | None, start: int) -> None:
+    """Refuses a folder with later checkpoints than the run starts at, unless it starts from that folder.
+
+    They are another run's: this one would replace them, and its own, which are written last, would be taken for the newest.
+    A run that goes back to an earlier iteration of its own, or takes the weights of its folder with ``finetune``, may.
+
+    Args:
+        checkpoint: where the run saves.
+        found: the checkpoint that ``checkpoint.load`` means, if it is one.
+        start: iteration that the run goes on at.
+
+    Raises:
+        ConfigError: naming the folder, what it holds, and what the run starts from.
+    """
+    if checkpoint.save is None or not os.path.isdir(checkpoint.save):
+        return
+    save = Path(checkpoint.save)
+    own = found is not None and os.path.realpath(found.folder.parent) == os.path.realpath(save)
+    later = [] if own else [number for number in iterations(save) if number > start]
+    if later:
+        names = ", ".join(map(str, later[:5])) + (f" and {len(later) - 5} more" if len(later) > 5 else "")
+        raise ConfigError(
+            f"checkpoint.save {save} holds checkpoints of another run (iterations {names}), and this one starts at {start} "
+            f"from {checkpoint.load}: it would replace them. Name another folder (--save), go on from them (--load {save}), "
+            "or remove them"
+        )
 
 
 def check_room(config: RunConfig, chunks: Sequence[Any], topology: Topology, *, trained_only: bool) -> None:

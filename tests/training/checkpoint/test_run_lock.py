@@ -112,4 +112,5 @@ def test_two_runs_in_one_folder(command, tmp_path):
     answers = run_distributed(train_while_held, argv, str(out), True, dp=2)
     assert [code for code, _ in answers] == [1, 1] and all("is in use by process" in text for _, text in answers)
     assert (out / "iter_0000003.tmp-abcdef").is_dir() and len(metrics_of(out)) == 2
+    argv += f"--load {out} --train-iters 3".split()
     assert run_distributed(train_while_held, argv, str(out), False, dp=2) == [(0, "")] * 2

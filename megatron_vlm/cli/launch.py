@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from megatron_vlm.options.arguments import read_request
-from megatron_vlm.options.flags import flags_help, parse_flags
-from megatron_vlm.options.recipes import load_config
+from megatron_vlm.options.flags import flags_help
+from megatron_vlm.options.request import read_command
 
 USAGE = """usage: megatron-vlm launch [--config FILE | RECIPE] [section.key=value ...] [--flag VALUE ...]
 
@@ -21,9 +20,7 @@ def run(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(USAGE + flags_help("launch"))
         return 0
-    parsed = parse_flags(argv, "launch")
-    file = load_config(parsed.config) if parsed.config else {}
-    request = read_request(file, parsed.settings, parsed.notes, command="launch")
-    from megatron_vlm.launch.launch import launch  # imports megatron-core: seconds
+    request = read_command(argv, "launch")
+    from megatron_vlm.launch.launch import launch  # torch
 
     return launch(request)

@@ -15,8 +15,8 @@ from megatron_vlm.files import write_synced, writing
 from megatron_vlm.launch import exports, prepare, processes
 from megatron_vlm.launch.checks import Report
 from megatron_vlm.launch.plan import CONFIG, Plan, make_plan
-from megatron_vlm.options.arguments import Request
 from megatron_vlm.options.launch_config import LaunchConfig
+from megatron_vlm.options.request import Request
 from megatron_vlm.training.checkpoint.run_lock import holder
 from megatron_vlm.training.stop import STOPPED
 from megatron_vlm.weights.checkpoint_dir import tracked_folder

@@ -20,8 +20,8 @@ from megatron_vlm.launch.exports import ADAPTER, HF, LOSS, MERGED, adapter_comma
 from megatron_vlm.launch.layout import USABLE, NothingFits, choose_layout
 from megatron_vlm.launch.prepare import Inputs, cache_folder, open_inputs
 from megatron_vlm.launch.processes import Place, command
-from megatron_vlm.options.arguments import Request
 from megatron_vlm.options.launch_config import LaunchConfig
+from megatron_vlm.options.request import Request
 from megatron_vlm.parallel.grid import SETTINGS, replica_size, replicas
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.output_check import folders_of

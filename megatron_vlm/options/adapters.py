@@ -1,14 +1,12 @@
 """Adapter flags of the original programs -> section ``peft`` of a run, in the family's module names."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.options.flag_values import FlagValues
 from megatron_vlm.registry import AdapterSpec, FamilySpec
 from megatron_vlm.yaml_values import as_bool
-
-if TYPE_CHECKING:
-    from megatron_vlm.options.arguments import Told
 
 DEFAULTS = {"r": 64, "alpha": 64.0, "dropout": 0.05}
 """Of finetune.py's LoraArguments."""
@@ -17,7 +15,7 @@ _DROPOUT = 0.05
 
 
 def peft_section(
-    told: "Told", run: dict[str, Any], given: frozenset[str], spec: FamilySpec | None, hf_config: Mapping[str, Any]
+    flags: FlagValues, run: dict[str, Any], given: frozenset[str], spec: FamilySpec | None, hf_config: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Returns section ``peft`` (None: there is none) and lines about flags without effect.
 
@@ -28,49 +26,49 @@ def peft_section(
         ConfigError: flags of two programs at once, or a part that the family lacks.
     """
     section, notes = dict(run.get("peft") or {}), list[str]()
-    if told.load_in_4bit:
+    if flags.load_in_4bit:
         section.setdefault("quantize", "nf4")
     own: dict[str, Any] = {
-        "r": told.lora_r,
-        "alpha": told.lora_alpha,
-        "dropout": told.lora_dropout,
-        "bias": told.lora_bias,
+        "r": flags.lora_r,
+        "alpha": flags.lora_alpha,
+        "dropout": flags.lora_dropout,
+        "bias": flags.lora_bias,
     }
     own = {key: value for key, value in own.items() if value is not None and f"peft.{key}" not in given}
-    if told.lora_target_modules:
-        targets = [word for value in told.lora_target_modules for word in value.replace(",", " ").split()]
+    if flags.lora_target_modules:
+        targets = [word for value in flags.lora_target_modules for word in value.replace(",", " ").split()]
         own["target_modules"] = "all-linear" if targets in (["all-linear"], ["all"]) else targets
-    if not told.adapts:
+    if not flags.adapts:
         if own and not (section.get("target_modules") or section.get("adapter")):
             notes.append(f"{', '.join(f'--lora_{key}' for key in own)}: no effect without --use_lora True")
         else:
             section |= own
         return section or None, notes
     assert spec is not None
-    if told.use_lora and (told.use_llm_lora or told.use_backbone_lora):
+    if flags.use_lora and (flags.use_llm_lora or flags.use_backbone_lora):
         raise ConfigError(
-            f"--use_lora with --use_llm_lora {told.use_llm_lora or 0} or --use_backbone_lora {told.use_backbone_lora or 0}: the "
-            "first is of finetune.py, the others are InternVL's, and each sets the rank; leave one kind out"
+            f"--use_lora with --use_llm_lora {flags.use_llm_lora or 0} or --use_backbone_lora {flags.use_backbone_lora or 0}: "
+            "the first is of finetune.py, the others are InternVL's, and each sets the rank; leave one kind out"
         )
-    if told.use_lora:
+    if flags.use_lora:
         section |= own
         section.setdefault("target_modules", spec.adapters.language)
         for key, value in DEFAULTS.items():
             section.setdefault(key, value)
     else:
-        _internvl(told, section, given, spec)
+        _internvl(flags, section, given, spec)
     section.setdefault("modules_to_save", [])
     saved = list(section["modules_to_save"])
-    saved += _trained_in_full(told, run, given, spec.adapters, hf_config, notes)
+    saved += _trained_in_full(flags, run, given, spec.adapters, hf_config, notes)
     section["modules_to_save"] = list(dict.fromkeys(saved))
     for name in ("freeze_llm", "freeze_vision", "freeze_connector"):
         (run.get("model") or {}).pop(name, None)
     return section, notes
 
 
-def _internvl(told: "Told", section: dict[str, Any], given: frozenset[str], spec: FamilySpec) -> None:
+def _internvl(flags: FlagValues, section: dict[str, Any], given: frozenset[str], spec: FamilySpec) -> None:
     """Rank R means r = R, alpha = 2 R, dropout 0.05."""
-    llm, vision = told.use_llm_lora or 0, told.use_backbone_lora or 0
+    llm, vision = flags.use_llm_lora or 0, flags.use_backbone_lora or 0
     for flag, rank in (("use_llm_lora", llm), ("use_backbone_lora", vision)):
         if rank < 0:
             raise ConfigError(f"--{flag} is a rank, at least 0 (none), got {rank}")
@@ -88,7 +86,7 @@ def _internvl(told: "Told", section: dict[str, Any], given: frozenset[str], spec
 
 
 def _trained_in_full(
-    told: "Told",
+    flags: FlagValues,
     run: Mapping[str, Any],
     given: frozenset[str],
     adapters: AdapterSpec,
@@ -102,10 +100,10 @@ def _trained_in_full(
         if (
             key in given
             and as_bool(model.get(f"freeze_{part}")) is False
-            and not (part == "vision" and told.use_backbone_lora)
+            and not (part == "vision" and flags.use_backbone_lora)
         ):
             saved += parts.get(part, ())
-            if told.use_lora and part in adapters.frozen_beside:
+            if flags.use_lora and part in adapters.frozen_beside:
                 notes.append(
                     f"--{adapters.frozen_beside[part]} False trains {' and '.join(parts[part])} in full; "
                     "with --use_lora the original froze it"
@@ -113,11 +111,11 @@ def _trained_in_full(
     if (
         "model.freeze_llm" in given
         and as_bool(model.get("freeze_llm")) is False
-        and (told.use_lora or told.use_llm_lora)
+        and (flags.use_lora or flags.use_llm_lora)
     ):
         notes.append(
             "--freeze_llm False has no effect with adapters: the language model's own weights stay as they are"
         )
-    if told.unfreeze_lm_head:
+    if flags.unfreeze_lm_head:
         saved += parts["head"]
     return saved

@@ -1,7 +1,7 @@
 """The one table of flags: own names, Megatron's, and those of the original fine-tuning programs (Hugging Face's Trainer,
 InternVL's internvl_chat_finetune.py, InternLM-XComposer2's FT.py, finetune.py and their scripts).
 
-    flag -> a config key ("optimizer.lr"), a launch setting ("launch.meta_path"), or a field of launch.arguments.Told
+    flag -> a config key ("optimizer.lr"), a launch setting ("launch.meta_path"), or a field of FlagValues
             ("--max_steps": what it means depends on other flags, on the model or on the number of ranks)
 
 Hyphens equal underscores. Flags are written without their two hyphens here, with hyphens inside.
@@ -179,8 +179,8 @@ LAUNCH_SWITCHES: dict[str, tuple[str, Any]] = {
     "no-launch": ("launch.no_launch", True),
 }
 
-# flag -> field of launch.arguments.Told, where that is spelt in another way
-TOLD_ALIASES = {
+# flag -> field of FlagValues, where that is spelt in another way
+FLAG_ALIASES = {
     "evaluation-strategy": "eval_strategy",
     "grad-checkpoint": "gradient_checkpointing",
     "model": "model_name_or_path",

@@ -1,30 +1,22 @@
-"""DeepSpeed and FSDP options -> what does the same here; never ignored.
+"""A DeepSpeed JSON -> settings of a run, with DeepSpeed's own defaults.
 
-    --deepspeed zero1.json --read_sharding--> Sharding(stage 1): distributed optimizer, clipping, batch, loss scale
-    stage 2, 3, offload, --fsdp            --> Sharding.refused(): what is not built, refused with the nearest setting that fits
+Its schedules:
 
-docs/from-deepspeed.md holds the whole table.
+    WarmupLR        warm-up to warmup_max_lr, which stays
+    WarmupDecayLR   the same, then in a line to warmup_min_lr at total_num_steps
+    WarmupCosineLR  warm-up from warmup_min_ratio, then a cosine to cos_min_ratio, in shares of the learning rate
+
+Source of formulas and defaults: deepspeed/runtime/lr_schedules.py. DeepSpeed steps a scheduler after each update, so that its own
+runs have every rate one update later than the formula says; here the update after n others has the rate of n.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import read_json
-from megatron_vlm.options.deepspeed_schedule import read_scheduler
 from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.trainer_flags import ADAMW
-
-if TYPE_CHECKING:
-    from megatron_vlm.options.arguments import Told
-
-NEAREST = (
-    "--use-distributed-optimizer (ZeRO stage 1); tensor and pipeline parallel sizes, which cut weights and gradients too "
-    "(--tensor-model-parallel-size 2, 4, ...); --recompute-granularity full; adapters on a base in 4 bits (--use_lora "
-    "--quantize nf4)"
-)
-"""In words, where no estimate is at hand."""
 
 # Keys of a DeepSpeed file that are read; of the others the top ones are named as without effect.
 _READ = {
@@ -39,167 +31,80 @@ _CHANGES = {
     "compression_training": "",
 }  # fmt: skip
 _ZERO_CHANGES = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
-_NONE = (None, "", "none", "None", "no", "False", "false")
 _ADAM = {"lr": ("lr", 1e-3), "eps": ("adam_eps", 1e-8), "weight_decay": ("weight_decay", 0.0)}
 _FP16 = {"loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
 _SCALE_POWER = 16
 """Defaults of DeepSpeed: deepspeed/ops/adam/fused_adam.py, deepspeed/runtime/constants.py, runtime/precision_config.py."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sharding:
-    """What DeepSpeed or FSDP options ask for.
-
-    Attributes:
-        stage: ZeRO stage; FSDP's policies are 3 (FULL_SHARD), 2 (SHARD_GRAD_OP) and 0 (NO_SHARD); None: nothing was asked for.
-        offload: what is to lie in the host's memory.
-        source: the option, for messages.
-        settings: keys of the run that it sets.
-        batch: the same of LaunchConfig.
-        notes: lines to print.
-    """
-
-    stage: int | None = None
-    offload: tuple[str, ...] = ()
-    source: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    batch: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def refused(self, *, adapts: bool) -> str | None:
-        """What is not built of it, in words. With adapters stage 2 has next to no gradients to shard: it is stage 1."""
-        parts = []
-        if self.stage == 3:
-            parts.append("sharding of weights, gradients and optimizer state (ZeRO stage 3, FSDP FULL_SHARD)")
-        elif self.stage == 2 and not adapts:
-            parts.append("sharding of gradients (ZeRO stage 2, FSDP SHARD_GRAD_OP)")
-        if self.offload:
-            parts.append(f"offload of {' and '.join(self.offload)} to the host's memory")
-        return f"{self.source} asks for {' with '.join(parts)}" if parts else None
-
-    def refusal(self, *, adapts: bool, nearest: str | None = None) -> str | None:
-        """The error's text; ``nearest``: settings that fit the memory found, by the estimate. None: nothing is refused."""
-        refused = self.refused(adapts=adapts)
-        if refused is None:
-            return None
-        instead = f"nearest setting that fits: {nearest}" if nearest else f"nearest: {NEAREST}"
-        return (
-            f"{refused}, which is not built yet; {instead}. Leave {self.source.split()[0]} out (docs/from-deepspeed.md)"
-        )
-
-
-def read_sharding(told: "Told", given: Mapping[str, Any], launch: LaunchConfig) -> Sharding:
-    """Reads the flags and the DeepSpeed file that they name.
-
-    Args:
-        told: the flags.
-        given: keys that the command line sets -> values; numbers of the file must agree with them.
-        launch: settings of the start, for the batch.
-
-    Raises:
-        ConfigError: both kinds at once, a file that cannot be read, or one whose numbers contradict the command line's.
-    """
-    fsdp = [word for value in told.fsdp for word in value.split() if word not in _NONE]
-    wants_fsdp = bool(told.use_fsdp or (told.use_fsdp is None and (fsdp or told.fsdp_policy not in _NONE)))
-    file = None if told.deepspeed in _NONE or told.use_deepspeed is False else told.deepspeed
-    wants_deepspeed = bool(told.use_deepspeed or file)
-    if wants_fsdp and wants_deepspeed:
-        raise ConfigError(
-            f"--deepspeed {file or ''} and --fsdp {' '.join(fsdp) or told.fsdp_policy or ''}: both shard the model over the same "
-            "ranks; leave one of them out".replace("  ", " ")
-        )
-    notes = []
-    settings = (told.fsdp_wrap_cls, told.fsdp_config, told.fsdp_transformer_layer_cls_to_wrap, told.fsdp_policy)
-    if not wants_fsdp and any(value not in _NONE for value in settings):
-        notes.append("--fsdp_policy, --fsdp_wrap_cls and --fsdp_config have no effect without --use_fsdp or --fsdp")
-    if told.deepspeed not in _NONE and told.use_deepspeed is False:
-        notes.append(f"--deepspeed_config {told.deepspeed} has no effect with --use_deepspeed False")
-    if wants_fsdp:
-        return _fsdp(told, fsdp, notes)
-    if not wants_deepspeed:
-        return Sharding(notes=tuple(notes))
-    if file is None:
-        # FT.py writes a file of its own then.
-        return Sharding(stage=2, offload=("optimizer state",), source="--use_deepspeed without --deepspeed_config")
-    return DeepSpeedFile(str(file), given, launch).read()
-
-
-def _fsdp(told: "Told", words: list[str], notes: list[str]) -> Sharding:
-    source = f"--fsdp {' '.join(words)}" if words else f"--use_fsdp {told.fsdp_policy or ''}".strip()
-    asked = {word.lower() for word in words} | {(told.fsdp_policy or "").lower()}
-    offload = ("weights and optimizer state",) if "offload" in asked else ()
-    stage = 3
-    if asked & {"shard_grad_op", "hybrid_shard_zero2"}:
-        stage = 2
-    elif "no_shard" in asked:
-        stage = 0
-        notes = [*notes, f"{source}: plain data parallel replicas, which is what runs here without any option"]
-    settings = {"parallel.use_distributed_optimizer": True} if stage == 2 else {}
-    if stage == 2:
-        notes = [*notes, f"{source} becomes the distributed optimizer"]
-    return Sharding(stage=stage, offload=offload, source=source, settings=settings, notes=tuple(notes))
+STYLES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+WARMUP_STEPS, WARMUP_TYPE, DECAY_MAX_LR, COSINE_FLOOR = 1000, "log", 1e-3, 1e-4
+_LEAST_WARMUP = 2
+_SCHEDULE_PARAMS = {
+    "warmup_num_steps",
+    "warmup_type",
+    "warmup_min_lr",
+    "warmup_max_lr",
+    "total_num_steps",
+    "last_batch_iteration",
+}
+_COSINE_PARAMS = {"warmup_min_ratio", "cos_min_ratio"} | _SCHEDULE_PARAMS - {"warmup_min_lr", "warmup_max_lr"}
 
 
 class DeepSpeedFile:
-    """One DeepSpeed JSON on its way to settings."""
+    """What a DeepSpeed JSON asks for.
+
+    Attributes:
+        stage: of ZeRO.
+        offload: what is to lie in the host's memory.
+        settings: keys of the run that it sets.
+        batch: the same of LaunchConfig.
+        notes: lines to print.
+
+    Raises:
+        ConfigError: a number contradicts the command line's, or a value is not built.
+    """
 
     def __init__(self, path: str, given: Mapping[str, Any], launch: LaunchConfig):
         self.path, self.given, self.launch = path, given, launch
         self.data = read_json(path)
         self.settings: dict[str, Any] = {}
         self.batch: dict[str, int] = {}
+        self.offload: list[str] = []
         self.without: list[str] = sorted(self.data.keys() - _READ)
-        self.notes: list[str] = []
-
-    def read(self) -> Sharding:
-        """Returns what the file says.
-
-        Raises:
-            ConfigError: a number contradicts the command line's, or a value is not built.
-        """
         zero = self.section("zero_optimization")
         stage = self.number(zero.get("stage", 0), "zero_optimization.stage")
         if stage not in (0, 1, 2, 3):
             raise ConfigError(f"{self.path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage}")
-        offload = []
+        self.stage = int(stage)
         for key, what in (("offload_optimizer", "optimizer state"), ("offload_param", "weights")):
             device = (zero.get(key) or {}).get("device", "none") if isinstance(zero.get(key) or {}, dict) else "cpu"
             if device not in ("none", None):
-                offload.append(what)
-        if zero.get("cpu_offload") and "optimizer state" not in offload:
-            offload.append("optimizer state")
+                self.offload.append(what)
+        if zero.get("cpu_offload") and "optimizer state" not in self.offload:
+            self.offload.append("optimizer state")
         self._refuse_changes(zero)
         if stage:
-            self.set("parallel.use_distributed_optimizer", True, f"zero_optimization.stage {int(stage)}")
+            self.set("parallel.use_distributed_optimizer", True, f"zero_optimization.stage {self.stage}")
         if stage and zero.get("overlap_comm") is True:
             self.settings.setdefault("parallel.overlap_grad_reduce", True)
         self.without += [f"zero_optimization.{key}" for key in sorted(zero.keys() - _ZERO_READ)]
         self._batch()
         self._precision()
         self._optimizer()
-        read_scheduler(self)
+        _read_scheduler(self)
         self.take(self.data, "gradient_clipping", "optimizer.clip_grad", 0.0)
         words = {0: "no sharding: plain data parallel replicas", 1: "stage 1 is the distributed optimizer"}
         words[2] = "stage 2 with adapters alone is the distributed optimizer: nothing else has gradients"
-        notes = [f"{self.path}: {words[int(stage)]}"] if int(stage) in words else []
-        notes += [f"{self.path}: {note}" for note in self.notes]
+        self.notes = [f"{self.path}: {words[self.stage]}"] if self.stage in words else []
         if self.without:
-            notes.append(f"{self.path}: no effect here: {', '.join(self.without)}")
-        return Sharding(
-            stage=int(stage),
-            offload=tuple(offload),
-            source=f"--deepspeed {self.path}",
-            settings=self.settings,
-            batch=self.batch,
-            notes=tuple(notes),
-        )
+            self.notes.append(f"{self.path}: no effect here: {', '.join(self.without)}")
 
     def _batch(self) -> None:
         for key, name in (
             ("train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
             ("gradient_accumulation_steps", "gradient_accumulation_steps"),
         ):
-            if not self.told(self.data.get(key)):
+            if not self.says(self.data.get(key)):
                 continue
             value = int(self.number(self.data[key], key))
             flag = getattr(self.launch, name)
@@ -207,7 +112,7 @@ class DeepSpeedFile:
             if said is not None and said != value:
                 raise ConfigError(f"{self.path}: {key} is {value}, but --{name} says {said}: change one, or write auto")
             self.batch[name] = flag or value
-        if self.told(self.data.get("train_batch_size")):
+        if self.says(self.data.get("train_batch_size")):
             value = int(self.number(self.data["train_batch_size"], "train_batch_size"))
             self.set("training.global_batch_size", value, "train_batch_size")
 
@@ -229,12 +134,12 @@ class DeepSpeedFile:
         if self.given.get("training.precision", self.settings.get("training.precision")) != "fp16":
             return
         fp16 = self.section("fp16")
-        if self.told(fp16.get("loss_scale")) and fp16["loss_scale"]:
+        if self.says(fp16.get("loss_scale")) and fp16["loss_scale"]:
             self.set(
                 "optimizer.loss_scale", float(self.number(fp16["loss_scale"], "fp16.loss_scale")), "fp16.loss_scale"
             )
         power = fp16.get("initial_scale_power", _SCALE_POWER)
-        if self.told(power):
+        if self.says(power):
             where = "fp16.initial_scale_power"
             self.set("optimizer.initial_loss_scale", 2.0 ** self.number(power, where), where)
         for key, value in _FP16.items():
@@ -251,7 +156,7 @@ class DeepSpeedFile:
         for key, (name, value) in _ADAM.items():
             self.take(params, key, f"optimizer.{name}", value, "optimizer.params")
         betas = params.get("betas", [0.9, 0.999])
-        if self.told(betas):
+        if self.says(betas):
             if not isinstance(betas, list) or len(betas) != 2:
                 raise ConfigError(f"{self.path}: optimizer.params.betas must be two numbers or auto, got {betas!r}")
             for name, value in zip(("adam_beta1", "adam_beta2"), betas):
@@ -279,7 +184,7 @@ class DeepSpeedFile:
         if key not in section or section[key] is None:
             if default is not None:
                 self.set(setting, default, name, written=False)
-        elif self.told(section[key]):
+        elif self.says(section[key]):
             self.set(setting, self.number(section[key], name), name)
 
     def set(self, key: str, value: Any, where: str, *, written: bool = True) -> None:
@@ -316,9 +221,88 @@ class DeepSpeedFile:
             raise ConfigError(f"{self.path}: {where} must be a number or auto, got {value!r}")
         return value
 
-    def told(self, value: Any) -> bool:
+    def says(self, value: Any) -> bool:
         """Whether the file says a value of its own."""
         return value is not None and value != "auto"
+
+
+def _read_scheduler(file: DeepSpeedFile) -> None:
+    """Puts the schedule into ``file.settings``; what has no effect goes to ``file.without``.
+
+    Raises:
+        ConfigError: a scheduler that is not built, a value that cannot be, or one that contradicts the command line.
+    """
+    section = file.section("scheduler")
+    kind = section.get("type")
+    if kind is None:
+        return
+    if kind not in STYLES:
+        raise ConfigError(f"{file.path}: scheduler.type {kind} is not built yet: use one of {', '.join(STYLES)}")
+    if "optimizer.lr_decay_style" in file.given:
+        file.without.append(f"scheduler {kind}, as --lr_scheduler_type is given")
+        return
+    file.set("optimizer.lr_decay_style", STYLES[kind], "scheduler.type")
+    params = file.params_of(section, "scheduler")
+    _warmup(file, params)
+    if kind != "WarmupLR":
+        if "total_num_steps" not in params:
+            raise ConfigError(
+                f"{file.path}: scheduler {kind} needs params.total_num_steps: write it, or auto for the run's"
+            )
+        file.take(params, "total_num_steps", "optimizer.lr_decay_iters", None, "scheduler.params")
+    if kind == "WarmupCosineLR":
+        _shares(file, params)
+    else:
+        default = DECAY_MAX_LR if kind == "WarmupDecayLR" else None
+        file.take(params, "warmup_max_lr", "optimizer.lr", default, "scheduler.params")
+        file.take(params, "warmup_min_lr", "optimizer.lr_warmup_init", 0.0, "scheduler.params")
+        if kind == "WarmupDecayLR":
+            file.take(params, "warmup_min_lr", "optimizer.min_lr", 0.0, "scheduler.params")
+    known = _COSINE_PARAMS if kind == "WarmupCosineLR" else _SCHEDULE_PARAMS
+    file.without += [f"scheduler.params.{key}" for key in sorted(params.keys() - known)]
+
+
+def _warmup(file: DeepSpeedFile, params: dict[str, Any]) -> None:
+    """Length and form of the warm-up; DeepSpeed's take 1,000 updates and rise by a logarithm unless the file says otherwise."""
+    form = params.get("warmup_type", WARMUP_TYPE)
+    if file.says(form):
+        if form not in ("log", "linear"):
+            raise ConfigError(f"{file.path}: scheduler.params.warmup_type must be log or linear, got {form!r}")
+        file.set("optimizer.lr_warmup_style", form, "scheduler.params.warmup_type", written="warmup_type" in params)
+    steps = params.get("warmup_num_steps", WARMUP_STEPS)
+    if not file.says(steps):
+        return
+    where, written = "scheduler.params.warmup_num_steps", "warmup_num_steps" in params
+    steps = file.number(steps, where)
+    if steps < 1 or steps != int(steps):
+        raise ConfigError(f"{file.path}: {where} must be a whole number, at least 1, got {steps:g}")
+    fraction = file.given.get("optimizer.lr_warmup_fraction")
+    if fraction is not None:
+        said = f"is {steps:g}" if written else f"is not written, which means {steps:g} to DeepSpeed"
+        raise ConfigError(
+            f"{file.path}: {where} {said}, but the command line says optimizer.lr_warmup_fraction = {fraction}: change one, or "
+            "write auto"
+        )
+    file.set("optimizer.lr_warmup_iters", max(_LEAST_WARMUP, int(steps)), where, written=written)
+
+
+def _shares(file: DeepSpeedFile, params: dict[str, Any]) -> None:
+    """What WarmupCosineLR says in shares of the learning rate."""
+    file.take(params, "warmup_min_ratio", "optimizer.lr_warmup_start_factor", 0.0, "scheduler.params")
+    floor = params.get("cos_min_ratio", COSINE_FLOOR)
+    if not file.says(floor):
+        return
+    lr = file.at("optimizer.lr")
+    if lr is None:
+        raise ConfigError(
+            f"{file.path}: scheduler WarmupCosineLR ends at a share of the learning rate, which neither optimizer.params.lr nor "
+            "the command line says: add --learning_rate"
+        )
+    where = "scheduler.params.cos_min_ratio"
+    share = file.number(floor, where)
+    file.set(
+        "optimizer.min_lr", share * float(lr), f"{where} {share:g}, a floor that", written="cos_min_ratio" in params
+    )
 
 
 def _equal(one: Any, other: Any) -> bool:

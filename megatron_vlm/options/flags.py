@@ -1,7 +1,7 @@
 """Reads a command line of `megatron-vlm train` and `launch` with the table of ``aliases``.
 
-    --lr 1e-4   optimizer.lr=1e-4   -->  ("optimizer.lr", "1e-4")  -->  launch.arguments.read_request --> RunConfig
-    --max_steps 10                  -->  ("--max_steps", "10")     -->  launch.arguments.Told
+    --lr 1e-4   optimizer.lr=1e-4   -->  ("optimizer.lr", "1e-4")  -->  request.read_request --> RunConfig
+    --max_steps 10                  -->  ("--max_steps", "10")     -->  flag_values.FlagValues
 
 Hyphens equal underscores. A recipe's flag that means nothing here is accepted with one line that says why; one that
 asks for something that is not built is refused by name; an unknown one is an error that names the nearest.
@@ -18,6 +18,7 @@ from megatron_vlm.config import nearest, parse_value
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.options.aliases import (
     BATCH_FLAGS,
+    FLAG_ALIASES,
     IGNORED,
     LAUNCH_LISTS,
     LAUNCH_SWITCHES,
@@ -26,27 +27,26 @@ from megatron_vlm.options.aliases import (
     OUTPUT_DIR,
     REFUSED,
     SWITCHES,
-    TOLD_ALIASES,
     VALUES,
 )
-from megatron_vlm.options.arguments import TOLD, Told
+from megatron_vlm.options.flag_values import FLAG, FlagValues
 
-TOLD_FIELDS = {item.name.replace("_", "-"): item.name for item in dataclasses.fields(Told)} | TOLD_ALIASES
-"""flag -> field of Told"""
+FLAG_FIELDS = {item.name.replace("_", "-"): item.name for item in dataclasses.fields(FlagValues)} | FLAG_ALIASES
+"""flag -> field of FlagValues"""
 
 SAME_AS = {
-    f"{TOLD}learning_rate": "optimizer.lr",
-    f"{TOLD}lr_scheduler_type": "optimizer.lr_decay_style",
-    f"{TOLD}warmup_ratio": "optimizer.lr_warmup_fraction",
-    f"{TOLD}warmup_steps": "optimizer.lr_warmup_iters",
-    f"{TOLD}max_steps": "training.train_iters",
-    f"{TOLD}num_train_epochs": "training.train_epochs",
-    f"{TOLD}eval_steps": "training.eval_interval",
-    f"{TOLD}model_name_or_path": "checkpoint.load",
-    f"{TOLD}save_steps": "checkpoint.save_interval",
-    f"{TOLD}save_total_limit": "checkpoint.keep_last",
+    f"{FLAG}learning_rate": "optimizer.lr",
+    f"{FLAG}lr_scheduler_type": "optimizer.lr_decay_style",
+    f"{FLAG}warmup_ratio": "optimizer.lr_warmup_fraction",
+    f"{FLAG}warmup_steps": "optimizer.lr_warmup_iters",
+    f"{FLAG}max_steps": "training.train_iters",
+    f"{FLAG}num_train_epochs": "training.train_epochs",
+    f"{FLAG}eval_steps": "training.eval_interval",
+    f"{FLAG}model_name_or_path": "checkpoint.load",
+    f"{FLAG}save_steps": "checkpoint.save_interval",
+    f"{FLAG}save_total_limit": "checkpoint.keep_last",
 }
-"""field of Told -> the setting that it is another name of"""
+"""field of FlagValues -> the setting that it is another name of"""
 
 Command = Literal["train", "launch"]
 
@@ -121,8 +121,8 @@ def _setting(flag: str, name: str, values: list[str], command: Command) -> tuple
         return LISTS[flag], _folders(_some(flag, values))
     if flag in SWITCHES:
         return _switch(flag, values, SWITCHES)
-    if flag in TOLD_FIELDS:
-        return _told(flag, name, values)
+    if flag in FLAG_FIELDS:
+        return _flag_value(flag, name, values)
     # A flag without effect is hardly what was meant.
     meant = [known for known in known_flags(command) if known not in IGNORED]
     raise ConfigError(f"unknown flag --{name}{nearest(flag, meant)}")
@@ -131,18 +131,18 @@ def _setting(flag: str, name: str, values: list[str], command: Command) -> tuple
 def known_flags(command: Command) -> list[str]:
     """Every flag that a command takes."""
     more = [*LAUNCH_LISTS, *LAUNCH_SWITCHES, *LAUNCH_VALUES] if command == "launch" else list(BATCH_FLAGS)
-    return ["config", *VALUES, *LISTS, *SWITCHES, *TOLD_FIELDS, *REFUSED, *IGNORED, *more]
+    return ["config", *VALUES, *LISTS, *SWITCHES, *FLAG_FIELDS, *REFUSED, *IGNORED, *more]
 
 
-def _told(flag: str, name: str, values: list[str]) -> tuple[str, Any]:
-    """A field of Told: a list takes all values, a yes or no none or one."""
-    item = TOLD_FIELDS[flag]
-    hint = typing.get_type_hints(Told)[item]
+def _flag_value(flag: str, name: str, values: list[str]) -> tuple[str, Any]:
+    """A field of FlagValues: a list takes all values, a yes or no none or one."""
+    item = FLAG_FIELDS[flag]
+    hint = typing.get_type_hints(FlagValues)[item]
     if "tuple" in str(hint):
-        return TOLD + item, _some(flag, values)
+        return FLAG + item, _some(flag, values)
     if bool in typing.get_args(hint) and not values:
-        return TOLD + item, True
-    return TOLD + item, _one(f"--{name}", values)
+        return FLAG + item, True
+    return FLAG + item, _one(f"--{name}", values)
 
 
 def _switch(flag: str, values: list[str], table: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
@@ -172,7 +172,7 @@ def flags_help(command: Command = "train") -> str:
     rows += [(f"--{flag}", f"{key}={str(value).lower()}") for flag, (key, value) in switches.items()]
     lines += [f"  {left:<48} {right}" for left, right in rows]
     lines += ["", "of the original programs, with their meaning (docs/old-commands.md, docs/from-deepspeed.md):"]
-    lines += [*_wrap(f"--{flag}" for flag in TOLD_FIELDS)]
+    lines += [*_wrap(f"--{flag}" for flag in FLAG_FIELDS)]
     lines += ["", "accepted without effect, each with a line that says why:", *_wrap(f"--{flag}" for flag in IGNORED)]
     lines += ["", "refused by name where they ask for what is not built:", *_wrap(f"--{flag}" for flag in REFUSED)]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """LaunchConfig: what `megatron-vlm launch` is told beside the run itself: raw data in, processes, what is left behind.
 
-flags, YAML section ``launch`` --options/arguments.py--> Request(run settings, LaunchConfig, ...)
+flags, YAML section ``launch`` --options/request.py--> Request(run settings, LaunchConfig, ...)
 """
 
 import os

@@ -2,12 +2,10 @@
 
 import importlib.util
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_vlm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megatron_vlm.options.arguments import Told
+from megatron_vlm.options.flag_values import FlagValues
 
 # lr_scheduler_type -> optimizer.lr_decay_style
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
@@ -20,7 +18,7 @@ _SAVE_STEPS = 500
 Settings = dict[str, Any]
 
 
-def settings(told: "Told", run: Mapping[str, Any], *, has_valid: bool) -> tuple[Settings, list[str]]:
+def settings(flags: FlagValues, run: Mapping[str, Any], *, has_valid: bool) -> tuple[Settings, list[str]]:
     """Returns what the flags set, and lines about those that give way to others.
 
     Raises:
@@ -29,16 +27,16 @@ def settings(told: "Told", run: Mapping[str, Any], *, has_valid: bool) -> tuple[
     made: Settings = {}
     notes: list[str] = []
     for part in (_length, _schedule, _precision, _saving, _reports):
-        part(told, made, notes)
-    _evaluation(told, run, made, notes, has_valid)
-    if told.gradient_checkpointing is not None:
-        made["parallel.recompute_granularity"] = "full" if told.gradient_checkpointing else None
-    if told.optim is not None and told.optim.lower() not in ADAMW:
+        part(flags, made, notes)
+    _evaluation(flags, run, made, notes, has_valid)
+    if flags.gradient_checkpointing is not None:
+        made["parallel.recompute_granularity"] = "full" if flags.gradient_checkpointing else None
+    if flags.optim is not None and flags.optim.lower() not in ADAMW:
         raise ConfigError(
-            f"--optim {told.optim} is not built yet: AdamW is the only optimizer; use --optim adamw_torch"
+            f"--optim {flags.optim} is not built yet: AdamW is the only optimizer; use --optim adamw_torch"
         )
-    if told.do_train is False:
-        if not told.do_eval:
+    if flags.do_train is False:
+        if not flags.do_eval:
             raise ConfigError(
                 "--do_train False leaves nothing to do: leave it out, or add --do_eval True to evaluate only"
             )
@@ -46,44 +44,44 @@ def settings(told: "Told", run: Mapping[str, Any], *, has_valid: bool) -> tuple[
     return made, notes
 
 
-def settle(told: "Told", run: dict[str, Any], given: frozenset[str]) -> list[str]:
+def settle(flags: FlagValues, run: dict[str, Any], given: frozenset[str]) -> list[str]:
     """Applies flags whose effect depends on other settings; returns lines about those without effect here."""
     notes = []
     training, data = run.setdefault("training", {}), run.setdefault("data", {})
     precision = training.get("precision") or "fp32"
-    if told.tf32 and precision == "fp32":
+    if flags.tf32 and precision == "fp32":
         training.setdefault("tf32", True)
-    elif told.tf32:
+    elif flags.tf32:
         notes.append(
             f"--tf32 has no effect here: it speaks of fp32 matrix products, and this run computes in {precision}"
         )
-    if told.group_by_length and data.get("packing"):
+    if flags.group_by_length and data.get("packing"):
         notes.append("--group_by_length has no effect here: rows are packed, so that no length is padded to another")
-    elif told.group_by_length is not None and "data.group_by" not in given:
-        data["group_by"] = "length" if told.group_by_length else None
+    elif flags.group_by_length is not None and "data.group_by" not in given:
+        data["group_by"] = "length" if flags.group_by_length else None
     return notes
 
 
-def _length(told: "Told", made: Settings, notes: list[str]) -> None:
-    if told.max_steps is not None and told.max_steps > 0:
-        made["training.train_iters"] = told.max_steps
-        if told.num_train_epochs is not None:
-            notes.append(f"--num_train_epochs {told.num_train_epochs:g} gives way to --max_steps {told.max_steps}")
-    elif told.num_train_epochs is not None:
-        made["training.train_epochs"] = told.num_train_epochs
+def _length(flags: FlagValues, made: Settings, notes: list[str]) -> None:
+    if flags.max_steps is not None and flags.max_steps > 0:
+        made["training.train_iters"] = flags.max_steps
+        if flags.num_train_epochs is not None:
+            notes.append(f"--num_train_epochs {flags.num_train_epochs:g} gives way to --max_steps {flags.max_steps}")
+    elif flags.num_train_epochs is not None:
+        made["training.train_epochs"] = flags.num_train_epochs
 
 
-def _schedule(told: "Told", made: Settings, notes: list[str]) -> None:
-    if told.learning_rate is not None:
-        made["optimizer.lr"] = told.learning_rate
+def _schedule(flags: FlagValues, made: Settings, notes: list[str]) -> None:
+    if flags.learning_rate is not None:
+        made["optimizer.lr"] = flags.learning_rate
         made["optimizer.vision_lr"] = made["optimizer.connector_lr"] = None
-    kind = told.lr_scheduler_type
+    kind = flags.lr_scheduler_type
     if kind is not None:
         if kind not in SCHEDULES:
             raise ConfigError(f"--lr_scheduler_type {kind} is not built yet: use one of {', '.join(SCHEDULES)}")
         made["optimizer.lr_decay_style"] = SCHEDULES[kind]
         made["optimizer.min_lr"] = 0.0
-    ratio, steps = told.warmup_ratio, told.warmup_steps
+    ratio, steps = flags.warmup_ratio, flags.warmup_steps
     if ratio is not None and not 0 <= ratio < 1:
         raise ConfigError(f"--warmup_ratio must be at least 0 and below 1, got {ratio}")
     if kind == "constant" and (ratio or steps):
@@ -99,11 +97,11 @@ def _schedule(told: "Told", made: Settings, notes: list[str]) -> None:
         made["optimizer.lr_warmup_iters"] = 0
 
 
-def _precision(told: "Told", made: Settings, notes: list[str]) -> None:
-    if told.bf16 and told.fp16:
+def _precision(flags: FlagValues, made: Settings, notes: list[str]) -> None:
+    if flags.bf16 and flags.fp16:
         raise ConfigError("--bf16 True and --fp16 True: weights and activations have one of them; leave the other out")
-    if told.bf16 is not None or told.fp16 is not None:
-        made["training.precision"] = "bf16" if told.bf16 else "fp16" if told.fp16 else "fp32"
+    if flags.bf16 is not None or flags.fp16 is not None:
+        made["training.precision"] = "bf16" if flags.bf16 else "fp16" if flags.fp16 else "fp32"
 
 
 def _strategy(flag: str, value: str) -> str:
@@ -120,31 +118,31 @@ def _whole(flag: str, value: float) -> int:
     return int(value)
 
 
-def _saving(told: "Told", made: Settings, notes: list[str]) -> None:
-    strategy = told.save_strategy and _strategy("save_strategy", told.save_strategy)
+def _saving(flags: FlagValues, made: Settings, notes: list[str]) -> None:
+    strategy = flags.save_strategy and _strategy("save_strategy", flags.save_strategy)
     if strategy in ("no", "epoch"):
         made["checkpoint.save_epochs" if strategy == "epoch" else "checkpoint.save_interval"] = (
             1.0 if strategy == "epoch" else None
         )
         if strategy == "no":
             made["checkpoint.save_epochs"] = None
-        if told.save_steps is not None:
-            notes.append(f"--save_steps {told.save_steps:g} has no effect with --save_strategy {strategy}")
-    elif strategy == "steps" or told.save_steps is not None:
-        steps = _SAVE_STEPS if told.save_steps is None else told.save_steps
+        if flags.save_steps is not None:
+            notes.append(f"--save_steps {flags.save_steps:g} has no effect with --save_strategy {strategy}")
+    elif strategy == "steps" or flags.save_steps is not None:
+        steps = _SAVE_STEPS if flags.save_steps is None else flags.save_steps
         made["checkpoint.save_interval"] = _whole("save_steps", steps)
-    if told.save_total_limit is not None:
-        made["checkpoint.keep_last"] = told.save_total_limit
-        if told.save_total_limit == 1:
+    if flags.save_total_limit is not None:
+        made["checkpoint.keep_last"] = flags.save_total_limit
+        if flags.save_total_limit == 1:
             made["checkpoint.keep_last"] = 2
             notes.append("--save_total_limit 1: two checkpoints are kept, as the newest may turn out damaged")
 
 
-def _evaluation(told: "Told", run: Mapping[str, Any], made: Settings, notes: list[str], has_valid: bool) -> None:
-    strategy = told.eval_strategy and _strategy("eval_strategy", told.eval_strategy)
-    if told.eval_steps is not None and strategy != "steps":
-        notes.append(f"--eval_steps {told.eval_steps:g} has no effect without --eval_strategy steps")
-    if (strategy in ("steps", "epoch") or told.do_eval) and not has_valid:
+def _evaluation(flags: FlagValues, run: Mapping[str, Any], made: Settings, notes: list[str], has_valid: bool) -> None:
+    strategy = flags.eval_strategy and _strategy("eval_strategy", flags.eval_strategy)
+    if flags.eval_steps is not None and strategy != "steps":
+        notes.append(f"--eval_steps {flags.eval_steps:g} has no effect without --eval_strategy steps")
+    if (strategy in ("steps", "epoch") or flags.do_eval) and not has_valid:
         notes.append(
             f"--{'do_eval' if strategy in (None, 'no') else f'eval_strategy {strategy}'} has no effect: no held-out data is "
             "named (--eval_data_path, --val_json)"
@@ -155,14 +153,14 @@ def _evaluation(told: "Told", run: Mapping[str, Any], made: Settings, notes: lis
     made["training.eval_interval"] = made["training.eval_epochs"] = None
     if strategy == "steps":
         logging = (run.get("logging") or {}).get("log_interval")
-        steps = told.eval_steps if told.eval_steps is not None else float(logging or _SAVE_STEPS)
+        steps = flags.eval_steps if flags.eval_steps is not None else float(logging or _SAVE_STEPS)
         made["training.eval_interval"] = _whole("eval_steps", steps)
     elif strategy == "epoch":
         made["training.eval_epochs"] = 1.0
 
 
-def _reports(told: "Told", made: Settings, notes: list[str]) -> None:
-    wanted = {word.lower() for value in told.report_to for word in value.replace(",", " ").split()}
+def _reports(flags: FlagValues, made: Settings, notes: list[str]) -> None:
+    wanted = {word.lower() for value in flags.report_to for word in value.replace(",", " ").split()}
     if not wanted:
         return
     if wanted == {"all"}:  # what is installed

@@ -35,12 +35,18 @@ def run_argv(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("module", "words"), [("yaml", "pyyaml"), ("psutil", "psutil"), ("torch", "torch"), ("megatron", "megatron-core")]
+    ("module", "words", "command"),
+    [
+        ("yaml", "pyyaml", "launch"),
+        ("psutil", "psutil", "launch"),
+        ("torch", "torch", "launch"),
+        ("megatron", "megatron-core", "train"),
+    ],
 )
-def test_a_package_that_is_not_there_is_named(module, words):
+def test_a_package_that_is_not_there_is_named(module, words, command):
     """Before any check of packages can run: the parser, the checks and the model need packages themselves."""
     code = f"import sys; sys.modules[{module!r}] = None; from megatron_vlm.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    argv = [sys.executable, "-c", code, "launch", "--load", "x", "--data_path", "y", "--device", "cpu"]
+    argv = [sys.executable, "-c", code, command, "--load", "x", "--data_path", "y", "--device", "cpu"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     said = done.stdout + done.stderr
     assert done.returncode == 1 and f"the package {words} is not installed: pip install " in said, said

@@ -210,9 +210,9 @@ def what_trains(config) -> dict:
 def test_a_recipe_is_the_same_run_through_every_door(name, tmp_path):
     """`train --config`, `launch --config` and the script of the recipe: the same batch, rows and settings."""
     from megatron_vlm import registry
-    from megatron_vlm.cli.train import resolve
     from megatron_vlm.options import recipes
-    from megatron_vlm.options.arguments import read_request
+    from megatron_vlm.options.request import read_request
+    from megatron_vlm.options.resolve import resolve
     from megatron_vlm.training.run_config import RunConfig
 
     paths = ["--load", "x", "--data-path", "y", "--save", "z", "--device", "cpu"]
@@ -228,7 +228,7 @@ def test_a_recipe_is_the_same_run_through_every_door(name, tmp_path):
 
 
 def test_the_batch_of_a_script_can_be_said(tmp_path):
-    from megatron_vlm.cli.train import resolve
+    from megatron_vlm.options.resolve import resolve
 
     script = "internvl3/finetune_internvl3.sh"
     packed, _ = resolve(words_of(script, tmp_path / "a", PER_DEVICE_BATCH_SIZE=1, BATCH_SIZE=8))
@@ -242,7 +242,7 @@ def test_the_batch_of_a_script_can_be_said(tmp_path):
 
 def test_paths_of_a_script_are_expanded(tmp_path):
     """One reading of `~`, of variables and of names that YAML takes for something else."""
-    from megatron_vlm.cli.train import resolve
+    from megatron_vlm.options.resolve import resolve
 
     out = tmp_path / "home" / "out"
     out.mkdir(parents=True)

@@ -123,7 +123,7 @@ def test_settings_are_read_without_what_they_drive():
     """Flags and configs come to their errors without the seconds that megatron-core and torch take to load."""
     code = """
 import sys
-import megatron_vlm.registry, megatron_vlm.options.arguments, megatron_vlm.parallel.grid
+import megatron_vlm.registry, megatron_vlm.options.request, megatron_vlm.parallel.grid
 assert "torch" not in sys.modules, "torch"
 import megatron_vlm.training.run_config, megatron_vlm.models.options, megatron_vlm.models.family_config
 assert not any(name.split(".")[0] == "megatron" for name in sys.modules), "megatron"

@@ -1,8 +1,8 @@
 """Whole commands of the original programs, as their scripts give them, their program's name left out; and how they resolve."""
 
 from megatron_vlm import registry
-from megatron_vlm.options.arguments import read_request
 from megatron_vlm.options.flags import parse_flags
+from megatron_vlm.options.request import read_request
 
 VL = {"model_type": "internlmxcomposer2", "img_size": 490, "max_length": 4096}
 HD = {"model_type": "internlmxcomposer2", "max_length": 16384}

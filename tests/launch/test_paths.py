@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vlm.config import PathText
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.options.arguments import PATHS
+from megatron_vlm.options.request import PATHS
 from megatron_vlm.training.run_config import RunConfig
 from tests.launch.commands import request_of
 

@@ -13,7 +13,7 @@ from megatron_vlm.options.aliases import (
     SWITCHES,
     VALUES,
 )
-from megatron_vlm.options.flags import TOLD_FIELDS, flags_help, parse_flags
+from megatron_vlm.options.flags import FLAG_FIELDS, flags_help, parse_flags
 
 # design.md, "Public interface"
 AGREED = """
@@ -43,7 +43,7 @@ def test_every_key_of_the_table_exists():
 
 
 def test_a_flag_stands_in_one_table_only():
-    flags = [*VALUES, *LISTS, *SWITCHES, *IGNORED, *REFUSED, *TOLD_FIELDS]
+    flags = [*VALUES, *LISTS, *SWITCHES, *IGNORED, *REFUSED, *FLAG_FIELDS]
     assert len(flags) == len(set(flags))
     more = [*LAUNCH_VALUES, *LAUNCH_SWITCHES]
     assert not set(more) & set(flags) and not set(LAUNCH_LISTS) & (set(flags) - set(LISTS))
@@ -136,7 +136,7 @@ def test_the_model_has_its_short_name():
 
 def test_help_lists_every_flag_that_sets_something():
     text = flags_help()
-    assert all(f"--{flag}" in text for flag in (*VALUES, *LISTS, *SWITCHES, *TOLD_FIELDS))
+    assert all(f"--{flag}" in text for flag in (*VALUES, *LISTS, *SWITCHES, *FLAG_FIELDS))
 
 
 def test_flags_of_internvls_own_recipe():

@@ -3,11 +3,11 @@
 import pytest
 
 from megatron_vlm import registry
-from megatron_vlm.cli.train import resolve
 from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
 from megatron_vlm.models.parts.clip import ClipConfig
 from megatron_vlm.options import recipes
+from megatron_vlm.options.resolve import resolve
 from megatron_vlm.testing.shapes import published, text, tower
 from megatron_vlm.training.memory.estimate import estimate
 

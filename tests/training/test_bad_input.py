@@ -146,8 +146,8 @@ def out_of_memory(argv: list[str]) -> str:
     """Trains with a model whose second row asks the real allocator for a petabyte."""
     import torch
 
-    from megatron_vlm.cli.train import resolve
     from megatron_vlm.errors import TrainingError
+    from megatron_vlm.options.resolve import resolve
     from megatron_vlm.parallel.heartbeat import Heartbeat
     from megatron_vlm.training.trainer import Trainer
 

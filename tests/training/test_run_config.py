@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_vlm.cli.train import resolve
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.options.resolve import resolve
 from megatron_vlm.training.run_config import RunConfig
 
 

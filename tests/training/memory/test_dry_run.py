@@ -8,8 +8,8 @@ from megatron_vlm.testing.distributed import run_alone
 
 def report(runs):
     """Stages and printed text of each (world, argv), in a process without a process group."""
-    from megatron_vlm.cli.train import resolve
     from megatron_vlm.conversion.open_source import open_source
+    from megatron_vlm.options.resolve import resolve
     from megatron_vlm.training.memory.dry_run import dry_run
     from megatron_vlm.training.memory.estimate import estimate
 

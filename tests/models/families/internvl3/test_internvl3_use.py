@@ -6,10 +6,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from megatron_vlm import registry
-from megatron_vlm.cli.train import resolve
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import Turn
 from megatron_vlm.models.families.internvl3.processor import InternVL3Processor
+from megatron_vlm.options.resolve import resolve
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import layout_answers
 from megatron_vlm.testing.twin_internvl3 import hf_inputs, write_chat_layout, write_tiny_internvl3

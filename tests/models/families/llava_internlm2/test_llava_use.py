@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_vlm import registry
-from megatron_vlm.cli.train import resolve
+from megatron_vlm.options.resolve import resolve
 from megatron_vlm.training.memory.estimate import estimate
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "llava_internlm2"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_vlm import registry
-from megatron_vlm.cli.train import resolve
+from megatron_vlm.options.resolve import resolve
 from megatron_vlm.training.memory.estimate import estimate
 from tests.models.families.xcomposer2.test_xcomposer2_conversion import published_tensors
 from tests.models.families.xcomposer2.test_xcomposer2_processor import OF_VARIANT, PUBLISHED

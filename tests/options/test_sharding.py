@@ -8,8 +8,8 @@ import pytest
 
 from megatron_vlm import registry
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.options.arguments import read_request
 from megatron_vlm.options.flags import parse_flags
+from megatron_vlm.options.request import read_request
 from megatron_vlm.training.optimizer.config import OptimizerConfig, Schedule
 
 # As published with InternVL (zero_stage1_config.json), shortened by nothing.
@@ -211,7 +211,7 @@ def test_what_is_not_built_is_refused_with_the_nearest(ask, data, flags, named):
 
 
 def test_train_refuses_in_words(tmp_path):
-    from megatron_vlm.cli.train import resolve
+    from megatron_vlm.options.resolve import resolve
 
     (tmp_path / "z.json").write_text(json.dumps(ZERO3))
     with pytest.raises(ConfigError, match=r"asks for sharding of weights.* not built yet; nearest: --use-distributed"):

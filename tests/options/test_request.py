@@ -7,8 +7,8 @@ import re
 import pytest
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.options.arguments import read_request
 from megatron_vlm.options.launch_config import LaunchConfig
+from megatron_vlm.options.request import read_request
 from tests.launch.commands import (
     CHAT,
     FINETUNE,
@@ -255,7 +255,7 @@ def test_parts_that_train_in_full_beside_internvls_adapters():
 
 def test_the_megatron_scripts_of_idefics2():
     """Flags of Megatron are told to `train` and `launch` alike, and nothing is assumed beside them."""
-    from megatron_vlm.cli.train import resolve as resolve_train
+    from megatron_vlm.options.resolve import resolve as resolve_train
 
     config, notes = resolve_train([*MEGATRON.split(), "--device", "cpu"])
     expected = {
@@ -367,7 +367,7 @@ def test_section_key_value_wins_over_a_flag_of_the_trainer():
 
 
 def test_train_takes_the_same_flags_but_no_raw_data(monkeypatch):
-    from megatron_vlm.cli.train import resolve as resolve_train
+    from megatron_vlm.options.resolve import resolve as resolve_train
 
     monkeypatch.setenv("WORLD_SIZE", "4")
     words = "--load x --data-path y --max_length 64 --max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 3"

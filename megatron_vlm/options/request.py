@@ -1,6 +1,6 @@
 """What a command line and a YAML file ask for: settings of a run, and flags whose meaning needs the model and the ranks.
 
-    file, settings --read_request--> Request --complete(model's config, spec, dp)--> RunConfig's sections and notes
+    command line, file --read_command--> Request --complete(model's config, spec, dp)--> RunConfig's sections and notes
 
 Flags of Hugging Face's Trainer and of the original programs mean here what they mean there; where two of them contradict each
 other, the error shows both numbers. ``section.key=value`` wins over a flag that says the same thing in another way.
@@ -11,17 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_vlm.config import Config, PathText, set_dotted
+from megatron_vlm.config import set_dotted
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import expand_text
 from megatron_vlm.options import adapters, recipes, trainer_flags
-from megatron_vlm.options.deepspeed import Sharding, read_sharding
+from megatron_vlm.options.flag_values import FLAG, FlagValues
+from megatron_vlm.options.flags import Command, parse_flags
 from megatron_vlm.options.launch_config import LaunchConfig
+from megatron_vlm.options.sharding import Sharding, read_sharding
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.yaml_values import spelling
-
-TOLD = "--"
-"""A setting whose key starts so is a field of Told."""
 
 # Of each of these one at most holds: naming one drops what a file says of the others.
 EXCLUSIVE = (
@@ -41,74 +40,6 @@ PATHS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told(Config):
-    """Flags of the original programs that are no setting by themselves, by their own names; None: not said.
-
-    Attributes:
-        model_name_or_path: the model; without a config file, settings that no flag names then come from the packaged
-            recipe of its family, as they come from the original program's defaults there.
-        learning_rate: of everything that trains.
-        num_train_epochs, max_steps, warmup_ratio, warmup_steps, lr_scheduler_type, optim, bf16, fp16, tf32,
-            gradient_checkpointing, do_train, do_eval, save_strategy, save_steps, save_total_limit, eval_strategy,
-            eval_steps, report_to, group_by_length: of transformers.TrainingArguments.
-        use_lora, lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_bias, load_in_4bit: of finetune.py, FT.py and PEFT.
-        use_llm_lora, use_backbone_lora, unfreeze_lm_head: of InternVL: ranks of adapters in the language model and the tower.
-        vision_select_layer, ps_version, down_sample_ratio: of InternVL: checked against the model's config.json.
-        use_deepspeed, deepspeed: a DeepSpeed JSON.
-        use_fsdp, fsdp, fsdp_policy, fsdp_wrap_cls, fsdp_config, fsdp_transformer_layer_cls_to_wrap: fully sharded data
-            parallelism.
-    """
-
-    model_name_or_path: PathText | None = None
-    learning_rate: float | None = None
-    num_train_epochs: float | None = None
-    max_steps: int | None = None
-    warmup_ratio: float | None = None
-    warmup_steps: int | None = None
-    lr_scheduler_type: str | None = None
-    optim: str | None = None
-    bf16: bool | None = None
-    fp16: bool | None = None
-    tf32: bool | None = None
-    gradient_checkpointing: bool | None = None
-    do_train: bool | None = None
-    do_eval: bool | None = None
-    save_strategy: str | None = None
-    save_steps: float | None = None
-    save_total_limit: int | None = None
-    eval_strategy: str | None = None
-    eval_steps: float | None = None
-    report_to: tuple[str, ...] = ()
-    group_by_length: bool | None = None
-    use_lora: bool | None = None
-    lora_r: int | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float | None = None
-    lora_target_modules: tuple[str, ...] = ()
-    lora_bias: str | None = None
-    load_in_4bit: bool | None = None
-    use_llm_lora: int | None = None
-    use_backbone_lora: int | None = None
-    unfreeze_lm_head: bool | None = None
-    vision_select_layer: int | None = None
-    ps_version: str | None = None
-    down_sample_ratio: float | None = None
-    use_deepspeed: bool | None = None
-    deepspeed: PathText | None = None
-    use_fsdp: bool | None = None
-    fsdp: tuple[str, ...] = ()
-    fsdp_policy: str | None = None
-    fsdp_wrap_cls: str | None = None
-    fsdp_config: PathText | None = None
-    fsdp_transformer_layer_cls_to_wrap: str | None = None
-
-    @property
-    def adapts(self) -> bool:
-        """The flags ask for adapters."""
-        return bool(self.use_lora or self.use_llm_lora or self.use_backbone_lora)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Completed:
     """``run``: RunConfig's sections; ``notes``: lines about flags, defaults and replaced values."""
 
@@ -123,7 +54,7 @@ class Request:
     Attributes:
         run: sections of RunConfig as told; ``data.train`` is empty where raw data is named.
         launch: settings of this start.
-        told: flags that need more to be understood.
+        flags: those that need more to be understood.
         sharding: what DeepSpeed and FSDP flags ask for.
         notes: lines to print.
         given: keys that the command line sets itself.
@@ -132,7 +63,7 @@ class Request:
 
     run: dict[str, Any]
     launch: LaunchConfig
-    told: Told
+    flags: FlagValues
     sharding: Sharding
     notes: tuple[str, ...]
     given: frozenset[str]
@@ -142,7 +73,7 @@ class Request:
     def adapts(self) -> bool:
         """Only adapters train (and what trains in full beside them)."""
         peft = self.run.get("peft") or {}
-        return self.told.adapts or bool(peft.get("target_modules") or peft.get("adapter"))
+        return self.flags.adapts or bool(peft.get("target_modules") or peft.get("adapter"))
 
     @property
     def refused(self) -> str | None:
@@ -152,9 +83,9 @@ class Request:
     @property
     def needs_model(self) -> bool:
         """``complete`` looks at the model's config and family."""
-        told = self.told
-        facts = (told.vision_select_layer, told.ps_version, told.down_sample_ratio)
-        return self.defaults or told.adapts or any(fact is not None for fact in facts)
+        flags = self.flags
+        facts = (flags.vision_select_layer, flags.ps_version, flags.down_sample_ratio)
+        return self.defaults or flags.adapts or any(fact is not None for fact in facts)
 
     def complete(self, hf_config: Mapping[str, Any], spec: FamilySpec | None, dp: int) -> Completed:
         """Returns the run's sections for a model of family ``spec`` (None: ``needs_model`` is False) on ``dp`` replicas.
@@ -176,21 +107,32 @@ class Request:
                     run, "data.packing", False
                 )  # as the original programs: whole samples, a given number of them
             notes.append(f"settings that no flag names come from recipe {recipe.name}, its packing of rows left out")
-        check_facts(self.told, hf_config, spec)
-        section, more = adapters.peft_section(self.told, run, self.given, spec, hf_config)
+        check_facts(self.flags, hf_config, spec)
+        section, more = adapters.peft_section(self.flags, run, self.given, spec, hf_config)
         notes += more
         if section is not None:
             run["peft"] = section
         for key, value in _batch(run, self.launch, self.given, dp, published).items():
             set_dotted(run, key, value)
-        notes += trainer_flags.settle(self.told, run, self.given)
+        notes += trainer_flags.settle(self.flags, run, self.given)
         return Completed(run=run, notes=tuple(notes))
 
     def _kind(self) -> Literal["full", "lora", "qlora"]:
         if not self.adapts:
             return "full"
-        quantized = self.told.load_in_4bit or (self.run.get("peft") or {}).get("quantize")
+        quantized = self.flags.load_in_4bit or (self.run.get("peft") or {}).get("quantize")
         return "qlora" if quantized else "lora"
+
+
+def read_command(argv: Sequence[str], command: Command) -> Request:
+    """Reads what `megatron-vlm train` or `launch` is told, and the file that it names.
+
+    Raises:
+        ConfigError: what is wrong, by name.
+    """
+    parsed = parse_flags(argv, command)
+    file = recipes.load_config(parsed.config) if parsed.config else {}
+    return read_request(file, parsed.settings, parsed.notes, command=command)
 
 
 def read_request(
@@ -198,7 +140,7 @@ def read_request(
     settings: Sequence[tuple[str, Any]],
     notes: Sequence[str] = (),
     *,
-    command: Literal["train", "launch"] = "launch",
+    command: Command = "launch",
 ) -> Request:
     """Sorts a YAML mapping and the settings of a command line, in their order, and works out what they say together.
 
@@ -209,17 +151,17 @@ def read_request(
     launch: dict[str, Any] = dict(run.pop("launch", None) or {})
     if launch and command == "train":
         raise ConfigError("section launch is for `megatron-vlm launch`, which starts the processes; leave it out here")
-    told: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     given: set[str] = set()
     for key, value in settings:
-        if key.startswith(TOLD):
-            told[key.removeprefix(TOLD)] = value
+        if key.startswith(FLAG):
+            named[key.removeprefix(FLAG)] = value
         elif key.startswith("launch."):
             launch[key.removeprefix("launch.")] = value
         else:
             _put(run, key, value, given)
     _expand_paths(run)
-    flags = _flags(told)
+    flags = _flags(named)
     config = LaunchConfig.from_dict(launch, "launch")
     _name_outputs(run, config, flags, given, command)
     if flags.model_name_or_path is not None:
@@ -227,9 +169,9 @@ def read_request(
     derived, more = trainer_flags.settings(flags, run, has_valid=bool(_at(run, "data.valid") or config.valid_inputs))
     if command == "launch" and config.val_json and flags.eval_strategy is None and not _evaluates(run):
         derived["training.eval_epochs"] = 1.0  # FT.py evaluates its held-out file after each epoch
-    told_directly = set(given)
+    directly = set(given)
     for key, value in derived.items():
-        if key not in told_directly:
+        if key not in directly:
             _put(run, key, value, given)
     sharding = read_sharding(flags, {key: _at(run, key) for key in given}, config)
     for key, value in sharding.settings.items():
@@ -237,7 +179,7 @@ def read_request(
     return Request(
         run=run,
         launch=config.replace(**sharding.batch),
-        told=flags,
+        flags=flags,
         sharding=sharding,
         notes=(*notes, *more, *sharding.notes),
         given=frozenset(given),
@@ -261,14 +203,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], keep: frozenset[str]
     return merged
 
 
-def check_facts(told: Told, hf_config: Mapping[str, Any], spec: FamilySpec | None) -> None:
+def check_facts(flags: FlagValues, hf_config: Mapping[str, Any], spec: FamilySpec | None) -> None:
     """Checks what flags say of the model against its config.json.
 
     Raises:
         ConfigError: they differ, with both values, or the family has no such setting.
     """
     for flag in ("vision_select_layer", "down_sample_ratio", "ps_version"):
-        said = getattr(told, flag)
+        said = getattr(flags, flag)
         if said is None:
             continue
         assert spec is not None
@@ -300,9 +242,9 @@ def _expand_paths(run: Mapping[str, Any]) -> None:
             values[name] = expanded(values[name], key)
 
 
-def _flags(told: Mapping[str, Any]) -> Told:
+def _flags(named: Mapping[str, Any]) -> FlagValues:
     try:
-        return Told.from_dict(told)
+        return FlagValues.from_dict(named)
     except ConfigError as error:
         raise ConfigError(f"--{error}") from error
 
@@ -327,7 +269,9 @@ def _evaluates(run: Mapping[str, Any]) -> bool:
     return bool(_at(run, "training.eval_interval") or _at(run, "training.eval_epochs"))
 
 
-def _name_outputs(run: dict[str, Any], launch: LaunchConfig, told: Told, given: set[str], command: str) -> None:
+def _name_outputs(
+    run: dict[str, Any], launch: LaunchConfig, flags: FlagValues, given: set[str], command: Command
+) -> None:
     """One folder for all that is left: --output_dir of `launch`; for `train` where flags of the Trainer ask for saving."""
     if command == "launch":
         folder = launch.output_dir or _at(run, "logging.output_dir") or _at(run, "checkpoint.save")
@@ -335,7 +279,7 @@ def _name_outputs(run: dict[str, Any], launch: LaunchConfig, told: Told, given: 
         for key in ("logging.output_dir", "checkpoint.save"):
             if _at(run, key) is None:
                 _put(run, key, spelling(folder), given)
-    elif (told.save_strategy or told.save_steps) and _at(run, "checkpoint.save") is None:
+    elif (flags.save_strategy or flags.save_steps) and _at(run, "checkpoint.save") is None:
         folder = _at(run, "logging.output_dir")
         if folder is not None:
             _put(run, "checkpoint.save", folder, given)

@@ -1,0 +1,127 @@
+"""DeepSpeed and FSDP options -> what does the same here; never ignored.
+
+    --deepspeed zero1.json --read_sharding--> Sharding(stage 1): distributed optimizer, clipping, batch, loss scale
+    stage 2, 3, offload, --fsdp            --> Sharding.refused(): what is not built, refused with the nearest setting that fits
+
+docs/from-deepspeed.md holds the whole table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.options.deepspeed import DeepSpeedFile
+from megatron_vlm.options.flag_values import FlagValues
+from megatron_vlm.options.launch_config import LaunchConfig
+
+NEAREST = (
+    "--use-distributed-optimizer (ZeRO stage 1); tensor and pipeline parallel sizes, which cut weights and gradients too "
+    "(--tensor-model-parallel-size 2, 4, ...); --recompute-granularity full; adapters on a base in 4 bits (--use_lora "
+    "--quantize nf4)"
+)
+"""In words, where no estimate is at hand."""
+
+_NONE = (None, "", "none", "None", "no", "False", "false")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """What DeepSpeed or FSDP options ask for.
+
+    Attributes:
+        stage: ZeRO stage; FSDP's policies are 3 (FULL_SHARD), 2 (SHARD_GRAD_OP) and 0 (NO_SHARD); None: nothing was asked for.
+        offload: what is to lie in the host's memory.
+        source: the option, for messages.
+        settings: keys of the run that it sets.
+        batch: the same of LaunchConfig.
+        notes: lines to print.
+    """
+
+    stage: int | None = None
+    offload: tuple[str, ...] = ()
+    source: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    batch: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def refused(self, *, adapts: bool) -> str | None:
+        """What is not built of it, in words. With adapters stage 2 has next to no gradients to shard: it is stage 1."""
+        parts = []
+        if self.stage == 3:
+            parts.append("sharding of weights, gradients and optimizer state (ZeRO stage 3, FSDP FULL_SHARD)")
+        elif self.stage == 2 and not adapts:
+            parts.append("sharding of gradients (ZeRO stage 2, FSDP SHARD_GRAD_OP)")
+        if self.offload:
+            parts.append(f"offload of {' and '.join(self.offload)} to the host's memory")
+        return f"{self.source} asks for {' with '.join(parts)}" if parts else None
+
+    def refusal(self, *, adapts: bool, nearest: str | None = None) -> str | None:
+        """The error's text; ``nearest``: settings that fit the memory found, by the estimate. None: nothing is refused."""
+        refused = self.refused(adapts=adapts)
+        if refused is None:
+            return None
+        instead = f"nearest setting that fits: {nearest}" if nearest else f"nearest: {NEAREST}"
+        return (
+            f"{refused}, which is not built yet; {instead}. Leave {self.source.split()[0]} out (docs/from-deepspeed.md)"
+        )
+
+
+def read_sharding(flags: FlagValues, given: Mapping[str, Any], launch: LaunchConfig) -> Sharding:
+    """Reads the flags and the DeepSpeed file that they name.
+
+    Args:
+        flags: those of the command line.
+        given: keys that the command line sets -> values; numbers of the file must agree with them.
+        launch: settings of the start, for the batch.
+
+    Raises:
+        ConfigError: both kinds at once, a file that cannot be read, or one whose numbers contradict the command line's.
+    """
+    fsdp = [word for value in flags.fsdp for word in value.split() if word not in _NONE]
+    wants_fsdp = bool(flags.use_fsdp or (flags.use_fsdp is None and (fsdp or flags.fsdp_policy not in _NONE)))
+    file = None if flags.deepspeed in _NONE or flags.use_deepspeed is False else flags.deepspeed
+    wants_deepspeed = bool(flags.use_deepspeed or file)
+    if wants_fsdp and wants_deepspeed:
+        raise ConfigError(
+            f"--deepspeed {file or ''} and --fsdp {' '.join(fsdp) or flags.fsdp_policy or ''}: both shard the model over the "
+            "same ranks; leave one of them out".replace("  ", " ")
+        )
+    notes = []
+    settings = (flags.fsdp_wrap_cls, flags.fsdp_config, flags.fsdp_transformer_layer_cls_to_wrap, flags.fsdp_policy)
+    if not wants_fsdp and any(value not in _NONE for value in settings):
+        notes.append("--fsdp_policy, --fsdp_wrap_cls and --fsdp_config have no effect without --use_fsdp or --fsdp")
+    if flags.deepspeed not in _NONE and flags.use_deepspeed is False:
+        notes.append(f"--deepspeed_config {flags.deepspeed} has no effect with --use_deepspeed False")
+    if wants_fsdp:
+        return _fsdp(flags, fsdp, notes)
+    if not wants_deepspeed:
+        return Sharding(notes=tuple(notes))
+    if file is None:
+        # FT.py writes a file of its own then.
+        return Sharding(stage=2, offload=("optimizer state",), source="--use_deepspeed without --deepspeed_config")
+    read = DeepSpeedFile(str(file), given, launch)
+    return Sharding(
+        stage=read.stage,
+        offload=tuple(read.offload),
+        source=f"--deepspeed {read.path}",
+        settings=read.settings,
+        batch=read.batch,
+        notes=tuple(read.notes),
+    )
+
+
+def _fsdp(flags: FlagValues, words: list[str], notes: list[str]) -> Sharding:
+    source = f"--fsdp {' '.join(words)}" if words else f"--use_fsdp {flags.fsdp_policy or ''}".strip()
+    asked = {word.lower() for word in words} | {(flags.fsdp_policy or "").lower()}
+    offload = ("weights and optimizer state",) if "offload" in asked else ()
+    stage = 3
+    if asked & {"shard_grad_op", "hybrid_shard_zero2"}:
+        stage = 2
+    elif "no_shard" in asked:
+        stage = 0
+        notes = [*notes, f"{source}: plain data parallel replicas, which is what runs here without any option"]
+    settings = {"parallel.use_distributed_optimizer": True} if stage == 2 else {}
+    if stage == 2:
+        notes = [*notes, f"{source} becomes the distributed optimizer"]
+    return Sharding(stage=stage, offload=offload, source=source, settings=settings, notes=tuple(notes))

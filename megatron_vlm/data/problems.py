@@ -19,6 +19,15 @@ _WORDS = {
     Reason.SPECIAL_TOKENS_AS_TEXT: "special tokens of the model in texts, which are encoded as text",
     Reason.SKIPPED_MEMBERS: "members that belong to no sample and are not read",
 }
+_CAUSES = {
+    Reason.BAD_RECORD: "most likely --format is another than that of the records, or their keys have other names",
+    Reason.BAD_JSON: "most likely the file is no json, or its end is missing: look at the place that the first line names",
+    Reason.MISSING_IMAGE: "most likely the paths of their pictures start from another folder than --image-root",
+    Reason.UNREADABLE_IMAGE: "most likely the pictures were not fetched whole: open the first that is named",
+    Reason.PLACEHOLDERS: "most likely the records have no <image> in their texts: --missing-placeholder prepend puts it there",
+    Reason.DAMAGED_SHARD: "most likely the file was not fetched whole, or is of another kind than --format says",
+}
+_ANY_CAUSE = "most likely all have the fault that the first line names: correct them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,9 @@ def describe(
     if not fatal and allowed is not None:
         share = f"{len(problems) / max(1, total):.1%} of the records cannot be used, and {allowed:.1%} may be left out"
         advice = f"{share} (--max-bad-fraction, data.max_bad_fraction): correct them, or allow more"
+    if not fatal and len(problems) >= total:  # leaving them out would leave nothing
+        common = Reason.numbered(Counter(problem.reason for problem in problems).most_common(1)[0][0])
+        advice = f"not one record can be used: {'the cause above' if hint else _CAUSES.get(common, _ANY_CAUSE)}"
     cause = f"\n{hint}" if hint else ""
     return f"{len(problems)} problems in {total} records:\n{shown}{more}\nby kind:\n{counts}{cause}\n{advice}"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import nearest
+from megatron_vlm.data.foreign import refuse_other_format
 from megatron_vlm.data.formats.internvl import expand_internvl
 from megatron_vlm.data.formats.json_file import CHUNK, JSON_LINES, MAX_INLINE_BYTES, read_json_records
 from megatron_vlm.data.formats.llava import parse_llava
@@ -129,6 +130,7 @@ def open_sources(
     for index, item in enumerate(inputs):
         times = repeat[index % len(repeat)] if repeat else None
         for path in expand_inputs([item], settings.get("part", "")):
+            refuse_other_format(path, format)
             source = Source(path=path, format=format, repeat=times, **settings)
             if note := _note(source):
                 LOGGER.warning("%s", note)

@@ -48,7 +48,10 @@ def expand_internvl(source: Source) -> list[Source]:
         raise DataError("--repeat: 'repeat_time' in meta.json says how often each data set is read", shard=str(path))
     meta = read_json(path)
     if not isinstance(meta, dict) or not meta:
-        raise DataError("meta.json must be an object of data sets: {NAME: {root, annotation, ...}}", shard=str(path))
+        raise DataError(
+            "meta.json must be an object of data sets: {NAME: {root, annotation, ...}}; --format llava reads a list of records",
+            shard=str(path),
+        )
     return [_data_set(source, path, name, entry) for name, entry in meta.items()]
 
 

@@ -213,7 +213,7 @@ def test_names_of_older_transformers_are_read(qwen: Trained, tmp_path):
     (folder / CONFIG).write_text((qwen.adapter / CONFIG).read_text())
     with open_source(folder) as old, open_source(qwen.adapter) as new:
         assert old.adapter.pairs.keys() == new.adapter.pairs.keys()
-        assert all(torch.equal(old.read(name), new.read(name)) for name in new.names())
+        assert all(torch.equal(old.read(name), new.read(name)) for name in new.infos)
         export_adapter(old, tmp_path / "out")
     ours, theirs = load_file(tmp_path / "out" / WEIGHTS), load_file(qwen.adapter / WEIGHTS)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

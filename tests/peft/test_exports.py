@@ -138,7 +138,7 @@ def test_parts_become_one_linear(tmp_path):
     # The fused adapter comes in on the model of the other layout, too.
     with open_source(tmp_path / "adapter", base=tmp_path / "base") as fused, open_source(run) as split:
         assert fused.naming == "chat" and split.naming is None
-        assert_same({n: fused.read(n) for n in fused.names()}, {n: split.read(n) for n in split.names()})
+        assert_same({n: fused.read(n) for n in fused.infos}, {n: split.read(n) for n in split.infos})
 
 
 XTUNER: dict[str, dict[str, Any]] = {

@@ -34,9 +34,8 @@ from megatron_vlm.sources.hf import HFSource, open_hf
 from megatron_vlm.sources.megatron import MegatronSource
 from megatron_vlm.sources.source import WeightSource, choose_family
 from megatron_vlm.sources.training import TrainingSource
-from megatron_vlm.weights.checkpoint_dir import STATE, checkpoint_record, tracked_folder
+from megatron_vlm.weights.checkpoint_dir import RELEASE, STATE, TRACKER, candidates, checkpoint_record, read_tracker
 from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names, resolve_directory
-from megatron_vlm.weights.iterations import TRACKER
 from megatron_vlm.weights.mapping import DerivedTensors, HFModel
 from megatron_vlm.weights.megatron_dir import MANIFEST, check_hf_files, read_manifest
 from megatron_vlm.weights.model_folder import check_model_folder, copy_hf_files
@@ -83,10 +82,11 @@ def _open(directory: Path, family: str | None, base: str | os.PathLike | None, v
             choose_family(read_json(directory / "hf" / CONFIG_NAME, ConversionError), directory, family, recorded),
             verify_hashes=verify_hashes,
         )
-    if (directory / TRACKER).exists() or (directory / "state.json").exists():
-        if (directory / "state.json").exists():
-            return open_iteration(directory, family, base, verify_hashes)
-        return _open(tracked_folder(directory), family, base, verify_hashes)
+    if (found := candidates(directory)) is not None:
+        folder, record = found.choose(partial(_sound, verify_hashes=verify_hashes))
+        return _open_iteration(folder, record, family, base, verify_hashes)
+    if read_tracker(directory) == RELEASE:  # Megatron weights that a run starts from
+        return _open(directory / RELEASE, family, base, verify_hashes)
     if _is_adapter(directory):
         return adapted(directory, base, family, verify_hashes)
     if not (directory / CONFIG_NAME).exists():
@@ -127,47 +127,47 @@ def _parts_family(directory: Path) -> str | None:
 # ---- checkpoints ----
 
 
-def open_iteration(
-    directory: Path, family: str | None = None, base: str | os.PathLike | None = None, verify_hashes: bool = True
-) -> WeightSource:
-    """Opens one iteration's folder: all weights of a model, or what a run trained of it together with its base.
-
-    Args:
-        directory: of the iteration.
-        family, verify_hashes: as of ``open_source``.
-        base: where the base of such a run is now; None: where it was.
+def _sound(folder: Path, verify_hashes: bool) -> Record:
+    """The files of an iteration, of the sizes in its manifest, the small ones also of the content.
 
     Raises:
         CheckpointError: files absent or damaged.
     """
-    record = checkpoint_record(directory)
-    if (directory / "hf").is_dir():
-        check_model_folder(directory / "hf")
+    record = checkpoint_record(folder)
     if verify_hashes:
         check_hf_files(record)
         record.check_digests([name for name in record.files if name == STATE])
+    return record
+
+
+def _open_iteration(
+    directory: Path, record: Record, family: str | None, base: str | os.PathLike | None, verify_hashes: bool
+) -> WeightSource:
+    """All weights of a model, or what a run trained of it together with its base."""
+    if (directory / "hf").is_dir():
+        check_model_folder(directory / "hf")
     peft = read_json(directory / STATE, CheckpointError).get("peft")
     if peft is None:
-        return TrainingSource(directory, family, record)
-    return open_run(directory, peft, base=base, family=family, record=record, verify_hashes=verify_hashes)
+        return TrainingSource(directory, record, family)
+    return _open_run(directory, record, peft, family, base, verify_hashes)
 
 
-def open_run(
+def _open_run(
     directory: Path,
+    record: Record,
     peft: dict[str, Any],
-    base: str | os.PathLike | None = None,
-    family: str | None = None,
-    record: Record | None = None,
-    verify_hashes: bool = True,
+    family: str | None,
+    base: str | os.PathLike | None,
+    verify_hashes: bool,
 ) -> MergedSource:
     """A checkpoint that holds only what trained, with its base.
 
     Args:
         directory: of one iteration.
+        record: of its files.
         peft: of its state.json: config and base.
         base: where the base is now; None: where it was.
         family, verify_hashes: as of ``open_source``.
-        record: of the checkpoint's files.
 
     Raises:
         ConversionError: the base is another one, or tensors are missing or unknown.
@@ -195,7 +195,7 @@ def open_run(
                 return trained_adapter(plan, config, named, full)
 
         where, main = base or peft["base"]["path"], partial(read, "param", "model")
-        return MergedSource(source, read("model"), config.names, directory, where, [record] if record else (), main)
+        return MergedSource(source, read("model"), config.names, directory, where, [record], main)
     except BaseException:
         source.close()
         raise

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.errors import ConversionError, MegatronVLMError
 from megatron_vlm.files import read_json, remove_abandoned, sync_path, unique_temporary
-from megatron_vlm.weights.iterations import MANIFEST, iteration_of
+from megatron_vlm.weights.checkpoint_dir import MANIFEST, iteration_of
 
 HF, MERGED, LOSS = "hf", "merged_model", "loss.png"
 ADAPTER = "adapter_config.json"

@@ -19,8 +19,7 @@ from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.request import Request
 from megatron_vlm.training.checkpoint.run_lock import holder
 from megatron_vlm.training.stop import STOPPED
-from megatron_vlm.weights.checkpoint_dir import tracked_folder
-from megatron_vlm.weights.iterations import TRACKER
+from megatron_vlm.weights.checkpoint_dir import TRACKER, newest
 
 _LEFT_OF_A_RUN = ("iter_*", "epoch_*", TRACKER)
 
@@ -119,7 +118,7 @@ def _finish(output: Path, plan: Plan, settings: LaunchConfig, epochs: exports.Ep
     if epochs is not None:
         epochs()
     merged = settings.save_merged_model and plan.adapts
-    written = exports.export(tracked_folder(output), output, adapts=plan.adapts, merged=merged, adapter=plan.names_base)
+    written = exports.export(newest(output), output, adapts=plan.adapts, merged=merged, adapter=plan.names_base)
     for path in written:
         print(f"{path}", flush=True)
     if plan.adapts and not plan.names_base:

@@ -28,7 +28,7 @@ from megatron_vlm.training.checkpoint.output_check import folders_of
 from megatron_vlm.training.memory.estimate import StageMemory, estimate, table
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.run_config import RunConfig
-from megatron_vlm.weights.iterations import TRACKER
+from megatron_vlm.weights.checkpoint_dir import TRACKER
 
 _KEPT = ("recompute_granularity", "use_distributed_optimizer")
 _MICRO_BATCHES = (1, 2, 4, 8, 16)

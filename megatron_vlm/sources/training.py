@@ -9,7 +9,6 @@ from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_json
 from megatron_vlm.sources.config_sizes import check_sizes
 from megatron_vlm.sources.source import WeightSource, check_entry, choose_family
-from megatron_vlm.weights.checkpoint_dir import checkpoint_record
 from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
 from megatron_vlm.weights.mapping import Split
 from megatron_vlm.weights.rank_files import Kind, RankFiles
@@ -25,9 +24,9 @@ class TrainingSource(WeightSource):
 
     kind = "training"
 
-    def __init__(self, directory: Path, family: str | None = None, record: Record | None = None):
+    def __init__(self, directory: Path, record: Record, family: str | None = None):
         self.directory = directory
-        self._record = record or checkpoint_record(directory)
+        self._record = record
         hf_config = read_json(directory / "hf" / CONFIG_NAME, ConversionError)
         super().__init__(directory / "hf", hf_config, choose_family(hf_config, directory, family))
         self._tensors = RankFiles(directory)

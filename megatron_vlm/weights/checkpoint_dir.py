@@ -1,50 +1,41 @@
-"""Folders of training checkpoints on disk: which are whole, which one to load, and how a new one appears at once.
+"""Folders of training checkpoints on disk: which there are, which one is taken, and whether it is whole.
 
-    DIR/iter_0000100.tmp-1f3a/  --commit--> DIR/iter_0000100/{manifest.json, state.json, rankR.safetensors, hf/}
-    DIR/latest_checkpointed_iteration.txt: "100", written last
+    DIR/iter_0000100/{manifest.json {"sequence": 7}, state.json, rankR.safetensors, hf/}      one iteration
+    DIR/release/                         weights that start at iteration 0, a checkpoint or Megatron weights
+    DIR/latest_checkpointed_iteration.txt    "100": one short number that anything may change; it is only compared
 
-A kill at any moment leaves the previous checkpoint or the new one: files are flushed before the manifest that lists
-them, the manifest before the folder gets its name, and the name before the tracker says so. No megatron, no process
-group.
+    DIR or DIR/iter_N --candidates--> folders, the one written last in front --choose--> the first sound one
+
+The one reader: training, conversion, generation, launching and adapters all take what this takes. checkpoint_write.py writes
+them. No megatron, no process group.
 """
 
-import contextlib
-import json
-import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from megatron_vlm import files
-from megatron_vlm.digests import Record, check_seal, sealed
-from megatron_vlm.errors import CheckpointError
-from megatron_vlm.files import file_digest, sync_path, sync_tree, write_synced
+from megatron_vlm.digests import Record, check_seal
+from megatron_vlm.errors import CheckpointError, MegatronVLMError
+from megatron_vlm.files import read_json, read_text
 from megatron_vlm.log import get_logger
-from megatron_vlm.weights.iterations import (
-    MANIFEST,
-    RELEASE,
-    SEQUENCE,
-    TRACKER,
-    check_tracker,
-    compare,
-    folder_name,
-    is_iteration,
-    iteration_of,
-    iterations,
-    newest_first,
-    next_sequence,
-    read_tracker,
-)
 
+TRACKER = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"
 STATE = "state.json"
+RELEASE = "release"
+"""Name of a folder, and content of the tracker, for weights that start at iteration 0."""
+SEQUENCE = "sequence"
+"""Key of a manifest: grows with every checkpoint of a folder, also where a run went back to an earlier iteration."""
 FORMAT = "megatron_vlm.checkpoint.1"
-_LEFTOVER = re.compile(r"iter_\d{7,}\.(tmp|old)-[0-9a-f]+")
+_NAME = re.compile(r"iter_(\d{7,})")
+T = TypeVar("T")
 
 log = get_logger(__name__)
+
+
+# ---- which one ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +43,41 @@ class Candidates:
     """Folders that could be loaded, the wanted one first.
 
     Attributes:
+        path: what was asked for.
         folders: in the order in which they are tried.
         explicit: the user named it, so there is no other.
         tracker: what the tracker says, where it is not explicit.
     """
 
+    path: Path
     folders: tuple[Path, ...]
     explicit: bool
     tracker: str | None = None
+
+    def choose(self, check: Callable[[Path], T], *, tell: bool = True) -> tuple[Path, T]:
+        """Takes the first folder that is sound.
+
+        Args:
+            check: raises CheckpointError for a damaged folder; what it returns is returned.
+            tell: warn of folders that are passed over, and of a tracker that names another.
+
+        Raises:
+            CheckpointError: all are damaged; the message has what is wrong with each.
+        """
+        problems = []
+        for folder in self.folders:
+            try:
+                found = check(folder)
+            except CheckpointError as error:
+                problems.append(str(error))
+                if tell and not self.explicit:
+                    log.warning("%s cannot be loaded, trying the one before it: %s", folder, error)
+                continue
+            if tell and not self.explicit and (said := compare(self.path, self.tracker, folder)):
+                log.warning("%s", said)
+            return folder, found
+        hint = "name another iteration" if self.explicit else "start again from the weights, or a copy"
+        raise CheckpointError(f"no checkpoint can be loaded from {self.path} ({hint}):\n  " + "\n  ".join(problems))
 
 
 def candidates(path: Path, ckpt_step: int | None = None) -> Candidates | None:
@@ -73,41 +91,43 @@ def candidates(path: Path, ckpt_step: int | None = None) -> Candidates | None:
     """
     if not path.is_dir():
         return None
-    if ((path / MANIFEST).exists() and (path / STATE).exists()) or is_iteration(path):
+    if _is_one(path):
         if ckpt_step not in (None, iteration_of(path)):
             raise CheckpointError(f"--load {path} is one iteration, --ckpt-step {ckpt_step} another: drop one of them")
-        return Candidates(folders=(path,), explicit=True)
+        return Candidates(path=path, folders=(path,), explicit=True)
     present = iterations(path)
     if ckpt_step is not None:
         if ckpt_step not in present:
             known = ", ".join(map(str, present)) or "none"
             raise CheckpointError(f"{path} has no {folder_name(ckpt_step)} (--ckpt-step); iterations there: {known}")
-        return Candidates(folders=(path / folder_name(ckpt_step),), explicit=True)
+        return Candidates(path=path, folders=(path / folder_name(ckpt_step),), explicit=True)
     tracker = read_tracker(path)
-    if tracker == RELEASE:
-        release = path / RELEASE
-        return Candidates(folders=(release,), explicit=True) if (release / MANIFEST).exists() else None
+    if tracker == RELEASE and (release := path / RELEASE).is_dir():
+        return Candidates(path=path, folders=(release,), explicit=True) if (release / MANIFEST).exists() else None
     folders = newest_first(path)
     if not folders and tracker is not None:
-        check_tracker(path, tracker)
-    return Candidates(folders=tuple(folders), explicit=False, tracker=tracker) if folders else None
+        _check_tracker(path, tracker)
+    return Candidates(path=path, folders=tuple(folders), explicit=False, tracker=tracker) if folders else None
 
 
-def tracked_folder(root: Path) -> Path:
-    """The newest checkpoint of a run; a tracker that names another one is told of.
+def newest(path: Path) -> Path:
+    """The folder that ``candidates`` and ``choose`` take, sizes compared.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or none is sound.
     """
-    tracker, folders = read_tracker(root), newest_first(root)
-    if tracker == RELEASE and (root / RELEASE).is_dir():
-        return root / RELEASE
-    if not folders:
-        check_tracker(root, tracker or "")
-    folder = next((one for one in folders if (one / MANIFEST).is_file()), folders[0])
-    if said := compare(root, tracker, folder):
-        log.warning("%s", said)
-    return folder
+    found = candidates(path)
+    if found is None:
+        raise CheckpointError(f"{path} holds no training checkpoint")
+    return found.choose(checkpoint_record)[0]
+
+
+def _is_one(path: Path) -> bool:
+    """A folder of one iteration, whole or damaged, and no model that was written to a folder of such a name."""
+    return (path / STATE).exists() or (is_iteration(path) and not (path / "config.json").exists())
+
+
+# ---- whether it is whole ----
 
 
 def checkpoint_record(directory: Path) -> Record:
@@ -116,7 +136,11 @@ def checkpoint_record(directory: Path) -> Record:
     Raises:
         CheckpointError: files absent or damaged.
     """
-    manifest = read_json(directory, MANIFEST)
+    if not (directory / MANIFEST).exists():
+        raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}")
+    manifest = read_json(directory / MANIFEST, CheckpointError)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{directory} has format {manifest.get('format')!r}, this version reads {FORMAT!r}")
     check_seal(manifest, directory / MANIFEST, CheckpointError, required=False)
     record = Record(
         folder=directory,
@@ -129,124 +153,95 @@ def checkpoint_record(directory: Path) -> Record:
     return record
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Reads one of the folder's JSON files.
-
-    Raises:
-        CheckpointError: absent, or not a JSON object.
-    """
-    if not (folder / name).exists():
-        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {name}")
-    return files.read_json(folder / name, CheckpointError)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes a JSON object and flushes it to disk. Numbers that are not finite are refused."""
-    with open(path, "x", encoding="utf-8") as file:
-        json.dump(data, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def verify(folder: Path, *, share: int = 0, shares: int = 1, hashes: bool = True) -> None:
     """Compares a folder with its manifest: every size, and the sha256 of each ``shares``-th file from ``share`` on.
 
     Raises:
         CheckpointError: a file is absent, of another size or of other content; the message names it.
     """
-    manifest = read_json(folder, MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has format {manifest.get('format')!r}, this version reads {FORMAT!r}")
     record = checkpoint_record(folder)
     if hashes:
         record.check_digests(share=share, shares=shares)
 
 
-def begin(root: Path, iteration: int, num_bytes: int) -> Path:
-    """Makes the temporary folder of a new checkpoint.
-
-    Args:
-        root: ``--save``; made where it does not exist.
-        iteration: of the new checkpoint.
-        num_bytes: what will be written.
-
-    Raises:
-        CheckpointError: the disk is too small.
-        OSError: the folder cannot be made.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
-    if free < num_bytes:
-        raise CheckpointError(
-            f"{root} has {free / 1e9:.2f} GB free, a checkpoint needs {num_bytes / 1e9:.2f} GB: free some space, lower "
-            "checkpoint.keep_last, or set checkpoint.no_save_optim"
-        )
-    folder = root / f"{folder_name(iteration)}.tmp-{uuid.uuid4().hex[:12]}"
-    folder.mkdir()
-    return folder
+# ---- names, order and tracker ----
 
 
-def commit(temporary: Path, records: Mapping[str, dict[str, Any]], facts: Mapping[str, Any]) -> Path:
-    """Turns a written temporary folder into ``iter_NNNNNNN`` and names it in the tracker.
-
-    Args:
-        temporary: from ``begin``, with all files in it.
-        records: size and sha256 of files that are flushed already; the others are read for it.
-        facts: what else the manifest says.
-
-    Raises:
-        CheckpointError: a file that was written elsewhere is not visible here.
-        OSError: the disk refuses; the previous checkpoint is untouched.
-    """
-    for name, record in records.items():
-        path = temporary / name
-        if not path.exists() or path.stat().st_size != record["size"]:
-            raise CheckpointError(
-                f"{path} was written by another rank and is not visible here: checkpoint.save must lie on a file "
-                "system that all nodes share"
-            )
-    facts = {**facts, SEQUENCE: next_sequence(temporary.parent)}
-    files = {str(p.relative_to(temporary)): p for p in sorted(temporary.rglob("*")) if p.is_file()}
-    listed = {name: records.get(name) or file_digest(path, CheckpointError) for name, path in files.items()}
-    write_json(temporary / MANIFEST, sealed({"format": FORMAT, **facts, "files": listed}))
-    sync_tree(temporary)
-    final = temporary.with_name(temporary.name.partition(".")[0])
-    if final.exists():  # a run that went back to an older checkpoint passes this iteration again
-        log.warning("replacing %s, which an earlier run wrote", final)
-        os.rename(final, temporary.with_name(temporary.name.replace(".tmp-", ".old-")))
-    os.rename(temporary, final)
-    sync_path(final.parent)
-    write_synced(final.parent / TRACKER, f"{iteration_of(final)}\n".encode())
-    return final
+def folder_name(iteration: int) -> str:
+    """Name of an iteration's folder."""
+    return f"iter_{iteration:07d}"
 
 
-def discard(temporary: Path) -> None:
-    """Removes what a failed save left."""
-    shutil.rmtree(temporary, ignore_errors=True)
+def iteration_of(folder: Path) -> int:
+    """Iteration in a folder's name; 0 for any other name (``release``)."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else 0
 
 
-def purge(root: Path, newest: int, keep_last: int | None, protect: Iterable[Path] = ()) -> None:
-    """Removes all but the last ``keep_last`` checkpoints up to ``newest``, and what killed saves left.
+def is_iteration(folder: Path) -> bool:
+    """Whether a folder is named as an iteration's."""
+    return _NAME.fullmatch(folder.name) is not None
 
-    Folders of later iterations, which an abandoned run wrote, are not counted and stay.
 
-    Args:
-        root: ``--save``.
-        newest: iteration just saved.
-        keep_last: None keeps all.
-        protect: folders that stay in any case (the one that this run was loaded from).
-    """
-    kept = {path.resolve() for path in protect}
-    doomed = [entry for entry in root.iterdir() if _LEFTOVER.fullmatch(entry.name)]
-    if keep_last is not None:
-        older = [i for i in iterations(root) if i <= newest]
-        doomed += [root / folder_name(i) for i in older[:-keep_last]]
-    for folder in doomed:
-        if folder.resolve() in kept:
-            continue
-        # Renamed first: a folder under its own name is whole, even if the run is killed in here.
-        gone = folder.with_name(f"{folder.name.partition('.')[0]}.old-{uuid.uuid4().hex[:12]}")
-        with contextlib.suppress(OSError):
-            os.rename(folder, gone)
-            shutil.rmtree(gone)
+def iterations(root: Path) -> list[int]:
+    """Iterations that have a folder in ``root``, in order."""
+    return sorted(iteration_of(entry) for entry in root.iterdir() if is_iteration(entry) and entry.is_dir())
+
+
+def newest_first(root: Path) -> list[Path]:
+    """Folders of iterations, the one that was written last in front; one whose manifest cannot be read comes before the one
+    with the next lower iteration, so that it is tried, and told of."""
+    known, above = [], 0
+    for number in iterations(root):
+        folder = root / folder_name(number)
+        sequence = _sequence(folder)
+        above = max(above, sequence or 0)
+        known.append((above if sequence is None else sequence, sequence is None, number, folder))
+    return [folder for *_, folder in sorted(known, reverse=True)]
+
+
+def next_sequence(root: Path) -> int:
+    """Number of the next checkpoint in a folder."""
+    return 1 + max((_sequence(root / folder_name(number)) or 0 for number in iterations(root)), default=0)
+
+
+def read_tracker(root: Path) -> str | None:
+    """The tracker's content; None without a tracker. It may be anything."""
+    path = root / TRACKER
+    if not path.exists():
+        return None
+    try:
+        return read_text(path, CheckpointError, 4096).strip()
+    except CheckpointError:
+        return "not readable"
+
+
+def compare(root: Path, tracker: str | None, chosen: Path) -> str | None:
+    """What is to be said of a tracker that does not name ``chosen``; None: it does."""
+    if tracker is None:
+        return f"{root} has no {TRACKER}: taking the newest sound iteration there, {iteration_of(chosen)}"
+    if tracker.isdecimal() and int(tracker) == iteration_of(chosen):
+        return None
+    there = tracker.isdecimal() and (root / folder_name(int(tracker))).is_dir()
+    other = f"; --ckpt-step {int(tracker)} takes the other" if there else ""
+    return (
+        f"{root / TRACKER} says {tracker[:40]!r}, but the newest sound checkpoint there is {chosen.name}: taking that{other}. A "
+        "kill before the tracker was written, a damaged checkpoint or a changed tracker leave this"
+    )
+
+
+def _check_tracker(root: Path, tracker: str) -> None:
+    """Raises CheckpointError for a tracker that says nothing, where there is no iteration to take in its place."""
+    if tracker != RELEASE and not tracker.isdecimal():
+        raise CheckpointError(f"{root / TRACKER} holds {tracker[:40]!r}, neither an iteration nor {RELEASE!r}")
+    name = RELEASE if tracker == RELEASE else folder_name(int(tracker))
+    raise CheckpointError(f"{root / TRACKER} names {name}, which is absent; iterations there: none")
+
+
+def _sequence(folder: Path) -> int | None:
+    """None: the manifest cannot be read."""
+    try:
+        value = read_json(folder / MANIFEST, CheckpointError).get(SEQUENCE, 0)
+    except MegatronVLMError:
+        return None
+    return value if isinstance(value, int) else None

@@ -13,6 +13,7 @@ from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.weights.checkpoint_dir import newest
 from megatron_vlm.weights.model_folder import CarriedFiles
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -104,6 +105,22 @@ def test_damaged_checkpoints_are_named(saved, tmp_path):
     (tmp_path / "no_rank" / file).unlink()
     with pytest.raises(CheckpointError, match=r"rank1\.safetensors is missing"):
         open_source(tmp_path / "no_rank")
+
+
+def test_the_newest_sound_one_is_taken_as_training_takes_it(saved, tmp_path, capsys):
+    hf, run = saved
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run / "iter_0000003", tmp_path / "run" / "iter_0000006")
+    with open_source(tmp_path / "run") as source:
+        assert source.directory.name == newest(tmp_path / "run").name == "iter_0000006"
+    path = tmp_path / "run" / "iter_0000006" / "hf" / "config.json"
+    path.write_text(path.read_text().replace("1", "2"))
+    path = tmp_path / "run" / "iter_0000006" / "rank1.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert newest(tmp_path / "run").name == "iter_0000003"
+    assert main(["mg2hf", "--load", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert_doubled(hf, tmp_path / "out")
+    assert "iter_0000006 cannot be loaded, trying the one before it" in capsys.readouterr().out
 
 
 def test_a_tracker_that_names_another_is_told_of(saved, tmp_path, capsys):

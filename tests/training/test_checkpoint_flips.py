@@ -12,9 +12,10 @@ from megatron_vlm.cli.main import main
 from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.digests import SEAL
 from megatron_vlm.errors import MegatronVLMError
+from megatron_vlm.files import read_json
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.fuzz import flip_bit, run_forked
-from megatron_vlm.weights.checkpoint_dir import TRACKER, candidates, read_json, verify
+from megatron_vlm.weights.checkpoint_dir import TRACKER, candidates, verify
 
 FEW, ALL = 40, 200
 NEWEST = "iter_0000002"
@@ -51,7 +52,7 @@ def test_every_flip_in_a_checkpoint_is_found(saved, tmp_path, flips):
         first = candidates(copy)
         try:
             verify(copy / NEWEST)
-            read_json(copy / NEWEST, "state.json")
+            read_json(copy / NEWEST / "state.json")
             if name == Path(TRACKER):  # believed nowhere: the same is taken
                 assert first is not None and first.folders[0].name == NEWEST
             elif name.suffix != ".json" or values_of(copy / name) not in (

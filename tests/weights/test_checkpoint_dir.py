@@ -3,9 +3,10 @@
 import pytest
 
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files import read_json, write_json
 from megatron_vlm.weights import checkpoint_dir
-from megatron_vlm.weights.checkpoint_dir import TRACKER, begin, candidates, commit, purge, verify
-from megatron_vlm.weights.iterations import compare, read_tracker
+from megatron_vlm.weights.checkpoint_dir import TRACKER, candidates, compare, newest, read_tracker, verify
+from megatron_vlm.weights.checkpoint_write import begin, commit, purge
 
 
 def make(root, iteration, content=b"weights"):
@@ -14,7 +15,7 @@ def make(root, iteration, content=b"weights"):
     (folder / "rank0.safetensors").write_bytes(content)
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text("{}")
-    checkpoint_dir.write_json(folder / "state.json", {"run": {}})
+    write_json(folder / "state.json", {"run": {}})
     return commit(folder, {}, {"iteration": iteration})
 
 
@@ -26,7 +27,7 @@ def test_a_new_one_is_whole_and_tracked(tmp_path):
     folder = make(tmp_path / "new" / "root", 7)
     verify(folder)
     assert (folder.parent / TRACKER).read_text() == "7\n"
-    files = checkpoint_dir.read_json(folder, "manifest.json")["files"]
+    files = read_json(folder / "manifest.json")["files"]
     assert sorted(files) == ["hf/config.json", "rank0.safetensors", "state.json"]
     assert sorted(p.name for p in folder.parent.iterdir()) == ["iter_0000007", TRACKER]
 
@@ -79,6 +80,32 @@ def test_a_tracker_is_compared_with_what_is_taken(tmp_path):
     )
 
 
+def test_the_newest_sound_one_is_taken_and_the_others_told_of(tmp_path, caplog):
+    for iteration in (5, 10, 15):
+        make(tmp_path, iteration)
+    (tmp_path / "iter_0000015" / "rank0.safetensors").write_bytes(b"")
+    assert newest(tmp_path).name == "iter_0000010"
+    said = [record.getMessage() for record in caplog.records]
+    assert "iter_0000015 cannot be loaded, trying the one before it" in said[0] and "has 0 bytes" in said[0]
+    assert "says '15', but the newest sound checkpoint there is iter_0000010" in said[1]
+    with pytest.raises(CheckpointError, match=r"name another iteration\):\n.*rank0.safetensors has 0 bytes"):
+        newest(tmp_path / "iter_0000015")
+    for folder in tmp_path.glob("iter_*"):
+        (folder / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"start again from the weights, or a copy\):(\n.*){3}"):
+        newest(tmp_path)
+    with pytest.raises(CheckpointError, match="holds no training checkpoint"):
+        newest(tmp_path / "iter_0000015" / "hf")
+
+
+def test_a_model_in_a_folder_named_as_an_iteration_is_none(tmp_path):
+    model = tmp_path / "iter_0000100"
+    model.mkdir()
+    assert candidates(model).explicit  # a checkpoint that lost all its files
+    (model / "config.json").write_text("{}")
+    assert candidates(model) is None
+
+
 def test_what_cannot_be_a_candidate(tmp_path):
     make(tmp_path, 5)
     with pytest.raises(CheckpointError, match="has no iter_0000006"):
@@ -94,7 +121,12 @@ def test_what_cannot_be_a_candidate(tmp_path):
     with pytest.raises(CheckpointError, match="names iter_0000007, which is absent; iterations there: none"):
         candidates(empty)
     (tmp_path / TRACKER).write_text("release")
+    assert names(candidates(tmp_path)) == ["iter_0000005"]
+    (tmp_path / "release").mkdir()
     assert candidates(tmp_path) is None  # Megatron weights may lie there
+    (empty / TRACKER).write_text("release")
+    with pytest.raises(CheckpointError, match="names release, which is absent; iterations there: none"):
+        candidates(empty)
 
 
 def test_purge_keeps_the_last_the_loaded_and_the_later(tmp_path):

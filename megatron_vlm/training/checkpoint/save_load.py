@@ -1,6 +1,6 @@
 """Training checkpoints that any (tp, pp, dp) and any kind of optimizer can load.
 
-    save: model, optimizer --owned--> rank file of each rank in iter_N.tmp-x/ --checkpoint_dir.commit--> iter_N/
+    save: model, optimizer --owned--> rank file of each rank in iter_N.tmp-x/ --checkpoint_write.commit--> iter_N/
     load: find_checkpoint (verified, agreed on by all ranks) --RankFiles, fill--> model, optimizer
 
 Every function here is a collective of the whole job: a failure on one rank is raised on all of them.
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_vlm.errors import CheckpointError, MegatronVLMError
+from megatron_vlm.files import read_json, write_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.options import group_of
 from megatron_vlm.parallel.batch import together
@@ -29,8 +30,7 @@ from megatron_vlm.registry import FamilySpec
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.checkpoint.tensors import fill, owned
 from megatron_vlm.training.optimizer.state import restore_scaler, scaler_state
-from megatron_vlm.weights import checkpoint_dir
-from megatron_vlm.weights.iterations import compare
+from megatron_vlm.weights import checkpoint_dir, checkpoint_write
 from megatron_vlm.weights.mapping import Mapping
 from megatron_vlm.weights.model_folder import CarriedFiles
 from megatron_vlm.weights.rank_files import RankFiles, rank_file_bytes, rank_file_name, write_rank_file
@@ -179,7 +179,7 @@ def save_checkpoint(
             num_bytes = sum(_gather(rank_file_bytes(tensors)))
             with _together(what, topology.device):
                 if rank == 0:
-                    temporary = checkpoint_dir.begin(root, iteration, num_bytes + _MARGIN_BYTES)
+                    temporary = checkpoint_write.begin(root, iteration, num_bytes + _MARGIN_BYTES)
             folder = Path(_from_rank_0(str(temporary)))
             with _together(what, topology.device):
                 record = write_rank_file(
@@ -198,15 +198,15 @@ def save_checkpoint(
                     hf_files.write(folder / "hf")
                 scaler = scaler_state(optimizer) if save_optim else None
                 content = {**facts, "loss_scale": scaler, "run": state, **({"peft": peft.record} if peft else {})}
-                checkpoint_dir.write_json(folder / checkpoint_dir.STATE, content)
-                checkpoint_dir.commit(folder, records, {**facts, "versions": _versions()})
+                write_json(folder / checkpoint_dir.STATE, content)
+                checkpoint_write.commit(folder, records, {**facts, "versions": _versions()})
     except Exception:
         if temporary is not None:
-            checkpoint_dir.discard(temporary)
+            checkpoint_write.discard(temporary)
         raise
     final = root / checkpoint_dir.folder_name(iteration)
     if rank == 0:
-        checkpoint_dir.purge(root, iteration, config.keep_last, protected)
+        checkpoint_write.purge(root, iteration, config.keep_last, protected)
         log.info("saved %s (%.2f GB)", final, num_bytes / 1e9)
     return final
 
@@ -238,37 +238,29 @@ def find_checkpoint(config: CheckpointConfig, device: torch.device) -> Checkpoin
     with _together(f"looking for a checkpoint in {path}", device):
         if rank == 0:
             found = checkpoint_dir.candidates(path, ckpt_step)
-    folders, explicit = _from_rank_0(([str(f) for f in found.folders], found.explicit) if found else (None, True))
-    if folders is None:
+    found = _from_rank_0(found)
+    if found is None:
         if ckpt_step is not None:
             raise CheckpointError(f"{path} holds no training checkpoint, so there is no --ckpt-step {ckpt_step}")
         return None
-    problems = []
-    for folder in map(Path, folders):
-        try:
-            with _together(str(folder), device):
-                checkpoint_dir.verify(folder, share=rank, shares=dist.get_world_size(), hashes=config.verify_hashes)
-            with _together(str(folder), device):
-                state = checkpoint_dir.read_json(folder, checkpoint_dir.STATE)
-        except CheckpointError as error:
-            problems.append(str(error))
-            if rank == 0 and not explicit:
-                log.warning("%s cannot be loaded, trying the one before it: %s", folder, error)
-            continue
-        if found is not None and not explicit and (said := compare(path, found.tracker, folder)):
-            log.warning("%s", said)
-        weights_only = config.finetune or folder.name == checkpoint_dir.RELEASE
-        return Checkpoint(
-            folder=folder,
-            iteration=0 if weights_only else state["iteration"],
-            state=state["run"],
-            scaler=state["loss_scale"],
-            layout=state["layout"],
-            weights_only=weights_only,
-            peft=state.get("peft"),
-        )
-    hint = "name another with --ckpt-step" if explicit else "start again from the weights, or a copy"
-    raise CheckpointError(f"no checkpoint can be loaded from {path} ({hint}):\n  " + "\n  ".join(problems))
+
+    def state_of(folder: Path) -> dict[str, Any]:
+        with _together(str(folder), device):
+            checkpoint_dir.verify(folder, share=rank, shares=dist.get_world_size(), hashes=config.verify_hashes)
+        with _together(str(folder), device):
+            return read_json(folder / checkpoint_dir.STATE, CheckpointError)
+
+    folder, state = found.choose(state_of, tell=rank == 0)
+    weights_only = config.finetune or folder.name == checkpoint_dir.RELEASE
+    return Checkpoint(
+        folder=folder,
+        iteration=0 if weights_only else state["iteration"],
+        state=state["run"],
+        scaler=state["loss_scale"],
+        layout=state["layout"],
+        weights_only=weights_only,
+        peft=state.get("peft"),
+    )
 
 
 def load_checkpoint(

@@ -12,7 +12,7 @@ from test_main import files_of, finish, run_argv, start
 
 from megatron_vlm.testing import commands
 from megatron_vlm.testing.runs import metrics_of
-from megatron_vlm.weights.iterations import newest_first
+from megatron_vlm.weights.checkpoint_dir import newest_first
 
 __all__ = ["run_argv"]  # the fixture
 

@@ -21,7 +21,7 @@ from megatron_vlm.parallel.batch import together
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.training.checkpoint.save_load import Checkpoint, CheckpointConfig
 from megatron_vlm.training.run_config import RunConfig
-from megatron_vlm.weights.iterations import iterations
+from megatron_vlm.weights.checkpoint_dir import iterations
 
 
 def folders_of(config: RunConfig) -> dict[str, Path]:

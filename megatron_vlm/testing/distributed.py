@@ -155,10 +155,14 @@ class _Worker:
         return self.log.read_bytes()[-size:].decode(errors="replace").strip()
 
     def stacks(self) -> str:
-        """The end of the output after asking every thread for its stack."""
+        """The end of the output after asking every thread for its stack, which may take its time on a busy machine."""
+        before = self.log.stat().st_size
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGUSR1)
-        time.sleep(0.5)
+        deadline = time.monotonic() + 5.0
+        while time.monotonic() < deadline and b"Current thread" not in self.log.read_bytes()[before:]:
+            time.sleep(0.05)
+        time.sleep(0.2)  # the rest of it
         return self.tail()
 
 

@@ -67,7 +67,7 @@ def test_a_wheel_holds_them(tmp_path):
     build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    code = "from megatron_vlm.launch import recipes; print(recipes.root()); print(*recipes.names(), sep='\\n')"
+    code = "from megatron_vlm.options import recipes; print(recipes.root()); print(*recipes.names(), sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

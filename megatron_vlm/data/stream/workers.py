@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -33,6 +34,7 @@ from megatron_vlm.processes import signal_with_parent, state
 
 log = get_logger(__name__)
 
+_FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 2.0  # between looks at whether the other side still lives
 _STOPPED_SECONDS = 20.0  # a worker that a signal stopped has this long to go on
 _SLOW_SECONDS = 300.0  # between warnings of a row that does not come
@@ -67,9 +69,15 @@ class Rows(Iterator[Fetched]):
             context.Process(target=_work, args=(reader, self._tasks, theirs, os.getpid(), bound), daemon=True)
             for _, theirs in pipes
         ]
-        for worker, (_, theirs) in zip(self._workers, pipes):
-            worker.start()
-            theirs.close()
+        # A signal to all processes of a job must not end one that is still starting and cannot heed it yet: it is held back.
+        resource_tracker.ensure_running()  # which would let them through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
+        try:
+            for worker, (_, theirs) in zip(self._workers, pipes):
+                worker.start()
+                theirs.close()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._lost = ""  # what the watch found
         threading.Thread(target=self._watch, name="data worker watch", daemon=True).start()
         # multiprocessing would send its children a SIGTERM, which these do not heed, and wait.
@@ -191,8 +199,9 @@ def _work(
 ) -> None:
     """A worker. Signals are left to the parent: a scheduler signals every process, and the parent needs rows to finish its
     step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _FOR_THE_PARENT:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_PARENT)
     if bound:  # even one that is stopped ends with its parent
         signal_with_parent(signal.SIGKILL)
     torch.set_num_threads(1)

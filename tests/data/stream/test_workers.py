@@ -43,6 +43,16 @@ def plans_of(numbers):
     return (RowPlan(ids=(n,), tokens=(1,), epoch=0) for n in numbers)
 
 
+def test_a_signal_to_the_whole_job_spares_workers_that_are_still_starting(tmp_path):
+    """A scheduler's SIGTERM, a Ctrl-C: the parent still needs rows to finish its step."""
+    rows = Rows(Maker(tmp_path, 1), plans_of(range(9)), one_worker(2))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(rows._workers[0].pid, number)
+    assert [next(rows).row.input_ids.tolist() for _ in range(9)] == [[n] for n in range(9)]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    rows.close()
+
+
 @pytest.mark.parametrize(
     "mib, bound, ahead",
     [(2, 8, 4), *(pytest.param(*case, marks=pytest.mark.full) for case in ((1, 1000, 12), (16, 8, 1)))],

@@ -86,6 +86,15 @@ def whole_matrix(
     ]
 
 
+def mapping_of(spec: registry.FamilySpec, config: Any, directory: str, peft: dict[str, Any] | None, tp: int) -> Mapping:
+    """Of what trains: the whole model, or with the section ``peft`` the adapters on it; on ``tp`` ranks."""
+    if peft is None:
+        return spec.mapping(config, tp=tp, vocab_multiple=VOCAB_MULTIPLE)
+    settings = {key: value for key, value in peft.items() if key != "tensors"}
+    with open_source(directory) as source:
+        return adapted_mapping(source, settings, tp)
+
+
 @dataclass
 class LayoutCheck:
     """Compares layouts of one model with one process, whose results are kept by frozen groups.
@@ -161,13 +170,6 @@ class LayoutCheck:
             pp=case.pp,
             dp=case.dp,
         )
-        mapping = self._mapping(case.tp)
+        mapping = mapping_of(self.spec, self.config, self.directory, self.peft, case.tp)
         loss, grads = merge_gradients(results, mapping, self.config.text.vocab_size)
         return loss, grads, results[0]["history"], results
-
-    def _mapping(self, tp: int) -> Mapping:
-        if self.peft is None:
-            return self.spec.mapping(self.config, tp=tp, vocab_multiple=VOCAB_MULTIPLE)
-        settings = {key: value for key, value in self.peft.items() if key != "tensors"}
-        with open_source(self.directory) as source:
-            return adapted_mapping(source, settings, tp)

@@ -13,9 +13,10 @@ import torch
 
 from megatron_vlm import registry
 from megatron_vlm.conversion.open_source import open_source
+from megatron_vlm.testing import layouts
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.layouts import GRADIENT, LOSS
-from megatron_vlm.testing.parity import adapted_mapping, gradient_errors, layout_gradients, merge_gradients
+from megatron_vlm.testing.parity import gradient_errors, layout_gradients, merge_gradients
 from megatron_vlm.testing.peft_twin import random_pairs
 from megatron_vlm.testing.small_families import NAMES, SmallTwin, write_small_twin
 
@@ -46,20 +47,11 @@ SMOOTH = {"xcomposer2_hd": dict(std=0.1)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One layout of one twin; ``bucket``: parameters of a gradient bucket."""
+class Case(layouts.Case):
+    """One layout of one twin, with what changes gradients or their buckets; ``bucket``: parameters of a gradient bucket."""
 
-    twin: str
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    sp: bool = False
-    vp: int | None = None
-    do: bool = False
     overlap: bool = True
     bucket: int = MANY
-    recompute: bool = False
-    freeze: tuple[str, ...] = ()
     odd: bool = False
     drop_path: float = 0.0
     dtype: str = "fp32"
@@ -79,16 +71,7 @@ class Case:
     @property
     def parallel(self) -> dict[str, Any]:
         """Arguments of ParallelConfig."""
-        return dict(
-            tensor_model_parallel_size=self.tp,
-            pipeline_model_parallel_size=self.pp,
-            sequence_parallel=self.sp,
-            num_layers_per_virtual_pipeline_stage=self.vp,
-            use_distributed_optimizer=self.do,
-            overlap_grad_reduce=self.overlap,
-            ddp_bucket_size=self.bucket,
-            recompute_granularity="full" if self.recompute else None,
-        )
+        return {**super().parallel, "ddp_bucket_size": self.bucket}
 
 
 DP = [
@@ -149,7 +132,7 @@ class Check:
         assert len(sizes) == 1
         with open_source(self.twin.directory) as source:
             tensors = [random_pairs(source, case.peft) if case.peft else {} for case in cases]
-            mappings = [self._mapping(source, case) for case in cases]
+        mappings = [self._mapping(case) for case in cases]
         runs = []
         for case, pairs in zip(cases, tensors):
             filling = dict(multiple_of=case.tp if case.sp else 1, fill_to=64 if case.vp else 0)
@@ -188,10 +171,9 @@ class Check:
                 vision = [n for n in grads if "vision" in n or "vit." in n or "connector" in n or "projector" in n]
                 assert any(grads[n].any() for n in vision) == bool(vision and set(kinds) & {"I", "M"}), (case, kinds)
 
-    def _mapping(self, source, case):
-        if case.peft:
-            return adapted_mapping(source, case.peft, case.tp)
-        return registry.get(self.twin.family).mapping(self.twin.config, tp=case.tp, vocab_multiple=8)
+    def _mapping(self, case):
+        spec = registry.get(self.twin.family)
+        return layouts.mapping_of(spec, self.twin.config, self.twin.directory, case.peft, case.tp)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ is a field of type Path or PathText: ``~`` and environment variables are expande
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,20 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, nearest
 from megatron_vlm.files import expand_path, expand_text
 from megatron_vlm.yaml_values import as_bool, parse_yaml, plain, read_yaml, spelling
 
 _EXPANDED = "expanded"
 PathText = Annotated[str, _EXPANDED]
 """A path, or where a setting takes one a hub id, as text."""
-
-
-def nearest(key: str, known: typing.Iterable[str]) -> str:
-    """Returns ``" (did you mean 'x'?)"`` for the known name nearest to ``key``, or the list of known names."""
-    known = sorted(known)
-    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else f" (known: {', '.join(known)})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,20 @@
 """Every error that a user can cause. Each message says what happened, shows the numbers and says what to set."""
 
+import difflib
 import enum
+from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
     """Returns the text as any terminal and log can take it: half characters (lone surrogates, of file names too) escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Returns ``" (did you mean 'x'?)"`` for the known name nearest to ``key``, or the list of known names."""
+    known = sorted(known)
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else f" (known: {', '.join(known)})"
 
 
 class MegatronVLMError(Exception):

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlm.config import nearest
-from megatron_vlm.errors import ConfigError, MegatronVLMError
+from megatron_vlm.errors import ConfigError, MegatronVLMError, nearest
 from megatron_vlm.files import describe
 from megatron_vlm.models.hf_config import check_numbers, check_parts
 

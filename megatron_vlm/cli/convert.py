@@ -3,17 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from megatron_vlm.cli.paths import PathArgument, add_verify_hashes
-from megatron_vlm.config import apply_overrides
-from megatron_vlm.errors import ConfigError
-from megatron_vlm.log import get_logger, setup_logging
+from megatron_vlm.cli.arguments import PathArgument, add_verify_hashes
+from megatron_vlm.cli.main import main as command
+from megatron_vlm.log import setup_logging
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``hf2mg``, ``mg2hf``, ``merge``, ``pth2hf`` and ``verify``; each sets ``run(args) -> exit code``."""
+    """Adds ``hf2mg``, ``mg2hf``, ``merge``, ``pth2hf`` and ``verify``; ``convert_commands`` runs them."""
     _add_hf2mg(commands)
     parser = commands.add_parser("mg2hf", help="Megatron weights or a training checkpoint -> Hugging Face directory")
     parser.add_argument(
@@ -35,7 +32,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action=PathArgument,
         help="the base, where it has moved; with --adapter-only, what is named as the base",
     )
-    parser.set_defaults(run=_run_mg2hf)
     parser = commands.add_parser("merge", help="a model and an adapter of it -> the merged Hugging Face directory")
     parser.add_argument(
         "--base", required=True, metavar="DIR", action=PathArgument, help="the model that the adapter was trained on"
@@ -49,7 +45,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--out", required=True, metavar="DIR", action=PathArgument, help="absent or an empty directory")
     _add_output(parser)
-    parser.set_defaults(run=_run_merge)
     parser = commands.add_parser(
         "pth2hf",
         aliases=["pth_to_hf"],
@@ -67,7 +62,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     _add_dtype(parser)
     add_verify_hashes(parser)
-    parser.set_defaults(run=_run_pth2hf)
     _add_verify(commands)
 
 
@@ -103,7 +97,6 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         choices=("weights", "forward", "full"),
         help="how much to compare (default: the highest that fits in memory)",
     )
-    parser.set_defaults(run=_run_verify)
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -181,108 +174,6 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     new.add_argument(
         "--perceiver", nargs="+", metavar="KEY=VALUE", help="of HF's perceiver_config, such as resampler_n_latents=64"
     )
-    parser.set_defaults(run=_run_hf2mg)
-
-
-def _run_hf2mg(args: argparse.Namespace) -> int:
-    from megatron_vlm.conversion.convert import hf2mg
-
-    if args.quantize is None and (args.no_double_quant or args.quantize_groups):
-        raise ConfigError("--no-double-quant and --quantize-groups have no effect without --quantize nf4")
-    hf2mg(
-        args.hf,
-        args.out,
-        family=args.family,
-        llm=args.llm,
-        vision=args.vision,
-        projector=args.projector,
-        end_of_utterance=args.end_of_utterance,
-        assemble=_assemble_options(args),
-        tp=args.tp,
-        pp=args.pp,
-        dtype=args.dtype,
-        vocab_multiple=args.make_vocab_size_divisible_by,
-        vocab_extra=args.extra_vocab_size,
-        quantize=args.quantize,
-        double_quant=not args.no_double_quant,
-        quantize_groups=args.quantize_groups or ("llm",),
-        verify_hashes=args.verify_hashes,
-    )
-    return 0
-
-
-def _assemble_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The new parts' options; refused where nothing new is made."""
-    options: dict[str, Any] = {
-        key: getattr(args, key) for key in ("seed", "image_size", "new_rows", "latents", "template")
-    }
-    options = {key: value for key, value in options.items() if value is not None}
-    if args.perceiver:
-        options["perceiver"] = apply_overrides({}, args.perceiver)
-    usable = set(options) if args.llm else {"seed", "new_rows"} if args.end_of_utterance else set()
-    if set(options) - usable:
-        flags = ", ".join("--" + key.replace("_", "-") for key in sorted(set(options) - usable))
-        raise ConfigError(
-            f"{flags} apply to parts that are made new, with --llm and --vision, or (rows) --end-of-utterance"
-        )
-    return options
-
-
-def _run_mg2hf(args: argparse.Namespace) -> int:
-    from megatron_vlm.conversion.convert import mg2hf
-
-    mg2hf(
-        args.load,
-        args.out,
-        family=args.family,
-        dtype=args.dtype,
-        max_shard_size=args.max_shard_size,
-        naming=args.naming,
-        adapter_only=args.adapter_only,
-        merge=args.merge,
-        base=args.base,
-        verify_hashes=args.verify_hashes,
-    )
-    return 0
-
-
-def _run_merge(args: argparse.Namespace) -> int:
-    from megatron_vlm.conversion.convert import merge
-
-    settings = {name: getattr(args, name) for name in ("dtype", "max_shard_size", "naming", "verify_hashes")}
-    merge(args.base, args.adapter, args.out, **settings)
-    return 0
-
-
-def _run_pth2hf(args: argparse.Namespace) -> int:
-    from megatron_vlm.conversion.convert import mg2hf
-    from megatron_vlm.conversion.open_source import open_source
-
-    if len(args.paths) not in (2, 3):
-        raise ConfigError(f"pth2hf takes [CONFIG] CHECKPOINT OUT, got {len(args.paths)} arguments")
-    *config, load, out = args.paths
-    if config:
-        get_logger(__name__).info(f"{config[0]} is not read: {load} knows its model and settings")
-    if not Path(load).exists():
-        raise ConfigError(f"{load} does not exist: name a checkpoint of megatron-vlm, its folder or one iteration's")
-    if str(load).endswith((".pth", ".pt")):
-        raise ConfigError(
-            f"{load} was written by XTuner: `hf2mg --llm DIR --vision DIR --projector {load}` takes its projector; pth2hf "
-            "takes a checkpoint of megatron-vlm"
-        )
-    with open_source(load, verify_hashes=args.verify_hashes) as source:
-        adapted, naming = source.kind == "adapted", "xtuner" if "xtuner" in source.spec.exports else None
-    if args.base is not None and not adapted:
-        raise ConfigError(f"--base {args.base}: {load} is a whole model, which has no base: leave it out")
-    settings = {name: getattr(args, name) for name in ("dtype", "base", "verify_hashes")}
-    mg2hf(load, out, naming=naming, adapter_only=adapted, **settings)
-    return 0
-
-
-def _run_verify(args: argparse.Namespace) -> int:
-    from megatron_vlm.conversion.verify import verify
-
-    return 0 if verify(args.hf, args.load, level=args.level, family=args.family).passed else 1
 
 
 def run(argv: Sequence[str]) -> int:
@@ -293,11 +184,11 @@ def run(argv: Sequence[str]) -> int:
     add_parser(parser.add_subparsers(dest="command", required=True, metavar="hf2mg | mg2hf | merge | pth2hf | verify"))
     args = parser.parse_args(argv)
     setup_logging(rank=0)
-    return args.run(args)
+    from megatron_vlm.cli import convert_commands  # torch
+
+    return convert_commands.COMMANDS[args.command](args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``megatron-vlm convert``, as toolkits/convert calls it."""
-    from megatron_vlm.cli.main import main as command
-
     return command(["convert", *(sys.argv[1:] if argv is None else argv)])

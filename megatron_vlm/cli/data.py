@@ -7,19 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.cli import data_view
-from megatron_vlm.cli.paths import PathArgument
+from megatron_vlm.cli.arguments import PathArgument
+from megatron_vlm.data.formats import guess_records, open_sources
+from megatron_vlm.data.formats.records import VideoSettings
+from megatron_vlm.data.shards.build import build_shards
+from megatron_vlm.data.shards.split import SplitSettings
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.progress import Bar
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs one of the sub-commands and returns the exit code."""
     parser = argparse.ArgumentParser(prog="megatron-vlm data", description="build, check and look at training data")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)
-    data_view.add_parsers(commands)
+    _add_views(commands)
     args = parser.parse_args(argv)
-    return args.handler(args)
+    if args.command == "build":
+        return _build(args)
+    from megatron_vlm.cli import data_view  # torch
+
+    return data_view.COMMANDS[args.command](args)
 
 
 def _add_build(commands: Any) -> None:
@@ -66,15 +74,54 @@ def _add_build(commands: Any) -> None:
     add("--frame-text", default="Frame-{i}: <image>", metavar="TEXT", help="line of each frame (default: %(default)s)")
     add("--split", "--part", dest="part", default="", metavar="NAME",
         help="of a folder or glob with several, Energon's too: train, validation, test ..., or all (default: train)")  # fmt: skip
-    build.set_defaults(handler=_build)
+
+
+def _add_views(commands: Any) -> None:
+    check = commands.add_parser("check", help="read every record and report each problem; exit 1 if any")
+    _add_common(check, "folder of shards, or with --format an input of `data build`", model_required=False)
+    check.add_argument(
+        "--format", help="format of inputs that are not shards: llava, xcomposer, internvl, openai, parquet, webdataset"
+    )
+    check.add_argument(
+        "--image-root",
+        metavar="DIR",
+        action=PathArgument,
+        help="folder that relative image paths start from (default: .)",
+    )
+    check.add_argument("--missing-placeholder", choices=["refuse", "prepend"], default="refuse",
+        help="as for `data build`")  # fmt: skip
+    check.add_argument("--split", "--part", dest="part", default="", metavar="NAME", help="as for `data build`")
+
+    stats = commands.add_parser("stats", help="lengths, images, supervised share, packing, steps; as text and PNG")
+    _add_common(stats, "folder of shards", model_required=True)
+    stats.add_argument("--global-batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    stats.add_argument("--out", metavar="FILE.png", action=PathArgument, help="histograms")
+
+    preview = commands.add_parser("preview", help="one HTML page: tokens, images and rows as the model gets them")
+    _add_common(preview, "folder of shards", model_required=True)
+    preview.add_argument("--out", required=True, metavar="FILE.html", action=PathArgument)
+    preview.add_argument("--samples", type=int, default=24, metavar="N", help="(default: %(default)s)")
+    preview.add_argument("--seed", type=int, default=1234, metavar="N", help="training.seed (default: %(default)s)")
+
+
+def _add_common(parser: argparse.ArgumentParser, what: str, *, model_required: bool) -> None:
+    parser.add_argument("paths", nargs="*", metavar="PATH", action=PathArgument, help=what)
+    parser.add_argument("--set", action="append", default=[], metavar="data.KEY=VALUE",
+        help="a setting as `train` takes it: data.answer_loss_only=true; may be given several times")  # fmt: skip
+    parser.add_argument("--model", required=model_required, metavar="DIR", action=PathArgument,
+        help="HF folder, converted weights or checkpoint whose processor is used")  # fmt: skip
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action=PathArgument,
+        help="YAML of a run: its data section is used, folders included",
+    )
+    parser.add_argument(
+        "--seq-length", type=int, metavar="N", help="data.seq_length (default: the config's, else 4096)"
+    )
 
 
 def _build(args: argparse.Namespace) -> int:
-    from megatron_vlm.data.formats import guess_records, open_sources
-    from megatron_vlm.data.formats.records import VideoSettings
-    from megatron_vlm.data.shards.build import build_shards
-    from megatron_vlm.data.shards.split import SplitSettings
-    from megatron_vlm.progress import Bar
 
     if args.image_root is not None and not os.path.isdir(args.image_root):
         raise ConfigError(f"--image-root {args.image_root} is not a folder")

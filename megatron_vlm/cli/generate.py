@@ -4,7 +4,7 @@ import argparse
 import functools
 from collections.abc import Sequence
 
-from megatron_vlm.cli.paths import PathArgument, add_verify_hashes
+from megatron_vlm.cli.arguments import PathArgument, add_verify_hashes
 from megatron_vlm.config import apply_overrides
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import setup_logging
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
         what = "leave it out, as the records of --input name their own" if args.input else "add the question"
         raise ConfigError(f"{given} goes with --prompt TEXT, which is not given: {what}")
     setup_logging()
-    from megatron_vlm.training.generate import GenerateConfig, run_generate  # imports megatron-core: seconds
+    from megatron_vlm.training.generate import GenerateConfig, run_generate  # megatron-core
 
     prompt = {"text": args.prompt, "images": args.image, "system": args.system}
     values = {

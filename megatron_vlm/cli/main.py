@@ -8,7 +8,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from megatron_vlm.errors import MegatronVLMError
+from megatron_vlm import __version__
+from megatron_vlm.errors import MegatronVLMError, nearest
 from megatron_vlm.log import quiet_libraries
 from megatron_vlm.packages import missing
 
@@ -34,15 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()))
         return 0 if argv else 1
     if argv[0] == "--version":
-        from megatron_vlm import __version__
-
         print(__version__)
         return 0
     quiet_libraries()
     try:
         if argv[0] not in COMMANDS:
-            from megatron_vlm.config import nearest  # which needs a package that may not be there
-
             raise MegatronVLMError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
         code = importlib.import_module(COMMANDS[argv[0]][0]).run(argv[1:])
         sys.stdout.flush()  # here, where who has left can be told quietly

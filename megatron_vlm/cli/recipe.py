@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from megatron_vlm.cli.paths import PathArgument
+from megatron_vlm.cli.arguments import PathArgument
 from megatron_vlm.options import recipes
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from megatron_vlm.log import get_logger, setup_logging
 from megatron_vlm.options.flags import flags_help
+from megatron_vlm.parallel.heartbeat import Heartbeat
 
 USAGE = """usage: megatron-vlm train [--config FILE] [section.key=value ...] [--flag VALUE ...]
 
@@ -21,11 +22,9 @@ def run(argv: Sequence[str]) -> int:
         print(USAGE + flags_help())
         return 0
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost connection are pages of C++ frames
-    from megatron_vlm.parallel.heartbeat import Heartbeat  # torch
-
     with Heartbeat() as heartbeat:  # before all that may take long: the others see that this rank lives
         from megatron_vlm.options.resolve import resolve  # torch
-        from megatron_vlm.training.memory.dry_run import dry_run  # megatron-core
+        from megatron_vlm.training.memory.dry_run import dry_run  # torch
         from megatron_vlm.training.trainer import Trainer  # megatron-core
 
         config, notes = resolve(argv)

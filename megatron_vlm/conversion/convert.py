@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from megatron_vlm import registry
-from megatron_vlm.config import nearest
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.write_megatron import write_megatron
-from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
+from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError, nearest
 from megatron_vlm.files import check_output, read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.processing.processor_files import add_stops

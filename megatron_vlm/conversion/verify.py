@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config import nearest
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.report import Report, Row, module_of
-from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
+from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError, nearest
 from megatron_vlm.files import file_digest
 from megatron_vlm.sources.hf import HFSource
 from megatron_vlm.sources.source import WeightSource

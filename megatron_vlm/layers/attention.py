@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vlm.config import nearest
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, nearest
 
 BACKENDS = ("segments", "torch_varlen", "flash_attn")
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
-from megatron_vlm.config import Config, nearest
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.config import Config
+from megatron_vlm.errors import ConfigError, nearest
 from megatron_vlm.weights.mapping import Split
 
 GROUPS = {"vision": "vision_model.", "connector": "connector.", "llm": "language_model."}

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_vlm.config import nearest, parse_value
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.config import parse_value
+from megatron_vlm.errors import ConfigError, nearest
 from megatron_vlm.options.aliases import (
     BATCH_FLAGS,
     FLAG_ALIASES,

@@ -10,8 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vlm.config import load_yaml, nearest
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.config import load_yaml
+from megatron_vlm.errors import ConfigError, nearest
 from megatron_vlm.files import expand_path, writing
 from megatron_vlm.registry import FamilySpec
 

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.config import nearest
 from megatron_vlm.digests import write_listing
-from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.errors import ConfigError, ConversionError, nearest
 from megatron_vlm.files import check_output, read_json
 from megatron_vlm.peft.adapter import Adapter, Pair, hf_infos, renamed
 from megatron_vlm.peft.adapter_io import write_adapter

@@ -13,8 +13,7 @@ from collections.abc import Mapping as Dict
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.config import nearest
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, nearest
 from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.peft.adapter_map import PeftPlan, Target
 from megatron_vlm.peft.config import ALL_LINEAR, PeftConfig

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vlm.cli.main import main
 from megatron_vlm.testing.distributed import forkserver
 
 
@@ -83,6 +84,4 @@ def _run(argv: list[str], out: str, err: str, variables: dict[str, str], folder:
         os.close(file)
     os.environ.update(variables)
     os.chdir(folder)
-    from megatron_vlm.cli.main import main
-
     sys.exit(main(argv))

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_vlm.cli.train import run
+from megatron_vlm.data.formats import open_sources
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, Row
+from megatron_vlm.data.shards.build import build_shards
 from megatron_vlm.errors import MegatronVLMError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -24,9 +27,6 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def write_shards(folder: Path, count: int, seed: int) -> Path:
     """Shards of ``count`` samples with 0, 1 or 2 images of odd sizes."""
     draw, noise = random.Random(seed), np.random.default_rng(seed)
-    from megatron_vlm.data.formats import open_sources
-    from megatron_vlm.data.shards.build import build_shards
-
     images = folder / "images"
     images.mkdir(parents=True)
     records = []
@@ -59,8 +59,6 @@ def damage_one_image(data: Path, copy: Path) -> Path:
 
 def train(argv: list[str]) -> tuple[int, str]:
     """Runs ``megatron-vlm train argv``; returns (exit code, error text with its class in front)."""
-    from megatron_vlm.cli.train import run
-
     try:
         return run(argv), ""
     except MegatronVLMError as error:

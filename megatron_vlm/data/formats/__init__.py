@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config import nearest
 from megatron_vlm.data.foreign import refuse_other_format
 from megatron_vlm.data.formats.internvl import expand_internvl
 from megatron_vlm.data.formats.json_file import CHUNK, JSON_LINES, MAX_INLINE_BYTES, read_json_records
@@ -23,7 +22,7 @@ from megatron_vlm.data.formats.splits import choose
 from megatron_vlm.data.formats.webdataset import read_tars, tars_of
 from megatron_vlm.data.formats.xcomposer import expand_xcomposer, parse_xcomposer
 from megatron_vlm.data.problems import Notes
-from megatron_vlm.errors import ConfigError, DataError, Reason
+from megatron_vlm.errors import ConfigError, DataError, Reason, nearest
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)

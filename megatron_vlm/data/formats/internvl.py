@@ -13,11 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config import nearest
 from megatron_vlm.data.formats.json_file import read_json
 from megatron_vlm.data.formats.records import Source
 from megatron_vlm.data.formats.xcomposer import located
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, nearest
 
 
 def _number(value: Any) -> bool:

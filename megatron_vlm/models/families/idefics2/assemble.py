@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_vlm.config import Config, nearest
-from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.config import Config
+from megatron_vlm.errors import ConfigError, ConversionError, nearest
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.assembling import copy_licences, extended_rows, generator

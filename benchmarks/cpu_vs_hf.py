@@ -20,8 +20,8 @@ import torch
 from megatron_vlm.conversion.load import load_into
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
+from megatron_vlm.models.built import build_model
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.vlm import build_model
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 from megatron_vlm.testing.twins import write_tiny_idefics2
@@ -84,14 +84,14 @@ def our_step(model_dir: Path) -> Callable[[Sequence[EncodedSample]], float]:
     source = open_source(str(model_dir))
     config = source.config
     topology = build_topology(ParallelConfig(), num_layers=config.text.num_layers, device=device)
-    chunks = build_model(source.spec, config, topology, ModelOptions())
-    load_into(source, chunks, tp=1, tp_rank=0, vocab_multiple=128)
-    chunks = wrap_model(chunks, ParallelConfig())
-    optimizer = build_optimizer(OPTIMIZER, chunks)
+    model = build_model(source.spec, config, topology, ModelOptions())
+    load_into(source, model)
+    model = wrap_model(model, ParallelConfig())
+    optimizer = build_optimizer(OPTIMIZER, model)
     set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), OPTIMIZER.lr), 0.0)
 
     def step(samples: Sequence[EncodedSample]) -> float:
-        return train_step(chunks, optimizer, [row_from_samples(row) for row in pack(samples)], topology).loss
+        return train_step(model, optimizer, [row_from_samples(row) for row in pack(samples)]).loss
 
     return step
 

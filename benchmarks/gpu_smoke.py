@@ -17,12 +17,12 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, Row, row_from_samples
 from megatron_vlm.layers.attention import attention, select_backend
+from megatron_vlm.models.built import build_model
 from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.models.parts.perceiver import PerceiverConfig
 from megatron_vlm.models.parts.siglip import SiglipConfig
-from megatron_vlm.models.vlm import build_model
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
@@ -147,21 +147,21 @@ def training_speed(args: argparse.Namespace, device: torch.device) -> None:
     topology = build_topology(parallel, num_layers=config.text.num_layers, device=device)
     seed_step(topology, 0, 0)
     options = ModelOptions(params_dtype="bf16", recompute_granularity="full" if args.recompute else None)
-    chunks = build_model(registry.get("idefics2"), config, topology, options)
+    model = build_model(registry.get("idefics2"), config, topology, options)
     parameters = 0
-    for parameter in chunks[0].parameters():
+    for parameter in model.stages[0].parameters():
         parameters += parameter.numel()
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
-    chunks = wrap_model(chunks, parallel)
+    model = wrap_model(model, parallel)
     settings = OptimizerConfig(lr=1e-5)
-    optimizer = build_optimizer(settings, chunks, params_dtype=torch.bfloat16)
+    optimizer = build_optimizer(settings, model)
     set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), settings.lr), settings.weight_decay)
     image = 56 if args.tiny else IMAGE
     rows = [make_row(config, args.row, image, seed) for seed in range(args.accumulate)]
     seconds, loss = [], 0.0
     for _ in range(args.warm_up + args.steps):
         start = clock(device)
-        loss = train_step(chunks, optimizer, rows, topology).loss
+        loss = train_step(model, optimizer, rows).loss
         seconds.append(clock(device) - start)
     step = statistics.median(seconds[args.warm_up :])
     images = [(3, image, image)] * sum(len(row.pixels) for row in rows)

@@ -26,7 +26,7 @@ from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.memory import Case, estimated, measured
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
-from megatron_vlm.training.memory.estimate import RowShape
+from megatron_vlm.training.memory.stages import RowShape
 from megatron_vlm.training.run_config import RunConfig, TrainingConfig
 
 LARGE = {"idefics2": "Idefics2-1.2B", "internvl3": "InternVL3-2B", "llava_internlm2": "LLaVA-InternLM2-1.8B"}

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 
 from megatron_vlm import registry
-from megatron_vlm.conversion.load import load_stages
+from megatron_vlm.conversion.load import load_model
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
+from megatron_vlm.models.built import global_named_modules
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.vlm import global_named_modules
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology, init_process_group
-from megatron_vlm.peft.adapter_map import adapter_mapping
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora
 from megatron_vlm.peft.qlora import quantization_of
@@ -80,19 +79,16 @@ def measure(source: HFSource, topology: Topology, args: argparse.Namespace, sett
     plan = make_plan(source.spec, source.config, peft, source.infos)
     options = ModelOptions(params_dtype="bf16", recompute_granularity="full" if args.recompute else None)
     start = clock(device)
-    stages = load_stages(source, topology, options, quantization_of(peft, "bf16"))
+    model = load_model(source, topology, options, quantization_of(peft, "bf16"))
     loaded = clock(device) - start
     targets = {target.linear for target in plan.targets}
-    linears = {name: module for stage in stages for name, module in global_named_modules(stage) if name in targets}
+    linears = {name: module for stage in model for name, module in global_named_modules(stage) if name in targets}
     parameters = sum(source.infos[f"{name}.weight"].meta().numel() for name in linears)
     bits = 8 * sum(held(module) for module in linears.values())
-    weights = sum(held(stage) for stage in stages)
-    apply_lora(
-        stages, plan, adapter_mapping(source.spec.mapping(source.config, vocab_multiple=128), plan), topology, seed=0
-    )
-    chunks = wrap_model(stages, ParallelConfig())
+    weights = sum(held(stage) for stage in model)
+    model = wrap_model(apply_lora(model, plan, seed=0), ParallelConfig())
     optimizer_config = OptimizerConfig(lr=1e-4)
-    optimizer = build_optimizer(optimizer_config, chunks, params_dtype=torch.bfloat16)
+    optimizer = build_optimizer(optimizer_config, model)
     set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), 1e-4), optimizer_config.weight_decay)
     row = make_row(args.tokens, source.config.text.vocab_size)
     if device.type == "cuda":
@@ -100,7 +96,7 @@ def measure(source: HFSource, topology: Topology, args: argparse.Namespace, sett
     seconds = []
     for _ in range(args.warm_up + args.steps):
         start = clock(device)
-        train_step(chunks, optimizer, [row], topology)
+        train_step(model, optimizer, [row])
         seconds.append(clock(device) - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
     return [bits / parameters, weights / 2**30, loaded, statistics.median(seconds[args.warm_up :]), peak]

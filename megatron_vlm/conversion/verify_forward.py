@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_vlm.conversion.load import load_stages
-from megatron_vlm.conversion.report import Report, Row, module_of
+from megatron_vlm.conversion.load import load_model
+from megatron_vlm.conversion.verify import Report, Row, module_of
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
 from megatron_vlm.sources.source import WeightSource
 
@@ -102,8 +102,8 @@ def run_hf(
 
 def run_ours(reference: Any, source: WeightSource, samples: Sequence[EncodedSample], gradients: bool) -> Run:
     """Our model on one process, all samples packed in one row, weights merged from the source's shards."""
+    from megatron_vlm.models.built import global_named_parameters
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.models.vlm import global_named_parameters
     from megatron_vlm.parallel import cpu
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 
@@ -111,7 +111,7 @@ def run_ours(reference: Any, source: WeightSource, samples: Sequence[EncodedSamp
     device = torch.device("cpu")
     init_process_group(device)
     topology = build_topology(ParallelConfig(), num_layers=source.config.text.num_layers, device=device)
-    (model,) = load_stages(source, topology, ModelOptions(make_vocab_size_divisible_by=1))
+    (model,) = load_model(source, topology, ModelOptions(make_vocab_size_divisible_by=1))
     model.eval()
     row = row_from_samples(samples)
     batch = row

@@ -16,7 +16,8 @@ from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel
 from megatron_vlm.parallel.grid import Grid
 from megatron_vlm.registry import FamilySpec
-from megatron_vlm.training.memory.estimate import RowShape, StageMemory, estimate
+from megatron_vlm.training.memory.estimate import estimate
+from megatron_vlm.training.memory.stages import RowShape, StageMemory
 from megatron_vlm.training.run_config import RunConfig
 
 USABLE = 0.94

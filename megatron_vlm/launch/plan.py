@@ -25,7 +25,8 @@ from megatron_vlm.options.request import Request
 from megatron_vlm.parallel.grid import SETTINGS, replica_size, replicas
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.output_check import folders_of
-from megatron_vlm.training.memory.estimate import StageMemory, estimate, table
+from megatron_vlm.training.memory.estimate import estimate
+from megatron_vlm.training.memory.stages import StageMemory, table
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.checkpoint_dir import TRACKER

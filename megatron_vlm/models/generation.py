@@ -20,6 +20,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, Row, row_from_samples
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.core_attention import KVCache, RowParams
+from megatron_vlm.models.built import Model, unwrapped
 from megatron_vlm.parallel.batch import device_batch
 from megatron_vlm.parallel.topology import Topology
 
@@ -64,9 +65,8 @@ class Answer:
 
 @torch.no_grad()
 def generate(
-    chunks: Sequence[Any],
+    model: Model,
     prompts: Sequence[EncodedSample],
-    topology: Topology,
     sampling: SamplingConfig,
     *,
     stop_ids: Sequence[int],
@@ -76,19 +76,15 @@ def generate(
     """Answers some prompts together. A collective of one replica's ranks.
 
     Args:
-        chunks: this rank's stages, wrapped in DDP or not.
+        model: its stages wrapped in DDP or not.
         prompts: at least one; the same on every rank of the replica (pixels are read on its source alone).
-        topology: the layout.
         sampling: how tokens are chosen.
         stop_ids: tokens that end an answer.
         filler_token_id: of rows under sequence parallelism.
         first_number: of the first prompt among all, which keys its draws.
     """
-    stages = [_unwrapped(chunk) for chunk in chunks]
-    modes = [stage.training for stage in stages]
-    for stage in stages:
-        stage.eval()
-    try:
+    topology, stages = model.topology, [unwrapped(stage) for stage in model]
+    with model.evaluating():
         multiple = topology.tp if stages[0].config.sequence_parallel else 1
         answers: list[list[int]] = [[] for _ in prompts]
         finished = [False] * len(prompts)
@@ -116,21 +112,12 @@ def generate(
             row = _next_row([answers[i][-1] for i in active], cache.lengths, filler_token_id, multiple)
             counts = [1] * len(active)
         return [Answer(ids=tuple(ids), finished=end) for ids, end in zip(answers, finished)]
-    finally:
-        for stage, mode in zip(stages, modes):
-            stage.train(mode)
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
     # The CPU generator reads 32 bits of a seed, so both numbers are hashed into them.
     digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-def _unwrapped(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def _next_row(tokens: Sequence[int], positions: Sequence[int], filler_token_id: int, multiple: int) -> Row:

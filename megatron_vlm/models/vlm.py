@@ -8,8 +8,7 @@ The first stage owns tower and connector. Towers and connectors are given by the
 In training a row without images runs them on the smallest image of zeros, whose features go nowhere (models/fusion.py).
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,17 +21,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.data.row import Row
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import DataError
 from megatron_vlm.layers.core_attention import RowParams
-from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.models.fusion import Filler, filler_pixels, fuse
 from megatron_vlm.models.language import Decoder
-from megatron_vlm.models.options import ModelOptions, group_of
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.parallel.rng import unchanged_generators
 from megatron_vlm.parallel.topology import Topology
-from megatron_vlm.registry import FamilySpec
-from megatron_vlm.weights.mapping import Mapping, Split
 
 
 class VisionLanguageModel(MegatronModule):
@@ -133,41 +129,6 @@ class VisionLanguageModel(MegatronModule):
         return self.vision_model, self.connector
 
 
-def build_model(
-    spec: FamilySpec, config: FamilyConfig, topology: Topology, options: ModelOptions
-) -> list[VisionLanguageModel]:
-    """Builds this rank's stages (one per virtual stage), frozen groups applied; weights are to be loaded.
-
-    Raises:
-        ConfigError: the model does not divide over the topology, with the legal sizes.
-    """
-    vocab = options.vocab_split
-    if options.drop_path_rate and not spec.drop_path:
-        raise ConfigError(f"drop_path_rate {options.drop_path_rate}: the tower of family {spec.name} has no drop path")
-    mapping = spec.mapping(config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
-    chunks = []
-    for stage in range(topology.vp):
-        chunk = spec.build(config, topology, options, vp_stage=stage if topology.vp > 1 else None)
-        mark_sharding(chunk, mapping, vocab)
-        freeze(chunk, options.freeze)
-        chunks.append(chunk)
-    return chunks
-
-
-def mark_sharding(chunk: nn.Module, mapping: Mapping, vocab: Split) -> None:
-    """Sets the marks by which megatron-core tells sharded from replicated parameters, from the family's weight map.
-
-    megatron-core sets them only where it initialises weights itself, and ours are loaded. Without them the gradient norm would
-    count one rank's shard alone; a tower that runs whole on every rank must not carry them.
-    """
-    entries = mapping.by_name()
-    for name, parameter in global_named_parameters(chunk):
-        split = entries[name].split if name in entries else vocab  # only the copy of a tied weight has no entry
-        parameter.tensor_model_parallel = split.dim is not None  # type: ignore[attr-defined]
-        parameter.partition_dim = -1 if split.dim is None else split.dim  # type: ignore[attr-defined]
-        parameter.partition_stride = split.stride  # type: ignore[attr-defined]
-
-
 def build_stage(
     text: TextConfig,
     topology: Topology,
@@ -194,55 +155,6 @@ def build_stage(
         connector(topology, options) if connector and first else None,
         recompute_connector=options.recompute_granularity is not None,
     )
-
-
-def freeze(chunk: nn.Module, groups: Sequence[str]) -> None:
-    """Takes whole groups out of training, both copies of a tied weight included."""
-    for name, parameter in global_named_parameters(chunk):
-        if group_of(name) in groups:
-            parameter.requires_grad_(False)
-
-
-_LAYER = re.compile(r"^language_model\.decoder\.layers\.(\d+)\.")
-
-
-def global_named_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields (global name, parameter) of a stage, wrapped in DDP or not: decoder layers count over the whole model."""
-    model = unwrapped(chunk)
-    for name, parameter in model.named_parameters():
-        yield _global_name(model, name), parameter
-
-
-def global_named_modules(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The same of modules."""
-    model = unwrapped(chunk)
-    for name, module in model.named_modules():
-        yield _global_name(model, name), module
-
-
-def unwrapped(chunk: nn.Module) -> VisionLanguageModel:
-    """The stage inside megatron-core's DDP."""
-    while not isinstance(chunk, VisionLanguageModel):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
-
-
-def _global_name(model: VisionLanguageModel, name: str) -> str:
-    match = _LAYER.match(name)
-    if match is None:
-        return name
-    layers: Any = model.language_model.decoder.layers
-    return f"language_model.decoder.layers.{layers[int(match[1])].layer_number - 1}.{name[match.end() :]}"
-
-
-def global_parameters(chunks: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
-    """All parameters of this rank by global name, copies of tied weights left out."""
-    return {
-        name: parameter
-        for chunk in chunks
-        for name, parameter in global_named_parameters(chunk)
-        if not getattr(parameter, "tied_copy", False)
-    }
 
 
 def _same_numbers() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -15,6 +15,7 @@ weights stay as they are. The head is never called as a module (models/language.
 Sources: LoRA (arXiv 2106.09685); peft 0.21.2, tuners/lora/layer.py.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -34,12 +35,11 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.vlm import global_named_modules, global_named_parameters, mark_sharding, unwrapped
+from megatron_vlm.models.built import Model, global_named_modules, global_named_parameters, mark_sharding, unwrapped
 from megatron_vlm.parallel.rng import derive_seed
 from megatron_vlm.parallel.topology import Topology
-from megatron_vlm.peft.adapter_map import PeftPlan, Target, local_rows, shared_evenly
+from megatron_vlm.peft.adapter_map import PeftPlan, Target, adapter_mapping, local_rows, shared_evenly, trained_mapping
 from megatron_vlm.weights.mapping import Entry, Split
-from megatron_vlm.weights.mapping import Mapping as WeightMap
 
 NEVER_RUN = "vision_model.unused_"
 """Layers of a tower behind the one whose output is read: their pairs are kept as they start, as PEFT keeps them."""
@@ -144,25 +144,27 @@ class LowRank(nn.ModuleDict):
             return F.dropout(x, pair.dropout, self.training)
 
 
-def apply_lora(stages: Sequence[nn.Module], plan: PeftPlan, mapping: WeightMap, topology: Topology, seed: int) -> None:
-    """Adds the plan's pairs to this rank's stages and freezes everything that the plan does not train.
+def apply_lora(model: Model, plan: PeftPlan, seed: int) -> Model:
+    """Adds the plan's pairs to a model's stages and freezes everything that the plan does not train.
 
-    To be called between ``load_stages`` and ``wrap_model``. A is drawn whole from a generator of its own, keyed by ``seed`` and
-    the HF name, and then cut: what a model starts from does not depend on the split. B is zero.
+    To be called between ``load_model`` and ``wrap_model``. A is drawn whole from a generator of its own, keyed by ``seed`` and
+    the HF name, and then cut: what a model starts from does not depend on the layout. B is zero.
 
     Args:
-        stages: as built, weights loaded or not.
+        model: its weights loaded or not.
         plan: of ``make_plan``.
-        mapping: ``adapter_mapping`` for this split.
-        topology: the split.
         seed: of the run.
+
+    Returns:
+        The model with the pairs in its weight map; a checkpoint holds what trains.
     """
     by_linear: dict[str, list[Target]] = defaultdict(list)
     for target in plan.targets:
         by_linear[target.linear].append(target)
+    topology = model.topology
+    mapping = adapter_mapping(model.mapping, plan, topology.tp)
     entries = mapping.by_name()
-    vocab = next(entry.split for entry in mapping if entry.split.vocab_multiple)
-    for stage in stages:
+    for stage in model:
         for name, linear in list(global_named_modules(stage)):
             if name in by_linear:
                 _add_pairs(linear, by_linear[name], entries, topology, plan.init, seed)
@@ -175,18 +177,18 @@ def apply_lora(stages: Sequence[nn.Module], plan: PeftPlan, mapping: WeightMap, 
         for linear in unwrapped(stage).modules():
             if isinstance(linear, ColumnParallelLinear) and not linear.skip_bias_add and _trains_bias_alone(linear):
                 linear.register_forward_hook(_let_gradient_into_bias)
-        mark_sharding(stage, mapping, vocab)
+        mark_sharding(stage, mapping)
         _let_gradients_into_tower(unwrapped(stage).vision_model)
+    return dataclasses.replace(model, mapping=mapping, saved=trained_mapping(model.mapping, plan, topology.tp))
 
 
-def fill(stages: Sequence[nn.Module], mapping: WeightMap, topology: Topology, tensors: Mapping[str, Tensor]) -> None:
-    """Copies full tensors (by global name, in the order of rows of ``mapping``) into this rank's parameters of those names."""
-    entries = mapping.by_name()
+def fill(model: Model, tensors: Mapping[str, Tensor]) -> None:
+    """Copies full tensors (by global name, in the order of rows of the weight map) into this rank's parameters of those names."""
+    entries, topology = model.mapping.by_name(), model.topology
     with torch.no_grad():
-        for stage in stages:
-            for name, parameter in global_named_parameters(stage):
-                if name in tensors:
-                    parameter.copy_(entries[name].split.shard(tensors[name], topology.tp, topology.tp_rank))
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                parameter.copy_(entries[name].split.shard(tensors[name], topology.tp, topology.tp_rank))
 
 
 def _add_pairs(

@@ -8,7 +8,7 @@ Codes and scales are buffers: no gradient, no optimizer state, no part of a chec
 norms, biases and the branches of partial LoRA keep the dtype of the run.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
+from megatron_vlm.models.built import Model, global_named_modules
 from megatron_vlm.models.options import DTYPES
-from megatron_vlm.models.vlm import global_named_modules
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.sources.quantised import nf4_tensors, quantised_names
 from megatron_vlm.sources.source import WeightSource
@@ -45,12 +45,12 @@ def quantization_of(peft: PeftConfig, dtype: Literal["fp32", "bf16", "fp16"]) ->
 
 
 def take_weights(
-    stages: Sequence[nn.Module], source: WeightSource, quantization: Quantization, keep: Collection[str] = ()
+    model: Model, source: WeightSource, quantization: Quantization, keep: Collection[str] = ()
 ) -> dict[str, nn.Module]:
     """Removes the weights of the linears that are to be quantised, before the stages go to their device.
 
     Args:
-        stages: this rank's, not wrapped.
+        model: not wrapped.
         source: tells which weights are linears.
         quantization: which groups.
         keep: global names of weights that train in full, and so stay.
@@ -71,7 +71,7 @@ def take_weights(
     if trained:
         log.info("%d linears train in full and are not quantised: %s ...", len(trained), trained[0])
     taken: dict[str, nn.Module] = {}
-    for stage in stages:
+    for stage in model:
         for module_name, module in global_named_modules(stage):
             name = f"{module_name}.weight"
             if name not in names or name in trained:
@@ -84,30 +84,22 @@ def take_weights(
     return taken
 
 
-def fill(
-    linears: dict[str, nn.Module],
-    source: WeightSource,
-    quantization: Quantization,
-    *,
-    tp: int,
-    tp_rank: int,
-    device: Any,
-) -> None:
-    """Gives each of ``take_weights``' linears its NF4 weight, one HF tensor in memory at a time.
+def fill(linears: dict[str, nn.Module], source: WeightSource, quantization: Quantization, model: Model) -> None:
+    """Gives each of ``take_weights``' linears its NF4 weight, one HF tensor in memory at a time, on the model's device.
 
     Args:
         linears: global name of the weight -> linear.
         source: of full-precision weights, or of stored codes.
         quantization: how.
-        tp, tp_rank: this rank's place.
-        device: where HF tensors are quantised and the codes stay.
+        model: of the linears.
     """
-    backend = get_backend(torch.device(device).type, quantization.backend)
-    entries = source.spec.mapping(source.config, tp=tp).by_name()
+    device, topology = model.device, model.topology
+    backend = get_backend(device.type, quantization.backend)
+    entries = model.mapping.by_name()
     for name, linear in linears.items():
         entry = entries[name]
         shapes = [tuple(part.shape) for part in entry.from_full(source.infos[name].meta())]
-        lines = Lines.of(entry, shapes, tp, tp_rank)
+        lines = Lines.of(entry, shapes, topology.tp, topology.tp_rank)
         tensors = nf4_tensors(source, entry, quantization, backend, device)
         install(linear, *shard(lines, tensors, backend, DTYPES[quantization.dtype]))
 

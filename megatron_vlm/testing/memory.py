@@ -13,14 +13,21 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import Row
+from megatron_vlm.models.built import build_model, global_parameters
 from megatron_vlm.models.family_config import FamilyConfig
+from megatron_vlm.models.options import GROUPS, ModelOptions
 from megatron_vlm.parallel import cpu
-from megatron_vlm.parallel.topology import ParallelConfig, init_process_group
+from megatron_vlm.parallel.rng import seed_step
+from megatron_vlm.parallel.topology import ParallelConfig, build_topology, destroy_topology, init_process_group
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
-from megatron_vlm.training.memory.estimate import RowShape, adapt, estimate, make_batch
+from megatron_vlm.training.memory.estimate import adapt, estimate, make_batch
+from megatron_vlm.training.memory.stages import RowShape
+from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
+from megatron_vlm.training.step import train_step
 from megatron_vlm.weights.mapping import TensorInfo
 
 
@@ -90,13 +97,6 @@ def measured(case: Case, device_type: str) -> dict[int, int]:
 
 def measure(case: Case, device_type: str) -> tuple[int, int]:
     """On a rank: (number of its stage, peak bytes of tensors) over two steps."""
-    from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.models.vlm import build_model, global_parameters
-    from megatron_vlm.parallel.rng import seed_step
-    from megatron_vlm.parallel.topology import build_topology, destroy_topology
-    from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
-    from megatron_vlm.training.optimizer.config import OptimizerConfig
-    from megatron_vlm.training.step import train_step
 
     config, model_config, device = case.config(), case.model_config, torch.device(device_type)
     peak = PeakOnCpu() if device.type == "cpu" else PeakOnGpu()
@@ -104,25 +104,25 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
         topology = build_topology(config.parallel, num_layers=model_config.text.num_layers, device=device)
         seed_step(topology, 0, 0)
         options = ModelOptions(**config.model_options())
-        chunks: list[Any] = build_model(registry.get(case.family), model_config, topology, options)
-        for chunk in chunks:
-            for parameter in chunk.parameters():
+        model = build_model(registry.get(case.family), model_config, topology, options)
+        for stage in model:
+            for parameter in stage.parameters():
                 torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
         if config.peft.active:  # on one rank: its tensors are the whole ones
-            infos = {name: TensorInfo.of(parameter) for name, parameter in global_parameters(chunks).items()}
-            adapt(config, registry.get(case.family), model_config, topology, infos, chunks)
-        chunks = wrap_model(chunks, config.parallel)
-        optimizer = build_optimizer(OptimizerConfig(lr=1e-5), chunks, params_dtype=options.torch_dtype)
+            infos = {name: TensorInfo.of(parameter) for name, parameter in global_parameters(model).items()}
+            model = adapt(config, model, infos)
+        model = wrap_model(model, config.parallel)
+        optimizer = build_optimizer(OptimizerConfig(lr=1e-5), model)
         rows = [make_row(case.row, model_config)] * (config.num_microbatches_per_batch // topology.dp)
         for step in range(2):
             seed_step(topology, 0, step)
-            set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), 1e-5), 0.01)
-            train_step(chunks, optimizer, rows, topology)
-    stage = topology.pp_rank
-    del chunks, optimizer
+            set_learning_rates(optimizer, dict.fromkeys(GROUPS, 1e-5), 0.01)
+            train_step(model, optimizer, rows)
+    number = topology.pp_rank
+    del model, stage, optimizer
     destroy_topology()
     gc.collect()
-    return stage, peak.bytes
+    return number, peak.bytes
 
 
 def make_row(row: RowShape, model_config: FamilyConfig) -> Row:

@@ -12,7 +12,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_vlm.conversion.load import load_model
+from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import EncodedSample, Row
+from megatron_vlm.models.built import Model
+from megatron_vlm.models.generation import SamplingConfig, generate
+from megatron_vlm.models.options import GROUPS, ModelOptions
+from megatron_vlm.parallel.rng import seed_step
+from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology
+from megatron_vlm.peft.adapter_map import PeftPlan, adapter_mapping
+from megatron_vlm.peft.config import PeftConfig
+from megatron_vlm.peft.lora import apply_lora, fill
+from megatron_vlm.peft.qlora import quantization_of
+from megatron_vlm.peft.select import make_plan
+from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
+from megatron_vlm.training.optimizer.config import OptimizerConfig
+from megatron_vlm.training.step import reduce_over_job, run_schedule, train_step
 from megatron_vlm.weights.mapping import Mapping
 
 
@@ -101,17 +117,11 @@ def hf_reference(
 
 def build_for_test(
     hf_dir: str, parallel: dict, options: dict, peft: dict | None = None
-) -> tuple[Any, Any, list[Any], Any]:
-    """On a rank: topology, model config, stages with the weights of ``hf_dir`` loaded, and the family.
+) -> tuple[Topology, WeightSource, Model, ParallelConfig]:
+    """On a rank: the layout, the weights of ``hf_dir``, and a model that holds them.
 
     ``peft``: of the section of that name of a run, and ``tensors`` of adapters by the names in PEFT's files.
     """
-    from megatron_vlm.conversion.load import load_stages
-    from megatron_vlm.conversion.open_source import open_source
-    from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.parallel.rng import seed_step
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
-
     config = ParallelConfig(**parallel)
     source = open_source(hf_dir)
     topology = build_topology(config, num_layers=source.config.text.num_layers, device=torch.device("cpu"))
@@ -121,44 +131,32 @@ def build_for_test(
         recompute_granularity=config.recompute_granularity,
         **{"make_vocab_size_divisible_by": 8, **options},
     )
-    chunks = load_stages(source, topology, model_options, *_quantised(source, model_options, peft))
-    if peft is not None:
-        adapt(source, chunks, topology, **peft)
-    return topology, source, chunks, config
+    model = load_model(source, topology, model_options, *_quantised(source, model_options, peft))
+    return topology, source, model if peft is None else adapt(source, model, **peft), config
 
 
-def _quantised(source: Any, options: Any, peft: dict[str, Any] | None) -> tuple[Any, ...]:
-    """The arguments of ``load_stages`` that say what is kept in 4 bits."""
-    from megatron_vlm.peft.config import PeftConfig
-    from megatron_vlm.peft.qlora import quantization_of
-
+def _quantised(source: WeightSource, options: ModelOptions, peft: dict[str, Any] | None) -> tuple[Any, ...]:
+    """The arguments of ``load_model`` that say what is kept in 4 bits."""
     settings = {key: value for key, value in (peft or {}).items() if key != "tensors"}
     quantization = quantization_of(PeftConfig(**settings), options.params_dtype)
     return (quantization, adapted_plan(source, settings).saved) if quantization else ()
 
 
-def adapt(source: Any, chunks: Sequence[Any], topology: Any, tensors: dict[str, Tensor], **settings: Any) -> None:
-    """On a rank: adds pairs to stages built with vocabularies padded to 8, filled from ``tensors`` by PEFT's names."""
-    from megatron_vlm.peft.lora import apply_lora, fill
-
-    mapping = adapted_mapping(source, settings, topology.tp)
-    apply_lora(chunks, adapted_plan(source, settings), mapping, topology, seed=0)
-    entries = [entry for entry in mapping if entry.hf[0] in tensors]
-    fill(chunks, mapping, topology, {entry.name: entry.to_full([tensors[hf] for hf in entry.hf]) for entry in entries})
+def adapt(source: WeightSource, model: Model, tensors: dict[str, Tensor], **settings: Any) -> Model:
+    """On a rank: adds pairs to a model, filled from ``tensors`` by PEFT's names."""
+    model = apply_lora(model, adapted_plan(source, settings), seed=0)
+    entries = [entry for entry in model.mapping if entry.hf[0] in tensors]
+    fill(model, {entry.name: entry.to_full([tensors[hf] for hf in entry.hf]) for entry in entries})
+    return model
 
 
-def adapted_plan(source: Any, settings: dict[str, Any]) -> Any:
+def adapted_plan(source: WeightSource, settings: dict[str, Any]) -> PeftPlan:
     """The plan of a section ``peft``."""
-    from megatron_vlm.peft.config import PeftConfig
-    from megatron_vlm.peft.select import make_plan
-
     return make_plan(source.spec, source.config, PeftConfig(**settings), source.infos)
 
 
-def adapted_mapping(source: Any, settings: dict[str, Any], tp: int) -> Mapping:
+def adapted_mapping(source: WeightSource, settings: dict[str, Any], tp: int) -> Mapping:
     """The weight map with pairs, vocabularies padded to 8."""
-    from megatron_vlm.peft.adapter_map import adapter_mapping
-
     base = source.spec.mapping(source.config, tp=tp, vocab_multiple=8)
     return adapter_mapping(base, adapted_plan(source, settings), tp)
 
@@ -181,16 +179,14 @@ def layout_answers(
     stop_ids: Sequence[int],
 ) -> list[list[Any]]:
     """On a rank: the answers (models.generation.Answer) to ``prompts`` in each layout of its size, batch by batch."""
-    from megatron_vlm.models.generation import SamplingConfig, generate
-
     found: list[list[Any]] = []
     for parallel in layouts:
-        topology, _, chunks, _ = build_for_test(hf_dir, parallel, {})
+        _, _, model, _ = build_for_test(hf_dir, parallel, {})
         config = SamplingConfig(**sampling)
         found.append([])
         for first in range(0, len(prompts), config.batch_size):
             batch = prompts[first : first + config.batch_size]
-            found[-1] += generate(chunks, batch, topology, config, stop_ids=stop_ids, first_number=first)
+            found[-1] += generate(model, batch, config, stop_ids=stop_ids, first_number=first)
     return found
 
 
@@ -209,20 +205,16 @@ def layout_run(
         what ``batch_gradients`` returns, before any update; loss and gradient norm of each of ``steps`` AdamW updates; and the
         dtype of the gradient buffers.
     """
-    from megatron_vlm.training.optimizer.build import set_learning_rates
-    from megatron_vlm.training.optimizer.config import OptimizerConfig
-    from megatron_vlm.training.step import train_step
-
     optimizer_config = OptimizerConfig(lr=lr)
-    topology, models, optimizer = wrapped_for_test(hf_dir, parallel, options, peft, optimizer_config)
-    gradients = batch_gradients(models, rows, topology)
-    mine = rows[topology.dp_rank :: topology.dp]
+    model, optimizer = wrapped_for_test(hf_dir, parallel, options, peft, optimizer_config)
+    gradients = batch_gradients(model, rows)
+    mine = rows[model.topology.dp_rank :: model.topology.dp]
     history = []
     for _ in range(steps):
-        set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), lr), optimizer_config.weight_decay)
-        result = train_step(models, optimizer, mine, topology)
+        set_learning_rates(optimizer, dict.fromkeys(GROUPS, lr), optimizer_config.weight_decay)
+        result = train_step(model, optimizer, mine)
         history.append((result.loss, result.grad_norm))
-    dtypes = {buffer.grad_data.dtype for model in models for buffer in model.buffers}
+    dtypes = {buffer.grad_data.dtype for stage in model for buffer in stage.buffers}
     return {**gradients, "history": history, "buffer_dtypes": dtypes}
 
 
@@ -233,58 +225,52 @@ def layout_gradients(
 
     In fp16 the gradients are 256 times as large.
     """
-    from megatron_vlm.training.optimizer.config import OptimizerConfig
-
-    topology, models, _ = wrapped_for_test(hf_dir, parallel, options, peft, OptimizerConfig(loss_scale=256.0))
-    return [batch_gradients(models, rows, topology) for rows in batches]
+    model, _ = wrapped_for_test(hf_dir, parallel, options, peft, OptimizerConfig(loss_scale=256.0))
+    return [batch_gradients(model, rows) for rows in batches]
 
 
 def wrapped_for_test(
-    hf_dir: str, parallel: dict, options: dict, peft: dict | None, optimizer_config: Any
-) -> tuple[Any, list[Any], Any]:
-    """On a rank: topology, stages of ``build_for_test`` wrapped and in training mode, and their optimizer."""
-    from megatron_vlm.training.optimizer.build import build_optimizer, wrap_model
-
-    topology, _, chunks, config = build_for_test(hf_dir, parallel, options, peft)
-    models = wrap_model(chunks, config)
-    optimizer = build_optimizer(optimizer_config, models, params_dtype=chunks[0].config.params_dtype)
-    for model in models:
-        model.train()
-    return topology, models, optimizer
+    hf_dir: str, parallel: dict, options: dict, peft: dict | None, optimizer_config: OptimizerConfig
+) -> tuple[Model, Any]:
+    """On a rank: the model of ``build_for_test`` wrapped and in training mode, and its optimizer."""
+    _, _, model, config = build_for_test(hf_dir, parallel, options, peft)
+    model = wrap_model(model, config)
+    optimizer = build_optimizer(optimizer_config, model)
+    for stage in model:
+        stage.train()
+    return model, optimizer
 
 
-def batch_gradients(models: Sequence[Any], rows: Sequence[Row], topology: Any) -> dict:
+def batch_gradients(model: Model, rows: Sequence[Row]) -> dict:
     """On a rank: its coordinates, and of one global batch the loss, reduced fp32 gradients by global name, number of buckets.
 
     ``rows`` are dealt round robin over data parallel ranks.
     """
-    from megatron_vlm.models.vlm import global_named_parameters
-    from megatron_vlm.training.step import reduce_over_job, run_schedule
-
+    topology = model.topology
     mine = rows[topology.dp_rank :: topology.dp]
-    for model in models:
-        model.zero_grad_buffer()
-    totals = reduce_over_job(run_schedule(models, mine, topology, forward_only=False), mine, topology)
-    if models[0].ddp_config.use_distributed_optimizer:
-        _gather_gradient_shards(models, topology)
+    for stage in model:
+        stage.zero_grad_buffer()
+    totals = reduce_over_job(run_schedule(model, mine, forward_only=False), mine, topology)
+    if model.stages[0].ddp_config.use_distributed_optimizer:
+        _gather_gradient_shards(model)
     return {
         "tp_rank": topology.tp_rank,
         "dp_rank": topology.dp_rank,
         "loss": totals["loss_sum"] / totals["supervised_tokens"],
-        "buckets": sum(len(buffer.buckets) for model in models for buffer in model.buffers),
+        "buckets": sum(len(buffer.buckets) for stage in model for buffer in stage.buffers),
         "grads": {
             name: getattr(parameter, "main_grad").detach().float().clone()  # noqa: B009 - DDP's attribute
-            for model in models
-            for name, parameter in global_named_parameters(model)
+            for name, parameter in model.named_parameters()
             if parameter.requires_grad and not getattr(parameter, "tied_copy", False)
         },
     }
 
 
-def _gather_gradient_shards(models: Sequence[Any], topology: Any) -> None:
+def _gather_gradient_shards(model: Model) -> None:
     """The distributed optimizer leaves each data parallel rank its shard of every bucket: put them together."""
-    for model in models:
-        for buffer in model.buffers:
+    topology = model.topology
+    for stage in model:
+        for buffer in stage.buffers:
             for bucket in buffer.buckets:
                 shards = list(bucket.grad_data.view(topology.dp, -1))
                 dist.all_gather(shards, shards[topology.dp_rank].clone(), group=topology.dp_group)

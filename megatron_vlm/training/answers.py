@@ -11,8 +11,8 @@ import torch.distributed as dist
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.built import Model
 from megatron_vlm.models.generation import SamplingConfig, generate
-from megatron_vlm.parallel.topology import Topology
 
 
 def check_length(sample: EncodedSample, positions: int, sampling: SamplingConfig, what: str) -> None:
@@ -26,8 +26,7 @@ def check_length(sample: EncodedSample, positions: int, sampling: SamplingConfig
 
 
 def answer(
-    chunks: Sequence[Any],
-    topology: Topology,
+    model: Model,
     processor: Processor,
     prompts: Sequence[EncodedSample],
     sampling: SamplingConfig,
@@ -36,21 +35,19 @@ def answer(
     """Texts of the answers, on every rank. A collective of the whole job.
 
     Args:
-        chunks: this rank's stages.
-        topology: the layout; replicas share the prompts.
+        model: its replicas share the prompts.
         processor: of the family.
         prompts: the same on every rank.
         sampling: how tokens are chosen.
         first_number: of the first prompt, which keys its draws.
     """
-    size = sampling.batch_size
+    topology, size = model.topology, sampling.batch_size
     batches = [range(first, min(len(prompts), first + size)) for first in range(0, len(prompts), size)]
     texts: dict[int, str] = {}
     for batch in batches[topology.dp_rank :: topology.dp]:
         found = generate(
-            chunks,
+            model,
             [prompts[i] for i in batch],
-            topology,
             sampling,
             stop_ids=processor.stop_ids,
             filler_token_id=processor.filler_token_id,

@@ -3,14 +3,13 @@
 source rank of each replica: evaluation_rows --groups of rows--> all its ranks --forward only--> loss sum, token count
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from megatron_vlm.data.row import Row, row_from_samples
+from megatron_vlm.models.built import Model
 from megatron_vlm.parallel.batch import share_rows
-from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.training.step import reduce_over_job, run_schedule
 
 
@@ -23,25 +22,22 @@ class EvalResult:
     supervised_tokens: int
 
 
-def evaluate(chunks: Sequence[Any], rows: Iterator[Row] | None, topology: Topology, *, fill_to: int = 0) -> EvalResult:
+def evaluate(model: Model, rows: Iterator[Row] | None, *, fill_to: int = 0) -> EvalResult:
     """Runs the model over held-out rows without gradients.
 
     Args:
-        chunks: this rank's stages.
+        model: wrapped or not.
         rows: this replica's rows on its source rank (equally many on every replica); None elsewhere.
-        topology: the layout.
         fill_to: length of every row with virtual stages; rows without loss complete the last group there.
 
     Raises:
         DataError: on every rank, where a replica's rows cannot be read.
     """
+    topology = model.topology
     group = 2 * topology.pp if topology.pp > 1 else 1
     source = topology.is_source
     total = {"loss_sum": 0.0, "samples": 0.0, "supervised_tokens": 0.0}
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    try:
+    with model.evaluating():
         while True:
             batch, error = _take(rows, group) if source else (None, None)
             if batch and topology.vp > 1:
@@ -49,11 +45,8 @@ def evaluate(chunks: Sequence[Any], rows: Iterator[Row] | None, topology: Topolo
             shared, _ = share_rows(topology, batch, None, error)
             if not shared:
                 break
-            part = reduce_over_job(run_schedule(chunks, shared, topology, forward_only=True), shared, topology)
+            part = reduce_over_job(run_schedule(model, shared, forward_only=True), shared, topology)
             total = {key: value + part[key] for key, value in total.items()}
-    finally:
-        for chunk, mode in zip(chunks, modes):
-            chunk.train(mode)
     supervised = int(total["supervised_tokens"])
     loss = total["loss_sum"] / supervised if supervised else float("nan")
     return EvalResult(loss=loss, samples=int(total["samples"]), supervised_tokens=supervised)

@@ -1,6 +1,6 @@
 """``megatron-vlm generate``: questions to a checkpoint of any kind, in any layout.
 
---load (HF, Megatron weights, training checkpoint) --load_stages--> model --answers.answer--> standard output | JSON lines
+--load (HF, Megatron weights, training checkpoint) --load_model--> model --answers.answer--> standard output | JSON lines
 --prompt, --image | --input records ------------------------------^
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal, TextIO
 import torch
 
 from megatron_vlm.config import Config, PathText
-from megatron_vlm.conversion.load import load_stages
+from megatron_vlm.conversion.load import load_model
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.formats import open_sources, read_source
@@ -132,7 +132,7 @@ def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
             processor = source.spec.open_processor(
                 source.hf_dir, DataConfig.from_dict({"seq_length": text.max_position_embeddings, **config.data}, "data")
             )
-            stages = load_stages(source, topology, options)
+            model = load_model(source, topology, options)
     seed_step(topology, seed=config.sampling.seed, iteration=0)
     questions, number = _questions(config, processor, text.max_position_embeddings), 0
     out: TextIO | None = None
@@ -147,7 +147,7 @@ def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
             if not batch:
                 return number
             samples = [question.sample for question in batch]
-            answers = answer(stages, topology, processor, samples, config.sampling, number)
+            answers = answer(model, processor, samples, config.sampling, number)
             number += len(batch)
             with together(device):
                 for question, said in zip(batch, answers):

@@ -1,7 +1,7 @@
 """What a run with adapters opens and trains: the base, the plan, and what it starts from.
 
 checkpoint.load + peft --open_run--> base (WeightSource), PeftRun | None, Checkpoint to go on from | None
-PeftRun --build_stages--> stages with pairs, everything else frozen
+PeftRun --build_adapted--> Model with pairs, everything else frozen
 
 load                                    peft    trains
 model, full checkpoint                  given   adapters on it, from the start
@@ -16,14 +16,15 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vlm.conversion.load import load_stages
+from megatron_vlm.conversion.load import load_model
 from megatron_vlm.conversion.open_source import open_base, open_source
 from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
+from megatron_vlm.models.built import Model
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.topology import Topology
-from megatron_vlm.peft.adapter_map import adapter_mapping
+from megatron_vlm.peft.adapter_map import PeftPlan
 from megatron_vlm.peft.base_identity import base_place, describe_base
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora, fill
@@ -31,8 +32,9 @@ from megatron_vlm.peft.merge import absolute, continued, full_tensors
 from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan, named_mapping
 from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.training.checkpoint.load import Checkpoint
 from megatron_vlm.training.checkpoint.output_check import check_kept
-from megatron_vlm.training.checkpoint.save_load import Checkpoint, PeftRecord
+from megatron_vlm.training.checkpoint.save import PeftRecord
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.model_folder import CarriedFiles
 
@@ -47,9 +49,11 @@ class PeftRun(PeftRecord):
     """Adapters of a run.
 
     Attributes:
+        plan: what trains.
         tensors: full tensors to start from, by global name; what is absent starts anew.
     """
 
+    plan: PeftPlan
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -61,7 +65,7 @@ def open_run(config: RunConfig, found: Checkpoint | None) -> tuple[WeightSource,
         found: the checkpoint that ``checkpoint.load`` means, if it is one.
 
     Returns:
-        (source to build stages from, adapters if any, checkpoint to restore parameters and state from if any).
+        (source to build the model from, adapters if any, checkpoint to restore parameters and state from if any).
 
     Raises:
         ConfigError: the checkpoint and the section peft do not go together.
@@ -169,16 +173,10 @@ def _go_on(config: RunConfig, found: Checkpoint, record: dict[str, Any]) -> tupl
     return source, PeftRun(config=peft, plan=plan, base={**record["base"], "path": absolute(path)}), found
 
 
-def build_stages(
-    source: WeightSource, peft: PeftRun, topology: Topology, options: ModelOptions, seed: int
-) -> list[Any]:
-    """This rank's stages: base loaded (in 4 bits where the run says so), pairs added, everything else frozen."""
-    config, plan = peft.config, peft.plan
-    quantization = quantization_of(config, options.params_dtype)
-    stages = load_stages(source, topology, options, quantize=quantization, keep=plan.saved)
-    vocab = options.vocab_split
-    base = source.spec.mapping(source.config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
-    mapping = adapter_mapping(base, plan, topology.tp)
-    apply_lora(stages, plan, mapping, topology, seed)
-    fill(stages, mapping, topology, peft.tensors)
-    return stages
+def build_adapted(source: WeightSource, peft: PeftRun, topology: Topology, options: ModelOptions, seed: int) -> Model:
+    """The model: base loaded (in 4 bits where the run says so), pairs added, everything else frozen."""
+    quantization = quantization_of(peft.config, options.params_dtype)
+    model = load_model(source, topology, options, quantize=quantization, keep=peft.plan.saved)
+    model = apply_lora(model, peft.plan, seed)
+    fill(model, peft.tensors)
+    return model

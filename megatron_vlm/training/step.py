@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_vlm.data.row import Row
 from megatron_vlm.errors import TrainingError
+from megatron_vlm.models.built import Model, unwrapped
 from megatron_vlm.parallel.batch import device_batch
 from megatron_vlm.parallel.topology import Topology
 
@@ -72,23 +73,23 @@ class Cursor:
         return self.rows[max(0, self.position - 1)]
 
 
-def train_step(chunks: Sequence[Any], optimizer: Any, rows: Sequence[Row], topology: Topology) -> StepResult:
+def train_step(model: Model, optimizer: Any, rows: Sequence[Row]) -> StepResult:
     """Runs forward, backward and the update for one global batch.
 
     Args:
-        chunks: this rank's stages, from ``wrap_model``.
+        model: of ``wrap_model``.
         optimizer: of ``build_optimizer``, learning rates set.
         rows: this replica's microbatches, the same number on every data parallel rank, as ``share_rows`` gives them.
-        topology: the layout.
 
     Raises:
         TrainingError: out of memory (on the rank it happened on), or a loss or norm that is not finite (on every rank).
     """
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
+    topology = model.topology
+    for stage in model:
+        stage.zero_grad_buffer()
     optimizer.zero_grad()
     loss_scale = float(optimizer.get_loss_scale())
-    losses = run_schedule(chunks, rows, topology, forward_only=False)
+    losses = run_schedule(model, rows, forward_only=False)
     updated, grad_norm, _ = optimizer.step()
     totals = reduce_over_job(losses, rows, topology)
     supervised, loss_sum = int(totals["supervised_tokens"]), totals["loss_sum"]
@@ -111,9 +112,7 @@ def train_step(chunks: Sequence[Any], optimizer: Any, rows: Sequence[Row], topol
     )
 
 
-def run_schedule(
-    chunks: Sequence[Any], rows: Sequence[Row], topology: Topology, *, forward_only: bool
-) -> list[dict[str, Tensor]]:
+def run_schedule(model: Model, rows: Sequence[Row], *, forward_only: bool) -> list[dict[str, Tensor]]:
     """Runs megatron-core's schedule over the rows; the last stage returns the loss sum of each, others an empty list.
 
     Raises:
@@ -121,14 +120,14 @@ def run_schedule(
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    cursors = [Cursor(rows) for _ in chunks]
+    cursors, stages = [Cursor(rows) for _ in model], list(model)
     no_grad: AbstractContextManager = torch.no_grad() if forward_only else nullcontext()
     try:
         with no_grad:
             return get_forward_backward_func()(
-                forward_step_func=partial(forward_step, topology),
+                forward_step_func=partial(forward_step, model.topology),
                 data_iterator=cursors if len(cursors) > 1 else cursors[0],
-                model=list(chunks) if len(chunks) > 1 else chunks[0],
+                model=stages if len(stages) > 1 else stages[0],
                 num_microbatches=len(rows),
                 seq_length=len(rows[0].input_ids),  # read with virtual stages only, where all rows are of this length
                 micro_batch_size=1,
@@ -138,17 +137,14 @@ def run_schedule(
         if not is_out_of_memory(error):
             raise
         current = max(cursors, key=lambda cursor: cursor.position).current
-        raise TrainingError(out_of_memory_message(topology, current, error)) from error
+        raise TrainingError(out_of_memory_message(model.topology, current, error)) from error
 
 
-def forward_step(topology: Topology, rows: Iterator[Row], model: Any) -> tuple[Tensor, Callable]:
-    """One microbatch of one model chunk, as megatron-core's schedules call it."""
-    row = next(rows)
-    stage = model
-    while hasattr(stage, "module"):
-        stage = stage.module
+def forward_step(topology: Topology, rows: Iterator[Row], chunk: Any) -> tuple[Tensor, Callable]:
+    """One microbatch of one stage, as megatron-core's schedules call it."""
+    row, stage = next(rows), unwrapped(chunk)
     batch = device_batch(topology, row, pixels=stage.pre_process, dtype=stage.config.params_dtype)
-    return model(batch), partial(_loss, row)
+    return chunk(batch), partial(_loss, row)
 
 
 def _loss(row: Row, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

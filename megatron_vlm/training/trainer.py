@@ -9,26 +9,26 @@ import os
 import time
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.conversion.load import load_stages
+from megatron_vlm.conversion.load import load_model
 from megatron_vlm.data.row import Row
 from megatron_vlm.data.stream.counts import check_share
 from megatron_vlm.data.stream.loader import DataState, RowLoader, StepRows, evaluation_rows
 from megatron_vlm.log import get_logger, setup_logging
+from megatron_vlm.models.built import build_model
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.vlm import build_model
 from megatron_vlm.parallel.batch import any_rank, share_rows, together
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.training.answers import SamplingConfig, answer, check_length
+from megatron_vlm.training.checkpoint.load import find_checkpoint, load_checkpoint
 from megatron_vlm.training.checkpoint.output_check import check_room, check_writable
 from megatron_vlm.training.checkpoint.run_lock import RunLocks
-from megatron_vlm.training.checkpoint.save_load import find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vlm.training.checkpoint.save import Origin, save_checkpoint
 from megatron_vlm.training.checkpoint.saving import save_persistently
 from megatron_vlm.training.device import start_device
 from megatron_vlm.training.due import Due
@@ -37,7 +37,7 @@ from megatron_vlm.training.metrics.logger import Metrics, progress_line, show_sa
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.optimizer.main_parameters import fill_main
-from megatron_vlm.training.peft_run import build_stages, check_source, open_run
+from megatron_vlm.training.peft_run import build_adapted, check_source, open_run
 from megatron_vlm.training.prompts import encode_prompt
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.training.step import StepResult, train_step
@@ -89,7 +89,7 @@ class Trainer:
         try:
             self._open()
             self._build()
-            check_room(config, self.chunks, self.topology, trained_only=self.peft is not None)
+            check_room(config, self.model, trained_only=self.origin.peft is not None)
             self._restore()
             self._start_data()
             self._start_reports()
@@ -121,7 +121,7 @@ class Trainer:
             seed_step(self.topology, self.seed, self.iteration)
             rates = self.schedule.at(self.iteration - self.num_skipped)
             set_learning_rates(self.optimizer, rates, self.config.optimizer.weight_decay)
-            result = train_step(self.chunks, self.optimizer, rows, self.topology)
+            result = train_step(self.model, self.optimizer, rows)
             self._commit(result)
             self._report(result, rates, time.monotonic() - started)
             if self._due.evaluation:
@@ -158,7 +158,7 @@ class Trainer:
                 max_rows=limit * config.num_microbatches_per_batch if limit else None,
                 output_dir=config.output_dir,
             )
-        result = evaluate(self.chunks, rows, topology, fill_to=config.row_fill)
+        result = evaluate(self.model, rows, fill_to=config.row_fill)
         if self.metrics is not None:
             self.metrics.evaluation(self.iteration, result)
         return result
@@ -170,7 +170,7 @@ class Trainer:
         self.heartbeat.at("answers")
         seed_step(self.topology, self.seed, self.iteration)
         sampling = SamplingConfig(max_new_tokens=self.config.evaluate.max_new_tokens)
-        answers = answer(self.chunks, self.topology, self.processor, self.prompts, sampling)
+        answers = answer(self.model, self.processor, self.prompts, sampling)
         if self.metrics is not None:
             self.metrics.answers(self.iteration, self.config.evaluate.questions, answers)
 
@@ -188,29 +188,16 @@ class Trainer:
         self.heartbeat.at("save")
         with together(self.device):
             self.locks.check()
-        write = partial(
-            save_checkpoint,
-            checkpoint,
-            iteration=self.iteration,
-            chunks=self.chunks,
-            optimizer=self.optimizer,
-            topology=self.topology,
-            spec=self.source.spec,
-            model_config=self.source.config,
-            vocab_multiple=self.config.model.make_vocab_size_divisible_by,
-            state={
-                "iteration": self.iteration,
-                "num_skipped": self.num_skipped,
-                "consumed_samples": self.consumed_samples,
-                "epochs": self.consumed_samples / self.samples_per_epoch,
-                "seed": self.seed,
-                "data": self.data_state.to_dict(),
-                "config": self.config.to_dict(),
-            },
-            hf_files=self.hf_files,
-            loaded_from=self.loaded_from,
-            peft=self.peft,
-        )
+        state = {
+            "iteration": self.iteration,
+            "num_skipped": self.num_skipped,
+            "consumed_samples": self.consumed_samples,
+            "epochs": self.consumed_samples / self.samples_per_epoch,
+            "seed": self.seed,
+            "data": self.data_state.to_dict(),
+            "config": self.config.to_dict(),
+        }
+        write = partial(save_checkpoint, checkpoint, self.model, self.optimizer, state, self.origin)
         save_persistently(checkpoint, write, lambda: self.stop.requested, last)
 
     @property
@@ -233,17 +220,18 @@ class Trainer:
         config = self.config
         self.heartbeat.at("load")
         self.found = find_checkpoint(config.checkpoint, self.device)
-        self.loaded_from = self.found.folder if self.found else None
         with together(self.device):  # rank 0 first: a model from the hub is fetched once
             if dist.get_rank() == 0:
                 opened = open_run(config, self.found)
         with together(self.device):
             if dist.get_rank() != 0:
                 opened = open_run(config, self.found)
-        found, (self.source, self.peft, self.found) = self.found, opened
+        found, (self.source, peft, self.found) = self.found, opened
         self.closing.callback(self.source.close)
         with together(self.device):
-            self.hf_files = check_source(config, self.source, found, start=self.found.iteration if self.found else 0)
+            hf_files = check_source(config, self.source, found, start=self.found.iteration if self.found else 0)
+        self.peft = peft
+        self.origin = Origin(hf_files=hf_files, loaded_from=found.folder if found else None, peft=peft)
         config.check_model(self.source.config)
         with together(self.device):
             self.processor = self.source.spec.open_processor(self.source.hf_dir, config.data)
@@ -260,38 +248,25 @@ class Trainer:
         self.topology = build_topology(config.parallel, num_layers=layers, device=self.device)
         options = ModelOptions(**config.model_options())
         with together(self.device):
-            self.chunks: list[Any]
             if self.peft is not None:
-                self.chunks = build_stages(source, self.peft, self.topology, options, config.training.seed)
+                self.model = build_adapted(source, self.peft, self.topology, options, config.training.seed)
             elif self.found is None:
-                self.chunks = load_stages(source, self.topology, options)
+                self.model = load_model(source, self.topology, options)
             else:
-                stages = build_model(source.spec, source.config, self.topology, options)
-                self.chunks = [stage.to(self.device) for stage in stages]
+                self.model = build_model(source.spec, source.config, self.topology, options).to(self.device)
         self.optimizer = None
         if not config.training.skip_train:
-            self.chunks = wrap_model(self.chunks, config.parallel)
-            self.optimizer = build_optimizer(config.optimizer, self.chunks, params_dtype=options.torch_dtype)
+            self.model = wrap_model(self.model, config.parallel)
+            self.optimizer = build_optimizer(config.optimizer, self.model)
             if self.found is None:
-                tensors, multiple = self.peft.tensors if self.peft else {}, config.model.make_vocab_size_divisible_by
                 with together(self.device):
-                    fill_main(source, self.chunks, self.optimizer, self.topology, tensors, vocab_multiple=multiple)
+                    fill_main(source, self.model, self.optimizer, self.peft.tensors if self.peft else {})
 
     def _restore(self) -> None:
         """Continues a checkpoint, or says that only weights are taken from it."""
         if self.found is None:
             return
-        load_checkpoint(
-            self.config.checkpoint,
-            self.found,
-            chunks=self.chunks,
-            optimizer=self.optimizer,
-            topology=self.topology,
-            spec=self.source.spec,
-            model_config=self.source.config,
-            vocab_multiple=self.config.model.make_vocab_size_divisible_by,
-            peft=self.peft,
-        )
+        load_checkpoint(self.config.checkpoint, self.found, self.model, self.optimizer)
         state = self.found.state
         if self.found.weights_only:
             log.info("only the weights are taken; started anew: optimizer, schedule, iteration, data order and seed")
@@ -356,7 +331,7 @@ class Trainer:
     def _start_reports(self) -> None:
         config, topology = self.config, self.topology
         trainable = torch.tensor(
-            [sum(p.numel() for c in self.chunks for p in c.parameters() if p.requires_grad)], device=self.device
+            [sum(p.numel() for stage in self.model for p in stage.parameters() if p.requires_grad)], device=self.device
         )
         dist.all_reduce(trainable)
         log.info(

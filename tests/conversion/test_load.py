@@ -24,16 +24,15 @@ def twins(tmp_path_factory):
 
 def loaded(hf_dir, weights, parallel, names=None):
     """On a rank: parameters of a model built for ``hf_dir`` after ``weights`` were loaded; the error's text instead."""
-    from megatron_vlm.models.vlm import global_named_parameters
     from megatron_vlm.testing.parity import build_for_test
 
-    topology, _, chunks, _ = build_for_test(str(hf_dir), parallel, {})
-    parameters = [(name, p) for chunk in chunks for name, p in global_named_parameters(chunk)]
+    _, _, model, _ = build_for_test(str(hf_dir), parallel, {})
+    parameters = list(model.named_parameters())
     for _, parameter in parameters:
         torch.nn.init.constant_(parameter, -7)
     with open_source(weights) as source:
         try:
-            load_into(source, chunks, tp=topology.tp, tp_rank=topology.tp_rank, vocab_multiple=8, names=names)
+            load_into(source, model, names)
         except ConversionError as error:
             return str(error)
     return {name: parameter.detach().clone() for name, parameter in parameters}

@@ -125,3 +125,18 @@ def test_no_test_skips_itself():
     for path in (ROOT / "tests").rglob("test_*.py"):
         hiding = re.search(r"importorskip|mark\.skip|pytest\.skip|mark\.xfail|mock", text_of(path))
         assert path == Path(__file__) or not hiding, f"{name(path)}: {hiding and hiding.group()}"
+
+
+def test_few_parameters_where_a_model_goes_in_and_out():
+    """Saving and loading take a Model: what it is made of is not handed on piece by piece."""
+    wrong = []
+    for path in PACKAGE:
+        if path.parent.name != "checkpoint" and path.name not in ("load.py", "lora.py"):
+            continue
+        for node in ast.walk(ast.parse(text_of(path))):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                taken = [one.arg for one in (*node.args.args, *node.args.kwonlyargs) if one.arg not in ("self", "cls")]
+                count = len(taken)
+                if count > 5:
+                    wrong.append(f"{name(path)}: {node.name} takes {count} parameters, at most 5")
+    assert not wrong, wrong

@@ -9,7 +9,8 @@ from megatron_vlm.launch.layout import GIB, USABLE, Layout, candidates, choose_l
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import RankError, run_alone
 from megatron_vlm.testing.memory import Case
-from megatron_vlm.training.memory.estimate import RowShape, estimate
+from megatron_vlm.training.memory.estimate import estimate
+from megatron_vlm.training.memory.stages import RowShape
 
 FULL, QLORA = {}, dict(target_modules="all-linear", r=16, quantize="nf4")
 

@@ -48,7 +48,7 @@ def visits(directory, rows, options, peft):
     """On a rank, of each row: (names in the order of their gradients, those among them not zero, generators as before, loss)."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    from megatron_vlm.models.vlm import global_parameters
+    from megatron_vlm.models.built import global_parameters
 
     recompute = options.get("recompute_granularity")
     options = {key: value for key, value in options.items() if key != "recompute_granularity"}
@@ -135,7 +135,7 @@ def test_a_row_of_text_draws_the_same_with_and_without_filler(twins):
 
 def with_a_spoilt_part(directory, rows, spoilt, value, dtype, recompute):
     """On a rank: loss and gradients of each row, before and after what filler runs through overflows."""
-    from megatron_vlm.models.vlm import global_parameters
+    from megatron_vlm.models.built import global_parameters
 
     parallel = {"recompute_granularity": "full" if recompute else None}
     _, _, (model,), _ = build_for_test(directory, parallel, {"params_dtype": dtype})

@@ -28,8 +28,8 @@ def twin(tmp_path_factory):
 def build(directory, dtype, **parallel):
     from megatron_vlm.conversion.load import load_into
     from megatron_vlm.conversion.open_source import open_source
+    from megatron_vlm.models.built import build_model
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.models.vlm import build_model
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 
@@ -40,16 +40,16 @@ def build(directory, dtype, **parallel):
     topology = build_topology(ParallelConfig(**parallel), num_layers=source.config.text.num_layers, device=device)
     seed_step(topology, 0, 0)
     options = ModelOptions(params_dtype=dtype, make_vocab_size_divisible_by=8)
-    chunks = [chunk.to(device) for chunk in build_model(source.spec, source.config, topology, options)]
-    load_into(source, chunks, tp=1, tp_rank=0, vocab_multiple=8)
-    return topology, chunks
+    model = build_model(source.spec, source.config, topology, options).to(device)
+    load_into(source, model)
+    return model
 
 
 def test_fp32_logits_equal_hf(twin):
     directory, hf, config = twin
     samples = random_samples(config, SAMPLES)
     expected = hf_reference(hf, samples, gradients=False)[1]
-    _, (model,) = build(directory, "fp32")
+    (model,) = build(directory, "fp32")
     with torch.no_grad():
         logits = model.eval().logits(row_from_samples(samples).to("cuda")).cpu()
     assert float((logits - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
@@ -59,7 +59,7 @@ def test_bf16_kernels_are_close(twin):
     directory, hf, config = twin
     samples = random_samples(config, SAMPLES)
     expected = hf_reference(hf, samples, gradients=False)[1]
-    _, (model,) = build(directory, "bf16")
+    (model,) = build(directory, "bf16")
     with torch.no_grad():
         logits = model.eval().logits(row_from_samples(samples).to("cuda")).float().cpu()
     # Rounding alone: HF itself in bf16 on the CPU gives the scale of it.
@@ -75,19 +75,18 @@ def test_fp16_skips_an_overflowed_step_and_lowers_the_scale(twin):
     from megatron_vlm.training.step import train_step
 
     directory, _, config = twin
-    topology, chunks = build(directory, "fp16")
-    models = wrap_model(chunks, ParallelConfig())
-    optimizer = build_optimizer(OptimizerConfig(hysteresis=1), models, params_dtype=torch.float16)
+    model = wrap_model(build(directory, "fp16"), ParallelConfig())
+    optimizer = build_optimizer(OptimizerConfig(hysteresis=1), model)
     rows = [row_from_samples(random_samples(config, SAMPLES))]
-    before = {name: p.detach().clone() for name, p in chunks[0].named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.stages[0].module.named_parameters()}
     results = []
     for _ in range(40):
         set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), 1e-3), 0.0)
-        results.append(train_step(models, optimizer, rows, topology))
+        results.append(train_step(model, optimizer, rows))
         if results[-1].skipped:
-            assert all(torch.equal(p, before[name]) for name, p in chunks[0].named_parameters())
+            assert all(torch.equal(p, before[name]) for name, p in model.stages[0].module.named_parameters())
             continue
         break
     assert results[0].skipped and not results[-1].skipped
     assert results[-1].loss_scale < results[0].loss_scale
-    assert any(not torch.equal(p, before[name]) for name, p in chunks[0].named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in model.stages[0].module.named_parameters())

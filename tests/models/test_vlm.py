@@ -22,7 +22,7 @@ def twin(tmp_path_factory):
 
 def gradients(directory, row, recompute, frozen_names):
     """On a rank: name -> gradient (None where there is none) with single parameters frozen by hand."""
-    from megatron_vlm.models.vlm import global_parameters
+    from megatron_vlm.models.built import global_parameters
 
     _, _, (model,), _ = build_for_test(directory, {"recompute_granularity": "full" if recompute else None}, {})
     parameters = global_parameters([model])
@@ -89,7 +89,7 @@ def test_features_and_positions_that_differ_in_number_are_an_error_with_both(twi
 
 
 def frozen_flags(directory, parallel, freeze):
-    from megatron_vlm.models.vlm import global_named_parameters
+    from megatron_vlm.models.built import global_named_parameters
 
     _, _, chunks, _ = build_for_test(directory, parallel, {"freeze": freeze})
     return {name: p.requires_grad for chunk in chunks for name, p in global_named_parameters(chunk)}
@@ -107,7 +107,7 @@ def sharding(directory, parallel):
     """Marks as megatron-core's own initialisation sets them, the marks we set, and shapes."""
     from megatron.core.optimizer.clip_grads import param_is_not_tensor_parallel_duplicate
 
-    from megatron_vlm.models.vlm import global_parameters
+    from megatron_vlm.models.built import global_parameters
 
     _, _, chunks, _ = build_for_test(directory, parallel, {})
     return {

@@ -5,7 +5,6 @@ import torch
 
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import row_from_samples
-from megatron_vlm.models.vlm import global_named_parameters
 from megatron_vlm.peft.lora import draw
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import (
@@ -92,8 +91,8 @@ def test_equals_peft(twin, name):
 
 def starts(directory, parallel, settings):
     """On a rank: what A and B of every pair start from, and whether the rest is frozen."""
-    topology, _, chunks, _ = build_for_test(directory, parallel, {}, {"tensors": {}, **settings})
-    named = [pair for chunk in chunks for pair in global_named_parameters(chunk)]
+    topology, _, model, _ = build_for_test(directory, parallel, {}, {"tensors": {}, **settings})
+    named = list(model.named_parameters())
     pairs = {name: parameter.detach() for name, parameter in named if ".lora." in name}
     frozen = not any(parameter.requires_grad for name, parameter in named if ".lora." not in name)
     return topology.tp_rank, pairs, frozen

@@ -66,8 +66,7 @@ def adapted_and_merged(directory, rows, parallel, settings):
     """On a rank: logits of each row with random pairs, and without them, B A added to the whole weights before they were cut."""
     from megatron_vlm.peft.lora import fill
 
-    topology, source, (model,), _ = build_for_test(directory, parallel, {}, {"tensors": {}, **settings})
-    base = source.spec.mapping(source.config, tp=topology.tp, vocab_multiple=8)
+    topology, source, adapted, _ = build_for_test(directory, parallel, {}, {"tensors": {}, **settings})
     plan, entries = adapted_plan(source, settings), adapted_mapping(source, settings, topology.tp).by_name()
     generator, pairs, merged = torch.Generator().manual_seed(5), {}, {}
     for target in plan.targets:
@@ -79,10 +78,12 @@ def adapted_and_merged(directory, rows, parallel, settings):
         parts[target.index] = parts[target.index] + target.scaling * b @ a
         full = target.entry.to_full(parts)
         merged[target.entry.name] = torch.cat([full, whole[len(full) :]])
-    fill([model], adapted_mapping(source, settings, topology.tp), topology, pairs)
+    fill(adapted, pairs)
+    (model,) = adapted
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _, _, (plain,), _ = build_for_test(directory, parallel, {})
-    fill([plain], base, topology, merged)
+    _, _, whole, _ = build_for_test(directory, parallel, {})
+    fill(whole, merged)
+    (plain,) = whole
     with torch.no_grad():
         return [[m.eval().logits(batch) for batch in rows] for m in (model, plain)], trained
 

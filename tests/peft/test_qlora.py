@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
-from megatron_vlm.conversion.load import load_stages
+from megatron_vlm.conversion.load import load_model
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.verify import verify
 from megatron_vlm.data.row import row_from_samples
@@ -98,8 +98,8 @@ def test_bf16_is_as_near_as_peft(tmp_path):
 
 def on_codes(directories, parallel: dict, quantizations) -> list[dict[str, bytes]]:
     """On a rank: what it holds of each directory's linears, by global name, and that every other parameter is full."""
+    from megatron_vlm.models.built import global_named_modules
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.models.vlm import global_named_modules
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
 
     found = []
@@ -109,9 +109,9 @@ def on_codes(directories, parallel: dict, quantizations) -> list[dict[str, bytes
             topology = build_topology(ParallelConfig(**parallel), num_layers=layers, device=torch.device("cpu"))
             wanted = None if quantization is None else Quantization.from_dict(quantization)
             options = ModelOptions(params_dtype="bf16", make_vocab_size_divisible_by=8)
-            stages = load_stages(source, topology, options, wanted)
+            model = load_model(source, topology, options, wanted)
         held = {}
-        for stage in stages:
+        for stage in model:
             for name, module in global_named_modules(stage):
                 if hasattr(module, "nf4"):
                     parts = {"codes": module.weight, **dict(module.nf4.named_buffers())}
@@ -179,8 +179,8 @@ def on_families(directories) -> list[tuple[int, int, list[str]]]:
     """On a rank: for each model, (linears, those in 4 bits, those left out) with all of its parts quantised."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+    from megatron_vlm.models.built import global_named_modules
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.models.vlm import global_named_modules
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
 
     found = []
@@ -189,7 +189,7 @@ def on_families(directories) -> list[tuple[int, int, list[str]]]:
             layers = source.config.text.num_layers
             topology = build_topology(ParallelConfig(), num_layers=layers, device=torch.device("cpu"))
             wanted = Quantization(dtype="fp32", groups=("llm", "vision", "connector"))
-            (stage,) = load_stages(source, topology, ModelOptions(make_vocab_size_divisible_by=8), wanted)
+            (stage,) = load_model(source, topology, ModelOptions(make_vocab_size_divisible_by=8), wanted)
         linears = {
             name: module
             for name, module in global_named_modules(stage)
@@ -252,8 +252,8 @@ def test_the_products_gradient_and_what_it_keeps():
 
 def on_kept(directory: str, stored: str) -> tuple[list[str], str]:
     """On a rank: parameters of linears that stay because they train, and the refusal where they are stored in 4 bits."""
+    from megatron_vlm.models.built import global_named_parameters
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.models.vlm import global_named_parameters
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
 
     options, wanted = ModelOptions(params_dtype="bf16"), Quantization(dtype="bf16", groups=("connector",))
@@ -263,7 +263,7 @@ def on_kept(directory: str, stored: str) -> tuple[list[str], str]:
         with open_source(path) as source:
             topology = build_topology(ParallelConfig(), num_layers=2, device=torch.device("cpu"))
             try:
-                (stage,) = load_stages(source, topology, options, quantization, keep)
+                (stage,) = load_model(source, topology, options, quantization, keep)
             except ConfigError as error:
                 message = str(error)
             else:

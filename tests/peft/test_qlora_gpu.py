@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_vlm.conversion.load import load_stages
+from megatron_vlm.conversion.load import load_model
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
-from megatron_vlm.peft.adapter_map import adapter_mapping
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora, fill
 from megatron_vlm.peft.qlora import quantization_of
@@ -84,7 +83,7 @@ def test_shards_equal_the_whole_tensor_on_cuda():
 
 
 def build(directory: str, dtype: str, tensors: dict[str, torch.Tensor], **settings):
-    """(stage, source) with pairs over a base in 4 bits."""
+    """(model, source) with pairs over a base in 4 bits."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     init_process_group(device)
@@ -94,13 +93,12 @@ def build(directory: str, dtype: str, tensors: dict[str, torch.Tensor], **settin
         peft = PeftConfig(**settings)
         plan = make_plan(source.spec, source.config, peft, source.infos)
         options = ModelOptions(params_dtype=dtype, make_vocab_size_divisible_by=8)
-        stages = load_stages(source, topology, options, quantization_of(peft, dtype), plan.saved)
-        mapping = adapter_mapping(source.spec.mapping(source.config, vocab_multiple=8), plan)
-        apply_lora(stages, plan, mapping, topology, seed=0)
-        entries = [entry for entry in mapping if entry.hf[0] in tensors]
+        model = load_model(source, topology, options, quantization_of(peft, dtype), plan.saved)
+        model = apply_lora(model, plan, seed=0)
+        entries = [entry for entry in model.mapping if entry.hf[0] in tensors]
         full = {entry.name: entry.to_full([tensors[hf] for hf in entry.hf]) for entry in entries}
-        fill(stages, mapping, topology, full)
-    return stages[0], {entry.name: entry.hf[0] for entry in entries}, source
+        fill(model, full)
+    return model, {entry.name: entry.hf[0] for entry in entries}, source
 
 
 def test_full_weights_never_lie_on_the_gpu(tmp_path):
@@ -109,7 +107,7 @@ def test_full_weights_never_lie_on_the_gpu(tmp_path):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    stage, _, source = build(str(tmp_path), "bf16", {}, quantize="nf4", **TARGETS)
+    (stage,), _, source = build(str(tmp_path), "bf16", {}, quantize="nf4", **TARGETS)
     after, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     linears = sum(info.nbytes for name, info in source.infos.items() if ".layers." in name and "language" in name)
     largest = max(info.nbytes for info in source.infos.values())
@@ -132,7 +130,7 @@ def test_fp32_equals_peft_on_bitsandbytes(twin):
         expected.append(logits.detach())
     loss.backward()
     theirs = {our_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
-    stage, hf_names, _ = build(twin, "fp32", tensors, quantize="nf4", **TARGETS)
+    (stage,), hf_names, _ = build(twin, "fp32", tensors, quantize="nf4", **TARGETS)
     batch = row_from_samples(samples).to("cuda")
     with torch.no_grad():
         logits = stage.eval().logits(batch)
@@ -160,15 +158,15 @@ def test_a_bf16_run_learns(twin, backend):
     from megatron_vlm.training.step import train_step
 
     settings = dict(quantize="nf4", quantize_backend=backend, quantize_groups=("llm", "vision"), **TARGETS)
-    stage, _, source = build(twin, "bf16", {}, **settings)
+    model, _, source = build(twin, "bf16", {}, **settings)
+    (stage,) = model
     codes = {name: buffer.clone() for name, buffer in stage.named_buffers() if buffer.dtype == torch.uint8}
-    chunks = wrap_model([stage], ParallelConfig())
+    model = wrap_model(model, ParallelConfig())
     config = OptimizerConfig(lr=1e-2)
-    optimizer = build_optimizer(config, chunks, params_dtype=torch.bfloat16)
+    optimizer = build_optimizer(config, model)
     set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), 1e-2), config.weight_decay)
-    topology = build_topology(ParallelConfig(), num_layers=2, device=torch.device("cuda", 0))
     rows = [row_from_samples(random_samples(source.config, SAMPLES))]
-    losses = [train_step(chunks, optimizer, rows, topology).loss for _ in range(10)]
+    losses = [train_step(model, optimizer, rows).loss for _ in range(10)]
     print(f"{backend}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < losses[0] - 0.1
     assert all(torch.equal(buffer, codes[name]) for name, buffer in stage.named_buffers() if name in codes)

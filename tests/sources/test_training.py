@@ -21,21 +21,18 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 def save(hf_dir, root, parallel, dtype):
     """On a rank: the weights of ``hf_dir``, doubled, as iteration 3."""
-    from megatron_vlm.models.vlm import global_named_parameters
     from megatron_vlm.testing.parity import build_for_test
     from megatron_vlm.training.checkpoint.config import CheckpointConfig
-    from megatron_vlm.training.checkpoint.save_load import save_checkpoint
+    from megatron_vlm.training.checkpoint.save import Origin, save_checkpoint
     from megatron_vlm.training.optimizer.build import wrap_model
 
-    topology, source, chunks, config = build_for_test(hf_dir, parallel, {"params_dtype": dtype})
-    models = wrap_model(chunks, config)
+    _, source, model, config = build_for_test(hf_dir, parallel, {"params_dtype": dtype})
+    model = wrap_model(model, config)
     with torch.no_grad():
-        for model in models:
-            for _, parameter in global_named_parameters(model):
-                parameter.mul_(2)
-    common = dict(spec=source.spec, model_config=source.config, vocab_multiple=8, hf_files=CarriedFiles(source.hf_dir))
-    where = CheckpointConfig(save=root, no_save_optim=True)
-    save_checkpoint(where, iteration=3, chunks=models, optimizer=None, topology=topology, state={}, **common)
+        for _, parameter in model.named_parameters():
+            parameter.mul_(2)
+    where, origin = CheckpointConfig(save=root, no_save_optim=True), Origin(hf_files=CarriedFiles(source.hf_dir))
+    save_checkpoint(where, model, None, {"iteration": 3}, origin)
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,11 @@ class Run:
     def __init__(self, hf_dir: str, parallel: dict, options: dict | None = None, checkpoint: dict | None = None):
         from megatron_vlm.conversion.load import load_into
         from megatron_vlm.conversion.open_source import open_source
+        from megatron_vlm.models.built import build_model
         from megatron_vlm.models.options import ModelOptions
-        from megatron_vlm.models.vlm import build_model
         from megatron_vlm.parallel.topology import ParallelConfig, build_topology
         from megatron_vlm.training.checkpoint.config import CheckpointConfig
-        from megatron_vlm.training.checkpoint.save_load import find_checkpoint, load_checkpoint
+        from megatron_vlm.training.checkpoint.load import find_checkpoint, load_checkpoint
         from megatron_vlm.training.optimizer.build import build_optimizer, wrap_model
         from megatron_vlm.training.optimizer.config import OptimizerConfig
         from megatron_vlm.training.optimizer.main_parameters import fill_main
@@ -47,7 +47,7 @@ class Run:
         self.config = CheckpointConfig(**(checkpoint or {}))
         parallel_config = ParallelConfig(**parallel)
         source = open_source(hf_dir)
-        self.spec, self.model_config = source.spec, source.config
+        self.model_config = source.config
         layers = source.config.text.num_layers
         device = torch.device("cpu")
         self.topology = build_topology(parallel_config, num_layers=layers, device=device)
@@ -56,28 +56,18 @@ class Run:
             make_vocab_size_divisible_by=VOCAB_MULTIPLE,
             **(options or {}),
         )
-        stages = build_model(source.spec, source.config, self.topology, model_options)
+        model = build_model(source.spec, source.config, self.topology, model_options)
         self.found = find_checkpoint(self.config, device)
         if self.found is None:
-            load_into(source, stages, tp=self.topology.tp, tp_rank=self.topology.tp_rank, vocab_multiple=VOCAB_MULTIPLE)
-        self.chunks = wrap_model(stages, parallel_config)
+            load_into(source, model)
+        self.model = wrap_model(model, parallel_config)
         self.optimizer_config = OptimizerConfig(lr=1e-3)
-        self.optimizer = build_optimizer(self.optimizer_config, self.chunks, params_dtype=model_options.torch_dtype)
+        self.optimizer = build_optimizer(self.optimizer_config, self.model)
         if self.found is None:
-            fill_main(source, self.chunks, self.optimizer, self.topology, {}, vocab_multiple=VOCAB_MULTIPLE)
+            fill_main(source, self.model, self.optimizer, {})
         else:
             self.iteration = self.found.iteration
-            self.report = load_checkpoint(
-                self.config, self.found, chunks=self.chunks, optimizer=self.optimizer, **self._model()
-            )
-
-    def _model(self) -> dict[str, Any]:
-        return {
-            "topology": self.topology,
-            "spec": self.spec,
-            "model_config": self.model_config,
-            "vocab_multiple": VOCAB_MULTIPLE,
-        }
+            self.report = load_checkpoint(self.config, self.found, self.model, self.optimizer)
 
     def train(self, steps: int = STEPS) -> list[tuple[float, float]]:
         """Trains; the rows depend on the iteration alone. Returns (loss, gradient norm) of each step."""
@@ -94,33 +84,24 @@ class Run:
             seed_step(self.topology, 0, self.iteration)
             set_learning_rates(self.optimizer, dict.fromkeys(("llm", "vision", "connector"), 1e-3), 0.01)
             mine = rows[self.topology.dp_rank :: self.topology.dp]
-            result = train_step(self.chunks, self.optimizer, mine, self.topology)
+            result = train_step(self.model, self.optimizer, mine)
             self.iteration += 1
             results.append((result.loss, result.grad_norm))
         return results
 
     def save(self, **state: Any) -> str:
-        from megatron_vlm.training.checkpoint.save_load import save_checkpoint
+        from megatron_vlm.training.checkpoint.save import Origin, save_checkpoint
 
-        return str(
-            save_checkpoint(
-                self.config,
-                iteration=self.iteration,
-                chunks=self.chunks,
-                optimizer=self.optimizer,
-                state={"iteration": self.iteration, **state},
-                hf_files=CarriedFiles(Path(self.hf_dir)),
-                loaded_from=self.found.folder if self.found else None,
-                **self._model(),
-            )
-        )
+        loaded = self.found.folder if self.found else None
+        origin = Origin(hf_files=CarriedFiles(Path(self.hf_dir)), loaded_from=loaded)
+        state = {"iteration": self.iteration, **state}
+        return str(save_checkpoint(self.config, self.model, self.optimizer, state, origin))
 
     def snapshot(self) -> dict[str, Any]:
         """This rank's share of everything that a checkpoint must hold, as plain tensors."""
-        from megatron_vlm.models.vlm import global_named_parameters
         from megatron_vlm.training.optimizer.state import fragments
 
-        named = [pair for chunk in self.chunks for pair in global_named_parameters(chunk)]
+        named = list(self.model.named_parameters())
         names = {id(parameter): name for name, parameter in named}
         tied = {id(parameter) for _, parameter in named if getattr(parameter, "tied_copy", False)}
         return {
@@ -149,7 +130,7 @@ class Run:
             ),
             "buckets": [
                 (bucket.grad_data.numel(), bucket.numel_unpadded)
-                for chunk in self.chunks
+                for chunk in self.model
                 for buffer in chunk.buffers
                 for bucket in buffer.buckets
             ],
@@ -218,7 +199,7 @@ def looked_for(checkpoints: list[dict]) -> list[tuple[str, bool] | str]:
     """(folder name, weights only) that each config finds, "none", or its error."""
     from megatron_vlm.errors import CheckpointError
     from megatron_vlm.training.checkpoint.config import CheckpointConfig
-    from megatron_vlm.training.checkpoint.save_load import find_checkpoint
+    from megatron_vlm.training.checkpoint.load import find_checkpoint
 
     answers: list[tuple[str, bool] | str] = []
     for fields in checkpoints:

@@ -159,7 +159,7 @@ def out_of_memory(argv: list[str]) -> str:
         if len(calls) == 2:
             torch.empty(1 << 50, dtype=torch.uint8)
 
-    trainer.chunks[0].module.register_forward_pre_hook(hook)
+    trainer.model.stages[0].module.register_forward_pre_hook(hook)
     try:
         trainer.train()
     except TrainingError as error:

@@ -16,17 +16,17 @@ def steps(hf_dir: str, parallel: dict, options: dict, settings: dict, number: in
     from megatron_vlm.training.optimizer.config import OptimizerConfig
     from megatron_vlm.training.step import train_step
 
-    topology, source, chunks, config = build_for_test(hf_dir, parallel, options)
+    topology, source, model, config = build_for_test(hf_dir, parallel, options)
     rows = [row_from_samples(random_samples(source.config, specs, seed=i)) for i, specs in enumerate(SPECS)]
     mine = rows[topology.dp_rank :: topology.dp]
-    models = wrap_model(chunks, config)
+    model = wrap_model(model, config)
     optimizer_config = OptimizerConfig(**settings)
-    optimizer = build_optimizer(optimizer_config, models, params_dtype=chunks[0].config.params_dtype)
+    optimizer = build_optimizer(optimizer_config, model)
     history = []
     for _ in range(number):
         set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), 1e-3), 0.01)
-        result = train_step(models, optimizer, mine, topology)
-        digest = sum(float(p.detach().double().abs().sum()) for model in models for p in model.parameters())
+        result = train_step(model, optimizer, mine)
+        digest = sum(float(p.detach().double().abs().sum()) for stage in model for p in stage.parameters())
         counts = (result.tokens, result.supervised_tokens, result.images, result.samples)
         history.append((result.skipped, result.loss_scale, result.grad_norm, counts, digest, result.loss))
     return history

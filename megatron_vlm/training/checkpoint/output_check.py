@@ -8,18 +8,17 @@ model and optimizer built --check_room--> bytes of a checkpoint against what is 
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import trial_write
+from megatron_vlm.models.built import Model
 from megatron_vlm.parallel.batch import together
-from megatron_vlm.parallel.topology import Topology
-from megatron_vlm.training.checkpoint.save_load import Checkpoint, CheckpointConfig
+from megatron_vlm.training.checkpoint.config import CheckpointConfig
+from megatron_vlm.training.checkpoint.load import Checkpoint
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.checkpoint_dir import iterations
 
@@ -76,13 +75,12 @@ def check_kept(checkpoint: CheckpointConfig, found: Checkpoint | None, start: in
         )
 
 
-def check_room(config: RunConfig, chunks: Sequence[Any], topology: Topology, *, trained_only: bool) -> None:
+def check_room(config: RunConfig, model: Model, *, trained_only: bool) -> None:
     """Compares what a checkpoint will take, by what is built, with the free space. A collective.
 
     Args:
         config: where checkpoints go, and what of.
-        chunks: this rank's stages.
-        topology: the layout: one of the replicas counts.
+        model: one of its replicas counts.
         trained_only: checkpoints hold adapters alone.
 
     Raises:
@@ -91,13 +89,13 @@ def check_room(config: RunConfig, chunks: Sequence[Any], topology: Topology, *, 
     checkpoint = config.checkpoint
     if checkpoint.save is None or config.training.skip_train:
         return
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    parameters = [parameter for stage in model for parameter in stage.parameters()]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     size = sum(parameter.numel() * parameter.element_size() for parameter in (trained if trained_only else parameters))
     if not checkpoint.no_save_optim:  # two moments, and fp32 main parameters beside 16 bits
         size += sum(parameter.numel() * (8 if parameter.element_size() == 4 else 12) for parameter in trained)
-    device = topology.device
-    total = torch.tensor([size if topology.dp_rank == 0 else 0], dtype=torch.int64, device=device)
+    topology, device = model.topology, model.device
+    total = torch.tensor([size if topology.copy_number == 0 else 0], dtype=torch.int64, device=device)
     dist.all_reduce(total)
     with together(device):
         free = shutil.disk_usage(checkpoint.save).free

@@ -4,44 +4,38 @@ parameters + Fragments --owned--> Pieces and tensors --> rank file
 RankFiles --fill--> parameters + main parameters + moments + Adam's step
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.models.vlm import global_named_parameters, global_parameters
+from megatron_vlm.models.built import Model, global_parameters, weight_name
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.training.optimizer.state import Fragment, fragments, warn_of_shared_steps
-from megatron_vlm.weights.mapping import Mapping, Split
+from megatron_vlm.weights.mapping import Split
 from megatron_vlm.weights.rank_files import Kind, Piece, RankFiles
 
-EMBEDDING = "language_model.embedding.word_embeddings.weight"
-"""What a tied copy on the last stage is filled from."""
 _MAX_LISTED = 20
 
 
-def owned(
-    chunks: Sequence[nn.Module], optimizer: Any, topology: Topology, mapping: Mapping
-) -> tuple[list[Piece], dict[tuple[Kind, str], Tensor]]:
+def owned(model: Model, optimizer: Any) -> tuple[list[Piece], dict[tuple[Kind, str], Tensor]]:
     """What this rank writes, as views of the live tensors.
 
     Each element has one writer. Of tensor parallel replicas that is rank 0. Copies of a shard (weights, and states
     of a plain optimizer) take turns, so that all ranks write about as much. Tied copies are not written.
 
     Args:
-        chunks: this rank's stages.
+        model: what its ``saved`` names is written.
         optimizer: megatron-core's; None: weights only.
-        topology: the split.
-        mapping: for this layout, of what is to be written: the family's, or what trains of it.
 
     Raises:
-        CheckpointError: a parameter trains that ``mapping`` lacks.
+        CheckpointError: a parameter trains that is not among it.
     """
+    topology, mapping = model.topology, model.saved
     splits = {entry.name: entry.split for entry in mapping}
     parts = {id(part.parameter): part for part in fragments(optimizer)} if optimizer is not None else {}
-    parameters = global_parameters(chunks)
+    parameters = global_parameters(model)
     lost = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in splits]
     if lost:
         raise CheckpointError(f"parameters train that no checkpoint would hold: {', '.join(lost[:_MAX_LISTED])}")
@@ -79,10 +73,8 @@ def owned(
 
 def fill(
     files: RankFiles,
-    chunks: Sequence[nn.Module],
+    model: Model,
     optimizer: Any,
-    topology: Topology,
-    mapping: Mapping,
     *,
     with_state: bool,
     with_main: bool,
@@ -99,28 +91,26 @@ def fill(
     Raises:
         CheckpointError: the files are of another model; names and shapes are listed.
     """
-    _check_fit(files, chunks, topology, mapping)
-    splits = {entry.name: entry.split for entry in mapping}
+    _check_fit(files, model)
+    splits, topology = {entry.name: entry.split for entry in model.saved}, model.topology
     parts = {id(part.parameter): part for part in fragments(optimizer)} if optimizer is not None else {}
     fate: dict[str, str] = {}
     fresh: list[Fragment] = []
-    for chunk in chunks:
-        for name, parameter in global_named_parameters(chunk):
-            copy = getattr(parameter, "tied_copy", False)
-            source = EMBEDDING if copy else name
-            if source not in splits:  # of the base of adapters
-                continue
-            part = parts.get(id(parameter))
-            step = files.steps.get(source) if with_state else None
-            _fill(_Shards(files, source, splits[source], topology), parameter, part, step, with_main)
-            if part is not None and step is None:
-                fresh.append(part)
-            if copy:
-                continue
-            if parameter.requires_grad and optimizer is not None:
-                fate[name] = "reset" if step is None else "kept"
-            else:
-                fate[name] = "dropped" if source in files.steps else "none"
+    for name, parameter in model.named_parameters():
+        source = weight_name(name, parameter)
+        if source not in splits:  # of the base of adapters
+            continue
+        part = parts.get(id(parameter))
+        step = files.steps.get(source) if with_state else None
+        _fill(_Shards(files, source, splits[source], topology), parameter, part, step, with_main)
+        if part is not None and step is None:
+            fresh.append(part)
+        if source != name:
+            continue
+        if parameter.requires_grad and optimizer is not None:
+            fate[name] = "reset" if step is None else "kept"
+        else:
+            fate[name] = "dropped" if source in files.steps else "none"
     warn_of_shared_steps(fresh)
     return fate
 
@@ -151,12 +141,13 @@ def _fill(shards: _Shards, parameter: nn.Parameter, part: Fragment | None, step:
         part.set_moments({"exp_avg": shards.read("exp_avg"), "exp_avg_sq": shards.read("exp_avg_sq")}, step)
 
 
-def _check_fit(files: RankFiles, chunks: Sequence[nn.Module], topology: Topology, mapping: Mapping) -> None:
+def _check_fit(files: RankFiles, model: Model) -> None:
+    mapping, topology = model.saved, model.topology
     splits = {entry.name: entry.split for entry in mapping}
     stored = set(files.names())
     problems = [f"{name}: in the checkpoint, not in the model" for name in sorted(stored - set(splits))]
     problems += [f"{name}: in the model, not in the checkpoint" for name in sorted(set(splits) - stored)]
-    for name, parameter in global_parameters(chunks).items():
+    for name, parameter in global_parameters(model).items():
         if name in stored:
             wanted = _full_shape(parameter, splits[name], topology.tp, mapping.vocab_size)
             if files.info(name).shape != wanted:

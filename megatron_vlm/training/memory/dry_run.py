@@ -10,7 +10,8 @@ import yaml
 
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.peft.merge import continued
-from megatron_vlm.training.memory.estimate import RowShape, StageMemory, estimate, in_columns, table
+from megatron_vlm.training.memory.estimate import estimate
+from megatron_vlm.training.memory.stages import RowShape, StageMemory, in_columns, table
 from megatron_vlm.training.run_config import RunConfig
 
 

@@ -8,7 +8,6 @@ So a family, a layout or an adapter is never described twice: what is counted is
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -18,99 +17,25 @@ from torch import Tensor, nn
 
 from megatron_vlm.data.row import Row
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.built import Model, build_model, global_named_parameters, global_parameters
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
+from megatron_vlm.models.options import DTYPES, GROUPS, ModelOptions, group_of
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.grid import AXES, STAGE
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology, destroy_topology
+from megatron_vlm.peft import qlora
+from megatron_vlm.peft.lora import apply_lora
+from megatron_vlm.peft.select import make_plan
 from megatron_vlm.registry import FamilySpec
+from megatron_vlm.training.memory.stages import RowShape, StageMemory
 from megatron_vlm.training.memory.trace import ChunkBytes, measure_chunk
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.mapping import TensorInfo
+from megatron_vlm.weights.nf4 import Quantization
 
-TEXT_PER_IMAGE = 512
-"""Tokens of text that an expected row has for each image (LLaVA's instruction data: about 300)."""
 _CUDA_CONTEXT = 600 << 20  # CUDA's context and loaded kernels
 _NCCL_GROUP = 150 << 20  # buffers of a communicator
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowShape:
-    """What one microbatch is taken to hold.
-
-    Attributes:
-        segments: tokens of each sample.
-        images: [C, H, W] of each image as the tower gets it (InternVL: a column of tiles).
-    """
-
-    segments: tuple[int, ...]
-    images: tuple[tuple[int, int, int], ...] = ()
-
-    @classmethod
-    def expected(cls, config: RunConfig, model_config: FamilyConfig) -> "RowShape":
-        """A full row: images of the largest size that ``config.data`` lets through, one to each ``TEXT_PER_IMAGE`` tokens of text
-        in a packed row and one to each sample else, no more than ``max_image_num`` and ``max_patches_per_row`` allow."""
-        data, samples = config.data, config.training.micro_batch_size
-        segments = (data.seq_length,) * samples
-        if not has_tower(model_config) or data.max_image_num == 0:
-            return cls(segments=segments)
-        image = model_config.expected_image(data)
-        cost = model_config.image_cost(image)
-        count = max(1, data.seq_length // (cost.features + TEXT_PER_IMAGE)) if data.packing else samples
-        if cost.features >= data.seq_length:
-            count = 0  # no sample with such an image is within seq_length
-        if data.max_patches_per_row is not None:
-            count = min(count, data.max_patches_per_row // cost.patches)
-        return cls(segments=segments, images=(image,) * count)
-
-    def __str__(self) -> str:
-        sizes = {image: self.images.count(image) for image in self.images}
-        images = " and ".join(f"{count} images of {w} x {h} pixels" for (_, h, w), count in sizes.items())
-        return f"{sum(self.segments):,} tokens" + (f" with {images}" if images else ", no images")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageMemory:
-    """One rank of a stage (tensor parallel rank 0, which is never the smaller one); sizes in bytes.
-
-    Attributes:
-        stage: number of the pipeline stage.
-        ranks: first and last global rank of the stage.
-        parameters, trainable: numbers held by one rank, by parameter group (llm, vision, connector).
-        weights, gradients, optimizer: what stays between steps.
-        activations: kept for the backward pass by all microbatches in flight.
-        temporary: on top of these at the worst moment of a step.
-        constant: of the device's context and libraries, outside the allocator.
-    """
-
-    stage: int
-    ranks: tuple[int, int]
-    parameters: dict[str, int]
-    trainable: dict[str, int]
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    temporary: int
-    constant: int
-
-    @property
-    def allocated(self) -> int:
-        """Bytes of tensors at the worst moment."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
-
-    @property
-    def total(self) -> int:
-        """Bytes that the device must have."""
-        return self.allocated + self.constant
-
-    @property
-    def largest(self) -> str:
-        """Name of what takes most."""
-        return max(_SIZES, key=lambda name: getattr(self, name))
-
-
-_SIZES = ("weights", "gradients", "optimizer", "activations", "temporary", "constant")
 
 
 def estimate(
@@ -149,8 +74,8 @@ def estimate(
     grid, reports = config.parallel.grid(world_size), []
     for stage in range(grid.pp) if stages is None else stages:
         with _World(config.parallel, model_config, world_size, grid.rank(pp=stage)) as topology:
-            chunks = build_on_meta(config, spec, model_config, topology, infos)
-            reports.append(_report(config, model_config, topology, chunks, row if trace else None, device_kind))
+            model = build_on_meta(config, spec, model_config, topology, infos)
+            reports.append(_report(config, model, row if trace else None, device_kind))
     return reports
 
 
@@ -179,51 +104,31 @@ class _World:
 
 def build_on_meta(
     config: RunConfig, spec: FamilySpec, model_config: FamilyConfig, topology: Topology, infos: Mapping[str, TensorInfo]
-) -> list[Any]:
-    """This rank's stages as the trainer builds them, without data; ``infos`` of ``full_shapes`` where ``config.peft`` acts."""
-    from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.models.vlm import build_model
-
+) -> Model:
+    """The model as the trainer builds it, without data; ``infos`` of ``full_shapes`` where ``config.peft`` acts."""
     with torch.device("meta"):
-        chunks: list[Any] = build_model(spec, model_config, topology, ModelOptions(**config.model_options()))
+        model = build_model(spec, model_config, topology, ModelOptions(**config.model_options()))
     if config.peft.active:
-        adapt(config, spec, model_config, topology, infos, chunks)
-    for chunk in chunks:
-        chunk.train()
-    return chunks
+        model = adapt(config, model, infos)
+    for stage in model:
+        stage.train()
+    return model
 
 
-def adapt(
-    config: RunConfig,
-    spec: FamilySpec,
-    model_config: FamilyConfig,
-    topology: Topology,
-    infos: Mapping[str, TensorInfo],
-    chunks: list[Any],
-) -> None:
-    """Quantises (on meta alone) and adds pairs to ``chunks`` as ``config.peft`` says."""
-    from megatron_vlm.models.options import DTYPES, ModelOptions
-    from megatron_vlm.models.vlm import global_parameters
-    from megatron_vlm.peft import qlora
-    from megatron_vlm.peft.adapter_map import adapter_mapping
-    from megatron_vlm.peft.lora import apply_lora
-    from megatron_vlm.peft.select import make_plan
-    from megatron_vlm.weights.nf4 import Quantization
-
-    peft, options = config.peft, ModelOptions(**config.model_options())
-    plan = make_plan(spec, model_config, peft, infos)
-    vocab = options.vocab_split
-    base = spec.mapping(model_config, topology.tp, vocab.vocab_multiple, vocab.vocab_extra)
+def adapt(config: RunConfig, model: Model, infos: Mapping[str, TensorInfo]) -> Model:
+    """Quantises (on meta alone) and adds pairs to ``model`` as ``config.peft`` says."""
+    peft, options = config.peft, model.options
+    plan = make_plan(model.spec, model.config, peft, infos)
     if peft.quantize is not None:
-        source: Any = SimpleNamespace(mapping=base, infos=infos, quantization=None)
-        shapes = {name: parameter.shape for name, parameter in global_parameters(chunks).items()}
+        source: Any = SimpleNamespace(mapping=model.mapping, infos=infos, quantization=None)
+        shapes = {name: parameter.shape for name, parameter in global_parameters(model).items()}
         quantization = Quantization(
             dtype=options.params_dtype, double_quant=peft.double_quant, groups=peft.quantize_groups
         )
-        for name, linear in qlora.take_weights(chunks, source, quantization, plan.saved).items():
+        for name, linear in qlora.take_weights(model, source, quantization, plan.saved).items():
             codes, values = _nf4(shapes[name], DTYPES[options.params_dtype], peft.double_quant)
             qlora.install(linear, codes, values)
-    apply_lora(chunks, plan, adapter_mapping(base, plan, topology.tp), topology, config.training.seed)
+    return apply_lora(model, plan, config.training.seed)
 
 
 class _Nf4Shape(nn.Module):
@@ -247,30 +152,18 @@ def _nf4(shape: torch.Size, dtype: torch.dtype, double_quant: bool) -> tuple[Ten
 
 def full_shapes(spec: FamilySpec, model_config: FamilyConfig) -> dict[str, TensorInfo]:
     """Infos of the model's whole tensors by global name, as of a WeightSource, without one."""
-    from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.models.vlm import build_model, global_parameters
-
     with _World(ParallelConfig(), model_config, 1, 0) as topology, torch.device("meta"):
-        chunks = build_model(spec, model_config, topology, ModelOptions(make_vocab_size_divisible_by=1))
-        return {name: TensorInfo.of(parameter) for name, parameter in global_parameters(chunks).items()}
+        model = build_model(spec, model_config, topology, ModelOptions(make_vocab_size_divisible_by=1))
+        return {name: TensorInfo.of(parameter) for name, parameter in global_parameters(model).items()}
 
 
-def _report(
-    config: RunConfig,
-    model_config: FamilyConfig,
-    topology: Topology,
-    chunks: Sequence[Any],
-    row: RowShape | None,
-    device_kind: Any,
-) -> StageMemory:
-    from megatron_vlm.models.options import GROUPS, group_of
-    from megatron_vlm.models.vlm import global_named_parameters
-
+def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: Any) -> StageMemory:
+    topology = model.topology
     parallel = config.parallel
     held, trained = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0)
     weights = gradients = states = copied = largest = 0
     grad_width = None if parallel.accumulate_allreduce_grads_in_fp32 else "own"
-    for chunk in chunks:
+    for chunk in model:
         weights += sum(buffer.nbytes for buffer in chunk.buffers())
         for name, p in global_named_parameters(chunk):
             held[group_of(name)] += p.numel()
@@ -288,7 +181,7 @@ def _report(
     optimizer_peak = -(-copied // shards) + largest * (1 if device_kind == "cuda" else 2)
     activations = peak = 0
     if row is not None:
-        bytes_of = [_chunk_bytes(config, model_config, topology, chunk, row, device_kind) for chunk in chunks]
+        bytes_of = [_chunk_bytes(config, model, chunk, row, device_kind) for chunk in model]
         microbatches = config.num_microbatches_per_batch // topology.dp
         activations, peak = step_peak(bytes_of, passes(microbatches, topology.pp, topology.pp_rank, topology.vp))
     ranks = topology.grid.group(topology.rank, *STAGE)
@@ -306,14 +199,12 @@ def _report(
     )
 
 
-def _chunk_bytes(
-    config: RunConfig, model_config: FamilyConfig, topology: Topology, chunk: Any, row: RowShape, device_kind: Any
-) -> ChunkBytes:
+def _chunk_bytes(config: RunConfig, model: Model, chunk: Any, row: RowShape, device_kind: Any) -> ChunkBytes:
     tokens = max(sum(row.segments), config.row_fill)
     tokens = -(-tokens // config.row_multiple) * config.row_multiple
-    local = tokens // topology.tp if config.parallel.sequence_parallel else tokens
-    batch = functools.partial(make_batch, row, tokens, model_config, chunk.config.params_dtype)
-    return measure_chunk(chunk, batch, (local, 1, model_config.text.hidden_size), device_kind)
+    local = tokens // model.topology.tp if config.parallel.sequence_parallel else tokens
+    batch = functools.partial(make_batch, row, tokens, model.config, chunk.config.params_dtype)
+    return measure_chunk(chunk, batch, (local, 1, model.config.text.hidden_size), device_kind)
 
 
 def make_batch(row: RowShape, tokens: int, model_config: FamilyConfig, dtype: torch.dtype) -> Row:
@@ -374,19 +265,3 @@ def step_peak(chunks: Sequence[ChunkBytes], order: Iterable[tuple[bool, int]]) -
 def _constant(topology: Topology) -> int:
     groups = sum(topology.grid.size(axis) > 1 for axis in AXES) + (topology.world_size > 1)
     return _CUDA_CONTEXT + groups * _NCCL_GROUP
-
-
-def table(stages: Sequence[StageMemory]) -> list[str]:
-    """Lines of a table in GiB (MiB where all is small), one per stage."""
-    unit, name = (2**30, "GiB") if max(stage.total for stage in stages) > 2**29 else (2**20, "MiB")
-    rows: list[tuple[str, ...]] = [("stage", "ranks", *_SIZES, f"total {name}", "most")]
-    for stage in stages:
-        sizes = [f"{getattr(stage, size) / unit:.2f}" for size in (*_SIZES, "total")]
-        rows.append((str(stage.stage), f"{stage.ranks[0]}-{stage.ranks[1]}", *sizes, stage.largest))
-    return in_columns(rows)
-
-
-def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, cells to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]

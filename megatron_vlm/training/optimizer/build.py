@@ -5,57 +5,54 @@
 The schedule is a pure function of the number of updates done, so a resumed run needs no scheduler state.
 """
 
-from collections.abc import Sequence
+import dataclasses
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, ParamKey, ParamPredicate
 
+from megatron_vlm.models.built import Model
+from megatron_vlm.models.options import GROUPS, group_of
 from megatron_vlm.parallel.topology import ParallelConfig
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 
-GROUPS = ("llm", "vision", "connector")
 
-
-def wrap_model(chunks: Sequence[Any], parallel: ParallelConfig) -> list[Any]:
+def wrap_model(model: Model, parallel: ParallelConfig) -> Model:
     """Wraps stages into megatron-core's DistributedDataParallel: gradients in buffers reduced over dp ranks."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    return [
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
+    )
+    stages = [
         DistributedDataParallel(
-            config=chunk.config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32,
-                overlap_grad_reduce=parallel.overlap_grad_reduce,
-                use_distributed_optimizer=parallel.use_distributed_optimizer,
-                bucket_size=parallel.ddp_bucket_size,
-            ),
-            module=chunk,
-            disable_bucketing=number > 0,
+            config=stage.config, ddp_config=dataclasses.replace(ddp), module=stage, disable_bucketing=number > 0
         )
-        for number, chunk in enumerate(chunks)
+        for number, stage in enumerate(model)
     ]
+    return dataclasses.replace(model, stages=stages)
 
 
-def connect(chunks: Sequence[Any], optimizer: Any) -> None:
+def connect(model: Model, optimizer: Any) -> None:
     """Tells megatron-core's schedules, through the model's config, how to scale the loss and finish gradients."""
-    from megatron.core.distributed import finalize_model_grads
-
-    for chunk in chunks:
-        config = chunk.config
+    for stage in model:
+        config = stage.config
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss if optimizer.config.fp16 else None
-        if chunk.ddp_config.overlap_grad_reduce:
-            functions = [other.no_sync for other in chunks]
+        if stage.ddp_config.overlap_grad_reduce:
+            functions = [other.no_sync for other in model]
             config.no_sync_func = functions if len(functions) > 1 else functions[0]
 
 
-def build_optimizer(
-    config: OptimizerConfig,
-    chunks: Sequence[Any],
-    *,
-    params_dtype: torch.dtype = torch.float32,
-) -> Any:
+def build_optimizer(config: OptimizerConfig, model: Model) -> Any:
     """Makes megatron-core's optimizer over the trainable parameters of this rank.
 
     megatron-core picks Transformer Engine's or apex's fused AdamW where installed, else torch's; all decouple the
@@ -63,15 +60,9 @@ def build_optimizer(
 
     Args:
         config: AdamW's settings.
-        chunks: this rank's model chunks, wrapped by megatron-core's DistributedDataParallel.
-        params_dtype: of the weights; bf16 and fp16 get fp32 main parameters.
+        model: of ``wrap_model``; bf16 and fp16 weights get fp32 main parameters.
     """
-    from megatron.core.optimizer import get_megatron_optimizer
-    from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, ParamKey, ParamPredicate
-
-    from megatron_vlm.models.options import group_of
-    from megatron_vlm.models.vlm import global_named_parameters
-
+    params_dtype = model.options.torch_dtype
     mcore_config = AdamOptimizerConfig(
         lr=config.lr,
         min_lr=config.min_lr,
@@ -88,9 +79,9 @@ def build_optimizer(
         min_loss_scale=config.min_loss_scale,
         loss_scale_window=config.loss_scale_window,
         hysteresis=config.hysteresis,
-        use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
+        use_distributed_optimizer=model.stages[0].ddp_config.use_distributed_optimizer,
     )
-    groups = {id(p): group_of(name) for chunk in chunks for name, p in global_named_parameters(chunk)}
+    groups = {id(p): group_of(name) for name, p in model.named_parameters()}
     overrides: dict[Any, Any] = {
         ParamKey(name="*.bias", predicate=ParamPredicate(name="param_len_1", fn=lambda p: p.dim() == 1)): {
             "wd_mult": 0.0
@@ -99,13 +90,13 @@ def build_optimizer(
     for group in GROUPS:
         belongs = ParamPredicate(name=group, fn=lambda p, group=group: groups[id(p)] == group)
         overrides[ParamKey(predicate=belongs)] = {"group": group}
-    optimizer = get_megatron_optimizer(mcore_config, list(chunks), overrides, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(mcore_config, list(model), overrides, use_gloo_process_groups=False)
     optimizer.get_grad_norm = partial(gradient_norm, optimizer)
     for group in optimizer.param_groups:
         # torch's AdamW, where neither apex nor Transformer Engine is installed: one kernel instead of a dozen.
         if group["params"] and group["params"][0].is_cuda:
             group["fused"] = True
-    connect(chunks, optimizer)
+    connect(model, optimizer)
     return optimizer
 
 

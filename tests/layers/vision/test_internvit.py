@@ -11,8 +11,8 @@ from megatron_vlm import registry
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.layers.vision.internvit import InternVisionModel, ScaledResidual, WidthRMSNorm, pixel_shuffle
+from megatron_vlm.models.built import build_model
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.vlm import build_model
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import build_for_test
 from megatron_vlm.testing.twin_internvl3 import make_samples, write_tiny_internvl3

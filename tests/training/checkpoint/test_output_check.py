@@ -3,8 +3,9 @@
 import pytest
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.training.checkpoint.config import CheckpointConfig
+from megatron_vlm.training.checkpoint.load import Checkpoint
 from megatron_vlm.training.checkpoint.output_check import check_kept
-from megatron_vlm.training.checkpoint.save_load import Checkpoint, CheckpointConfig
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ def train_on_a_full_disk(argv: list[str], refused: list[int], folder: str) -> tu
     """
     import os
 
-    from megatron_vlm.training.checkpoint import save_load as checkpoint
+    from megatron_vlm.training.checkpoint import save as checkpoint
 
     real, tries = checkpoint.write_rank_file, []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

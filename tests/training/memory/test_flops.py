@@ -41,11 +41,12 @@ def test_equal_to_torchs_count():
 def counted_by_torch(family: str) -> tuple[float, float]:
     """(operations of our formula, of torch's counter) of a forward pass of our own model, without data."""
     from megatron_vlm import registry
+    from megatron_vlm.models.built import build_model
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.models.vlm import build_model
     from megatron_vlm.parallel.rng import seed_step
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
-    from megatron_vlm.training.memory.estimate import RowShape, make_batch
+    from megatron_vlm.training.memory.estimate import make_batch
+    from megatron_vlm.training.memory.stages import RowShape
     from megatron_vlm.training.memory.trace import Meter
 
     config = shapes.small()[family]

@@ -9,7 +9,8 @@ from torch import nn
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import run_alone, run_distributed
 from megatron_vlm.testing.memory import Case, estimated, measured
-from megatron_vlm.training.memory.estimate import RowShape, estimate, passes, step_peak
+from megatron_vlm.training.memory.estimate import estimate, passes, step_peak
+from megatron_vlm.training.memory.stages import RowShape
 from megatron_vlm.training.memory.trace import ChunkBytes, Meter
 
 IMAGES = {"idefics2": (3, 84, 112), "internvl3": (3, 2 * 112, 112), "llava_internlm2": (3, 112, 112)}
@@ -91,7 +92,7 @@ def test_adapters_need_less_and_short_rows_keep_less():
 
 def nf4_bytes(hf_dir: str) -> int:
     """Bytes of a real stage in NF4."""
-    from megatron_vlm.conversion.load import load_stages
+    from megatron_vlm.conversion.load import load_model
     from megatron_vlm.conversion.open_source import open_source
     from megatron_vlm.models.options import ModelOptions
     from megatron_vlm.parallel.topology import ParallelConfig, build_topology
@@ -100,10 +101,10 @@ def nf4_bytes(hf_dir: str) -> int:
     with open_source(hf_dir) as source:
         layers = source.config.text.num_layers
         topology = build_topology(ParallelConfig(), num_layers=layers, device=torch.device("cpu"))
-        stages = load_stages(
+        model = load_model(
             source, topology, ModelOptions(params_dtype="bf16"), quantize=Quantization(dtype="bf16", double_quant=False)
         )
-        return sum(tensor.nbytes for tensor in (*stages[0].parameters(), *stages[0].buffers()))
+        return sum(tensor.nbytes for tensor in (*model.stages[0].parameters(), *model.stages[0].buffers()))
 
 
 def nf4_estimate(hf_dir: str) -> int:

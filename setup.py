@@ -37,7 +37,7 @@ EXTRAS = {
     ],
     "video": ["av==18.1.0"],  # video files in data build; folders of frames need nothing
     "heif": ["pillow-heif==1.8.1"],  # HEIC pictures; AVIF is Pillow's own
-    "qlora": ["bitsandbytes==0.50.2"],  # 4-bit base weights; without it they are computed in plain torch
+    "qlora": ["bitsandbytes==0.50.2"],  # base weights in 4 bits
     "parquet": ["pyarrow==26.0.1"],  # data build --format parquet
     "wandb": ["wandb==0.31.0"],  # --report_to wandb
     "dev": [

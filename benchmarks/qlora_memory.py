@@ -35,7 +35,6 @@ from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.step import train_step
 from megatron_vlm.weights.mapping import DerivedTensors, HFModel, TensorInfo
-from megatron_vlm.weights.nf4 import get_backend
 
 SHAPE = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=92544)
 TINY = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=2, vocab_size=1024)
@@ -44,7 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {},
     "NF4": dict(quantize="nf4", double_quant=False),
     "NF4, double quantisation": dict(quantize="nf4"),
-    "the same in plain torch": dict(quantize="nf4", quantize_backend="torch"),
 }
 
 
@@ -145,7 +143,7 @@ def main() -> None:
     topology = build_topology(ParallelConfig(), num_layers=args.layers, device=device)
     seed_step(topology, 0, 0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"{name}, torch {torch.__version__}, NF4 by {get_backend(device.type).name} unless said otherwise")
+    print(f"{name}, torch {torch.__version__}")
     print(f"LoRA of rank {args.rank} on all linears of {args.layers} layers, {args.tokens} tokens a step\n")
     print("| base | bits a parameter | weights, GiB | load, s | step, s | step / bf16 | peak, GiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -172,7 +172,7 @@ def _open_run(
     Raises:
         ConversionError: the base is another one, or tensors are missing or unknown.
     """
-    config = PeftConfig.from_dict(peft["config"])
+    config = PeftConfig.from_checkpoint(peft["config"])
     source = open_base(peft["base"], None if base is None else str(base), directory, family, verify_hashes)
     try:
         plan = make_plan(source.spec, source.config, config, source.infos)

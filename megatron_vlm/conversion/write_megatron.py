@@ -20,7 +20,7 @@ from megatron_vlm.weights.hf_io import write_config
 from megatron_vlm.weights.mapping import Entry, Mapping, TensorInfo
 from megatron_vlm.weights.megatron_dir import MANIFEST, FileEntry, Manifest, Stages, rank_file
 from megatron_vlm.weights.model_folder import copy_hf_files
-from megatron_vlm.weights.nf4 import Quantization, get_backend
+from megatron_vlm.weights.nf4 import Quantization
 from megatron_vlm.weights.nf4_files import nf4_file, part_infos, stored_parts
 from megatron_vlm.weights.safetensors_io import (
     PARAMS_DTYPES,
@@ -181,9 +181,8 @@ class Nf4Writer:
         if self.quantization is None:
             return
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        backend = get_backend(device, self.quantization.backend)
         if self.source.quantization is None:
-            self.quantization = self.quantization.replace(backend=backend.name)
+            self.quantization = self.quantization.replace(backend="bitsandbytes")
         entries = self.source.mapping.by_name()
         for stage, plan in self._plans.items():
             path = directory / nf4_file(stage)
@@ -192,7 +191,7 @@ class Nf4Writer:
             metadata = {"format": "pt", **{hf: json.dumps(shape) for hf, shape in tensors}}
             writer = writers.open[nf4_file(stage)] = SafetensorsWriter(path, self._infos(tensors), metadata)
             for name in plan:
-                parts = nf4_tensors(self.source, entries[name], self.quantization, backend, device)
+                parts = nf4_tensors(self.source, entries[name], self.quantization, device)
                 for (hf, _), tensor in zip(plan[name], parts, strict=True):
                     for part, values in stored_parts(tensor).items():
                         writer.write(f"{hf}.{part}", values.cpu())

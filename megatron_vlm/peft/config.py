@@ -1,13 +1,16 @@
 """PeftConfig: what a run adapts, trains in full and keeps in 4 bits. PEFT's own words and rules where it has them."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Self
 
 from megatron_vlm.config import Config, PathText
 from megatron_vlm.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
+_GONE = ("quantize_backend",)
+"""Settings of earlier versions, which checkpoints may have recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,6 @@ class PeftConfig(Config):
         quantize: 4-bit format of the frozen linears of ``quantize_groups``; None: as loaded.
         double_quant: keep the scales of 4-bit blocks in 8 bits.
         quantize_groups: parts of the model that are quantised: llm, vision, connector.
-        quantize_backend: what computes it: ``bitsandbytes`` (an error where it does not run) or ``torch``, whose results are
-            the same; None: bitsandbytes where it runs.
     """
 
     target_modules: str | tuple[str, ...] | None = None
@@ -60,7 +61,6 @@ class PeftConfig(Config):
     quantize: Literal["nf4"] | None = None
     double_quant: bool = True
     quantize_groups: tuple[str, ...] = ("llm",)
-    quantize_backend: Literal["bitsandbytes", "torch"] | None = None
 
     def __post_init__(self) -> None:
         ranks = {"r": self.r, "vision_r": self.vision_r, "connector_r": self.connector_r}
@@ -84,6 +84,11 @@ class PeftConfig(Config):
                 raise ConfigError(f"peft.quantize_groups: {group!r} is none of llm, vision, connector")
         self._refuse_without_effect()
 
+    @classmethod
+    def from_checkpoint(cls, data: Mapping[str, Any]) -> Self:
+        """The section as a checkpoint recorded it, without settings that are gone since."""
+        return cls.from_dict({key: value for key, value in data.items() if key not in _GONE})
+
     @property
     def active(self) -> bool:
         """Something of this section is in use."""
@@ -106,12 +111,12 @@ class PeftConfig(Config):
     def _refuse_without_effect(self) -> None:
         """Raises ConfigError for settings that do nothing."""
         changed = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
-        if self.quantize is None and changed & {"double_quant", "quantize_groups", "quantize_backend"}:
+        if self.quantize is None and changed & {"double_quant", "quantize_groups"}:
             raise ConfigError(
-                "peft.double_quant, quantize_groups and quantize_backend have no effect without peft.quantize: leave them out"
+                "peft.double_quant and quantize_groups have no effect without peft.quantize: leave them out"
             )
         of_pairs = changed - {"target_modules", "modules_to_save", "names", "adapter", "bias"}
-        of_pairs -= {"quantize", "double_quant", "quantize_groups", "quantize_backend"}
+        of_pairs -= {"quantize", "double_quant", "quantize_groups"}
         given = ", ".join(f"peft.{name}" for name in sorted(of_pairs))
         if of_pairs and not self.adapts:
             raise ConfigError(f"{given} without effect: set peft.target_modules as well, or leave them out")

@@ -25,7 +25,7 @@ from megatron_vlm.models.options import DTYPES
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.sources.quantised import nf4_tensors, quantised_names
 from megatron_vlm.sources.source import WeightSource
-from megatron_vlm.weights.nf4 import Quantization, get_backend
+from megatron_vlm.weights.nf4 import Quantization
 from megatron_vlm.weights.nf4_shard import Lines, Nf4Weight, shard
 
 log = get_logger(__name__)
@@ -40,7 +40,6 @@ def quantization_of(peft: PeftConfig, dtype: Literal["fp32", "bf16", "fp16"]) ->
         double_quant=peft.double_quant,
         groups=peft.quantize_groups,
         dtype=dtype,
-        backend=peft.quantize_backend,
     )
 
 
@@ -94,14 +93,13 @@ def fill(linears: dict[str, nn.Module], source: WeightSource, quantization: Quan
         model: of the linears.
     """
     device, topology = model.device, model.topology
-    backend = get_backend(device.type, quantization.backend)
     entries = model.mapping.by_name()
     for name, linear in linears.items():
         entry = entries[name]
         shapes = [tuple(part.shape) for part in entry.from_full(source.infos[name].meta())]
         lines = Lines.of(entry, shapes, topology.tp, topology.tp_rank)
-        tensors = nf4_tensors(source, entry, quantization, backend, device)
-        install(linear, *shard(lines, tensors, backend, DTYPES[quantization.dtype]))
+        tensors = nf4_tensors(source, entry, quantization, device)
+        install(linear, *shard(lines, tensors, DTYPES[quantization.dtype]))
 
 
 def install(linear: nn.Module, codes: Tensor, weight: Nf4Weight) -> None:

@@ -4,7 +4,6 @@ weights in full --read_hf--> cast --quantise, each HF tensor whole--> Nf4Tensor
 stored codes    --read_nf4-----------------------------------------------------> Nf4Tensor
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as Dict
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.mapping import Entry, Mapping, TensorInfo, group_of
-from megatron_vlm.weights.nf4 import Backend, Nf4Tensor, Quantization, quantise
+from megatron_vlm.weights.nf4 import Nf4Tensor, Quantization, quantise
 from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES
 
 HEAD = "language_model.output_layer.weight"
@@ -68,12 +67,10 @@ def agree(source: WeightSource, wanted: Quantization | None, dtype: str) -> Quan
             f"the run's settings differ from those that the 4-bit weights were made with: {differing}; set them alike, or "
             "leave peft.quantize out, which takes what is stored"
         )
-    return dataclasses.replace(stored, backend=wanted.backend if wanted else None)
+    return stored
 
 
-def nf4_tensors(
-    source: WeightSource, entry: Entry, quantization: Quantization, backend: Backend, device: Any
-) -> Iterator[Nf4Tensor]:
+def nf4_tensors(source: WeightSource, entry: Entry, quantization: Quantization, device: Any) -> Iterator[Nf4Tensor]:
     """The HF tensors of an entry in NF4, one at a time: as stored, or quantised on ``device`` after the cast."""
     if source.quantization is not None:
         for stored in source.read_nf4(entry):
@@ -82,4 +79,4 @@ def nf4_tensors(
     for pieces in source.read_hf(entry):
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         on_device = tensor.to(PARAMS_DTYPES[quantization.dtype]).to(device)
-        yield quantise(on_device, backend, double=quantization.double_quant)
+        yield quantise(on_device, double=quantization.double_quant)

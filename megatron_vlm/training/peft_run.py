@@ -40,7 +40,7 @@ from megatron_vlm.weights.model_folder import CarriedFiles
 
 log = get_logger(__name__)
 
-_FREE = ("adapter", "dropout", "init", "quantize", "double_quant", "quantize_groups", "quantize_backend")
+_FREE = ("adapter", "dropout", "init", "quantize", "double_quant", "quantize_groups")
 """Settings that may change between a checkpoint and the run that goes on from it."""
 
 
@@ -154,7 +154,7 @@ def _begin(config: RunConfig, source: WeightSource, path: str) -> tuple[WeightSo
 
 def _go_on(config: RunConfig, found: Checkpoint, record: dict[str, Any]) -> tuple[WeightSource, PeftRun, Checkpoint]:
     """The adapters of a checkpoint, on the base that it names."""
-    stored, now = PeftConfig.from_dict(record["config"]), config.peft
+    stored, now = PeftConfig.from_checkpoint(record["config"]), config.peft
     old, new = stored.to_dict(), now.to_dict()
     changed = [f"{key} {old[key]!r} -> {new[key]!r}" for key in old if key not in _FREE and old[key] != new[key]]
     if changed and now.adapter is None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.weights.mapping import Entry
-from megatron_vlm.weights.nf4 import BLOCK, GROUP, Backend, Nf4Tensor, absmax_of
+from megatron_vlm.weights.nf4 import BLOCK, GROUP, Nf4Tensor, absmax_of, block_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +90,10 @@ class Nf4Weight(nn.Module):
     offset: Tensor | None
     skip: Tensor | None
 
-    def __init__(
-        self, lines: Lines, backend: Backend, dtype: torch.dtype, parts: dict[str, Tensor | None], blocks_per_line: int
-    ):
+    def __init__(self, lines: Lines, dtype: torch.dtype, parts: dict[str, Tensor | None], blocks_per_line: int):
         super().__init__()
         self.shape, self.width, self.num_lines = lines.shape, lines.width, len(lines.start)
-        self.backend, self.dtype, self.blocks_per_line = backend, dtype, blocks_per_line
+        self.dtype, self.blocks_per_line = dtype, blocks_per_line
         for name in ("absmax", "group", "scales", "offset"):
             self.register_buffer(name, parts[name], persistent=False)
         skip = lines.start % BLOCK
@@ -110,22 +108,21 @@ class Nf4Weight(nn.Module):
             within = torch.arange(self.blocks_per_line, device=absmax.device, dtype=torch.int32)
             group = ((self.group[:, None] + within) // GROUP).view(-1).clamp_(max=len(self.scales) - 1)
             absmax = absmax_of(absmax, self.scales[group], self.offset[group])
-        lines = self.backend.dequantise(codes, absmax, self.dtype).view(self.num_lines, -1)
+        lines = block_values(codes, absmax, self.dtype).view(self.num_lines, -1)
         if self.skip is None:
             return lines[:, self.skip_all : self.skip_all + self.width].reshape(self.shape)
         return lines.gather(1, self.skip + torch.arange(self.width, device=lines.device)).view(self.shape)
 
     def extra_repr(self) -> str:
-        return f"{self.shape[0]} x {self.shape[1]}, {self.dtype}, {self.backend.name}, double_quant={self.group is not None}"
+        return f"{self.shape[0]} x {self.shape[1]}, {self.dtype}, double_quant={self.group is not None}"
 
 
-def shard(lines: Lines, tensors: Iterable[Nf4Tensor], backend: Backend, dtype: torch.dtype) -> tuple[Tensor, Nf4Weight]:
+def shard(lines: Lines, tensors: Iterable[Nf4Tensor], dtype: torch.dtype) -> tuple[Tensor, Nf4Weight]:
     """Takes one rank's blocks out of whole tensors.
 
     Args:
         lines: the rank's.
         tensors: the entry's HF tensors, in order; each is let go of before the next is asked for.
-        backend: of their device.
         dtype: of the values.
 
     Returns:
@@ -156,4 +153,4 @@ def shard(lines: Lines, tensors: Iterable[Nf4Tensor], backend: Backend, dtype: t
     parts: dict[str, Tensor | None] = dict(absmax=absmax, group=None, scales=None, offset=None)
     if scales:
         parts |= dict(group=group.to(absmax.device), scales=torch.cat(scales), offset=torch.cat(offsets))
-    return codes, Nf4Weight(lines, backend, dtype, parts, count).to(absmax.device)
+    return codes, Nf4Weight(lines, dtype, parts, count).to(absmax.device)

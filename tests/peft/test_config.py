@@ -11,6 +11,12 @@ def test_nothing_is_adapted_by_default():
     assert PeftConfig.from_dict(PeftConfig().to_dict()) == PeftConfig()
 
 
+def test_a_checkpoint_may_have_recorded_settings_that_are_gone():
+    assert PeftConfig.from_checkpoint({"r": 4, "target_modules": ["q"], "quantize_backend": None}).r == 4
+    with pytest.raises(ConfigError):
+        PeftConfig.from_checkpoint({"target_modules": ["q"], "quantise": "nf4"})
+
+
 def test_targets_are_a_list_or_a_text():
     assert PeftConfig.from_dict({"target_modules": ["q_proj", "v_proj"]}).target_modules == ("q_proj", "v_proj")
     assert PeftConfig.from_dict({"target_modules": "all-linear"}).target_modules == "all-linear"

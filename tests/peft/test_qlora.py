@@ -21,7 +21,7 @@ from megatron_vlm.testing.parity import (
 )
 from megatron_vlm.testing.peft_twin import peft_gradients, peft_twin, twin_in_4bit
 from megatron_vlm.testing.twins import write_tiny_idefics2
-from megatron_vlm.weights.nf4 import Quantization, get_backend, quantise
+from megatron_vlm.weights.nf4 import Quantization, quantise
 
 LOGITS = 2e-5  # of the largest logit, fp32; measured 1.1e-5
 LOSS = 2e-6  # relative; measured 1.3e-7
@@ -167,7 +167,7 @@ def test_what_needs_full_weights_is_refused(twin, tmp_path):
     with pytest.raises(ConfigError, match="cannot quantise 'tower'"):
         hf2mg(directory, tmp_path / "other", quantize="nf4", quantize_groups=("tower",))
     with pytest.raises(ConfigError, match=r"no effect without peft\.quantize"):
-        PeftConfig(target_modules=("q_proj",), quantize_backend="torch")
+        PeftConfig(target_modules=("q_proj",), double_quant=False)
     assert not (tmp_path / "hf").exists() and not (tmp_path / "other").exists()
     damaged = next(stored.glob("nf4_*/model.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-8])
@@ -232,10 +232,9 @@ def on_product() -> tuple[bool, int, int]:
     from megatron_vlm.weights.mapping import ROW, direct
     from megatron_vlm.weights.nf4_shard import Lines, shard
 
-    backend = get_backend("cpu")
     weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(0))
     lines = Lines.of(direct("w", "w", ROW), [tuple(weight.shape)], 2, 1)  # 80 columns: not whole blocks
-    codes, nf4 = shard(lines, [quantise(weight, backend, double=True)], backend, torch.float32)
+    codes, nf4 = shard(lines, [quantise(weight, double=True)], torch.float32)
     x = torch.randn(3, 2, 80, dtype=torch.float64, requires_grad=True)
     right = torch.autograd.gradcheck(lambda x: Nf4Product.apply(x, codes, nf4, None), [x], atol=1e-7, rtol=0)
     kept: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""NF4 and QLoRA on a GPU: bitsandbytes' kernels against plain torch, what lies in the GPU's memory, a step against PEFT.
+"""NF4 and QLoRA on a GPU: bitsandbytes' kernels against the oracle, what lies in the GPU's memory, a step against PEFT.
 
 These run in the test process itself; no pool of ranks and no files but a twin's are needed.
 """
@@ -18,11 +18,12 @@ from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora, fill
 from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan
+from megatron_vlm.testing import nf4_oracle
 from megatron_vlm.testing.parity import hf_inputs, random_samples
 from megatron_vlm.testing.peft_twin import our_name, peft_twin, twin_in_4bit
 from megatron_vlm.testing.twins import write_tiny_idefics2
 from megatron_vlm.weights.mapping import ROW, direct, gated, qkv
-from megatron_vlm.weights.nf4 import TorchBackend, dequantise, get_backend, quantise
+from megatron_vlm.weights.nf4 import dequantise, quantise
 from megatron_vlm.weights.nf4_shard import Lines, shard
 
 pytestmark = pytest.mark.gpu
@@ -45,28 +46,26 @@ def draw(*shape: int) -> torch.Tensor:
     return (0.15 * torch.randn(*shape, generator=torch.Generator().manual_seed(0))).bfloat16().cuda()
 
 
-def test_bitsandbytes_and_torch_agree_on_cuda():
+def test_the_oracle_agrees_on_cuda():
     """Codes, scales and values; the plain ones are the CPU's as well, the 8-bit ones are of the device."""
-    backend = get_backend("cuda", "bitsandbytes")
     for shape in SHAPES:
         weight = draw(*shape)
         for double in (False, True):
             codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
-            ours, plain = quantise(weight, backend, double=double), quantise(weight, TorchBackend(), double=double)
+            ours, plain = quantise(weight, double=double), nf4_oracle.quantise(weight, double=double)
             assert torch.equal(ours.codes, codes.view(-1)) and torch.equal(ours.absmax, state.absmax), shape
             different = {name: int((plain.parts()[name] != part).sum()) for name, part in ours.parts().items()}
             print(f"{shape} double {double}: different values {different}")
             assert not any(different.values()), (shape, double, different)
             expected = bnb.dequantize_4bit(codes, state).view(shape)
-            for dequantising in (backend, TorchBackend()):
-                assert torch.equal(dequantise(ours, dequantising, torch.bfloat16), expected), (shape, double)
+            for by in (dequantise, nf4_oracle.dequantise):
+                assert torch.equal(by(ours, torch.bfloat16), expected), (shape, double)
             if not double:
-                cpu = quantise(weight.cpu(), get_backend("cpu"), double=False)
+                cpu = quantise(weight.cpu(), double=False)
                 assert torch.equal(cpu.codes, ours.codes.cpu()) and torch.equal(cpu.absmax, ours.absmax.cpu()), shape
 
 
 def test_shards_equal_the_whole_tensor_on_cuda():
-    backend = get_backend("cuda")
     heads = dict(num_heads=8, num_query_groups=4)
     for entry, shapes in (
         (direct("w", "w", ROW), [(256, 1024)]),
@@ -74,11 +73,11 @@ def test_shards_equal_the_whole_tensor_on_cuda():
         (gated("w", ["gate", "up"]), [(320, 256)] * 2),
         (qkv("w", "qkv", **heads), [(128, 128), (64, 128), (64, 128)]),
     ):
-        tensors = [quantise(draw(*shape), backend, double=True) for shape in shapes]
-        full = entry.to_full([dequantise(tensor, backend, torch.bfloat16) for tensor in tensors])
+        tensors = [quantise(draw(*shape), double=True) for shape in shapes]
+        full = entry.to_full([dequantise(tensor, torch.bfloat16) for tensor in tensors])
         for tp in (1, 2, 4):
             for rank in range(tp):
-                codes, nf4 = shard(Lines.of(entry, shapes, tp, rank), tensors, backend, torch.bfloat16)
+                codes, nf4 = shard(Lines.of(entry, shapes, tp, rank), tensors, torch.bfloat16)
                 assert codes.is_cuda and torch.equal(nf4.values(codes), entry.split.shard(full, tp, rank))
 
 
@@ -150,14 +149,13 @@ def test_fp32_equals_peft_on_bitsandbytes(twin):
     assert abs(float(our_loss - loss)) <= 2e-6 * float(loss)
 
 
-@pytest.mark.parametrize("backend", ["bitsandbytes", "torch"])
-def test_a_bf16_run_learns(twin, backend):
+def test_a_bf16_run_learns(twin):
     """Ten updates of the pairs alone; the codes stay what they were."""
     from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
     from megatron_vlm.training.optimizer.config import OptimizerConfig
     from megatron_vlm.training.step import train_step
 
-    settings = dict(quantize="nf4", quantize_backend=backend, quantize_groups=("llm", "vision"), **TARGETS)
+    settings = dict(quantize="nf4", quantize_groups=("llm", "vision"), **TARGETS)
     model, _, source = build(twin, "bf16", {}, **settings)
     (stage,) = model
     codes = {name: buffer.clone() for name, buffer in stage.named_buffers() if buffer.dtype == torch.uint8}
@@ -167,6 +165,6 @@ def test_a_bf16_run_learns(twin, backend):
     set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), 1e-2), config.weight_decay)
     rows = [row_from_samples(random_samples(source.config, SAMPLES))]
     losses = [train_step(model, optimizer, rows).loss for _ in range(10)]
-    print(f"{backend}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < losses[0] - 0.1
     assert all(torch.equal(buffer, codes[name]) for name, buffer in stage.named_buffers() if name in codes)

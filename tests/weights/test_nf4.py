@@ -8,20 +8,16 @@ import torch
 
 from megatron_vlm import registry
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.log import get_logger
 from megatron_vlm.sources.quantised import quantised_names
+from megatron_vlm.testing import nf4_oracle
+from megatron_vlm.weights import nf4 as nf4_of
 from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, Split, TensorInfo, direct, gated, qkv
-from megatron_vlm.weights.nf4 import Nf4Tensor, TorchBackend, dequantise, dynamic_map, get_backend, quantise
+from megatron_vlm.weights.nf4 import Nf4Tensor, dequantise, dynamic_map, quantise
 from megatron_vlm.weights.nf4_shard import Lines, shard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Multiples of 64 values or of rows of 64, and neither: 4304 columns, 54 and 70 values in all, a last block of 6.
 SHAPES = [(64, 64), (24, 4304), (96, 160), (300, 130), (9, 6), (7, 10), (1024, 1100)]
-
-
-@pytest.fixture(params=["bitsandbytes", "torch"])
-def backend(request):
-    return get_backend("cpu", request.param)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -39,26 +35,27 @@ def reference(weight: torch.Tensor, double: bool) -> tuple[torch.Tensor, bnb.Qua
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
-def test_whole_tensors_equal_bitsandbytes(backend, double):
+@pytest.mark.parametrize("by", [nf4_of, nf4_oracle], ids=["ours", "oracle"])
+def test_whole_tensors_equal_bitsandbytes(by, double):
     for number, shape in enumerate(SHAPES):
         for dtype in DTYPES:
             weight = draw(*shape, seed=number).to(dtype)
             codes, state, values = reference(weight, double)
-            ours = quantise(weight, backend, double=double)
+            ours = by.quantise(weight, double=double)
             assert torch.equal(ours.codes, codes.view(-1)), (shape, dtype)
             assert torch.equal(ours.absmax, state.absmax), (shape, dtype)
             if double:
                 assert torch.equal(ours.scales, state.state2.absmax) and torch.equal(ours.offset[0], state.offset)
-            assert torch.equal(dequantise(ours, backend, dtype), values), (shape, dtype)
+            assert torch.equal(by.dequantise(ours, dtype), values), (shape, dtype)
             error = float((values.float() - weight.float()).norm() / weight.float().norm())
             assert 0.06 < error < 0.12, f"{shape}: {error} is not the error of NF4"
 
 
-def test_a_large_tensor_is_quantised_in_pieces_and_stays_the_same(backend, monkeypatch):
+def test_a_large_tensor_is_quantised_in_pieces_and_stays_the_same(monkeypatch):
     weight = draw(150, 130).bfloat16()
-    whole = quantise(weight, backend, double=True)
+    whole = quantise(weight, double=True)
     monkeypatch.setattr("megatron_vlm.weights.nf4._CHUNK", 640)
-    for name, part in quantise(weight, backend, double=True).parts().items():
+    for name, part in quantise(weight, double=True).parts().items():
         assert torch.equal(part, whole.parts()[name]), name
 
 
@@ -86,15 +83,14 @@ ENTRIES: dict[str, tuple[Entry, list[tuple[int, int]]]] = {
 def test_shards_equal_the_whole_tensor(name):
     """At tp 1, 2 and 4: what a rank dequantises is its part of what bitsandbytes makes of each unsharded HF tensor."""
     entry, shapes = ENTRIES[name]
-    backend = get_backend("cpu")
     weights = [draw(*shape, seed=number).bfloat16() for number, shape in enumerate(shapes)]
     for double in (False, True):
         full = entry.to_full([reference(weight, double)[2] for weight in weights])
-        tensors = [quantise(weight, backend, double=double) for weight in weights]
+        tensors = [quantise(weight, double=double) for weight in weights]
         for tp in (1, 2, 4):
             for rank in range(tp):
                 lines = Lines.of(entry, shapes, tp, rank)
-                codes, nf4 = shard(lines, iter(tensors), backend, torch.bfloat16)
+                codes, nf4 = shard(lines, iter(tensors), torch.bfloat16)
                 expected = entry.split.shard(full, tp, rank)
                 assert torch.equal(nf4.values(codes), expected), (double, tp, rank)
                 if "odd" not in name and "wide" not in name:
@@ -103,12 +99,12 @@ def test_shards_equal_the_whole_tensor(name):
 
 def test_bits_per_parameter():
     entry, shape = direct("w", "w", ROW), (1024, 4096)
-    weight, backend = draw(*shape).bfloat16(), get_backend("cpu")
+    weight = draw(*shape).bfloat16()
     # A shard also holds the scales of all groups, and where each of its lines lies among them.
     for double, whole, half in ((False, 4.5, 4.5), (True, 4.127, 4.148)):
-        tensor = quantise(weight, backend, double=double)
+        tensor = quantise(weight, double=double)
         assert bits(tensor.parts().values(), weight.numel()) == pytest.approx(whole, abs=1e-3)
-        codes, nf4 = shard(Lines.of(entry, [shape], 2, 1), [tensor], backend, torch.bfloat16)
+        codes, nf4 = shard(Lines.of(entry, [shape], 2, 1), [tensor], torch.bfloat16)
         assert bits([codes, *nf4.buffers()], weight.numel() // 2) == pytest.approx(half, abs=1e-3)
 
 
@@ -118,20 +114,13 @@ def bits(tensors, count: int) -> float:
 
 def test_scales_of_a_shard_quantised_by_itself_would_differ():
     """Why whole tensors are quantised: the mean and the groups of double quantisation belong to the whole."""
-    weight, backend = draw(256, 128), get_backend("cpu")
-    whole = dequantise(quantise(weight, backend, double=True), backend, torch.float32)
-    half = dequantise(quantise(weight[128:].contiguous(), backend, double=True), backend, torch.float32)
+    weight = draw(256, 128)
+    whole = dequantise(quantise(weight, double=True), torch.float32)
+    half = dequantise(quantise(weight[128:].contiguous(), double=True), torch.float32)
     assert not torch.equal(half, whole[128:])
 
 
-def test_backends_say_which_and_refuse_clearly(monkeypatch, caplog):
-    get_backend.cache_clear()
-    monkeypatch.setattr(get_logger(), "propagate", True)  # off after a command line ran in this process
-    with caplog.at_level("INFO", logger="megatron_vlm"):
-        assert get_backend("cpu").name == "bitsandbytes"
-    assert "NF4 on cpu: bitsandbytes" in caplog.text
-    with pytest.raises(ConfigError, match=r"'exllama' is none of bitsandbytes, torch"):
-        get_backend("cpu", "exllama")
+def test_its_absence_is_an_error_that_says_what_to_install(monkeypatch):
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -139,14 +128,18 @@ def test_backends_say_which_and_refuse_clearly(monkeypatch, caplog):
             raise ImportError("No module named 'bitsandbytes'")
         return real(name, *args, **kwargs)
 
+    nf4_of._library.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
-    get_backend.cache_clear()
-    with caplog.at_level("INFO", logger="megatron_vlm"):
-        assert isinstance(get_backend("cpu"), TorchBackend)
-    assert "NF4 on cpu: plain torch (ImportError: No module named 'bitsandbytes')" in caplog.text
-    with pytest.raises(ConfigError, match=r"does not run on cpu \(ImportError: .*pip install 'megatron_vlm\[qlora\]'"):
-        get_backend("cpu", "bitsandbytes")
-    get_backend.cache_clear()
+    for use in (
+        lambda: quantise(draw(8, 8), double=False),
+        lambda: dequantise(
+            Nf4Tensor(shape=(2,), codes=torch.zeros(1, dtype=torch.uint8), absmax=torch.ones(1)), torch.float32
+        ),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"does not run on cpu \(ImportError: .*pip install 'megatron_vlm\[qlora\]'"
+        ):
+            use()
 
 
 def test_what_is_no_linear_is_refused():
@@ -159,8 +152,8 @@ def test_what_is_no_linear_is_refused():
 
 def test_values_behind_the_end_are_zero():
     tensor = Nf4Tensor(shape=(3,), codes=torch.tensor([0xF0, 0x0F], dtype=torch.uint8), absmax=torch.ones(1))
-    assert dequantise(tensor, TorchBackend(), torch.float32).tolist() == [1.0, -1.0, -1.0]
-    assert (TorchBackend().dequantise(tensor.blocks(), tensor.absmax, torch.float32)[0, 4:] == 0).all()
+    assert dequantise(tensor, torch.float32).tolist() == [1.0, -1.0, -1.0]
+    assert (nf4_of.block_values(tensor.blocks(), tensor.absmax, torch.float32)[0, 4:] == 0).all()
 
 
 def test_head_embeddings_and_norms_are_never_among_the_names():

@@ -69,6 +69,9 @@ class Row:
         num_filler: tokens of the filler segment at the end (0: none).
         holes: samples of the plan that could not be read.
         truncated: samples that the too-long policy shortened.
+        part: of a slice, one rank's tokens of a row: which of the row's image features its ``image_positions`` take, int64 [n],
+            and how many features the row has; None: all of a whole row's.
+        deal: of a slice, the tokens of all ranks and how they meet (layers.context.Deal).
     """
 
     tokens: Mapping[str, Tensor]
@@ -82,6 +85,8 @@ class Row:
     num_filler: int = 0
     holes: int = 0
     truncated: int = 0
+    part: tuple[Tensor, int] | None = None
+    deal: Any = None
 
     @classmethod
     def of(cls, tokens: Mapping[str, Tensor], segments: Sequence[int], **rest: Any) -> "Row":
@@ -143,6 +148,7 @@ class Row:
             cu_seqlens=move(self.cu_seqlens),
             loss_positions=move(self.loss_positions),
             image_positions=move(self.image_positions),
+            part=self.part and (move(self.part[0]), self.part[1]),
             pixels=tuple(p.to(device if pixels else "meta", dtype, non_blocking=True) for p in self.pixels),
         )
 
@@ -186,9 +192,24 @@ class Row:
             truncated=truncated,
         )
 
-    def slice(self, index: Tensor) -> dict[str, Tensor]:
-        """The per-token tensors at some positions, int64 [n] in any order, which ranks that share a row take each."""
-        return {name: tensor.index_select(-1, index) for name, tensor in self.tokens.items()}
+    def slice(self, index: Tensor, deal: Any = None) -> "Row":
+        """One rank's tokens of a row that several ranks share: those at int64 [n], ascending, of a ``deal``.
+
+        Positions of losses and images count among these tokens; segments, images and keys are still the whole row's.
+        """
+        place = torch.full((self.starts[-1],), -1)
+        place[index] = torch.arange(len(index))
+        image_positions = place[self.image_positions]
+        held = (image_positions >= 0).nonzero()[:, 0]
+        tokens = {name: tensor.index_select(-1, index) for name, tensor in self.tokens.items()}
+        return replace(
+            self,
+            tokens=tokens,
+            loss_positions=(tokens["labels"] != IGNORE_INDEX).nonzero()[:, 0],
+            image_positions=image_positions[held],
+            part=(held, len(image_positions)),
+            deal=deal,
+        )
 
 
 def pack_pixels(pixels: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:

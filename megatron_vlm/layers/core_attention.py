@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_vlm.layers.attention import attention
+from megatron_vlm.layers.context import Deal, context_attention
 
 
 @dataclass
@@ -29,9 +30,11 @@ class RowParams(PackedSeqParams):
     Attributes:
         image_positions: int64, tokens of the row that hold image features; None: not said, no layer needs to know.
         cache: keys and values of the tokens before these, while generating; ``cu_seqlens_kv`` then counts them too.
+        deal: the row lies over context parallel ranks; ``cu_seqlens_q`` is the whole row's, all else this rank's.
     """
 
     image_positions: Tensor | None = None
+    deal: Deal | None = None
     cache: "KVCache | None" = None
 
     @classmethod
@@ -120,6 +123,7 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        self.recompute = config.recompute_granularity != "full"  # else the layer's own recomputation does it
         self.window = config.window_size[0] + 1 if config.window_size is not None and self.causal else None
 
     def forward(
@@ -138,6 +142,10 @@ class CoreAttention(MegatronModule):
         cache = getattr(row, "cache", None)
         if cache is not None:
             key, value = cache.extend(self.layer_number, key, value)
+        deal = getattr(row, "deal", None)
+        if deal is not None:
+            output = context_attention(query, key, value, deal, self.window, recompute=self.recompute)
+            return output.reshape(output.shape[0], -1)
         output = attention(
             query,
             key,

@@ -54,7 +54,9 @@ class RotaryAngles:
         self.exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         self.inv_freq = _scaled(1.0 / (base**self.exponents), scaling)
 
-    def __call__(self, position_ids: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int) -> Tensor:
+    def __call__(
+        self, position_ids: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int, segments: Tensor | None = None
+    ) -> Tensor:
         """Angles, fp32 [T, 1, 1, D].
 
         Args:
@@ -62,22 +64,27 @@ class RotaryAngles:
             cu_q: int32 [N + 1], segments of these tokens.
             cu_k: int32 [N + 1], the same segments with the tokens before these, by whose lengths ``dynamic`` scales.
             max_k: the longest of them.
+            segments: int64 [T], the segment of each token, where these are some of a row's; None: as ``cu_q`` says.
         """
         positions = position_ids.float()[:, None]
         if self.scaling is not None and self.scaling.kind == "dynamic" and max_k > self.max_positions:
-            freqs = positions * self._dynamic(cu_q, cu_k, len(position_ids))
+            stretched = self._dynamic(cu_k)
+            if segments is None:
+                by_token = stretched.repeat_interleave(cu_q.diff(), 0, output_size=len(position_ids))
+            else:
+                by_token = stretched.index_select(0, segments)
+            freqs = positions * by_token
         else:
             freqs = positions * self.inv_freq
         return torch.cat((freqs, freqs), -1)[:, None, None]
 
-    def _dynamic(self, cu_q: Tensor, cu_k: Tensor, total: int) -> Tensor:
-        """[T, D / 2]: inverse frequencies of each token, by the length of its segment."""
+    def _dynamic(self, cu_k: Tensor) -> Tensor:
+        """[N, D / 2]: inverse frequencies in each segment, by its length."""
         assert self.scaling is not None
         lengths = cu_k.diff().clamp(min=self.max_positions).double()
         stretch = self.scaling.factor * lengths / self.max_positions - (self.scaling.factor - 1)
         bases = (self.base * stretch ** (self.dim / (self.dim - 2))).float()
-        freqs = 1.0 / (bases[:, None] ** self.exponents)
-        return freqs.repeat_interleave(cu_q.diff(), 0, output_size=total)
+        return 1.0 / (bases[:, None] ** self.exponents)
 
 
 def _scaled(inv_freq: Tensor, scaling: RopeScaling | None) -> Tensor:

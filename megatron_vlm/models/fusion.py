@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from megatron_vlm.errors import DataError
 
 
-def fuse(embeddings: Tensor, features: Tensor, positions: Tensor, num_images: int) -> Tensor:
+def fuse(
+    embeddings: Tensor, features: Tensor, positions: Tensor, num_images: int, part: tuple[Tensor, int] | None = None
+) -> Tensor:
     """Overwrites rows of ``embeddings`` with image features, in order.
 
     Args:
@@ -24,6 +26,7 @@ def fuse(embeddings: Tensor, features: Tensor, positions: Tensor, num_images: in
         features: [F, H], features of all images of the row.
         positions: int64 [F], where they go.
         num_images: images of the row, for the error.
+        part: ``positions`` and the embeddings are of a slice of the row: see ``Row.part``.
 
     Returns:
         [T, 1, H].
@@ -31,11 +34,14 @@ def fuse(embeddings: Tensor, features: Tensor, positions: Tensor, num_images: in
     Raises:
         DataError: as many features as positions are needed.
     """
-    if features.shape[0] != positions.shape[0]:
+    wanted = positions.shape[0] if part is None else part[1]
+    if features.shape[0] != wanted:
         raise DataError(
-            f"a row of {num_images} images gives {features.shape[0]} image features for {positions.shape[0]} image tokens: "
+            f"a row of {num_images} images gives {features.shape[0]} image features for {wanted} image tokens: "
             "the processor and the model disagree on the tokens of an image"
         )
+    if part is not None:
+        features = features.index_select(0, part[0])
     return embeddings.index_copy(0, positions, features[:, None].to(embeddings.dtype))
 
 

@@ -117,8 +117,13 @@ def transformer_config(
 
 
 def process_groups(solo: bool = False) -> ProcessGroupCollection:
-    """megatron-core's groups; ``solo`` replaces the tensor parallel one by this rank alone."""
+    """megatron-core's groups; ``solo`` replaces the tensor parallel one by this rank alone.
+
+    So is the context parallel one always: its layers know of no other tokens than this rank's, whose angles they are given, and
+    core attention (layers/context.py) does the rest. With the real group megatron-core's RoPE would cut the angles once more.
+    """
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.cp = SoloGroup()
     if solo:
         groups.tp = SoloGroup()
     return groups
@@ -151,6 +156,7 @@ class Decoder(GPTModel):
             share_embeddings_and_output_weights=text.tie_word_embeddings,
             position_embedding_type="none",  # angles are those of each token, see layers/rope.py
             scatter_embedding_sequence_parallel=False,  # images are fused in first
+            pg_collection=process_groups(),
             vp_stage=vp_stage,
         )
         self.true_vocab_size = text.vocab_size
@@ -176,7 +182,8 @@ class Decoder(GPTModel):
         Returns:
             Hidden states [T(/tp), 1, H].
         """
-        angles = self.rotary_angles(position_ids, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_kv)
+        segments = row.deal and row.deal.segments
+        angles = self.rotary_angles(position_ids, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_kv, segments)
         return self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,

@@ -94,15 +94,15 @@ class VisionLanguageModel(MegatronModule):
 
     def _hidden(self, batch: Row, row: RowParams | None = None) -> Tensor:
         embeddings = self._embeddings(batch) if self.pre_process else None
-        row = row or RowParams.of(batch.cu_seqlens, max(batch.segments), batch.starts[-1])
-        row.image_positions = batch.image_positions
+        row = row or RowParams.of(batch.cu_seqlens, max(batch.segments), len(batch.input_ids))
+        row.image_positions, row.deal = batch.image_positions, batch.deal
         return self.language_model(embeddings, batch.position_ids, row)
 
     def _embeddings(self, batch: Row) -> Tensor:
         x = self.language_model.embed(batch.input_ids, batch.position_ids)
         if batch.pixels:
             features = self.filler.real(self.image_features(batch.pixels))
-            x = fuse(x, features, batch.image_positions, len(batch.pixels))
+            x = fuse(x, features, batch.image_positions, len(batch.pixels), batch.part)
         elif self._needs_filler():
             parts = self._vision_parts()
             with unchanged_generators():

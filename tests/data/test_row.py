@@ -52,7 +52,18 @@ def test_positions_of_any_rank_and_further_tensors():
     row = row_from_samples([sample(2, rank=3, more=True), sample(3, rank=3, more=True)], multiple_of=4)
     assert row.position_ids.tolist()[2] == [0, 3, 0, 3, 6, 0, 1, 2]
     assert row.tokens["kinds"].tolist() == [[1] * 5 + [0] * 3] * 2
-    assert row.slice(torch.tensor([4, 0]))["position_ids"].tolist() == [[2, 0], [4, 0], [6, 0]]
+    assert row.slice(torch.tensor([0, 4])).position_ids.tolist() == [[0, 2], [0, 4], [0, 6]]
+
+
+def test_a_slice_knows_which_features_it_takes():
+    row = row_from_samples([sample(3, 1), sample(4, 2)], multiple_of=4)  # images at 0, 3 and 4
+    part = row.slice(torch.tensor([1, 4, 5, 6]))
+    assert part.part is not None and part.part[0].tolist() == [2] and part.part[1] == 3
+    assert part.image_positions.tolist() == [1] and torch.equal(part.input_ids, row.input_ids[[1, 4, 5, 6]])
+    assert part.labels[part.loss_positions].ne(-100).all() and part.num_supervised == int((part.labels != -100).sum())
+    assert (part.starts, part.keys, len(part.pixels)) == (row.starts, row.keys, 3)
+    halves = [row.slice(torch.arange(half, half + 4)) for half in (0, 4)]
+    assert sum(half.num_supervised for half in halves) == row.num_supervised
 
 
 @pytest.mark.parametrize("make", [

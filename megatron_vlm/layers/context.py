@@ -26,8 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.attention import attention
 
-Exchange = Literal["gather", "heads"]
+Exchange = Literal["auto", "gather", "heads"]
 Intervals = tuple[tuple[int, int], ...]
+_HEADS_FROM = 8  # ranks: below, keys and values of the queries' segments are fewer bytes than all tokens of some heads
 _SHORT = 4  # segments below 1 / (4 cp) of the row are not cut in pairs: what that would even out is less than the short ones fill
 
 
@@ -111,7 +112,7 @@ class Deal:
     rank: int
     group: Any
     device: torch.device
-    exchange: Exchange = "gather"
+    exchange: Exchange = "auto"
 
     @functools.cached_property
     def intervals(self) -> tuple[Intervals, ...]:
@@ -294,8 +295,9 @@ def context_attention(
     Raises:
         ConfigError: exchange by heads where they do not divide.
     """
-    if deal.exchange == "heads":
-        if problem := check_heads(q.shape[1], k.shape[1], deal.size, 1):
+    problem = check_heads(q.shape[1], k.shape[1], deal.size, 1)
+    if deal.exchange == "heads" or (deal.exchange == "auto" and deal.size >= _HEADS_FROM and not window and not problem):
+        if problem:
             raise ConfigError(
                 f"parallel.context_parallel_exchange=heads: {problem} on a tensor parallel rank; set gather, or auto"
             )
@@ -318,8 +320,8 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, deal: Deal, window: int | None) -
     to_row, to_ranks = deal.order
     lengths = [b - a for a, b in pairwise(deal.starts)]
     cu = _starts(lengths).to(deal.device)
-    row = [_to_heads(x, deal).index_select(0, to_row) for x in (q, k, v)]
-    out = attention(*row, cu, cu, max(lengths), max(lengths), causal=True, window=window)
+    queries, keys, values = (_to_heads(x, deal).index_select(0, to_row) for x in (q, k, v))
+    out = attention(queries, keys, values, cu, cu, max(lengths), max(lengths), causal=True, window=window)
     size, count = deal.size, len(q)
     out = _AllToAll.apply(out.index_select(0, to_ranks), [count] * size, [count] * size, deal.group)
     return out.view(size, count, -1, q.shape[2]).transpose(0, 1).reshape(count, -1, q.shape[2])

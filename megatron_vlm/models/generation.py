@@ -140,7 +140,7 @@ def _forward(stages: Sequence[Any], row: Row, params: RowParams, topology: Topol
             hidden = torch.empty(length, 1, config.hidden_size, dtype=config.params_dtype, device=topology.device)
             dist.recv(hidden, before)
             stage.set_input_tensor(hidden)
-        batch = device_batch(topology, row, pixels=stage.pre_process, dtype=stage.config.params_dtype)
+        batch = device_batch(topology, row, pixels=stage.pre_process, dtype=stage.config.params_dtype, whole=True)
         output = stage.next_logits(batch, params)
         if not stage.post_process:
             dist.send(output.contiguous(), after)

@@ -182,7 +182,7 @@ class Decoder(GPTModel):
         Returns:
             Hidden states [T(/tp), 1, H].
         """
-        segments = row.deal and row.deal.segments
+        segments = None if row.deal is None else row.deal.segments
         angles = self.rotary_angles(position_ids, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_kv, segments)
         return self.decoder(
             hidden_states=decoder_input,

@@ -27,7 +27,7 @@ from megatron_vlm.models.fusion import Filler, filler_pixels, fuse
 from megatron_vlm.models.language import Decoder
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
-from megatron_vlm.parallel.rng import unchanged_generators
+from megatron_vlm.parallel.rng import alike_over_context_ranks, unchanged_generators
 from megatron_vlm.parallel.topology import Topology
 
 
@@ -84,6 +84,10 @@ class VisionLanguageModel(MegatronModule):
 
     def image_features(self, pixels: Sequence[Tensor]) -> Tensor:
         """[F, H], features of all images [C, h, w] of a row in order (first stage)."""
+        with alike_over_context_ranks():
+            return self._features(pixels)
+
+    def _features(self, pixels: Sequence[Tensor]) -> Tensor:
         vision, connector = self._vision_parts()
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(vision)):
             patches, counts = vision(pixels)

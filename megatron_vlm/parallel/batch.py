@@ -2,7 +2,8 @@
 
 source rank (tp 0, stage 0): loader --> rows --did any replica fail?--> every rank raises the same error, or
     texts   one int64 tensor, broadcast over the replica at the start of a step: every stage needs positions and labels
-    pixels  broadcast over the first stage's tp ranks, row by row inside the forward step: no later stage holds them
+    pixels  broadcast over the first stage's tp x cp ranks, row by row inside the forward step: no later stage holds them
+    tokens  under context parallelism each rank takes its own of the row (layers/context.py), when it moves to the device
 
 Rows on ranks without the pixels carry meta tensors of the right shapes, so the number and sizes of images are known
 everywhere.
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_vlm.data.row import Row, pack_pixels, unpack_pixels
 from megatron_vlm.errors import DataError, MegatronVLMError
+from megatron_vlm.layers.context import Deal
 from megatron_vlm.parallel.topology import Topology
 
 
@@ -106,16 +108,20 @@ def share_rows(
     return tuple(Row.unpack(*packed) for packed in zip(header["rows"], parts)), header["extra"]
 
 
-def device_batch(topology: Topology, row: Row, *, pixels: bool, dtype: torch.dtype) -> Row:
-    """Moves a row to the device for one forward pass; with ``pixels``, a collective of the first stage's tp ranks.
+def device_batch(topology: Topology, row: Row, *, pixels: bool, dtype: torch.dtype, whole: bool = False) -> Row:
+    """Moves a row, or this rank's tokens of it, to the device; with ``pixels``, a collective of the first stage's ranks.
 
     Args:
         topology: the layout.
         row: one of ``share_rows``.
         pixels: the model chunk holds the vision tower.
         dtype: of the tower's parameters, in which pixels travel.
+        whole: every context parallel rank takes the whole row (generation, where a row has one token per answer).
     """
-    if pixels and topology.tp > 1 and row.pixels:
+    if topology.cp > 1 and not whole:
+        deal = Deal(row.starts, topology.cp, topology.cp_rank, topology.cp_group, topology.device, topology.exchange)
+        row = row.slice(deal.index, deal)
+    if pixels and topology.tp * topology.cp > 1 and row.pixels:
         row = replace(row, pixels=_share_pixels(topology, row.pixels, dtype))
     return row.to(topology.device, dtype, pixels=pixels)
 
@@ -126,7 +132,7 @@ def _share_pixels(topology: Topology, pixels: tuple[torch.Tensor, ...], dtype: t
         flat = pack_pixels(pixels, dtype).to(topology.device)
     else:
         flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=dtype, device=topology.device)
-    dist.broadcast(flat, source, group=topology.tp_group)
+    dist.broadcast(flat, source, group=topology.stage_group)
     return unpack_pixels(flat, shapes)
 
 

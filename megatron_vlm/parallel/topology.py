@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.parallel.grid import COPIES, REPLICA, Grid
+from megatron_vlm.layers.context import Exchange
+from megatron_vlm.parallel.grid import COPIES, REPLICA, SETTINGS, Grid
 from megatron_vlm.parallel.heartbeat import TIMEOUT, Heartbeat
 from megatron_vlm.parallel.place import START_TIMEOUT
 
@@ -27,7 +28,9 @@ class ParallelConfig(Config):
         pipeline_model_parallel_size: stages that split the layers (pp).
         num_layers_per_virtual_pipeline_stage: layers per virtual stage; None: one stage per rank.
         sequence_parallel: split activations between tensor parallel regions along the sequence.
-        context_parallel_size: fixed to 1.
+        context_parallel_size: ranks that split the tokens of each row (cp); attention still sees all of them.
+        context_parallel_exchange: what these ranks exchange for it: ``gather``, the keys and values that each one's queries see;
+            ``heads``, all tokens of some heads, where heads divide by tp x cp; ``auto``, heads from cp 8 on where they do.
         use_distributed_optimizer: shard optimizer state over data parallel ranks.
         overlap_grad_reduce: reduce gradients while the backward pass runs.
         accumulate_allreduce_grads_in_fp32: keep and reduce gradients in fp32.
@@ -43,6 +46,7 @@ class ParallelConfig(Config):
     num_layers_per_virtual_pipeline_stage: int | None = None
     sequence_parallel: bool = False
     context_parallel_size: int = 1
+    context_parallel_exchange: Exchange = "auto"
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     accumulate_allreduce_grads_in_fp32: bool = True
@@ -53,7 +57,7 @@ class ParallelConfig(Config):
     start_timeout_seconds: float = START_TIMEOUT
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        for name in SETTINGS.values():
             if getattr(self, name) < 1:
                 raise ConfigError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
         for name, least in (
@@ -63,10 +67,10 @@ class ParallelConfig(Config):
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"parallel.{name} must be at least {least}, got {getattr(self, name)}")
-        if self.context_parallel_size != 1:
+        if self.context_parallel_exchange != "auto" and self.context_parallel_size == 1:
             raise ConfigError(
-                f"parallel.context_parallel_size is {self.context_parallel_size}, but context parallelism is not built yet: "
-                "set it to 1, and use tensor and sequence parallelism for long rows"
+                f"parallel.context_parallel_exchange {self.context_parallel_exchange} has no effect at context_parallel_size 1: "
+                "drop it or raise context_parallel_size"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
@@ -129,9 +133,12 @@ class Topology:
         rank: this process's.
         vp: virtual stages per rank (1: none).
         device: of this rank.
-        tp_group, pp_group, dp_group: ranks that differ from this one along that axis.
-        replica_group: ranks of this replica of the model: tp x pp.
+        tp_group, cp_group, pp_group, dp_group: ranks that differ from this one along that axis.
+        copies_group: ranks that hold the same weights: cp x dp.
+        stage_group: ranks of this stage of this replica: tp x cp.
+        replica_group: ranks of this replica of the model: tp x cp x pp.
         embedding_group: first and last stage, which share a tied embedding.
+        exchange: between the ranks of ``cp_group``.
     """
 
     grid: Grid
@@ -143,6 +150,10 @@ class Topology:
     dp_group: Any
     replica_group: Any
     embedding_group: Any
+    cp_group: Any
+    copies_group: Any
+    stage_group: Any
+    exchange: Exchange = "auto"
 
     @property
     def tp(self) -> int:
@@ -285,9 +296,19 @@ def build_topology(config: ParallelConfig, *, num_layers: int, device: torch.dev
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
-        replica_group=parallel_state.get_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        copies_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        stage_group=parallel_state.get_tensor_and_context_parallel_group(),
+        replica_group=_replica_group(grid, rank) if grid.cp > 1 else parallel_state.get_model_parallel_group(),
         embedding_group=parallel_state.get_embedding_group(check_initialized=False),
+        exchange=config.context_parallel_exchange,
     )
+
+
+def _replica_group(grid: Grid, rank: int) -> Any:
+    """tp x cp x pp, which megatron-core has no group of. A collective of the job."""
+    made = {ranks: dist.new_group(ranks) for ranks in map(tuple, grid.groups(*REPLICA))}
+    return made[tuple(grid.group(rank, *REPLICA))]
 
 
 def destroy_topology() -> None:

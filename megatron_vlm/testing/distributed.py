@@ -68,24 +68,31 @@ class RankError(RuntimeError):
 
 
 def run_distributed(
-    fn: Callable[..., Any], *args: Any, tp: int = 1, pp: int = 1, dp: int = 1, timeout: float = 120, **kwargs: Any
+    fn: Callable[..., Any],
+    *args: Any,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    cp: int = 1,
+    timeout: float = 120,
+    **kwargs: Any,
 ) -> list[Any]:
-    """Runs ``fn(*args, **kwargs)`` on ``tp * pp * dp`` gloo ranks and returns their results in rank order.
+    """Runs ``fn(*args, **kwargs)`` on ``tp * pp * dp * cp`` gloo ranks and returns their results in rank order.
 
     On each rank the CPU seams of megatron-core are installed, a process group of that world size exists, torch has one
     thread and every generator starts from the same seed. ``fn`` builds its own Topology; it is destroyed afterwards.
 
     Args:
         fn: a module-level function; it, its arguments and its results travel by pickle (tensors by value).
-        tp, pp, dp: only their product matters here.
+        tp, pp, dp, cp: only their product matters here.
         timeout: seconds for the call, without starting workers.
 
     Raises:
         RankError: a rank raised, died, or was not done in time.
     """
-    world = Grid(tp=tp, dp=dp, pp=pp).world
+    world = Grid(tp=tp, cp=cp, dp=dp, pp=pp).world
     if not 1 <= world <= MAX_RANKS:
-        raise ValueError(f"tp {tp} x pp {pp} x dp {dp} = {world} ranks, but the pool has {MAX_RANKS}")
+        raise ValueError(f"tp {tp} x pp {pp} x dp {dp} x cp {cp} = {world} ranks, but the pool has {MAX_RANKS}")
     return _pool().run(world, fn, args, kwargs, timeout)
 
 

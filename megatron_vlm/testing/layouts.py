@@ -29,6 +29,8 @@ class Case:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
+    exchange: str = "auto"
     sp: bool = False
     vp: int | None = None
     do: bool = False
@@ -41,7 +43,9 @@ class Case:
     def __str__(self) -> str:
         flags = dict(sp=self.sp, vp=self.vp, do=self.do, overlap=self.overlap, recompute=self.recompute)
         parts = [*(name for name, on in flags.items() if on), *(f"no_{group}" for group in self.freeze)]
-        return "-".join([*([self.twin] if self.twin else []), f"tp{self.tp}pp{self.pp}dp{self.dp}", *parts])
+        sizes = f"tp{self.tp}pp{self.pp}dp{self.dp}" + (f"cp{self.cp}" if self.cp > 1 else "")
+        parts += [self.exchange] if self.exchange != "auto" else []
+        return "-".join([*([self.twin] if self.twin else []), sizes, *parts])
 
     @property
     def parallel(self) -> dict[str, Any]:
@@ -49,6 +53,8 @@ class Case:
         return dict(
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
+            context_parallel_size=self.cp,
+            context_parallel_exchange=self.exchange,
             sequence_parallel=self.sp,
             num_layers_per_virtual_pipeline_stage=self.vp,
             use_distributed_optimizer=self.do,
@@ -155,7 +161,7 @@ class LayoutCheck:
             raise AssertionError(f"{case}: {loss_error=:.2e} gradient={worst} {step_loss=:.2e} {step_norm=:.2e}")
 
     def _run(self, case: Case) -> tuple[float, dict[str, Any], list[tuple[float, float]], list[dict[str, Any]]]:
-        multiple, fill = case.tp if case.sp else 1, self.fill if case.vp else 0
+        multiple, fill = (case.tp if case.sp else 1) * case.cp, self.fill if case.vp else 0
         rows = [row_from_samples(samples, multiple_of=multiple, fill_to=fill) for samples in self.batches]
         results = run_distributed(
             layout_run,
@@ -169,6 +175,7 @@ class LayoutCheck:
             tp=case.tp,
             pp=case.pp,
             dp=case.dp,
+            cp=case.cp,
         )
         mapping = mapping_of(self.spec, self.config, self.directory, self.peft, case.tp)
         loss, grads = merge_gradients(results, mapping, self.config.text.vocab_size)

@@ -255,7 +255,7 @@ def batch_gradients(model: Model, rows: Sequence[Row]) -> dict:
         _gather_gradient_shards(model)
     return {
         "tp_rank": topology.tp_rank,
-        "dp_rank": topology.dp_rank,
+        "copy": topology.copy_number,
         "loss": totals["loss_sum"] / totals["supervised_tokens"],
         "buckets": sum(len(buffer.buckets) for stage in model for buffer in stage.buffers),
         "grads": {
@@ -267,19 +267,19 @@ def batch_gradients(model: Model, rows: Sequence[Row]) -> dict:
 
 
 def _gather_gradient_shards(model: Model) -> None:
-    """The distributed optimizer leaves each data parallel rank its shard of every bucket: put them together."""
+    """The distributed optimizer leaves each copy of the weights its shard of every bucket: put them together."""
     topology = model.topology
     for stage in model:
         for buffer in stage.buffers:
             for bucket in buffer.buckets:
-                shards = list(bucket.grad_data.view(topology.dp, -1))
-                dist.all_gather(shards, shards[topology.dp_rank].clone(), group=topology.dp_group)
+                shards = list(bucket.grad_data.view(topology.copies, -1))
+                dist.all_gather(shards, shards[topology.copy_number].clone(), group=topology.copies_group)
 
 
 def merge_gradients(results: Sequence[dict], mapping: Mapping, vocab_size: int) -> tuple[float, dict[str, Tensor]]:
     """Puts the ranks' results together: (loss, gradients by HF name); replicas must agree to 1e-5."""
     loss = results[0]["loss"]
-    first = [r for r in results if r["dp_rank"] == 0]
+    first = [r for r in results if r["copy"] == 0]
     hf_grads: dict[str, Tensor] = {}
     for name, entry in mapping.by_name().items():
         shards = [r["grads"][name] for r in sorted(first, key=lambda r: r["tp_rank"]) if name in r["grads"]]

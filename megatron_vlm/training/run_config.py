@@ -234,8 +234,9 @@ class RunConfig(Config):
 
     @property
     def row_multiple(self) -> int:
-        """Every row is filled to a multiple of this."""
-        return self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        """Every row is filled to a multiple of this: what its tokens are split over."""
+        split = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        return split * self.parallel.context_parallel_size
 
     @property
     def num_microbatches_per_batch(self) -> int:
@@ -249,7 +250,7 @@ class RunConfig(Config):
             ConfigError: they do not fit; raised alike on every rank, before any collective.
         """
         grid, training = self.parallel.grid(world_size), self.training
-        tp, dp, pp = grid.tp, grid.dp, grid.pp
+        dp, pp = grid.dp, grid.pp
         unit = training.micro_batch_size * dp
         if training.global_batch_size % unit:
             raise ConfigError(
@@ -266,8 +267,8 @@ class RunConfig(Config):
             )
         if self.row_fill % self.row_multiple:
             raise ConfigError(
-                f"rows of {self.row_fill} tokens do not divide over {tp} ranks under sequence parallelism: set "
-                f"data.seq_length to a multiple of {tp}"
+                f"rows of {self.row_fill} tokens do not divide over the {self.row_multiple} ranks that split them: set "
+                f"data.seq_length to a multiple of {self.row_multiple}"
             )
         return dp
 

@@ -144,12 +144,15 @@ def forward_step(topology: Topology, rows: Iterator[Row], chunk: Any) -> tuple[T
     """One microbatch of one stage, as megatron-core's schedules call it."""
     row, stage = next(rows), unwrapped(chunk)
     batch = device_batch(topology, row, pixels=stage.pre_process, dtype=stage.config.params_dtype)
-    return chunk(batch), partial(_loss, row)
+    return chunk(batch), partial(_loss, batch)
 
 
 def _loss(row: Row, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The one place of the loss formula: the sum of token losses goes backward, and with ``calculate_per_token_loss``
-    megatron-core divides the summed gradients by the number of supervised tokens of the global batch."""
+    megatron-core divides the summed gradients by the number of supervised tokens of the global batch.
+
+    ``row`` is what the device has of it: under context parallelism this rank's tokens, counts and gradients being summed over
+    dp x cp."""
     count = torch.tensor(row.num_supervised, dtype=torch.int, device=loss_sum.device)
     return loss_sum, count, {"loss_sum": loss_sum.detach()}
 
@@ -157,11 +160,13 @@ def _loss(row: Row, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]
 def reduce_over_job(losses: list[dict[str, Tensor]], rows: Sequence[Row], topology: Topology) -> dict[str, float]:
     """Sums loss and counts over the global batch; every rank gets the result. A collective of the whole job.
 
-    Each row is counted once: by tensor parallel rank 0 of the last stage, which knows its loss.
+    Each row is counted once: by tensor and context parallel rank 0 of the last stage. Its loss is the sum of what all context
+    parallel ranks there know.
     """
     values = torch.zeros(1 + len(_COUNTS), dtype=torch.float64, device=topology.device)
     if topology.last_stage and topology.tp_rank == 0:
         values[0] = torch.stack([loss["loss_sum"].double() for loss in losses]).sum()
+    if topology.last_stage and topology.tp_rank == topology.cp_rank == 0:
         for row in rows:
             counts = (row.num_tokens, row.num_supervised, len(row.pixels), len(row.keys))
             values[1:] += torch.tensor([*counts, row.holes, row.truncated], dtype=torch.float64, device=topology.device)

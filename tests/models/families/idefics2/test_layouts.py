@@ -41,6 +41,12 @@ PAIRWISE = [
     Case(pp=2, dp=2, do=True, vp=1, freeze=("vision", "connector"), twin="mistral"),
     Case(dp=2, overlap=True, recompute=True, freeze=("vision", "llm"), twin="mistral"),
     Case(pp=2, freeze=("llm", "connector"), recompute=True, twin="tied"),
+    Case(cp=2, twin="mistral"),
+    Case(cp=2, exchange="heads", twin="tied", updates=3),
+    Case(cp=4, recompute=True, twin="mistral", updates=3),
+    Case(tp=2, cp=2, sp=True, twin="mistral"),
+    Case(pp=2, cp=2, vp=1, do=True, twin="mistral", updates=3),
+    Case(dp=2, cp=2, do=True, overlap=True, twin="one_kv_head"),
 ]
 FREEZES = ((), ("llm",), ("vision",), ("vision", "connector"))
 WHOLE = [

@@ -1,0 +1,136 @@
+"""What context parallelism costs: how evenly a row is dealt, what ranks exchange, and the CPU's work against one rank.
+
+    python benchmarks/long_rows.py                 balance and bytes, of shapes of published decoders (no model is built)
+    python benchmarks/long_rows.py --run           a small Idefics2 on this machine: CPU seconds of cp 1 and of each rank of cp 2
+    python benchmarks/long_rows.py --run --tokens 512    the same, shorter
+
+Balance is the largest over the mean of the ranks: pairs of query and key that attention works on, and FLOPs of a decoder layer.
+Bytes are those of keys and values (gather) or of queries, keys, values and outputs (heads) that a rank and layer receives in
+the forward pass, in bf16.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from megatron_vlm.layers.context import Deal, attention_work, check_heads
+
+DECODERS = {"Mistral 7B": (4096, 14336, 32, 8, 128), "Qwen2.5 7B": (3584, 18944, 28, 4, 128)}
+"""Hidden size, ffn size, heads, key/value heads, dimension of a head."""
+
+
+def rows(draw: random.Random) -> dict[str, tuple[int, ...]]:
+    """Name -> starts of the segments."""
+
+    def filled(first: list[int], total: int) -> tuple[int, ...]:
+        lengths = list(first)
+        while sum(lengths) < total:
+            lengths.append(min(draw.randint(50, 2000), total - sum(lengths)))
+        return (0, *accumulate(lengths))
+
+    return {
+        "16k of samples of 50 to 2,000": filled([], 16384),
+        "64k of samples of 50 to 2,000": filled([], 65536),
+        "64k with one of 40k": filled([40960], 65536),
+        "one of 64k": (0, 65536),
+        "256k: video of 200k, and short": filled([204800], 262144),
+    }
+
+
+def balance() -> None:
+    """Prints both tables."""
+    hidden, ffn, heads, groups, dim = DECODERS["Mistral 7B"]
+    products = 2 * hidden * (2 * heads * dim + 2 * groups * dim + 3 * ffn)
+    print("| row | cp | attention, largest over mean | a layer's FLOPs, largest over mean |\n| --- | --- | --- | --- |")
+    made = rows(random.Random(1))
+    for name, starts in made.items():
+        for size in (2, 4, 8):
+            dealt = deal(starts, size, 0).intervals
+            pairs = [attention_work(starts, intervals) for intervals in dealt]
+            work = [4 * heads * dim * count + products * starts[-1] // size for count in pairs]
+            print(f"| {name} | {size} | {worst(pairs):.3f} | {worst(work):.4f} |")
+    print("\n| row | decoder | cp | gather, MiB | of all keys and values | window of 4,096, MiB | heads, MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, starts in made.items():
+        for decoder, (_, _, heads, groups, dim) in DECODERS.items():
+            for size in (2, 4, 8):
+                deals = [deal(starts, size, rank) for rank in range(size)]
+                token = 2 * 2 * groups * dim
+                sent = max(one.received_tokens(None) for one in deals)
+                near = max(one.received_tokens(4096) for one in deals)
+                others = starts[-1] * (size - 1) / size
+                exchanged = others / size * 2 * dim * (2 * heads + 2 * groups) / 2**20
+                by_heads = "do not divide" if check_heads(heads, groups, size, 1) else f"{exchanged:.0f}"
+                print(
+                    f"| {name} | {decoder} | {size} | {sent * token / 2**20:.0f} | {sent / others:.2f} | "
+                    f"{near * token / 2**20:.1f} | {by_heads} |"
+                )
+
+
+def deal(starts: tuple[int, ...], size: int, rank: int) -> Deal:
+    """A deal that exchanges nothing."""
+    return Deal(starts, size, rank, None, torch.device("cpu"))
+
+
+def worst(values: list[int]) -> float:
+    """Largest over mean."""
+    return max(values) * len(values) / sum(values)
+
+
+def step_seconds(directory: str, row: Any, size: int) -> tuple[float, float]:
+    """On a rank: CPU seconds of forward and backward of one row, the least of 3; and of attention's share of tokens."""
+    from megatron_vlm.testing.parity import wrapped_for_test
+    from megatron_vlm.training.optimizer.build import OptimizerConfig
+    from megatron_vlm.training.step import run_schedule
+
+    parallel = {"context_parallel_size": size}
+    topology, models, _ = wrapped_for_test(directory, parallel, {}, None, OptimizerConfig())
+    best = float("inf")
+    for _ in range(3):
+        models[0].zero_grad_buffer()
+        began = time.process_time()
+        run_schedule(models, [row], topology, forward_only=False)
+        best = min(best, time.process_time() - began)
+    return best, topology.cp_rank
+
+
+def run(tokens: int) -> None:
+    """Prints CPU seconds of cp 1 and of both ranks of cp 2 on one row of text, with their sum."""
+    from megatron_vlm.conversion.open_source import open_source
+    from megatron_vlm.data.row import row_from_samples
+    from megatron_vlm.testing.distributed import run_distributed
+    from megatron_vlm.testing.parity import random_samples
+    from megatron_vlm.testing.twins import write_tiny_idefics2
+
+    with tempfile.TemporaryDirectory() as directory:
+        sizes: dict[str, Any] = dict(text_hidden=256, ffn=688, max_positions=65536)
+        write_tiny_idefics2(directory, text="llama", **sizes)
+        with open_source(directory) as source:
+            samples = random_samples(source.config, [([], tokens * 5 // 8 - 1), ([], tokens * 3 // 8 - 1)])
+        row = row_from_samples(samples, multiple_of=2)
+        ((alone, _),) = run_distributed(step_seconds, directory, row, 1, timeout=900)
+        ranks = run_distributed(step_seconds, directory, row, 2, cp=2, timeout=900)
+    print(f"| CPU seconds of a row of {tokens} tokens, forward and backward | |\n| --- | --- |")
+    print(f"| cp 1 | {alone:.2f} |")
+    for seconds, rank in ranks:
+        print(f"| cp 2, rank {rank} | {seconds:.2f} ({seconds / alone:.2f} of one rank's) |")
+    print(
+        f"| both | {sum(s for s, _ in ranks) / alone:.2f} of one rank's work; attention runs once more in the backward pass |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", action="store_true", help="a small model on this machine's processors")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the row that runs")
+    arguments = parser.parse_args()
+    run(arguments.tokens) if arguments.run else balance()
+
+
+if __name__ == "__main__":
+    main()

@@ -118,12 +118,19 @@ def device_batch(topology: Topology, row: Row, *, pixels: bool, dtype: torch.dty
         dtype: of the tower's parameters, in which pixels travel.
         whole: every context parallel rank takes the whole row (generation, where a row has one token per answer).
     """
-    if topology.cp > 1 and not whole:
-        deal = Deal(row.starts, topology.cp, topology.cp_rank, topology.cp_group, topology.device, topology.exchange)
-        row = row.slice(deal.index, deal)
+    if not whole:
+        row = own_tokens(topology, row)
     if pixels and topology.tp * topology.cp > 1 and row.pixels:
         row = replace(row, pixels=_share_pixels(topology, row.pixels, dtype))
     return row.to(topology.device, dtype, pixels=pixels)
+
+
+def own_tokens(topology: Topology, row: Row) -> Row:
+    """This context parallel rank's tokens of a row; the row itself without context parallelism."""
+    if topology.cp == 1:
+        return row
+    deal = Deal(row.starts, topology.cp, topology.cp_rank, topology.cp_group, topology.device, topology.exchange)
+    return row.slice(deal.index, deal)
 
 
 def _share_pixels(topology: Topology, pixels: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -6,7 +6,6 @@
 So a family, a layout or an adapter is never described twice: what is counted is what the training code makes.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from megatron_vlm.models.built import Model, build_model, global_named_parameter
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
 from megatron_vlm.models.options import DTYPES, GROUPS, ModelOptions, group_of
 from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.batch import own_tokens
 from megatron_vlm.parallel.grid import AXES, STAGE
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology, destroy_topology
@@ -202,8 +202,11 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
 def _chunk_bytes(config: RunConfig, model: Model, chunk: Any, row: RowShape, device_kind: Any) -> ChunkBytes:
     tokens = max(sum(row.segments), config.row_fill)
     tokens = -(-tokens // config.row_multiple) * config.row_multiple
-    local = tokens // model.topology.tp if config.parallel.sequence_parallel else tokens
-    batch = functools.partial(make_batch, row, tokens, model.config, chunk.config.params_dtype)
+    local = tokens // config.row_multiple
+
+    def batch() -> Row:
+        return own_tokens(model.topology, make_batch(row, tokens, model.config, chunk.config.params_dtype))
+
     return measure_chunk(chunk, batch, (local, 1, model.config.text.hidden_size), device_kind)
 
 

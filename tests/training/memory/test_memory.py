@@ -37,6 +37,7 @@ CASES = [
         parallel=dict(use_distributed_optimizer=True, recompute_granularity="full"),
         alone=True,
     ),
+    make_case("idefics2", "cp 2", parallel=dict(context_parallel_size=2), alone=True),
     # Tower and connector run on a few patches of zeros.
     replace(make_case("internvl3", "rows of text", alone=True), row=RowShape(segments=(100, 92))),
 ]

@@ -296,10 +296,12 @@ def context_attention(
         ConfigError: exchange by heads where they do not divide.
     """
     problem = check_heads(q.shape[1], k.shape[1], deal.size, 1)
-    if deal.exchange == "heads" or (deal.exchange == "auto" and deal.size >= _HEADS_FROM and not window and not problem):
+    if deal.exchange == "heads" or (
+        deal.exchange == "auto" and deal.size >= _HEADS_FROM and not window and not problem
+    ):
         if problem:
             raise ConfigError(
-                f"parallel.context_parallel_exchange=heads: {problem} on a tensor parallel rank; set gather, or auto"
+                f"parallel.context_parallel_exchange is heads, but on a tensor parallel rank {problem}: set gather or auto"
             )
         return _by_heads(q, k, v, deal, window)
     if recompute and torch.is_grad_enabled():

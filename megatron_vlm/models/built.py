@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.layers.context import check_heads
 from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.models.options import ModelOptions, group_of
 from megatron_vlm.models.vlm import VisionLanguageModel
@@ -89,6 +90,10 @@ def build_model(spec: FamilySpec, config: FamilyConfig, topology: Topology, opti
     """
     if options.drop_path_rate and not spec.drop_path:
         raise ConfigError(f"drop_path_rate {options.drop_path_rate}: the tower of family {spec.name} has no drop path")
+    text = config.text
+    problem = check_heads(text.num_attention_heads, text.num_query_groups, topology.cp, topology.tp)
+    if topology.exchange == "heads" and problem:
+        raise ConfigError(f"parallel.context_parallel_exchange is heads, but {problem}: set gather or auto")
     mapping = spec.mapping(config, tp=topology.tp, vocab_multiple=options.make_vocab_size_divisible_by)
     stages = []
     for stage in range(topology.vp):

@@ -41,7 +41,7 @@ VALUES = _inverted(
         "parallel.tensor_model_parallel_size": "tensor-model-parallel-size",
         "parallel.pipeline_model_parallel_size": "pipeline-model-parallel-size",
         "parallel.num_layers_per_virtual_pipeline_stage": "num-layers-per-virtual-pipeline-stage",
-        "parallel.context_parallel_size": "context-parallel-size sequence_parallel_size",
+        "parallel.context_parallel_size": "context-parallel-size sequence-parallel-size",
         "parallel.context_parallel_exchange": "context-parallel-exchange",
         "parallel.recompute_granularity": "recompute-granularity",
         "parallel.ddp_bucket_size": "ddp-bucket-size",

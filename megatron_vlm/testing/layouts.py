@@ -5,7 +5,7 @@ rows --tp, pp, dp, sp, vp ... on gloo ranks--> the same, within LOSS, GRADIENT, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_vlm import registry
@@ -67,12 +67,24 @@ PAIRWISE_SMALL = [
     Case(tp=2, dp=2, sp=True, do=True, overlap=True),
     Case(tp=2, pp=2, sp=True, vp=1, recompute=True),
     Case(pp=2, dp=2, do=True, vp=1, freeze=("vision", "connector")),
+    Case(tp=2, cp=2, sp=True, updates=3),
 ]
-"""A small cover of {tp, pp, dp, sequence parallel, virtual stages, distributed optimizer, recompute, frozen, overlap} for
+"""A small cover of {tp, cp, pp, dp, sequence parallel, virtual stages, distributed optimizer, recompute, frozen, overlap} for
 families of at least 4 decoder layers. A text family leaves out the frozen cases."""
 
 PAIRWISE_MORE = [Case(pp=2, dp=2, overlap=True), Case(tp=4, sp=True, recompute=True), Case(pp=4, freeze=("llm",))]
 """The rest of a cover of all pairs that the whole matrix does not hold, for the tests marked ``full``."""
+
+CONTEXT = [
+    Case(cp=2),
+    Case(cp=2, exchange="heads"),
+    Case(cp=4, recompute=True),
+    Case(tp=2, cp=2),
+    Case(pp=2, cp=2, overlap=True),
+    Case(pp=2, cp=2, vp=1, do=True),
+    Case(dp=2, cp=2, do=True, overlap=True),
+]
+"""Context parallelism beside each other axis, part of the whole matrix."""
 
 SIZES = [(1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
 
@@ -89,7 +101,7 @@ def whole_matrix(
         for do in ([False, True] if dp > 1 else [False])
         for recompute in recomputes
         for freeze in freezes
-    ]
+    ] + [replace(case, twin=twin) for case in CONTEXT]
 
 
 def mapping_of(spec: registry.FamilySpec, config: Any, directory: str, peft: dict[str, Any] | None, tp: int) -> Mapping:

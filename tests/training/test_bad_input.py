@@ -54,7 +54,10 @@ CASES = {
     "packing and micro batch": (["--packing"], "micro_batch_size must be 1, got 2"),
     "two lengths": (["--train-samples 8"], "set one of"),
     "evaluation without data": (["--eval-interval 2"], "data.valid is empty"),
-    "context parallel": (["--context-parallel-size 2"], "context parallelism is not built yet"),
+    "context parallel": (
+        ["--context-parallel-size 4"],
+        "not a multiple of tensor x context x pipeline .* 1 x 4 x 1 = 4",
+    ),
     "save that cannot be written": (["--save /proc/out"], "ConfigError: checkpoint.save /proc/out cannot be written"),
     "output that is a file": (
         ["--output-dir /etc/hostname"],

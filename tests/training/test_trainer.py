@@ -56,6 +56,8 @@ def test_a_run_writes_what_it_says(command, tmp_path, valid_data):
         pytest.param(PP2, 2, marks=pytest.mark.slow),
         (f"{PP2} --num-layers-per-virtual-pipeline-stage 1", 2),
         ("--use-distributed-optimizer --overlap-grad-reduce", 2),
+        ("--context-parallel-size 2 --use-distributed-optimizer", 2),
+        pytest.param(f"{TP2} --sequence_parallel_size 2 --context-parallel-exchange heads", 4, marks=pytest.mark.slow),
     ],
 )
 def test_layouts_train_and_evaluate_alike(command, tmp_path, valid_data, layout, world):

@@ -13,17 +13,18 @@ from megatron_vlm.testing.distributed import run_distributed
 CONTINUED = 1e-5  # fp32; measured 4e-7. bf16: as far as transformers in bf16 is from fp32 on this processor (``calm``)
 
 
-def at(tp=1, pp=1, dp=1, *, vp=None, do=False, overlap=False, sp=False, **options):
+def at(tp=1, pp=1, dp=1, *, cp=1, vp=None, do=False, overlap=False, sp=False, **options):
     parallel = dict(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         num_layers_per_virtual_pipeline_stage=vp,
         sequence_parallel=sp,
         use_distributed_optimizer=do,
         overlap_grad_reduce=overlap,
         ddp_bucket_size=3000 if overlap else None,
     )
-    return (tp, pp, dp), parallel, options
+    return (tp, pp, dp, cp), parallel, options
 
 
 BF16 = dict(params_dtype="bf16")
@@ -39,6 +40,7 @@ CHAINS = {
         [at(2, 1, 2, **SHARDED), at(1, 1, 4, **SHARDED), at(1, 1, 3, **SHARDED), at(2, sp=True)],
     ),
     "virtual_tied": ("tied", [at(1, 2, vp=1), at(2, 2, vp=1), at(1, 2, 2, **SHARDED), at(), at(1, 4)]),
+    "context": ("mistral", [at(), at(cp=2), at(cp=2, dp=2, **SHARDED), at(), at(2, cp=2, sp=True), at(2)]),
     "frozen_stage": (
         "mistral",
         [
@@ -60,7 +62,7 @@ CHAINS = {
     ),
 }
 
-BY_DEFAULT = ("plain", "sharded", "virtual_tied")
+BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context")
 
 
 def mapping_of(hf_dir, tp):
@@ -70,8 +72,8 @@ def mapping_of(hf_dir, tp):
 
 def run_leg(hf_dir, where, checkpoint):
     """Results by rank; the full tensors of both snapshots with the first."""
-    (tp, pp, dp), parallel, options = where
-    results = run_distributed(leg, hf_dir, parallel, options, checkpoint, tp=tp, pp=pp, dp=dp)
+    (tp, pp, dp, cp), parallel, options = where
+    results = run_distributed(leg, hf_dir, parallel, options, checkpoint, tp=tp, pp=pp, dp=dp, cp=cp)
     mapping = mapping_of(hf_dir, tp)
     for moment in ("loaded", "saved"):
         results[0][f"{moment}_full"] = merge([r[moment] for r in results], mapping)

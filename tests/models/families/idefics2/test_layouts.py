@@ -7,7 +7,7 @@ import torch
 
 from megatron_vlm import registry
 from megatron_vlm.data.row import row_from_samples
-from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.distributed import RankError, run_distributed
 from megatron_vlm.testing.layouts import Case, LayoutCheck, whole_matrix
 from megatron_vlm.testing.parity import layout_run, merge_gradients, random_samples
 from megatron_vlm.testing.twins import write_tiny_idefics2
@@ -89,6 +89,13 @@ def test_layout_equals_one_process(checks, case):
 @pytest.mark.parametrize("case", WHOLE, ids=str)
 def test_whole_matrix(checks, case):
     checks(case.twin).check(case)
+
+
+def test_heads_that_cannot_be_exchanged_are_refused(checks):
+    with pytest.raises(
+        RankError, match="exchange is heads, but 2 key/value heads do not divide by tp 1 x cp 4: set gather or"
+    ):
+        checks("one_kv_head").check(Case(cp=4, exchange="heads", twin="one_kv_head", updates=1))
 
 
 def test_a_wrong_layout_is_noticed(checks):

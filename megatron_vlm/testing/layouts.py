@@ -125,6 +125,8 @@ class LayoutCheck:
         fill: tokens that rows are filled to with virtual stages.
         no_true_gradient: ``f(hf name)``: the true gradient is zero and what is computed is round-off.
         peft: section ``peft`` of a run, and ``tensors`` of its adapters (testing/parity.py); None: everything trains.
+        options: of ``ModelOptions``, for one process and all layouts alike.
+        run: what runs on each rank; a test that makes a mistake on purpose gives one.
     """
 
     family: str
@@ -134,6 +136,8 @@ class LayoutCheck:
     fill: int
     no_true_gradient: Callable[[str], bool] = lambda name: False
     peft: dict[str, Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    run: Callable[..., Any] = layout_run
     _alone: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -176,11 +180,11 @@ class LayoutCheck:
         multiple, fill = (case.tp if case.sp else 1) * case.cp, self.fill if case.vp else 0
         rows = [row_from_samples(samples, multiple_of=multiple, fill_to=fill) for samples in self.batches]
         results = run_distributed(
-            layout_run,
+            self.run,
             self.directory,
             rows,
             case.parallel,
-            {"freeze": case.freeze},
+            {**self.options, "freeze": case.freeze},
             case.updates,
             1e-3,
             self.peft,

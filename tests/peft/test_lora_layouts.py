@@ -78,6 +78,8 @@ PAIRWISE = [
     Case(tp=2, pp=2, sp=True, vp=1, recompute=True, twin="mixed", updates=2),
     Case(tp=4, twin="one_kv_head", updates=1),
     Case(pp=4, twin="last", updates=2),
+    Case(cp=2, dp=2, do=True, twin="nf4", updates=2),
+    Case(tp=2, cp=2, sp=True, recompute=True, twin="mixed", updates=2),
 ]
 OTHERS = [
     dict(tp=4, sp=True, recompute=True),

@@ -82,21 +82,21 @@ def worst(values: list[int]) -> float:
     return max(values) * len(values) / sum(values)
 
 
-def step_seconds(directory: str, row: Any, size: int) -> tuple[float, float]:
-    """On a rank: CPU seconds of forward and backward of one row, the least of 3; and of attention's share of tokens."""
+def step_seconds(directory: str, row: Any, size: int) -> tuple[float, int]:
+    """On a rank: CPU seconds of forward and backward of one row, the least of 3; and which rank it is."""
     from megatron_vlm.testing.parity import wrapped_for_test
     from megatron_vlm.training.optimizer.build import OptimizerConfig
     from megatron_vlm.training.step import run_schedule
 
     parallel = {"context_parallel_size": size}
-    topology, models, _ = wrapped_for_test(directory, parallel, {}, None, OptimizerConfig())
+    model = wrapped_for_test(directory, parallel, {}, None, OptimizerConfig())[0]
     best = float("inf")
     for _ in range(3):
-        models[0].zero_grad_buffer()
+        model.stages[0].zero_grad_buffer()
         began = time.process_time()
-        run_schedule(models, [row], topology, forward_only=False)
+        run_schedule(model, [row], forward_only=False)
         best = min(best, time.process_time() - began)
-    return best, topology.cp_rank
+    return best, model.topology.cp_rank
 
 
 def run(tokens: int) -> None:

@@ -103,9 +103,9 @@ def seed_each_pass(patch: Any) -> None:
 
     right = step.run_schedule
 
-    def seeded(chunks: Any, rows: Any, topology: Any, **options: Any) -> Any:
-        seed_step(topology, 0, 0)
-        return right(chunks, rows, topology, **options)
+    def seeded(model: Any, rows: Any, **options: Any) -> Any:
+        seed_step(model.topology, 0, 0)
+        return right(model, rows, **options)
 
     patch.setattr(step, "run_schedule", seeded)
 

@@ -24,10 +24,10 @@ from typing import Any
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.formats import FORMATS, WEBDATASET, expand_inputs, open_sources
+from megatron_vlm.data.formats.image_roots import names_of, wrong_root
 from megatron_vlm.data.formats.json_file import read_json, read_json_records
-from megatron_vlm.data.formats.records import RECORDS_VERSION, Source, VideoSettings
+from megatron_vlm.data.formats.records import RECORDS_VERSION, RecordSource, VideoSettings
 from megatron_vlm.data.formats.splits import HELD_OUT
-from megatron_vlm.data.image_roots import names_of, wrong_root
 from megatron_vlm.data.problems import REJECTED, Problem, describe
 from megatron_vlm.data.shards.build import build_shards
 from megatron_vlm.data.shards.writer import MANIFEST, MANIFEST_VERSION
@@ -61,7 +61,7 @@ class Inputs:
 
     name: str
     folders: tuple[str, ...] = ()
-    sources: tuple[Source, ...] = ()
+    sources: tuple[RecordSource, ...] = ()
     shards: Path | None = None
     images: tuple[tuple[str, int, int], ...] = ()
 
@@ -113,7 +113,7 @@ def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, record_f
     return Inputs(name=name, folders=tuple(folders), sources=tuple(sources), shards=shards, images=images)
 
 
-def _sources_of(path: str, launch: LaunchConfig, record_format: str, part: str) -> list[Source]:
+def _sources_of(path: str, launch: LaunchConfig, record_format: str, part: str) -> list[RecordSource]:
     """The sources of one raw input, with the folder that their images start from."""
     format = launch.data_format or tell_format(path, record_format)
     policy = launch.missing_placeholder or ("prepend" if format in _PREPENDING else "refuse")
@@ -171,7 +171,7 @@ def _is_object(path: str) -> bool:
     )
 
 
-def _root_of(source: Source) -> str:
+def _root_of(source: RecordSource) -> str:
     """The folder that a source's images start from: beside the file, or where the command runs."""
     beside = str(Path(source.path).parent / source.root)
     for name in itertools.islice(names_of(source), _SNIFFED):
@@ -181,7 +181,7 @@ def _root_of(source: Source) -> str:
     return beside
 
 
-def _files_of(sources: Sequence[Source]) -> Iterator[str]:
+def _files_of(sources: Sequence[RecordSource]) -> Iterator[str]:
     for source in sources:
         if source.format != WEBDATASET:
             yield from (os.path.join(source.root, name) for name in names_of(source))
@@ -208,7 +208,7 @@ def _listed(shards: Path) -> list[Any] | None:
         return None
 
 
-def _digest(sources: Sequence[Source]) -> str:
+def _digest(sources: Sequence[RecordSource]) -> str:
     """Of the files of records and how they are read."""
     digest = hashlib.sha256(f"{MANIFEST_VERSION} {RECORDS_VERSION}".encode())
     for source in sources:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.foreign import refuse_other_format
+from megatron_vlm.data.file_kinds import refuse_other_format
 from megatron_vlm.data.formats.internvl import expand_internvl
 from megatron_vlm.data.formats.json_file import CHUNK, JSON_LINES, MAX_INLINE_BYTES, read_json_records
 from megatron_vlm.data.formats.llava import parse_llava
 from megatron_vlm.data.formats.openai import parse_openai
 from megatron_vlm.data.formats.parquet import files_of, parse_row, rows_of_parquet
-from megatron_vlm.data.formats.records import Record, Source
+from megatron_vlm.data.formats.records import Record, RecordSource
 from megatron_vlm.data.formats.splits import choose
 from megatron_vlm.data.formats.webdataset import read_tars, tars_of
 from megatron_vlm.data.formats.xcomposer import expand_xcomposer, parse_xcomposer
@@ -26,7 +26,6 @@ from megatron_vlm.errors import ConfigError, DataError, Reason, nearest
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)
-Rows = Iterator[tuple[int, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +35,15 @@ class Format:
     ``mark`` stands in the text of every record of a json array, once: what a guess of their number counts.
     """
 
-    parse: Callable[[Source, int, Any], Record]
-    rows: Callable[[Source], Rows] = field(default=lambda source: read_json_records(source.path))
-    expand: Callable[[Source], list[Source]] = field(default=lambda source: [source])
+    parse: Callable[[RecordSource, int, Any], Record]
+    rows: Callable[[RecordSource], Iterator[tuple[int, Any]]] = field(
+        default=lambda source: read_json_records(source.path)
+    )
+    expand: Callable[[RecordSource], list[RecordSource]] = field(default=lambda source: [source])
     mark: bytes | None = b'"conversations"'
 
 
-def _rows_with_images(source: Source) -> Rows:
+def _rows_with_images(source: RecordSource) -> Iterator[tuple[int, Any]]:
     return read_json_records(source.path, MAX_INLINE_BYTES)
 
 
@@ -102,14 +103,14 @@ def _matches(pattern: str) -> tuple[Path, list[Path]]:
 
 def open_sources(
     format: str, inputs: Sequence[str | Path], *, repeat: Sequence[float] = (), **settings: Any
-) -> list[Source]:
+) -> list[RecordSource]:
     """Returns the sources of some inputs.
 
     Args:
         format: one of ``NAMES``.
         inputs: files or globs.
         repeat: of all inputs, or one for each (a glob counts as one).
-        settings: fields of Source, the same for all.
+        settings: fields of RecordSource, the same for all.
 
     Raises:
         ConfigError, DataError: an input, list or meta file that cannot be used.
@@ -130,14 +131,14 @@ def open_sources(
         times = repeat[index % len(repeat)] if repeat else None
         for path in expand_inputs([item], settings.get("part", "")):
             refuse_other_format(path, format)
-            source = Source(path=path, format=format, repeat=times, **settings)
+            source = RecordSource(path=path, format=format, repeat=times, **settings)
             if note := _note(source):
                 LOGGER.warning("%s", note)
             sources += [source] if format == WEBDATASET else FORMATS[format].expand(source)
     return sources
 
 
-def _note(source: Source) -> str:
+def _note(source: RecordSource) -> str:
     """What is to be said of the splits of a folder; of one that cannot be read, whoever reads it says so."""
     if not os.path.isdir(source.path):
         return ""
@@ -149,7 +150,7 @@ def _note(source: Source) -> str:
         return ""
 
 
-def guess_records(sources: Sequence[Source]) -> int | None:
+def guess_records(sources: Sequence[RecordSource]) -> int | None:
     """Guesses how many records there are, for a progress bar, without parsing any; None: no way to tell from the files."""
     total = 0
     for source in sources:
@@ -170,7 +171,7 @@ def guess_records(sources: Sequence[Source]) -> int | None:
     return total
 
 
-def read_source(source: Source, notes: Notes | None = None) -> Iterator[tuple[int, Any, Record | DataError]]:
+def read_source(source: RecordSource, notes: Notes | None = None) -> Iterator[tuple[int, Any, Record | DataError]]:
     """Yields (number, the value as read, its record or what is wrong with it); ``notes``: see ``samples_of_tar``.
 
     Raises:

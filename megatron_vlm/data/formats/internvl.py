@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.formats.json_file import read_json
-from megatron_vlm.data.formats.records import Source
+from megatron_vlm.data.formats.records import RecordSource
 from megatron_vlm.data.formats.xcomposer import located
 from megatron_vlm.errors import DataError, nearest
 
@@ -34,7 +34,7 @@ _KEYS: dict[str, tuple[bool, Callable[[Any], bool], str]] = {  # key -> required
 }  # fmt: skip
 
 
-def expand_internvl(source: Source) -> list[Source]:
+def expand_internvl(source: RecordSource) -> list[RecordSource]:
     """Returns the sources of a meta.json; a jsonl file is its own source.
 
     Raises:
@@ -54,7 +54,7 @@ def expand_internvl(source: Source) -> list[Source]:
     return [_data_set(source, path, name, entry) for name, entry in meta.items()]
 
 
-def _data_set(source: Source, path: Path, name: str, entry: Any) -> Source:
+def _data_set(source: RecordSource, path: Path, name: str, entry: Any) -> RecordSource:
     where: dict[str, Any] = {"shard": str(path), "key": f"data set {name!r}"}
     if not isinstance(entry, dict):
         raise DataError(f"must be an object, this is {type(entry).__name__}", **where)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_vlm.data.foreign import told
+from megatron_vlm.data.file_kinds import what_it_is
 from megatron_vlm.errors import DataError, Reason
 from megatron_vlm.files import open_regular
 
@@ -32,7 +32,7 @@ def read_json_records(path: str | Path, max_bytes: int = MAX_RECORD_BYTES) -> It
     path = Path(path)
     try:
         with open_regular(path, DataError) as file:
-            if words := told(file.read(64)):
+            if words := what_it_is(file.read(64)):
                 raise _bad(f"it is {words}", shard=str(path))
             file.seek(0)
             if path.suffix.lower() in JSON_LINES:
@@ -187,7 +187,7 @@ def read_json(path: str | Path, max_bytes: int = MAX_INLINE_BYTES) -> Any:
     try:
         with open_regular(path, DataError) as file:
             raw = file.read(max_bytes + 1)
-        if words := told(raw[:64]):
+        if words := what_it_is(raw[:64]):
             raise _bad(f"it is {words}", shard=str(path))
         text = raw.decode("utf-8-sig")
     except OSError as error:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_vlm.data.formats.keys import LOSS, loss_of, unknown_keys
-from megatron_vlm.data.formats.records import Record, Source, files_beside, object_of, record_of, role_of
+from megatron_vlm.data.formats.records import Record, RecordSource, files_beside, object_of, record_of, role_of
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import DataError
 
 
-def parse_llava(source: Source, number: int, data: Any) -> Record:
+def parse_llava(source: RecordSource, number: int, data: Any) -> Record:
     """Turns one json value into a record.
 
     Raises:

@@ -16,7 +16,7 @@ from megatron_vlm.data.formats.records import (
     IMAGE_PLACEHOLDER,
     VIDEO_PLACEHOLDER,
     Record,
-    Source,
+    RecordSource,
     files_beside,
     from_base64,
     inline,
@@ -28,7 +28,7 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import DataError
 
 
-def parse_openai(source: Source, number: int, data: Any) -> Record:
+def parse_openai(source: RecordSource, number: int, data: Any) -> Record:
     """Turns one json value into a record.
 
     Raises:

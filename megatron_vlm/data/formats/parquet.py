@@ -13,11 +13,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.foreign import told
+from megatron_vlm.data.file_kinds import what_it_is
 from megatron_vlm.data.formats.keys import LOSS, loss_of, unknown_keys
 from megatron_vlm.data.formats.llava import parse_llava
 from megatron_vlm.data.formats.openai import parse_openai
-from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, files_beside, object_of, record_of
+from megatron_vlm.data.formats.records import (
+    IMAGE_PLACEHOLDER,
+    Record,
+    RecordSource,
+    files_beside,
+    object_of,
+    record_of,
+)
 from megatron_vlm.data.formats.splits import Choice, choose_in, choose_name
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError, Reason
@@ -27,7 +34,7 @@ BATCH_ROWS = 64  # in memory at a time: rows hold images
 COLUMNS = ("conversations", "messages", "texts")
 
 
-def parse_row(source: Source, number: int, data: Any) -> Record:
+def parse_row(source: RecordSource, number: int, data: Any) -> Record:
     """Turns one row, or json value of unknown format, into a record.
 
     Raises:
@@ -43,7 +50,7 @@ def parse_row(source: Source, number: int, data: Any) -> Record:
     raise DataError(f"no column {', '.join(COLUMNS)}; found: {', '.join(map(str, data))[:200]}")
 
 
-def _parse_texts(source: Source, number: int, data: Mapping[str, Any]) -> Record:
+def _parse_texts(source: RecordSource, number: int, data: Mapping[str, Any]) -> Record:
     """The Cauldron's rows: pairs of texts; their images come before the first question, without placeholders."""
     texts = data["texts"]
     if not isinstance(texts, list) or not texts:
@@ -63,7 +70,7 @@ def _parse_texts(source: Source, number: int, data: Mapping[str, Any]) -> Record
     return record_of(source, number, data, turns, images, videos, read=["texts"], unknown=unknown)
 
 
-def rows_of_parquet(source: Source) -> Iterator[tuple[int, Any]]:
+def rows_of_parquet(source: RecordSource) -> Iterator[tuple[int, Any]]:
     """Yields (row number, row as a dict) of a parquet file, an arrow file, or a folder of them.
 
     Raises:
@@ -88,7 +95,7 @@ def rows_of_parquet(source: Source) -> Iterator[tuple[int, Any]]:
 
 def _batches(pyarrow: Any, path: Path) -> Iterator[Any]:
     with open_regular(path, DataError) as file:  # never a pipe
-        if words := told(file.read(64)):
+        if words := what_it_is(file.read(64)):
             raise DataError(f"{describe(path)} is {words}", reason=Reason.DAMAGED_SHARD)
     if path.suffix.lower() == ".arrow":
         with pyarrow.memory_map(str(path)) as file:

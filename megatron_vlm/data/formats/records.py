@@ -36,7 +36,7 @@ class VideoSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class RecordSource:
     """One file of records and how it is read. Plain values: it travels to build processes.
 
     Attributes:
@@ -99,7 +99,7 @@ class Record:
 
 
 def record_of(
-    source: Source,
+    source: RecordSource,
     number: int,
     data: Mapping[str, Any],
     turns: Sequence[Turn],
@@ -144,7 +144,7 @@ def record_of(
 
 
 def make_record(
-    source: Source,
+    source: RecordSource,
     number: int,
     label: Any,
     turns: Sequence[Turn],

@@ -23,7 +23,7 @@ from typing import Any
 from megatron_vlm.data.formats.energon import CAPTION, CRUDE, VQA, read_energon, refuse_metadataset
 from megatron_vlm.data.formats.json_file import MAX_RECORD_BYTES, strict_decoder
 from megatron_vlm.data.formats.parquet import COLUMNS, parse_row
-from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, make_record
+from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, RecordSource, make_record
 from megatron_vlm.data.formats.splits import Choice, choose_in
 from megatron_vlm.data.images.pictures import MAX_BYTES
 from megatron_vlm.data.problems import Notes
@@ -37,13 +37,13 @@ _ACCESS = re.compile(r"^([^\[\]]+)((?:\[[^\[\]]+\])*)$")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class SampleForm:
     """How the parts of a sample make a conversation.
 
     Attributes:
         kind: Energon's sample class; empty: by the parts themselves.
         fields: Energon's field map: field -> part with access, as ``json[answers][0]``, alternatives after commas.
-        prepend: see Source.
+        prepend: see RecordSource.
     """
 
     kind: str = ""
@@ -108,21 +108,21 @@ def is_text(part: str) -> bool:
     return f".{part}".endswith(TEXT_SUFFIXES)
 
 
-def images_of(layout: Layout, parts: Sequence[str]) -> list[int]:
+def images_of(form: SampleForm, parts: Sequence[str]) -> list[int]:
     """Returns which parts are the sample's images, in order: what the field map names, else all of them."""
-    if layout.fields and "image" in layout.fields:
-        for option in layout.fields["image"].split(","):
+    if form.fields and "image" in form.fields:
+        for option in form.fields["image"].split(","):
             if option.strip().lower() in parts:
                 return [parts.index(option.strip().lower())]
         return []
     return [index for index, part in enumerate(parts) if is_image(part)]
 
 
-def parse_parts(layout: Layout, texts: Mapping[str, bytes], num_images: int) -> Record:
+def parse_parts(form: SampleForm, texts: Mapping[str, bytes], num_images: int) -> Record:
     """Makes a record of a sample's text parts.
 
     Args:
-        layout: of the data set.
+        form: of the data set.
         texts: part -> content.
         num_images: of the sample.
 
@@ -132,9 +132,9 @@ def parse_parts(layout: Layout, texts: Mapping[str, bytes], num_images: int) -> 
     Raises:
         DataError: what is wrong with it.
     """
-    source = Source(path="", format="webdataset", prepend=layout.prepend)
+    source = RecordSource(path="", format="webdataset", prepend=form.prepend)
     images = [b"-"] * num_images
-    if layout.kind in ("", CRUDE):
+    if form.kind in ("", CRUDE):
         data = _json(texts["json"]) if "json" in texts else None
         if isinstance(data, Mapping) and any(data.get(column) is not None for column in COLUMNS):
             if data.get("video") or data.get("videos"):
@@ -147,9 +147,9 @@ def parse_parts(layout: Layout, texts: Mapping[str, bytes], num_images: int) -> 
             found = ", ".join(sorted(texts)) or "none"
             raise DataError(f"no conversation: a json with {', '.join(COLUMNS)}, or a txt, is needed (parts: {found})")
         return _caption(source, _text(caption), images)
-    if layout.kind == VQA:
-        context, answers = _field(layout, texts, "context"), _field(layout, texts, "answers")
-        weights = _field(layout, texts, "answer_weights") if "answer_weights" in layout.fields else None
+    if form.kind == VQA:
+        context, answers = _field(form, texts, "context"), _field(form, texts, "answers")
+        weights = _field(form, texts, "answer_weights") if "answer_weights" in form.fields else None
         answer = _best(answers, weights)
         if not isinstance(context, str) or not isinstance(answer, str):
             raise DataError("'context' must be a text and 'answers' a text or a list of texts")
@@ -157,11 +157,11 @@ def parse_parts(layout: Layout, texts: Mapping[str, bytes], num_images: int) -> 
             context = f"{IMAGE_PLACEHOLDER}\n" * num_images + context
         turns = [Turn(role="user", text=context), Turn(role="assistant", text=answer)]
         return make_record(source, 0, None, turns, images)
-    text = _field(layout, texts, "caption" if layout.kind == CAPTION else "text")
+    text = _field(form, texts, "caption" if form.kind == CAPTION else "text")
     return _caption(source, text, images)
 
 
-def _caption(source: Source, text: Any, images: list[bytes]) -> Record:
+def _caption(source: RecordSource, text: Any, images: list[bytes]) -> Record:
     if not isinstance(text, str):
         raise DataError(f"the caption must be a text, this is {type(text).__name__}")
     marks = "".join(IMAGE_PLACEHOLDER for _ in images)
@@ -199,10 +199,10 @@ def _text(content: bytes) -> str:
         raise DataError(f"not UTF-8 text: {error.reason} at byte {error.start}", reason=Reason.BAD_JSON) from error
 
 
-def _field(layout: Layout, texts: Mapping[str, bytes], name: str) -> Any:
+def _field(form: SampleForm, texts: Mapping[str, bytes], name: str) -> Any:
     """Follows Energon's field map: the first alternative that is there."""
     tried = []
-    for option in layout.fields[name].split(","):
+    for option in form.fields[name].split(","):
         match = _ACCESS.match(option.strip())
         if match is None:
             raise DataError(f"field_map {name}: {option!r} is not PART[key][index]")
@@ -221,7 +221,7 @@ def _field(layout: Layout, texts: Mapping[str, bytes], name: str) -> Any:
 
 
 def samples_of_tar(
-    path: Path, layout: Layout, notes: Notes | None = None
+    path: Path, form: SampleForm, notes: Notes | None = None
 ) -> Iterator[tuple[int, TarSample | DataError]]:
     """Yields (number, sample or what is wrong with it) of a tar; images are found, not opened.
 
@@ -248,14 +248,14 @@ def samples_of_tar(
         for number, (first, last) in enumerate(bounds):
             found: TarSample | DataError
             try:
-                found = _sample(layout, data, index, names, number, first, last)
+                found = _sample(form, data, index, names, number, first, last)
             except DataError as error:
                 found = error.at(key=split_name(names[first])[0], shard=str(path))
             yield number, found
 
 
 def _sample(
-    layout: Layout, data: mmap.mmap, index: TarIndex, names: Sequence[str], number: int, first: int, last: int
+    form: SampleForm, data: mmap.mmap, index: TarIndex, names: Sequence[str], number: int, first: int, last: int
 ) -> TarSample:
     """Checks the members ``first`` to ``last`` as a sample."""
     members = [place for place in range(first, last) if not stray(names[place])]
@@ -267,7 +267,7 @@ def _sample(
     if span > MAX_SPAN:
         raise DataError(f"the sample has {span} bytes, the limit is {MAX_SPAN}")
     places = [(int(index.offsets[at]) - start, int(index.sizes[at])) for at in members]
-    images = tuple((names[members[i]], *places[i]) for i in images_of(layout, parts))
+    images = tuple((names[members[i]], *places[i]) for i in images_of(form, parts))
     if len(images) > MAX_IMAGES:
         raise DataError(f"{len(images)} images, the limit is {MAX_IMAGES}")
     for name, _, size in images:
@@ -276,11 +276,11 @@ def _sample(
             raise DataError(message, reason=Reason.UNREADABLE_IMAGE)
     block = data[start : start + span]
     texts = {part: block[at : at + size] for part, (at, size) in zip(parts, places) if is_text(part)}
-    record = parse_parts(layout, texts, len(images))
+    record = parse_parts(form, texts, len(images))
     return TarSample(number=number, key=keys[0], start=start, block=block, images=images, texts=texts, record=record)
 
 
-def read_tars(source: Source, notes: Notes | None = None) -> Iterator[tuple[int, Any, Record | DataError]]:
+def read_tars(source: RecordSource, notes: Notes | None = None) -> Iterator[tuple[int, Any, Record | DataError]]:
     """Yields (number, json, record or what is wrong with it) of the samples of an input, one tar after the other.
 
     The number counts over all tars, that of the record within its own; the json has webdataset's ``__key__`` as well. A tar
@@ -289,11 +289,11 @@ def read_tars(source: Source, notes: Notes | None = None) -> Iterator[tuple[int,
     Raises:
         DataError: as ``open_tars``.
     """
-    layout, tars = open_tars(source)
+    form, tars = open_tars(source)
     number = 0
     for tar in tars:
         try:
-            for _, found in samples_of_tar(tar, layout, notes):
+            for _, found in samples_of_tar(tar, form, notes):
                 if isinstance(found, DataError):
                     yield number, None, found
                 else:
@@ -312,13 +312,13 @@ def _with_images(sample: TarSample, tar: str) -> Record:
 def _value(sample: TarSample) -> dict[str, Any]:
     try:
         value = _json(sample.texts.get("json", b"{}"))
-    except DataError:  # a json that the layout does not look at
+    except DataError:  # a json that the form does not look at
         value = None
     return {"__key__": sample.key, **(value if isinstance(value, dict) else {})}
 
 
-def open_tars(source: Source) -> tuple[Layout, list[Path]]:
-    """Returns the layout and the shards (absolute, links followed) of a tar, a folder of them, or an Energon folder.
+def open_tars(source: RecordSource) -> tuple[SampleForm, list[Path]]:
+    """Returns the form of the samples and the shards (absolute, links followed) of a tar, a folder of them, or an Energon folder.
 
     Raises:
         DataError: none, or metadata that cannot be used.
@@ -328,12 +328,12 @@ def open_tars(source: Source) -> tuple[Layout, list[Path]]:
         raise refuse_metadataset(path)
     if os.path.isdir(path / ".nv-meta"):
         kind, fields, found = read_energon(path, source.part)
-        layout = Layout(kind=kind, fields=fields, prepend=source.prepend)
-        return layout, [_real(tar) for tar in found]
+        form = SampleForm(kind=kind, fields=fields, prepend=source.prepend)
+        return form, [_real(tar) for tar in found]
     tars = tars_of(source).files
     if not tars:
         raise DataError("a folder without .tar files", shard=str(path))
-    return Layout(prepend=source.prepend), [_real(tar) for tar in tars]
+    return SampleForm(prepend=source.prepend), [_real(tar) for tar in tars]
 
 
 def _real(tar: Path) -> Path:
@@ -341,7 +341,7 @@ def _real(tar: Path) -> Path:
     return Path(os.path.realpath(tar)) if os.path.isfile(tar) else tar
 
 
-def tars_of(source: Source) -> Choice:
+def tars_of(source: RecordSource) -> Choice:
     """Returns the tars of an input that is not Energon's, in order, and what to say of its splits."""
     path = Path(source.path)
     if os.path.isdir(path / ".nv-meta"):

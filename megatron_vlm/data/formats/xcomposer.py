@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.formats.llava import parse_llava
-from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, Source, object_of
+from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, Record, RecordSource, object_of
 from megatron_vlm.errors import DataError
 from megatron_vlm.files import read_text
 
 PLACEHOLDER = "<ImageHere>"
 
 
-def parse_xcomposer(source: Source, number: int, data: Any) -> Record:
+def parse_xcomposer(source: RecordSource, number: int, data: Any) -> Record:
     """Turns one json value into a record.
 
     Raises:
@@ -53,7 +53,7 @@ def _marked(where: str, text: str) -> str:
     return text.replace(PLACEHOLDER, IMAGE_PLACEHOLDER)
 
 
-def expand_xcomposer(source: Source) -> list[Source]:
+def expand_xcomposer(source: RecordSource) -> list[RecordSource]:
     """Returns the sources that a list file (``.txt``) names; a json file is its own source.
 
     Raises:
@@ -78,7 +78,7 @@ def expand_xcomposer(source: Source) -> list[Source]:
     return sources
 
 
-def _entry(source: Source, path: Path, line: str) -> Source:
+def _entry(source: RecordSource, path: Path, line: str) -> RecordSource:
     name, *number = line.rsplit(maxsplit=1)
     try:
         thousands = float(number[0])

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from megatron_vlm.data.foreign import told
+from megatron_vlm.data.file_kinds import what_it_is
 from megatron_vlm.errors import DataError, Reason
 from megatron_vlm.files import describe, open_regular
 
@@ -95,7 +95,7 @@ def _not_an_image(data: bytes) -> str:
         return "a HEIC picture, which needs pillow-heif: pip install 'megatron_vlm[heif]', or convert it"
     if brand == b"avif" and "AVIF" not in _KNOWN:
         return "an AVIF picture, which this build of Pillow does not read: install Pillow's wheel, or convert it"
-    return told(data) or f"not a readable {', '.join(_KNOWN[:-1])} or {_KNOWN[-1]} image"
+    return what_it_is(data) or f"not a readable {', '.join(_KNOWN[:-1])} or {_KNOWN[-1]} image"
 
 
 def decode_image(data: bytes, name: str = "image") -> Image.Image:

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vlm.data.formats import WEBDATASET, read_source
-from megatron_vlm.data.formats.records import Record, Source
+from megatron_vlm.data.formats.image_roots import wrong_root
+from megatron_vlm.data.formats.records import Record, RecordSource
 from megatron_vlm.data.formats.webdataset import open_tars
-from megatron_vlm.data.image_roots import wrong_root
 from megatron_vlm.data.images.video import check_settings
 from megatron_vlm.data.problems import REJECTED, Notes, Problem, describe, rejected_line
 from megatron_vlm.data.shards.split import Halves, SplitSettings, assign
@@ -51,13 +51,13 @@ class Job:
 
     folder: str
     name: str
-    sources: Sequence[Source]
+    sources: Sequence[RecordSource]
     stems: Sequence[str]
     records: Sequence[tuple[int, Record]]
 
 
 @dataclass(kw_only=True)
-class _Half:
+class _OutFolder:
     """What goes to one folder: OUT itself, or OUT/train and OUT/val."""
 
     name: str
@@ -67,12 +67,12 @@ class _Half:
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-# What makes a shard, of what, and for which halves under which name.
-_Task = tuple[Callable[[Any], Any], Any, tuple[Sequence[_Half], str]]
+# What makes a shard, of what, and for which folders under which name.
+_Task = tuple[Callable[[Any], Any], Any, tuple[Sequence[_OutFolder], str]]
 
 
 def build_shards(
-    sources: Sequence[Source],
+    sources: Sequence[RecordSource],
     out: str | Path,
     *,
     samples_per_shard: int = 1000,
@@ -114,14 +114,14 @@ def build_shards(
         if folder is None:  # killed between its last step and the removal of its traces
             return json.loads((out / ("split.json" if split else MANIFEST)).read_text(encoding="utf-8"))
         build = _Build(sources, folder, samples_per_shard, num_workers, progress)
-        halves = build.run(split)
-        return build.finish(halves, out, split, on_bad_sample, max_bad_fraction)
+        targets = build.run(split)
+        return build.finish(targets, out, split, on_bad_sample, max_bad_fraction)
 
 
 class _Build:
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[RecordSource],
         folder: Path,
         samples_per_shard: int,
         num_workers: int,
@@ -134,25 +134,25 @@ class _Build:
         self.total = 0
         self.fatal = False
         self.notes = Notes()
-        self.pending: dict[Future[Any], tuple[Sequence[_Half], str]] = {}
+        self.pending: dict[Future[Any], tuple[Sequence[_OutFolder], str]] = {}
         self.pool: ProcessPoolExecutor | None = None
         self.held: list[_Task] = []  # the first shard, until there is a second
         self.report: dict[str, Any] = {}
-        self.layouts: list[dict[str, Any]] = []
+        self.forms: list[dict[str, Any]] = []
 
-    def run(self, split: SplitSettings | None) -> list[_Half]:
+    def run(self, split: SplitSettings | None) -> list[_OutFolder]:
         """Goes over all records and makes the shards that are missing."""
-        halves, chosen = [_Half(name="")], None
+        targets, chosen = [_OutFolder(name="")], None
         if split is not None:
-            halves = [_Half(name="train"), _Half(name="val")]
+            targets = [_OutFolder(name="train"), _OutFolder(name="val")]
             chosen, self.report = assign(self.sources, split)
-        for half in halves:
-            (self.folder / "out" / half.name).mkdir(parents=True, exist_ok=True)
+        for target in targets:
+            (self.folder / "out" / target.name).mkdir(parents=True, exist_ok=True)
         try:
             if any(source.format == WEBDATASET for source in self.sources):
-                self._index_tars(halves, chosen)
+                self._index_tars(targets, chosen)
             else:
-                self._read(halves, chosen)
+                self._read(targets, chosen)
             for work, item, where in self.held:
                 self._done(*where, work(item))
             while self.pending:
@@ -163,10 +163,10 @@ class _Build:
             if self.pool is not None:
                 self.pool.shutdown(cancel_futures=True)
         self.progress(self.total)
-        return halves
+        return targets
 
-    def _read(self, halves: Sequence[_Half], chosen: Halves | None) -> None:
-        """Goes over all records; every so many of a half are a job."""
+    def _read(self, targets: Sequence[_OutFolder], chosen: Halves | None) -> None:
+        """Goes over all records; every so many of a folder are a job."""
         for number, source in enumerate(self.sources):
             try:
                 for record, _, found in read_source(source):
@@ -175,33 +175,33 @@ class _Build:
                         self._problem(number, record, found)
                     else:
                         self.notes.add(source.title, Reason.UNKNOWN_KEYS, found.unknown)
-                        self._add(halves[0 if chosen is None else chosen[number, ""][record]], number, found)
+                        self._add(targets[0 if chosen is None else chosen[number, ""][record]], number, found)
                     if not self.total % 100:
                         self.progress(self.total)
             except DataError as error:
                 self.fatal = True
                 where = f"{error.key}: " if error.key else ""
                 self._problem(number, -1, error, where)
-        for half in halves:
-            self._flush(half)
+        for target in targets:
+            self._flush(target)
 
-    def _index_tars(self, halves: Sequence[_Half], chosen: Halves | None) -> None:
+    def _index_tars(self, targets: Sequence[_OutFolder], chosen: Halves | None) -> None:
         """Indexes tars where they lie; every one is a job."""
         jobs = itertools.count()
         for number, source in enumerate(self.sources):
-            layout, tars = open_tars(source)
-            self.layouts.append(dataclasses.asdict(layout))
+            form, tars = open_tars(source)
+            self.forms.append(dataclasses.asdict(form))
             for tar in tars:
                 job = TarJob(
-                    folders=[str(self.folder / "out" / half.name) for half in halves],
+                    folders=[str(self.folder / "out" / target.name) for target in targets],
                     name=f"shard-{next(jobs):06d}",
                     tar=str(tar),
-                    layout=layout,
-                    layout_number=number,
+                    form=form,
+                    form_number=number,
                     source=number,
                     halves=None if chosen is None else chosen.get((number, str(tar)), {}),
                 )
-                self._submit(halves, job.name, index_shard, job)
+                self._submit(targets, job.name, index_shard, job)
                 self.progress(self.total)
 
     def _problem(self, source: int, record: int, error: DataError, where: str = "") -> None:
@@ -210,33 +210,33 @@ class _Build:
             Problem(source=source, record=record, file=file, message=where + error.message, reason=error.reason.number)
         )
 
-    def _add(self, half: _Half, source: int, record: Record) -> None:
-        half.records.append((source, record))
-        half.inline += sum(len(image) for image in record.images if isinstance(image, bytes))
-        if len(half.records) == self.size or half.inline > MAX_INLINE:
-            self._flush(half)
+    def _add(self, target: _OutFolder, source: int, record: Record) -> None:
+        target.records.append((source, record))
+        target.inline += sum(len(image) for image in record.images if isinstance(image, bytes))
+        if len(target.records) == self.size or target.inline > MAX_INLINE:
+            self._flush(target)
 
-    def _flush(self, half: _Half) -> None:
-        if not half.records:
+    def _flush(self, target: _OutFolder) -> None:
+        if not target.records:
             return
-        name, half.jobs = f"shard-{half.jobs:06d}", half.jobs + 1
-        folder = str(self.folder / "out" / half.name)
-        job = Job(folder=folder, name=name, sources=self.sources, stems=self.stems, records=tuple(half.records))
-        half.records, half.inline = [], 0
-        self._submit([half], name, make_shard, job)
+        name, target.jobs = f"shard-{target.jobs:06d}", target.jobs + 1
+        folder = str(self.folder / "out" / target.name)
+        job = Job(folder=folder, name=name, sources=self.sources, stems=self.stems, records=tuple(target.records))
+        target.records, target.inline = [], 0
+        self._submit([target], name, make_shard, job)
 
-    def _submit(self, halves: Sequence[_Half], name: str, make: Callable[[Any], Any], job: Any) -> None:
-        """Makes a shard of each half, unless that is done: in a worker process if there are any, and more shards than one.
+    def _submit(self, targets: Sequence[_OutFolder], name: str, make: Callable[[Any], Any], job: Any) -> None:
+        """Makes a shard of each folder, unless that is done: in a worker process if there are any, and more shards than one.
 
         A process takes as long to start as some hundred samples take.
         """
-        done = self._done_file(halves, name)
+        done = self._done_file(targets, name)
         if os.path.exists(done):
-            self._take(halves, name, json.loads(done.read_text(encoding="utf-8")))
+            self._take(targets, name, json.loads(done.read_text(encoding="utf-8")))
         elif not self.workers:
-            self._done(halves, name, make(job))
+            self._done(targets, name, make(job))
         else:
-            self.held.append((make, job, (halves, name)))
+            self.held.append((make, job, (targets, name)))
             if self.pool is None and len(self.held) == 1:
                 return
             if self.pool is None:
@@ -252,25 +252,25 @@ class _Build:
         for future in wait(self.pending, return_when=FIRST_COMPLETED).done:
             self._done(*self.pending.pop(future), future.result())
 
-    def _done_file(self, halves: Sequence[_Half], name: str) -> Path:
-        return self.folder / "done" / f"{'-'.join(half.name for half in halves)}{name}.json"
+    def _done_file(self, targets: Sequence[_OutFolder], name: str) -> Path:
+        return self.folder / "done" / f"{'-'.join(target.name for target in targets)}{name}.json"
 
-    def _done(self, halves: Sequence[_Half], name: str, results: list[dict[str, Any]]) -> None:
-        write_synced(self._done_file(halves, name), json.dumps(results).encode())
-        self._take(halves, name, results)
+    def _done(self, targets: Sequence[_OutFolder], name: str, results: list[dict[str, Any]]) -> None:
+        write_synced(self._done_file(targets, name), json.dumps(results).encode())
+        self._take(targets, name, results)
 
-    def _take(self, halves: Sequence[_Half], name: str, results: list[dict[str, Any]]) -> None:
-        for half, result in zip(halves, results, strict=True):
+    def _take(self, targets: Sequence[_OutFolder], name: str, results: list[dict[str, Any]]) -> None:
+        for target, result in zip(targets, results, strict=True):
             self.problems += [Problem(**problem) for problem in result["rejected"]]
             for source, reason, what, number in result.get("notes", []):
                 self.notes.add(self.sources[source].title, Reason.numbered(reason), [what], number)
-            half.shards[name] = result
-            if self.layouts:
+            target.shards[name] = result
+            if self.forms:
                 self.total += result["shard"]["samples"] + len(result["rejected"])
 
     def finish(
         self,
-        halves: list[_Half],
+        targets: list[_OutFolder],
         out: Path,
         split: SplitSettings | None,
         on_bad_sample: str,
@@ -289,22 +289,22 @@ class _Build:
             text = describe(self.problems, self.total, self.fatal, allowed=allowed, hint=wrong_root(self.sources))
             raise DataError(f"{text}; all are listed in {listed}")
         folder = self.folder / "out"
-        for half in halves:
-            manifest = make_manifest(half.shards, self.sources)
-            if self.layouts:
-                manifest["layouts"] = self.layouts
+        for target in targets:
+            manifest = make_manifest(target.shards, self.sources)
+            if self.forms:
+                manifest["layouts"] = self.forms
             if not manifest["samples"]:
                 left = f" ({len(self.problems)} are rejected)" if self.problems else ""
-                raise DataError(f"no records in {names}{left}{f' for {half.name}' if half.name else ''}")
-            if half.name == "val":  # an evaluation reads each sample once
+                raise DataError(f"no records in {names}{left}{f' for {target.name}' if target.name else ''}")
+            if target.name == "val":  # an evaluation reads each sample once
                 for entry in manifest["sources"]:
                     entry["repeat"] = entry["per_epoch"] = None
-            write_synced(folder / half.name / MANIFEST, json.dumps(manifest, indent=1).encode())
-            self.report[half.name or "manifest"] = manifest
+            write_synced(folder / target.name / MANIFEST, json.dumps(manifest, indent=1).encode())
+            self.report[target.name or "manifest"] = manifest
         if self.problems:
             write_synced(folder / REJECTED, self._rejected())
         if split is not None:  # what was drawn, less what is rejected
-            numbers = {half.name: self.report[half.name]["samples"] for half in halves}
+            numbers = {target.name: self.report[target.name]["samples"] for target in targets}
             self.report["records"] = numbers
             self.report["realised_fraction"] = round(numbers["val"] / sum(numbers.values()), 6)
             write_synced(folder / "split.json", json.dumps(self.report, indent=1).encode())
@@ -341,7 +341,7 @@ def make_shard(job: Job) -> list[dict[str, Any]]:
     return [{"shard": line, "by_source": sorted(by_source.items()), "rejected": rejected}]
 
 
-def make_manifest(shards: Mapping[str, Mapping[str, Any]], sources: Sequence[Source]) -> dict[str, Any]:
+def make_manifest(shards: Mapping[str, Mapping[str, Any]], sources: Sequence[RecordSource]) -> dict[str, Any]:
     """Returns the manifest of shards (results of ``make_shard`` by name); a shard without samples is left out."""
     lines = [shards[name]["shard"] for name in sorted(shards) if shards[name]["shard"]["samples"]]
     counts = Counter[int]()

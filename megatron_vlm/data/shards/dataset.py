@@ -4,19 +4,18 @@ import hashlib
 import os
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlm.data.formats.webdataset import Layout
+from megatron_vlm.data.formats.webdataset import SampleForm
 from megatron_vlm.data.sample import MAX_SPAN, RawSample
 from megatron_vlm.data.shards.tar import BLOCK, parse_header
 from megatron_vlm.data.shards.tar_shards import read_tar_sample
@@ -42,7 +41,7 @@ class Shard:
     """One tar shard, ``name`` in ``folder``; ``num_bytes`` and ``sha256`` as the manifest says.
 
     ``index`` are the crc32 of the rows of its sample table and of its image table.
-    ``tar`` is where the tar lies if it is one of other tools, used as it is, and ``layout`` what its samples look like;
+    ``tar`` is where the tar lies if it is one of other tools, used as it is, and ``form`` what its samples look like;
     its index lies in ``folder`` all the same, and may name only some of its samples.
     """
 
@@ -54,7 +53,7 @@ class Shard:
     sha256: str
     index: tuple[int, int] | None = None
     tar: str = ""
-    layout: Layout | None = None
+    form: SampleForm | None = None
 
     @property
     def path(self) -> Path:
@@ -64,36 +63,24 @@ class Shard:
     @property
     def identity(self) -> str:
         """Hex digest of its samples: of the tar; of one of other tools also what its index names, and how that is read."""
-        if self.layout is None:
+        if self.form is None:
             return self.sha256
-        layout = f"{self.layout.kind} {sorted(self.layout.fields.items())} {self.layout.prepend}"
-        return hashlib.sha256(f"{self.sha256} {self.index} {layout}".encode()).hexdigest()
+        form = f"{self.form.kind} {sorted(self.form.fields.items())} {self.form.prepend}"
+        return hashlib.sha256(f"{self.sha256} {self.index} {form}".encode()).hexdigest()
 
     def beside(self, suffix: str) -> Path:
         """A file of its index."""
         return Path(self.folder, self.name.removesuffix(".tar") + suffix)
 
 
-class Recent:
-    """Keeps what ``make`` returned for the most recent keys; ``drop`` closes the rest."""
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    """A descriptor that is closed when nobody has it any more."""
 
-    def __init__(self, make: Callable[[Any], Any], limit: int, drop: Callable[[Any], Any] = lambda _: None):
-        self._make, self._limit, self._drop = make, limit, drop
-        self._items: OrderedDict[Any, Any] = OrderedDict()
+    number: int
 
-    def __call__(self, key: Any) -> Any:
-        if key in self._items:
-            self._items.move_to_end(key)
-        else:
-            self._items[key] = self._make(key)
-            if len(self._items) > self._limit:
-                self._drop(self._items.popitem(last=False)[1])
-        return self._items[key]
-
-    def clear(self) -> None:
-        """Drops everything."""
-        while self._items:
-            self._drop(self._items.popitem()[1])
+    def __del__(self) -> None:
+        os.close(self.number)
 
 
 class Dataset:
@@ -120,9 +107,9 @@ class Dataset:
         self._reset()
 
     def _reset(self) -> None:
-        self._files = Recent(lambda i: os.open(self.shards[i].path, os.O_RDONLY), MAX_OPEN, os.close)
-        self._samples = Recent(self._open_samples, MAX_OPEN)
-        self._images = Recent(self._open_images, MAX_OPEN)
+        recent = lru_cache(MAX_OPEN)
+        self._files = recent(lambda shard: _OpenFile(os.open(self.shards[shard].path, os.O_RDONLY)))
+        self._samples, self._images = recent(self._open_samples), recent(self._open_images)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shards": self.shards, "folders": self.folders, "_ends": self._ends}
@@ -200,10 +187,10 @@ class Dataset:
     def _text(self, shard: int, row: int, block: bytes) -> RawSample:
         """Reads a sample's text; ``block`` is its span if that is at hand."""
         entry = self.index(shard)[row]
-        span, layout = int(entry["span"]), self.shards[shard].layout
-        if layout is not None:
+        span, form = int(entry["span"]), self.shards[shard].form
+        if form is not None:
             block = block or self._pread(shard, int(entry["offset"]), span)
-            return read_tar_sample(layout, block, int(entry["num_images"]))
+            return read_tar_sample(form, block, int(entry["num_images"]))
         block = block or self._pread(shard, int(entry["offset"]), min(span, TEXT_BYTES))
         name, size = parse_header(block)
         if size + BLOCK > len(block):
@@ -214,7 +201,7 @@ class Dataset:
         if size > MAX_SPAN:
             raise _damaged(f"the sample has {size} bytes, the limit is {MAX_SPAN}")
         try:
-            block = os.pread(self._files(shard), size, offset)
+            block = os.pread(self._files(shard).number, size, offset)
         except OSError as error:
             raise _damaged(f"cannot read: {error.strerror}") from error
         if len(block) != size:
@@ -231,9 +218,8 @@ class Dataset:
 
     def close(self) -> None:
         """Closes the files."""
-        self._files.clear()
-        self._samples.clear()
-        self._images.clear()
+        for recent in (self._files, self._samples, self._images):
+            recent.cache_clear()
 
     def _open_samples(self, shard: int) -> NDArray[Any]:
         info = self.shards[shard]
@@ -277,7 +263,7 @@ def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int,
         manifest = read_json(path, DataError)
         if manifest["version"] != MANIFEST_VERSION:
             raise _damaged(f"version {manifest['version']} is not read here, only {MANIFEST_VERSION}", shard=str(path))
-        layouts = [Layout(**layout) for layout in manifest.get("layouts", [])]
+        forms = [SampleForm(**form) for form in manifest.get("layouts", [])]
         shards = [
             Shard(
                 folder=str(folder),
@@ -288,7 +274,7 @@ def _read_manifest(folder: Path) -> tuple[list[Shard], list[tuple[str, int, int,
                 sha256=str(item["sha256"]),
                 index=tuple(item["index"]) if "index" in item else None,
                 tar=str(item.get("tar", "")),
-                layout=layouts[item["layout"]] if "layout" in item else None,
+                form=forms[item["layout"]] if "layout" in item else None,
             )
             for item in manifest["shards"]
         ]

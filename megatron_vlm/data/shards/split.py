@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.formats import read_source
-from megatron_vlm.data.formats.records import Record, Source
+from megatron_vlm.data.formats.records import Record, RecordSource
 from megatron_vlm.errors import ConfigError, DataError
 
 CHUNK = 2**20
@@ -63,7 +63,7 @@ class _Components:
 Halves = dict[tuple[int, str], dict[int, int]]
 
 
-def assign(sources: Sequence[Source], settings: SplitSettings) -> tuple[Halves, dict[str, Any]]:
+def assign(sources: Sequence[RecordSource], settings: SplitSettings) -> tuple[Halves, dict[str, Any]]:
     """Draws the validation half.
 
     Images are the same if their bytes are, whatever their paths, and so is a sample of a tar that several inputs name.
@@ -151,7 +151,7 @@ def _draw(
     return chosen, report
 
 
-def _files(source: Source, record: Record) -> list[str | bytes]:
+def _files(source: RecordSource, record: Record) -> list[str | bytes]:
     """What a record shows: its images, and its videos by their files (or the files of their folders)."""
     files = [image if isinstance(image, bytes) else str(Path(source.root, image)) for image in record.images]
     for video in record.videos:
@@ -160,7 +160,7 @@ def _files(source: Source, record: Record) -> list[str | bytes]:
     return files
 
 
-def _digest(source: Source, image: str | bytes, digests: dict[str, bytes]) -> bytes:
+def _digest(source: RecordSource, image: str | bytes, digests: dict[str, bytes]) -> bytes:
     if isinstance(image, bytes):
         return hashlib.blake2b(image, digest_size=16).digest()
     if image not in digests:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.formats.records import RECORDS_VERSION, Source
+from megatron_vlm.data.formats.records import RECORDS_VERSION, RecordSource
 from megatron_vlm.data.shards.writer import MANIFEST_VERSION
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import write_synced
@@ -57,7 +57,7 @@ def partial_folder(out: Path, fingerprint: str) -> Iterator[Path | None]:
         os.close(lock)
 
 
-def fingerprint_of(sources: Sequence[Source], settings: Mapping[str, Any]) -> str:
+def fingerprint_of(sources: Sequence[RecordSource], settings: Mapping[str, Any]) -> str:
     """Returns a text that is the same for the same inputs and settings. Images are taken not to change meanwhile."""
     inputs = []
     for source in sources:

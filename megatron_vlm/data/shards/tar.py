@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlm.data.foreign import told
+from megatron_vlm.data.file_kinds import what_it_is
 from megatron_vlm.errors import DataError, Reason
 from megatron_vlm.files import open_regular
 
@@ -82,7 +82,7 @@ def index_tar(path: str | Path) -> TarIndex:
     path = Path(path)
     try:
         with open_regular(path, DataError) as file:
-            words, size = told(file.read(64)), file.seek(0, 2)
+            words, size = what_it_is(file.read(64)), file.seek(0, 2)
             if words:
                 raise _damaged(f"not a tar archive: {words}")
             if size < BLOCK:

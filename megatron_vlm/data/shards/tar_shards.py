@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.formats.webdataset import (
-    Layout,
+    SampleForm,
     TarSample,
     images_of,
     is_text,
@@ -39,8 +39,8 @@ class TarJob:
     folders: Sequence[str]
     name: str
     tar: str
-    layout: Layout
-    layout_number: int
+    form: SampleForm
+    form_number: int
     source: int
     halves: Mapping[int, int] | None = None
 
@@ -60,7 +60,7 @@ def index_shard(job: TarJob) -> list[dict[str, Any]]:
 
     digest: dict[str, Any] = {"size": 0, "sha256": ""}
     try:
-        for number, sample in samples_of_tar(Path(job.tar), job.layout, notes):
+        for number, sample in samples_of_tar(Path(job.tar), job.form, notes):
             if isinstance(sample, DataError):
                 reject(number, sample)
                 continue
@@ -84,7 +84,7 @@ def index_shard(job: TarJob) -> list[dict[str, Any]]:
     results = []
     for folder, (samples, images) in zip(job.folders, tables):
         line = {"name": f"{job.name}.tar", "samples": len(samples), "images": len(images), "bytes": digest["size"]}
-        line |= {"sha256": digest["sha256"], "tar": job.tar, "layout": job.layout_number}
+        line |= {"sha256": digest["sha256"], "tar": job.tar, "layout": job.form_number}
         if samples:
             line["index"] = save_index(Path(folder, job.name), samples, images)
         found = [(job.source, reason.number, name, number) for (_, reason, name), number in notes.counts.items()]
@@ -104,7 +104,7 @@ def _image_rows(sample: TarSample) -> list[tuple[int, ...]]:
     return rows
 
 
-def read_tar_sample(layout: Layout, block: bytes, num_images: int) -> RawSample:
+def read_tar_sample(form: SampleForm, block: bytes, num_images: int) -> RawSample:
     """Reads a sample from its span of a tar, without its images.
 
     Raises:
@@ -118,7 +118,7 @@ def read_tar_sample(layout: Layout, block: bytes, num_images: int) -> RawSample:
         parts.append((part, name))
         if is_text(part):
             texts[part] = content
-    record = parse_parts(layout, texts, num_images)
-    chosen = images_of(layout, [part for part, _ in parts])
+    record = parse_parts(form, texts, num_images)
+    chosen = images_of(form, [part for part, _ in parts])
     names = tuple(parts[i][1] for i in chosen)
     return RawSample(key=key, turns=record.turns, image_names=names, label=record.label)

@@ -7,7 +7,7 @@
 
 An image that several samples of a shard use is stored once, with the first of them; ``members`` in KEY.json names the
 tar members of a sample's images. The same records give the same bytes: member headers carry no time, owner or path of
-this machine. Tars of other tools are indexed where they lie (``tar`` in the manifest) and read by their own layout.
+this machine. Tars of other tools are indexed where they lie (``tar`` in the manifest) and read in their own form.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from megatron_vlm.data.formats.records import (
     IMAGE_PLACEHOLDER,
     VIDEO_PLACEHOLDER,
     Record,
-    Source,
+    RecordSource,
     check_turns,
 )
 from megatron_vlm.data.images.pictures import probe_image, read_image_file
@@ -59,7 +59,7 @@ IMAGE_DTYPE = np.dtype(
 )
 
 
-def load_record(source: Source, record: Record) -> tuple[tuple[Turn, ...], list[tuple[str, bytes]]]:
+def load_record(source: RecordSource, record: Record) -> tuple[tuple[Turn, ...], list[tuple[str, bytes]]]:
     """Reads a record's images and the frames of its videos.
 
     Returns:

@@ -9,6 +9,7 @@ starts with another shard, skips what exists by then, and puts its file in place
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -24,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.shards.dataset import MAX_OPEN, Dataset, Recent, read_table
+from megatron_vlm.data.shards.dataset import MAX_OPEN, Dataset, read_table
 from megatron_vlm.data.shards.writer import table_bytes
-from megatron_vlm.data.stream.mixture import Source
+from megatron_vlm.data.stream.mixture import MixtureSource
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import expand_path, open_regular, synced_file, write_synced, writing
@@ -93,7 +94,7 @@ class TokenCounts:
             else:
                 self._paths[shard] = path
         self._count(missing, processor, num_workers)
-        self._open = Recent(self._load, MAX_OPEN)
+        self._open = functools.lru_cache(MAX_OPEN)(self._load)
 
     def __call__(self, ids: NDArray[np.int64]) -> NDArray[Any]:
         """Returns the counts (``COUNT_DTYPE``) of samples."""
@@ -208,7 +209,7 @@ def count_shard(dataset: Dataset, shard: int, processor: Processor) -> NDArray[A
 
 
 def survey(
-    counts: TokenCounts, config: DataConfig, output_dir: Path | None, sources: Sequence[Source] = ()
+    counts: TokenCounts, config: DataConfig, output_dir: Path | None, sources: Sequence[MixtureSource] = ()
 ) -> dict[str, Any]:
     """Goes over all counts once: totals, what is excluded and why, and whether the policies allow it.
 
@@ -276,7 +277,9 @@ def survey(
     return report
 
 
-def shares(sources: Sequence[Source], usable: Sequence[int], tokens: Sequence[int]) -> dict[str, dict[str, float]]:
+def shares(
+    sources: Sequence[MixtureSource], usable: Sequence[int], tokens: Sequence[int]
+) -> dict[str, dict[str, float]]:
     """Returns what an epoch reads of each source, by name.
 
     Args:

@@ -16,10 +16,10 @@ from megatron_vlm.data.config import DataConfig, SourceConfig
 from megatron_vlm.data.row import Row
 from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.data.stream.counts import TokenCounts, digest_of, survey
-from megatron_vlm.data.stream.mixture import Mixture, Source, resolve
+from megatron_vlm.data.stream.mixture import Mixture, MixtureSource, resolve
 from megatron_vlm.data.stream.reader import Quarantine, RowReader
 from megatron_vlm.data.stream.step_plan import DataState, RowPlan, StepPlan, Stream, row_plan
-from megatron_vlm.data.stream.workers import Rows
+from megatron_vlm.data.stream.workers import RowWorkers
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
@@ -104,7 +104,7 @@ class RowLoader:
             dp_size=dp_size,
         )
         reader = RowReader(self._dataset, processor, config, seed=seed, multiple_of=multiple_of, fill_to=fill_to)
-        self._rows = Rows(reader, self._queue(steps), config)
+        self._rows = RowWorkers(reader, self._queue(steps), config)
         self._quarantine = Quarantine(config, output_dir)
 
     def _start(self, seed: int, processor: Processor, state: DataState | None) -> DataState:
@@ -234,7 +234,7 @@ def evaluation_rows(
     reader = RowReader(dataset, processor, config, seed=0, multiple_of=multiple_of, fill_to=fill_to)
     quarantine = Quarantine(config, output_dir)
     plans = _evaluation_plans(stream, 1 if config.packing else micro_batch_size, dp_rank, dp_size, max_rows)
-    rows = Rows(reader, plans, config.replace(num_workers=0) if len(dataset) < FEW else config)
+    rows = RowWorkers(reader, plans, config.replace(num_workers=0) if len(dataset) < FEW else config)
     try:
         for item in rows:
             quarantine.add(item)
@@ -314,7 +314,7 @@ def open_data(
         rank=rank,
         num_ranks=num_ranks,
     )
-    whole = Source(name="", first=0, samples=len(dataset), per_epoch=len(dataset))
+    whole = MixtureSource(name="", first=0, samples=len(dataset), per_epoch=len(dataset))
     mixture = Mixture(
         [whole] if seed is None else resolve(dataset.folders, settings),
         seed=seed,

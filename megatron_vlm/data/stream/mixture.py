@@ -26,7 +26,7 @@ from megatron_vlm.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class MixtureSource:
     """Neighbouring samples that are read in one order.
 
     Attributes:
@@ -57,7 +57,7 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[MixtureSource],
         *,
         seed: int | None,
         window: int,
@@ -139,7 +139,7 @@ class Mixture:
         return np.concatenate(parts)
 
 
-def _phases(sources: Sequence[Source]) -> list[tuple[Fraction, bool]]:
+def _phases(sources: Sequence[MixtureSource]) -> list[tuple[Fraction, bool]]:
     """Returns of each source what is added before its total is rounded down (or, with True, taken off before it is rounded up).
 
     Whole shares need none. The others are spread, so that they do not give their extra samples in the same epochs: two weights
@@ -155,7 +155,7 @@ def _phases(sources: Sequence[Source]) -> list[tuple[Fraction, bool]]:
 
 def resolve(
     folders: Sequence[Sequence[tuple[str, int, int, Fraction]]], settings: Sequence[SourceConfig]
-) -> tuple[Source, ...]:
+) -> tuple[MixtureSource, ...]:
     """Settles how many samples of each source an epoch reads.
 
     Args:
@@ -176,7 +176,7 @@ def resolve(
         )
     total = sum(source[2] for folder in folders for source in folder)
     weights = sum(exactly(setting.weight or 0) for setting in settings)
-    sources: list[Source] = []
+    sources: list[MixtureSource] = []
     for folder, setting in zip(folders, settings):
         start = len(sources)
         own = sum(source[3] for source in folder)
@@ -194,11 +194,11 @@ def resolve(
                 last = sources.pop()
                 samples, first, label = last.samples + samples, last.first, setting.path
                 quota = Fraction(samples)
-            sources.append(Source(name=label, first=first, samples=samples, per_epoch=quota))
+            sources.append(MixtureSource(name=label, first=first, samples=samples, per_epoch=quota))
     return _told_apart(sources)
 
 
-def _told_apart(sources: Sequence[Source]) -> tuple[Source, ...]:
+def _told_apart(sources: Sequence[MixtureSource]) -> tuple[MixtureSource, ...]:
     """Numbers sources of one name (a folder given twice): reports go by name."""
     seen: Counter[str] = Counter()
     told = []

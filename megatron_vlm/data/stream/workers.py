@@ -40,7 +40,7 @@ _STOPPED_SECONDS = 20.0  # a worker that a signal stopped has this long to go on
 _SLOW_SECONDS = 300.0  # between warnings of a row that does not come
 
 
-class Rows(Iterator[Fetched]):
+class RowWorkers(Iterator[Fetched]):
     """What ``reader`` makes of each plan, in order, from ``config.num_workers`` processes (0: this one).
 
     Each worker makes up to ``prefetch_rows`` rows ahead, as long as those that wait and those being made (each taken for as

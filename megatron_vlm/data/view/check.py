@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.formats import read_source
-from megatron_vlm.data.formats.records import Source
+from megatron_vlm.data.formats.records import RecordSource
 from megatron_vlm.data.images.pictures import probe_image
 from megatron_vlm.data.problems import Notes
 from megatron_vlm.data.sample import Turn
@@ -47,7 +47,7 @@ def check_folder(folder: str | Path, processor: Processor | None = None) -> Iter
         dataset.close()
 
 
-def check_sources(sources: Sequence[Source], processor: Processor | None = None) -> Iterator[str | DataError]:
+def check_sources(sources: Sequence[RecordSource], processor: Processor | None = None) -> Iterator[str | DataError]:
     """Yields the name of each sound record and a DataError for each problem.
 
     Args:

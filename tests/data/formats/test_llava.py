@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_vlm.data.formats import guess_records, open_sources, read_source
-from megatron_vlm.data.formats.records import Source
+from megatron_vlm.data.formats.records import RecordSource
 from megatron_vlm.errors import DataError
 
 
@@ -143,4 +143,4 @@ def test_the_number_of_records_is_guessed_without_parsing(tmp_path, monkeypatch)
     (tmp_path / "d.jsonl").write_text("")
     sources = open_sources("llava", [tmp_path / name for name in ("a.json", "b.jsonl", "c.jsonl", "d.jsonl")])
     assert [guess_records([source]) for source in sources] == [5, 3, 2, 0] and guess_records(sources) == 10
-    assert guess_records([Source(path=str(tmp_path / "a.json"), format="parquet")]) is None
+    assert guess_records([RecordSource(path=str(tmp_path / "a.json"), format="parquet")]) is None

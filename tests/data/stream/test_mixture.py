@@ -10,7 +10,7 @@ from scipy import stats
 
 from megatron_vlm.data.config import DataConfig, SourceConfig
 from megatron_vlm.data.shards.dataset import Dataset
-from megatron_vlm.data.stream.mixture import Mixture, Source, exactly, resolve
+from megatron_vlm.data.stream.mixture import Mixture, MixtureSource, exactly, resolve
 from megatron_vlm.errors import ConfigError, DataError
 
 SIZES = (1, 2, 97, 128, 1000, 3001)
@@ -20,7 +20,7 @@ def sources_of(*numbers):
     """(samples, per_epoch) pairs, laid end to end."""
     first, sources = 0, []
     for index, (samples, per_epoch) in enumerate(numbers):
-        sources.append(Source(name=f"s{index}", first=first, samples=samples, per_epoch=per_epoch))
+        sources.append(MixtureSource(name=f"s{index}", first=first, samples=samples, per_epoch=per_epoch))
         first += samples
     return sources
 

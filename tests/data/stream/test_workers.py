@@ -15,7 +15,7 @@ from megatron_vlm.data.row import Row
 from megatron_vlm.data.stream import workers
 from megatron_vlm.data.stream.reader import Fetched
 from megatron_vlm.data.stream.step_plan import RowPlan
-from megatron_vlm.data.stream.workers import Rows
+from megatron_vlm.data.stream.workers import RowWorkers
 from megatron_vlm.errors import TrainingError
 from megatron_vlm.processes import state
 
@@ -45,7 +45,7 @@ def plans_of(numbers):
 
 def test_a_signal_to_the_whole_job_spares_workers_that_are_still_starting(tmp_path):
     """A scheduler's SIGTERM, a Ctrl-C: the parent still needs rows to finish its step."""
-    rows = Rows(Maker(tmp_path, 1), plans_of(range(9)), one_worker(2))
+    rows = RowWorkers(Maker(tmp_path, 1), plans_of(range(9)), one_worker(2))
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(rows._workers[0].pid, number)
     assert [next(rows).row.input_ids.tolist() for _ in range(9)] == [[n] for n in range(9)]
@@ -59,7 +59,7 @@ def test_a_signal_to_the_whole_job_spares_workers_that_are_still_starting(tmp_pa
 )
 def test_rows_ahead_are_bounded_by_bytes_and_by_number(tmp_path, mib, bound, ahead):
     config = DataConfig(seq_length=8, num_workers=2, prefetch_rows=6, prefetch_mb=bound)
-    rows = Rows(Maker(tmp_path, mib), plans_of(range(24)), config)
+    rows = RowWorkers(Maker(tmp_path, mib), plans_of(range(24)), config)
     made = []
     for number in range(20):
         item = next(rows)
@@ -74,7 +74,7 @@ def test_rows_ahead_are_bounded_by_bytes_and_by_number(tmp_path, mib, bound, ahe
 
 def test_a_bug_is_told(tmp_path):
     config = DataConfig(seq_length=8, num_workers=1, prefetch_rows=1)
-    rows = Rows(Maker(tmp_path, 1), plans_of([0, 99, 1, 2, 3]), config)
+    rows = RowWorkers(Maker(tmp_path, 1), plans_of([0, 99, 1, 2, 3]), config)
     next(rows)
     with pytest.raises(RuntimeError, match="a bug"):
         next(rows)
@@ -84,7 +84,7 @@ def test_a_bug_is_told(tmp_path):
 @pytest.mark.parametrize("made", [True, False], ids=["rows waiting", "in a row"])
 def test_a_killed_worker_is_told(tmp_path, made):
     """Also where a row of it waits, whose memory it holds: to fetch that fails, which told nothing of the worker."""
-    rows = Rows(Maker(tmp_path, 1), plans_of([0, 1, *[2, 4, 6, 8] * (not made)] + [2] * 30), one_worker(3))
+    rows = RowWorkers(Maker(tmp_path, 1), plans_of([0, 1, *[2, 4, 6, 8] * (not made)] + [2] * 30), one_worker(3))
     next(rows)
     if made:
         time.sleep(0.5)
@@ -99,7 +99,7 @@ def test_a_killed_worker_is_told(tmp_path, made):
 @pytest.mark.parametrize("made", [True, False], ids=["rows waiting", "in a row"])
 def test_a_stopped_worker_is_found_and_a_slow_one_is_not(tmp_path, monkeypatch, made):
     monkeypatch.setattr(workers, "_STOPPED_SECONDS", 1.0)
-    rows = Rows(Maker(tmp_path, 1), plans_of([0, 50, *range(1, 30)]), one_worker(3))
+    rows = RowWorkers(Maker(tmp_path, 1), plans_of([0, 50, *range(1, 30)]), one_worker(3))
     assert [next(rows).row.input_ids.item() for _ in range(2)] == [0, 50]  # 50 takes 1.5 s
     if made:
         time.sleep(0.5)
@@ -122,7 +122,7 @@ def test_even_a_stopped_worker_ends_with_its_parent(tmp_path):
     code = (
         "import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); from test_workers import *\n"
         "if __name__ == '__main__':\n"
-        "    rows = Rows(Maker(sys.argv[2], 1), plans_of(range(9)), one_worker(2)); next(rows)\n"
+        "    rows = RowWorkers(Maker(sys.argv[2], 1), plans_of(range(9)), one_worker(2)); next(rows)\n"
         "    os.kill(rows._workers[0].pid, signal.SIGSTOP); print(rows._workers[0].pid, flush=True); os._exit(0)"
     )
     script = tmp_path / "parent.py"

@@ -21,7 +21,7 @@ _MARKS = (
 )  # fmt: skip
 
 
-def told(head: bytes) -> str:
+def what_it_is(head: bytes) -> str:
     """Returns what a file with these first bytes (64 or more) is, and what to do; empty: nothing known."""
     head = head[:64].lower() if head[:1] == b"<" else head
     return next((words for mark, words in _MARKS if head.startswith(mark)), "")

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_vlm.data.formats import WEBDATASET, read_source
-from megatron_vlm.data.formats.records import Source
+from megatron_vlm.data.formats.records import RecordSource
 from megatron_vlm.errors import DataError
 
 _LOOKED_AT = 1000  # names, to tell a wrong folder from a few lost pictures
 
 
-def names_of(source: Source) -> Iterator[str]:
+def names_of(source: RecordSource) -> Iterator[str]:
     """Images and videos of a source as its records write them; what cannot be read is the build's to report."""
     try:
         for _, _, record in read_source(source):
@@ -22,7 +22,7 @@ def names_of(source: Source) -> Iterator[str]:
         return
 
 
-def wrong_root(sources: Sequence[Source]) -> str:
+def wrong_root(sources: Sequence[RecordSource]) -> str:
     """What to say where most pictures of a source are not there: the first, the folder it was looked for in, and one that has it.
 
     Empty where most are there, or there are none.
@@ -44,7 +44,7 @@ def wrong_root(sources: Sequence[Source]) -> str:
     return ""
 
 
-def _folder_with(source: Source, name: str) -> str | None:
+def _folder_with(source: RecordSource, name: str) -> str | None:
     """A folder near the source's file, or near where the command runs, that has the picture."""
     beside = Path(source.path).absolute().parent
     near = dict.fromkeys((beside, beside.parent, Path.cwd()))

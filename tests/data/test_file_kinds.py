@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.data.foreign import other_format
+from megatron_vlm.data.file_kinds import other_format
 from megatron_vlm.data.formats import NAMES
 from tests.data.formats.make import picture, write_json, write_pictures, write_tar
 

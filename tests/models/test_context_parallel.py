@@ -99,6 +99,7 @@ def mask_by_positions_of_the_row(patch: Any) -> None:
 def seed_each_pass(patch: Any) -> None:
     """As the trainer does it before each step; no mistake."""
     from megatron_vlm.parallel.rng import seed_step
+    from megatron_vlm.testing import parity
     from megatron_vlm.training import step
 
     right = step.run_schedule
@@ -107,7 +108,8 @@ def seed_each_pass(patch: Any) -> None:
         seed_step(model.topology, 0, 0)
         return right(model, rows, **options)
 
-    patch.setattr(step, "run_schedule", seeded)
+    for module in (step, parity):
+        patch.setattr(module, "run_schedule", seeded)
 
 
 def draw_apart(patch: Any) -> None:

@@ -45,7 +45,7 @@ class ExportSpec:
     """Another HF naming than a family's own, for ``mg2hf --as``.
 
     Attributes:
-        mapping: ``mapping(config) -> conversion.mapping.Mapping``: the family's full tensors under those HF names;
+        mapping: ``mapping(config) -> weights.mapping.Mapping``: the family's full tensors under those HF names;
             ``folder/name`` goes to a folder beside the others.
         files: ``files(hf_dir, hf_config, directory)`` writes every non-weight file, config.json among them; ``hf_dir`` and
             ``hf_config`` are the family's own.
@@ -102,9 +102,8 @@ class FamilySpec:
         build: ``build(config, topology, options, *, vp_stage) -> VisionLanguageModel``; ``options`` are ModelOptions.
         processor: ``processor(hf_dir, data config) -> data.types.Processor``.
         stop_ids: ``stop_ids(hf_dir) -> ids`` that end an answer of a model with these tokenizer files.
-        mapping: ``mapping(config, tp=1, vocab_multiple=1, vocab_extra=0) -> conversion.mapping.Mapping``, both directions. ``tp``
-            decides what runs replicated (heads that do not divide), the others pad the vocabulary (Megatron's
-            ``--make-vocab-size-divisible-by`` and ``--extra-vocab-size``).
+        mapping: ``mapping(config, tp=1) -> weights.mapping.Mapping``, both directions. ``tp`` decides what runs replicated (heads
+            that do not divide). The vocabulary is not padded: whoever cuts for Megatron calls ``Mapping.padded``.
         assemble: ``assemble(llm, vision, files, options) -> HFModel`` makes one model out of two (HFModel) and writes its
             non-weight files to the folder ``files``; ``options`` is plain data. None: not offered. A family whose trained
             projector may come with them takes it as a fifth argument.

@@ -62,7 +62,7 @@ def write_megatron(
             "--make-vocab-size-divisible-by must be at least 1 and --extra-vocab-size at least 0, "
             f"got {vocab_multiple} and {vocab_extra}"
         )
-    mapping = source.spec.mapping(source.config, tp=tp, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
+    mapping = source.spec.mapping(source.config, tp).padded(vocab_multiple, vocab_extra)
     entries = mapping.by_name()
     splits = {entry.name: entry.split for entry in mapping}
     stages = Stages(splits, pp)
@@ -121,7 +121,7 @@ def write_megatron(
 def _shards(source: WeightSource, entry: Entry, tp: int) -> list[list[Tensor]]:
     """Every rank's shard, as ``entry.split`` cuts it, in pieces along dim 0: nothing is copied without need."""
     split = entry.split
-    if entry.cut_by_rows and not split.vocab_multiple:  # the full tensor is never built
+    if entry.cut_by_rows and not split.pads:  # the full tensor is never built
         parts = [pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in source.read_hf(entry)]
         return [[part.chunk(tp)[rank] for part in parts] for rank in range(tp)]
     full = source.read(entry.name)

@@ -94,7 +94,7 @@ def build_model(spec: FamilySpec, config: FamilyConfig, topology: Topology, opti
     problem = check_heads(text.num_attention_heads, text.num_query_groups, topology.cp, topology.tp)
     if topology.exchange == "heads" and problem:
         raise ConfigError(f"parallel.context_parallel_exchange is heads, but {problem}: set gather or auto")
-    mapping = spec.mapping(config, tp=topology.tp, vocab_multiple=options.make_vocab_size_divisible_by)
+    mapping = spec.mapping(config, topology.tp).padded(options.make_vocab_size_divisible_by)
     stages = []
     for stage in range(topology.vp):
         chunk = spec.build(config, topology, options, vp_stage=stage if topology.vp > 1 else None)

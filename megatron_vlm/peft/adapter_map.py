@@ -123,7 +123,7 @@ class Rows:
 
 def local_rows(target: Target, split: Split, tp: int, rank: int) -> Rows:
     """Which outputs of a rank belong to a target; ``split`` is that of the linear's weight for ``tp`` ranks."""
-    if split.vocab_multiple:  # one HF tensor, padded at its end
+    if split.pads:  # one HF tensor, padded at its end
         width = split.padded(target.full_rows, tp) // tp
         return Rows(source=torch.arange(rank * width, (rank + 1) * width), place=torch.arange(width))
     fused = _fused(target)
@@ -135,7 +135,7 @@ def local_rows(target: Target, split: Split, tp: int, rank: int) -> Rows:
 
 def shared_evenly(target: Target, split: Split, tp: int) -> bool:
     """Whether each rank's rows of a target are one of ``tp`` equal pieces. Not so with fewer kv heads than ranks."""
-    if split.dim != 0 or split.vocab_multiple or tp == 1:
+    if split.dim != 0 or split.pads or tp == 1:
         return True
     rows = torch.arange(target.shape[0])
     return len(rows) % tp == 0 and all(
@@ -146,7 +146,7 @@ def shared_evenly(target: Target, split: Split, tp: int) -> bool:
 def _pair(target: Target, split: Split, tp: int) -> list[Entry]:
     hf = f"base_model.model.{target.hf_module}.lora_"
     a = direct(f"{target.name}.a", f"{hf}A.weight", ROW if split.dim == 1 else REPLICATED)
-    if split.vocab_multiple:
+    if split.pads:
         b, added = direct(f"{target.name}.b", f"{hf}B.weight", split), target.full_rows - target.shape[0]
         if not added:
             return [a, b]

@@ -43,15 +43,8 @@ class MegatronSource(WeightSource):
         )
         self.stored_ties, self.source_files = self.manifest.stored_ties, self.manifest.source_files
         self.tp, self.pp = self.manifest.tensor_model_parallel_size, self.manifest.pipeline_model_parallel_size
-        self._splits = {
-            entry.name: entry.split
-            for entry in self.spec.mapping(
-                self.config,
-                tp=self.tp,
-                vocab_multiple=self.manifest.make_vocab_size_divisible_by,
-                vocab_extra=self.manifest.extra_vocab_size,
-            )
-        }
+        padding = self.manifest.make_vocab_size_divisible_by, self.manifest.extra_vocab_size
+        self._splits = {e.name: e.split for e in self.spec.mapping(self.config, self.tp).padded(*padding)}
         self._stages = Stages(self._splits, self.pp)
         self._files: dict[tuple[int, int], SafetensorsFile] = {}
         self._nf4: Nf4Reader | None = None
@@ -85,7 +78,7 @@ class MegatronSource(WeightSource):
         self._require_full(entry.name)
         rows = self.mapping.vocab_size
         for pieces in zip(*(shard.chunk(split.stride) for shard in self._read_all(entry.name)), strict=True):
-            if split.vocab_multiple:
+            if split.pads:
                 yield [p[: rows - i * len(p)] for i, p in enumerate(pieces) if i * len(p) < rows]
             else:
                 yield list(pieces)
@@ -176,7 +169,7 @@ class MegatronSource(WeightSource):
                 continue
             shape = list(shards[0].shape)
             shape[split.dim] *= self.tp
-            if split.vocab_multiple:
+            if split.pads:
                 padded = split.padded(self.mapping.vocab_size, self.tp)
                 if shape[0] != padded:
                     raise ConversionError(f"{self.directory}: {name} has {shape[0]} rows, {MANIFEST} says {padded}")

@@ -138,7 +138,7 @@ def check_entry(entry: Entry, infos: Sequence[TensorInfo], vocab_size: int) -> T
         raise ConversionError(f"shapes do not fit into {entry.name}: {shapes} ({error})") from error
     if back != list(infos):
         raise ConversionError(f"shapes do not fit the heads or parts of {entry.name}: {shapes}")
-    if entry.split.vocab_multiple and full.shape[0] != vocab_size:
+    if entry.split.pads and full.shape[0] != vocab_size:
         raise ConversionError(f"{shapes}: config.json says a vocabulary of {vocab_size} rows")
     return TensorInfo.of(full)
 

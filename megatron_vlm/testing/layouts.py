@@ -107,7 +107,7 @@ def whole_matrix(
 def mapping_of(spec: registry.FamilySpec, config: Any, directory: str, peft: dict[str, Any] | None, tp: int) -> Mapping:
     """Of what trains: the whole model, or with the section ``peft`` the adapters on it; on ``tp`` ranks."""
     if peft is None:
-        return spec.mapping(config, tp=tp, vocab_multiple=VOCAB_MULTIPLE)
+        return spec.mapping(config, tp=tp).padded(VOCAB_MULTIPLE)
     settings = {key: value for key, value in peft.items() if key != "tensors"}
     with open_source(directory) as source:
         return adapted_mapping(source, settings, tp)

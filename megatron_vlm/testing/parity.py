@@ -157,7 +157,7 @@ def adapted_plan(source: WeightSource, settings: dict[str, Any]) -> PeftPlan:
 
 def adapted_mapping(source: WeightSource, settings: dict[str, Any], tp: int) -> Mapping:
     """The weight map with pairs, vocabularies padded to 8."""
-    base = source.spec.mapping(source.config, tp=tp, vocab_multiple=8)
+    base = source.spec.mapping(source.config, tp=tp).padded(8)
     return adapter_mapping(base, adapted_plan(source, settings), tp)
 
 

@@ -73,7 +73,7 @@ def check_parity(
         raise AssertionError(f"{name}: a packed row differs from its samples one at a time by {apart:.2e}")
 
     source = open_source(directory)
-    mapping = source.spec.mapping(source.config, tp=1, vocab_multiple=8)
+    mapping = source.spec.mapping(source.config, tp=1).padded(8)
     results = run_distributed(layout_run, directory, rows[:1], {}, {})
     our_loss, our_grads = merge_gradients(results, mapping, source.config.text.vocab_size)
     errors = gradient_errors(our_grads, grads)

@@ -9,7 +9,7 @@ Names of full tensors are global: ``language_model.decoder.layers.7`` is decoder
 
 import collections.abc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,7 +111,7 @@ class Split:
     Attributes:
         dim: the dimension that is cut; None: every rank holds the whole tensor.
         stride: blocks along ``dim`` that are each cut on their own (2 for [gate; up]: a shard is [gate_r; up_r]).
-        vocab_multiple: pad dim 0 with zero rows to a multiple of this times tp before cutting; 0: no padding.
+        vocab_multiple: pad dim 0, rows of the vocabulary, with zero rows to a multiple of this times tp before cutting; 0: none.
         vocab_extra: zero rows that are added before that padding.
     """
 
@@ -120,9 +120,14 @@ class Split:
     vocab_multiple: int = 0
     vocab_extra: int = 0
 
+    @property
+    def pads(self) -> bool:
+        """The rows are those of a vocabulary."""
+        return self.vocab_multiple > 0
+
     def padded(self, size: int, tp: int) -> int:
         """Rows after padding a true size of ``size`` for ``tp`` ranks."""
-        if not self.vocab_multiple:
+        if not self.pads:
             return size
         unit = self.vocab_multiple * tp
         return -(-(size + self.vocab_extra) // unit) * unit
@@ -140,7 +145,7 @@ class Split:
         """The shard of one rank as views of the full tensor, which lie end to end along the cut dimension."""
         if self.dim is None:
             return [full]
-        size = self.padded(full.shape[0], tp) if self.vocab_multiple else full.shape[self.dim]
+        size = self.padded(full.shape[0], tp) if self.pads else full.shape[self.dim]
         if size % (self.stride * tp):
             raise ConversionError(
                 f"dimension {self.dim} of size {size} does not divide into {self.stride} x {tp} pieces"
@@ -177,7 +182,7 @@ class Split:
         else:
             pieces = [shard.chunk(self.stride, self.dim) for shard in shards]
             full = torch.cat([piece[block] for block in range(self.stride) for piece in pieces], self.dim)
-        if self.vocab_multiple and true_size is not None:
+        if self.pads and true_size is not None:
             full = full[:true_size]
         return full
 
@@ -186,6 +191,7 @@ REPLICATED = Split()
 COLUMN = Split(dim=0)
 ROW = Split(dim=1)
 GATED = Split(dim=0, stride=2)
+VOCAB = Split(dim=0, vocab_multiple=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +294,16 @@ class Mapping:
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
+
+    def padded(self, multiple: int, extra: int = 0) -> "Mapping":
+        """The same map, the vocabulary of its shards padded: see ``Split``. A family's own map pads to a multiple of tp alone."""
+        entries = (
+            replace(entry, split=replace(entry.split, vocab_multiple=multiple, vocab_extra=extra))
+            if entry.split.pads
+            else entry
+            for entry in self.entries
+        )
+        return replace(self, entries=tuple(entries))
 
     def by_name(self) -> dict[str, Entry]:
         return {entry.name: entry for entry in self.entries}

@@ -52,7 +52,7 @@ class Lines:
             tp, tp_rank: the rank's place.
         """
         split, columns = entry.split, shapes[0][1]
-        if split.vocab_multiple or split.dim not in (None, 0, 1) or (split.dim == 1 and split.stride != 1):
+        if split.pads or split.dim not in (None, 0, 1) or (split.dim == 1 and split.stride != 1):
             raise ValueError(f"{entry.name} is no linear that can be quantised: {split}")
         bounds = torch.tensor([0, *(shape[0] for shape in shapes)]).cumsum(0)
         # The entry's own rule of fusing, applied to the numbers of the rows.

@@ -173,7 +173,7 @@ class RankFiles:
         self._need(name, kind)
         piece = self._pieces[name]
         shards = [self._shard(name, kind, tp_rank) for tp_rank in self._tp_ranks(piece)]
-        return piece.split.merge(shards, piece.shape[0] if piece.split.vocab_multiple else None)
+        return piece.split.merge(shards, piece.shape[0] if piece.split.pads else None)
 
     def read_shard(self, name: str, split: Split, tp: int, tp_rank: int, kind: Kind = "model") -> Tensor:
         """Reads what one tensor parallel rank of any run holds; touches only its own bytes where the splits agree.

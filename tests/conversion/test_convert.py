@@ -186,7 +186,7 @@ def test_shards_are_read_directly_or_merged(twins, tmp_path):
     with open_source(twins("mistral")) as hf, open_source(tmp_path / "mg") as megatron:
         assert list(hf.infos) == list(megatron.infos) and megatron.kind == "megatron"
         for tp, multiple in ((2, 8), (2, 1), (4, 8), (1, 8)):
-            for entry in hf.spec.mapping(hf.config, tp=tp, vocab_multiple=multiple):
+            for entry in hf.spec.mapping(hf.config, tp=tp).padded(multiple):
                 for rank in range(tp):
                     shard = megatron.read_shard(entry.name, entry.split, tp, rank)
                     assert torch.equal(shard, hf.read_shard(entry.name, entry.split, tp, rank)), entry.name

@@ -122,7 +122,7 @@ def test_parameters_are_cut_and_counted_as_the_mapping_says(tmp_path, tp, option
     """Shapes of the modules agree with the map; the gradient norm counts every shard once and every replica once."""
     hf = write_tiny_idefics2(tmp_path, "llama", **options)
     spec = registry.get("idefics2")
-    mapping = spec.mapping(spec.config(hf.config.to_dict()), tp=tp, vocab_multiple=8)
+    mapping = spec.mapping(spec.config(hf.config.to_dict()), tp=tp).padded(8)
     ranks = run_distributed(sharding, str(tmp_path), {"tensor_model_parallel_size": tp}, tp=tp)
     assert set(ranks[0]) == {entry.name for entry in mapping}
     tensors = hf.state_dict()

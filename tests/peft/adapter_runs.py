@@ -26,7 +26,7 @@ def checkpoint(folder: Path, base: Path, tp: int = 1, pp: int = 1, **settings: A
     config = PeftConfig(**settings)
     with open_source(base) as source:
         plan = make_plan(source.spec, source.config, config, source.infos)
-        mapping = source.spec.mapping(source.config, tp=tp, vocab_multiple=8)
+        mapping = source.spec.mapping(source.config, tp=tp).padded(8)
         whole, infos, vocab = trained_mapping(mapping, plan, tp), source.infos, mapping.vocab_size
         record = {"config": config.to_dict(), "base": describe_base(source, str(base))}
     shapes = {

@@ -181,7 +181,7 @@ def merge(snapshots: list[dict[str, Any]], mapping: Any) -> dict[tuple[str, str]
         split = splits[name]
         parts = [by_rank[rank] for rank in sorted(by_rank)]
         full[kind, name] = split.merge(
-            parts[:1] if split.dim is None else parts, mapping.vocab_size if split.vocab_multiple else None
+            parts[:1] if split.dim is None else parts, mapping.vocab_size if split.pads else None
         )
     for snapshot in snapshots:
         for weight in snapshot["tied"].values():

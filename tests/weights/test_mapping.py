@@ -9,6 +9,7 @@ from megatron_vlm.weights.mapping import (
     GATED,
     REPLICATED,
     ROW,
+    VOCAB,
     Mapping,
     Prefixes,
     Split,
@@ -57,6 +58,13 @@ def test_vocabulary_is_padded_with_zeros_and_comes_back(rows, tp, multiple, extr
     assert rows + extra <= len(padded) < rows + extra + multiple * tp
     assert torch.equal(padded[:rows], full) and not padded[rows:].any()
     assert torch.equal(split.merge(shards, rows), full)
+
+
+def test_a_map_is_padded_where_it_holds_rows_of_the_vocabulary():
+    entries = (direct("embedding", "e", VOCAB), direct("fc2", "f", ROW))
+    padded = Mapping(entries=entries, vocab_size=33).padded(8, 5)
+    assert [entry.split for entry in padded] == [Split(dim=0, vocab_multiple=8, vocab_extra=5), ROW]
+    assert padded.by_name()["embedding"].split.padded(33, 2) == 48 and VOCAB.padded(33, 2) == 34
 
 
 def test_replicas_that_differ_are_refused():

@@ -7,7 +7,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.rope import RopeScaling
 from megatron_vlm.models.hf_config import require
-from megatron_vlm.weights.mapping import ROW, Entry, Split, direct, gated, qkv
+from megatron_vlm.weights.mapping import ROW, VOCAB, Entry, direct, gated, qkv
 
 _MAX_TP = 64
 _TYPES = ("llama", "mistral", "qwen2")
@@ -123,17 +123,16 @@ def check_tensor_parallel(text: TextConfig, tp: int) -> None:
         )
 
 
-def llama_entries(text: TextConfig, vocab: Split, prefix: str = "model.", head: str = "lm_head.weight") -> list[Entry]:
+def llama_entries(text: TextConfig, prefix: str = "model.", head: str = "lm_head.weight") -> list[Entry]:
     """Weight map of a decoder whose HF names are those of Llama, Mistral and Qwen2.
 
     Args:
         text: the decoder.
-        vocab: split of embedding and head.
         prefix: of the HF names of all but the head.
         head: HF name of the head; unused where it is tied.
     """
     mg = "language_model."
-    entries = [direct(mg + "embedding.word_embeddings.weight", prefix + "embed_tokens.weight", vocab)]
+    entries = [direct(mg + "embedding.word_embeddings.weight", prefix + "embed_tokens.weight", VOCAB)]
     for i in range(text.num_layers):
         h, m = f"{prefix}layers.{i}.", f"{mg}decoder.layers.{i}."
         entries.append(direct(m + "input_layernorm.weight", h + "input_layernorm.weight"))
@@ -154,5 +153,5 @@ def llama_entries(text: TextConfig, vocab: Split, prefix: str = "model.", head: 
         ]
     entries.append(direct(mg + "decoder.final_layernorm.weight", prefix + "norm.weight"))
     if not text.tie_word_embeddings:
-        entries.append(direct(mg + "output_layer.weight", head, vocab))
+        entries.append(direct(mg + "output_layer.weight", head, VOCAB))
     return entries

@@ -164,6 +164,6 @@ def _full_shape(parameter: Tensor, split: Split, tp: int, vocab_size: int) -> tu
     shape = list(parameter.shape)
     if split.dim is not None:
         shape[split.dim] *= tp
-    if split.vocab_multiple:
+    if split.pads:
         shape[0] = vocab_size
     return tuple(shape)

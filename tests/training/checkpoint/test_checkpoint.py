@@ -67,7 +67,7 @@ BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context")
 
 def mapping_of(hf_dir, tp):
     spec = registry.get("idefics2")
-    return spec.mapping(spec.config(read_json(Path(hf_dir) / "config.json")), tp=tp, vocab_multiple=VOCAB_MULTIPLE)
+    return spec.mapping(spec.config(read_json(Path(hf_dir) / "config.json")), tp=tp).padded(VOCAB_MULTIPLE)
 
 
 def run_leg(hf_dir, where, checkpoint):

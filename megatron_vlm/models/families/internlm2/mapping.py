@@ -5,12 +5,10 @@ Both hold, for each group of query heads, [q_0 .. q_{g-1}, k, v] x head_dim.
 
 from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
 from megatron_vlm.models.parts.decoder import TextConfig, check_tensor_parallel, llama_entries
-from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, Mapping, Split, direct, gated
+from megatron_vlm.weights.mapping import COLUMN, ROW, VOCAB, Entry, Mapping, direct, gated
 
 
-def internlm2_mapping(
-    config: InternLM2ModelConfig, tp: int = 1, vocab_multiple: int = 1, vocab_extra: int = 0
-) -> Mapping:
+def internlm2_mapping(config: InternLM2ModelConfig, tp: int = 1) -> Mapping:
     """Returns the map of a model in InternLM2's own key names; arguments as of ``FamilySpec.mapping``.
 
     Raises:
@@ -20,7 +18,7 @@ def internlm2_mapping(
     check_tensor_parallel(text, tp)
     tied = {"output.weight": "model.tok_embeddings.weight"} if text.tie_word_embeddings else {}
     return Mapping(
-        entries=tuple(internlm2_entries(text, Split(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra))),
+        entries=tuple(internlm2_entries(text)),
         vocab_size=text.vocab_size,
         hf_tied=tied,
         ignored=frozenset(f"model.layers.{i}.attention.rotary_emb.inv_freq" for i in range(text.num_layers)),
@@ -30,21 +28,15 @@ def internlm2_mapping(
 def llama_mapping(config: InternLM2ModelConfig) -> Mapping:
     """The same full tensors as LlamaForCausalLM's: query, key and value apart."""
     text = config.text
-    return Mapping(entries=tuple(llama_entries(text, Split(dim=0, vocab_multiple=1))), vocab_size=text.vocab_size)
+    return Mapping(entries=tuple(llama_entries(text)), vocab_size=text.vocab_size)
 
 
-def internlm2_entries(text: TextConfig, vocab: Split, prefix: str = "") -> list[Entry]:
-    """Weight map of an InternLM2 decoder.
-
-    Args:
-        text: the decoder.
-        vocab: split of embedding and head.
-        prefix: of the HF names.
-    """
+def internlm2_entries(text: TextConfig) -> list[Entry]:
+    """Weight map of an InternLM2 decoder."""
     mg = "language_model."
-    entries = [direct(mg + "embedding.word_embeddings.weight", prefix + "model.tok_embeddings.weight", vocab)]
+    entries = [direct(mg + "embedding.word_embeddings.weight", "model.tok_embeddings.weight", VOCAB)]
     for i in range(text.num_layers):
-        h, m = f"{prefix}model.layers.{i}.", f"{mg}decoder.layers.{i}."
+        h, m = f"model.layers.{i}.", f"{mg}decoder.layers.{i}."
         entries += [
             direct(m + "input_layernorm.weight", h + "attention_norm.weight"),
             direct(m + "self_attention.linear_qkv.weight", h + "attention.wqkv.weight", COLUMN),
@@ -53,7 +45,7 @@ def internlm2_entries(text: TextConfig, vocab: Split, prefix: str = "") -> list[
             gated(m + "mlp.linear_fc1.weight", [h + "feed_forward.w1.weight", h + "feed_forward.w3.weight"]),
             direct(m + "mlp.linear_fc2.weight", h + "feed_forward.w2.weight", ROW),
         ]
-    entries.append(direct(mg + "decoder.final_layernorm.weight", prefix + "model.norm.weight"))
+    entries.append(direct(mg + "decoder.final_layernorm.weight", "model.norm.weight"))
     if not text.tie_word_embeddings:
-        entries.append(direct(mg + "output_layer.weight", prefix + "output.weight", vocab))
+        entries.append(direct(mg + "output_layer.weight", "output.weight", VOCAB))
     return entries

@@ -6,7 +6,7 @@ from megatron_vlm.layers.projector import projector_entries
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel, llama_entries
 from megatron_vlm.models.parts.internvit import internvit_entries
-from megatron_vlm.weights.mapping import Mapping, Prefixes, Split
+from megatron_vlm.weights.mapping import Mapping, Prefixes
 
 _TOWERS = {"chat": "vision_model.", "hf": "vision_tower."}
 _CONNECTORS = {  # linears and norm
@@ -26,8 +26,6 @@ NAMES = Prefixes(  # of transformers' naming
 def internvl3_mapping(
     config: InternVL3ModelConfig,
     tp: int = 1,
-    vocab_multiple: int = 1,
-    vocab_extra: int = 0,
     naming: Literal["chat", "hf"] | None = None,
 ) -> Mapping:
     """Returns the map of a model; arguments as of ``FamilySpec.mapping``, and ``naming`` (chat or hf) (None: the model's own).
@@ -36,13 +34,12 @@ def internvl3_mapping(
         ConfigError: the decoder cannot be cut into ``tp`` parts; with the sizes that can.
     """
     check_tensor_parallel(config.text, tp)
-    vocab = Split(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
     naming = naming or config.layout
     *linears, norm = _CONNECTORS[naming]
     entries = [
         *internvit_entries(config.vision, tp, naming, _TOWERS[naming]),
         *projector_entries("connector.", linears, norm),
-        *llama_entries(config.text, vocab, "language_model.model.", "language_model.lm_head.weight"),
+        *llama_entries(config.text, "language_model.model.", "language_model.lm_head.weight"),
     ]
     tied = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
     return Mapping(

@@ -4,7 +4,7 @@ from megatron_vlm.layers.projector import projector_entries
 from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
 from megatron_vlm.models.parts.clip import clip_entries
 from megatron_vlm.models.parts.decoder import check_tensor_parallel, llama_entries
-from megatron_vlm.weights.mapping import Mapping, Prefixes, Split
+from megatron_vlm.weights.mapping import Mapping, Prefixes
 
 TEXT, HEAD = "language_model.model.", "language_model.lm_head.weight"
 VISION, PROJECTOR = "vision_tower.vision_model.", "multi_modal_projector."
@@ -21,7 +21,7 @@ NAMES = Prefixes(  # spellings of transformers 5 in memory; its files have the o
 )
 
 
-def llava_mapping(config: LlavaModelConfig, tp: int = 1, vocab_multiple: int = 1, vocab_extra: int = 0) -> Mapping:
+def llava_mapping(config: LlavaModelConfig, tp: int = 1) -> Mapping:
     """Returns the map of a model; arguments as of ``FamilySpec.mapping``.
 
     Raises:
@@ -29,11 +29,10 @@ def llava_mapping(config: LlavaModelConfig, tp: int = 1, vocab_multiple: int = 1
     """
     text = config.text
     check_tensor_parallel(text, tp)
-    vocab = Split(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
     entries = [
         *clip_entries(config.vision, tp, VISION),
         *projector_entries("connector.", [f"{PROJECTOR}linear_1", f"{PROJECTOR}linear_2"]),
-        *llama_entries(text, vocab, TEXT, HEAD),
+        *llama_entries(text, TEXT, HEAD),
     ]
     rotary = (f"{TEXT}layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(text.num_layers))
     return Mapping(

@@ -15,7 +15,7 @@ from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
 from megatron_vlm.models.parts.clip import clip_entries
 from megatron_vlm.models.parts.decoder import llama_entries
 from megatron_vlm.models.processing.processor_files import processor_settings
-from megatron_vlm.weights.mapping import Entry, Mapping, Split
+from megatron_vlm.weights.mapping import Entry, Mapping
 
 VISION, PROJECTOR = "visual_encoder", "projector"
 _TOKENIZER = (
@@ -56,9 +56,8 @@ def find_parts(directory: Path) -> dict[str, Path] | None:
 def xtuner_mapping(config: LlavaModelConfig) -> Mapping:
     """The family's full tensors under the names of XTuner's folders; the row of ``<image>`` stays behind."""
     text = config.text
-    vocab = Split(dim=0, vocab_multiple=1)
     fused = config.source_type == "internlm2"
-    language = internlm2_entries(text, vocab) if fused else llama_entries(text, vocab)
+    language = internlm2_entries(text) if fused else llama_entries(text)
     entries = [
         *clip_entries(config.vision, 1, f"{VISION}/vision_model."),
         *projector_entries("connector.", [f"{PROJECTOR}/model.0", f"{PROJECTOR}/model.2"]),
@@ -107,7 +106,7 @@ def write_xtuner_files(hf_dir: Path, hf_config: dict[str, Any], directory: Path)
 
 
 def _without_added_rows(entry: Entry, rows: int) -> Entry:
-    if not entry.split.vocab_multiple:
+    if not entry.split.pads:
         return entry
     return dataclasses.replace(entry, from_full=lambda full: [full[:rows]], end_to_end=False)
 

@@ -6,7 +6,7 @@ from megatron_vlm.models.families.internlm2.mapping import internlm2_entries
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
 from megatron_vlm.models.parts.clip import clip_entries
 from megatron_vlm.models.parts.decoder import TextConfig, check_tensor_parallel
-from megatron_vlm.weights.mapping import Entry, Mapping, Split, direct
+from megatron_vlm.weights.mapping import Entry, Mapping, direct
 
 _TOWER = "vit.vision_tower.vision_model."
 _LINEARS = {
@@ -17,14 +17,13 @@ _LINEARS = {
 }
 
 
-def xcomposer2_mapping(config: XComposer2Config, tp: int = 1, vocab_multiple: int = 1, vocab_extra: int = 0) -> Mapping:
+def xcomposer2_mapping(config: XComposer2Config, tp: int = 1) -> Mapping:
     """Returns the map of a model; arguments as of ``FamilySpec.mapping``.
 
     Raises:
         ConfigError: the decoder cannot be cut into ``tp`` parts; with the sizes that can.
     """
     check_tensor_parallel(config.text, tp)
-    vocab = Split(dim=0, vocab_multiple=vocab_multiple, vocab_extra=vocab_extra)
     separators = [direct("connector.newline", "plora_sub_GN"), direct("connector.separator", "plora_glb_GN")]
     rotary = (f"model.layers.{i}.attention.rotary_emb.inv_freq" for i in range(config.text.num_layers))
     return Mapping(
@@ -32,7 +31,7 @@ def xcomposer2_mapping(config: XComposer2Config, tp: int = 1, vocab_multiple: in
             *clip_entries(config.vision, tp, _TOWER),
             *(separators if config.hd else []),
             *projector_entries("connector.projection.", ["vision_proj.0", "vision_proj.2"]),
-            *internlm2_entries(config.text, vocab),
+            *internlm2_entries(config.text),
             *_branches(config.text),
         ),
         vocab_size=config.text.vocab_size,

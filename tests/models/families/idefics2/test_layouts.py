@@ -112,7 +112,7 @@ def test_gradients_are_reduced_in_fp32(tmp_path):
     hf = write_tiny_idefics2(tmp_path, std=0.05)  # does not amplify rounding, which processors do in ways of their own
     config = registry.get("idefics2").config(hf.config.to_dict())
     rows = [row_from_samples(random_samples(config, [([(16, 24)], 8)], seed=i)) for i in range(32)]
-    mapping = registry.get("idefics2").mapping(config, tp=1, vocab_multiple=8)
+    mapping = registry.get("idefics2").mapping(config, tp=1).padded(8)
 
     def run(dtype, in_fp32):
         results = run_distributed(

@@ -118,7 +118,7 @@ def test_the_map_takes_the_published_tensors(variant):
 
     spec = registry.get("xcomposer2")
     config = spec.config({**PUBLISHED, **OF_VARIANT[variant]})
-    mapping, shapes = spec.mapping(config, tp=8, vocab_multiple=128), published_tensors(variant)
+    mapping, shapes = spec.mapping(config, tp=8).padded(128), published_tensors(variant)
     assert mapping.hf_names() == set(shapes)
     for entry in mapping:
         infos = [TensorInfo(dtype=torch.bfloat16, shape=shapes[name]) for name in entry.hf]

@@ -62,7 +62,7 @@ def test_text_alone_gives_branches_a_gradient_of_exactly_zero(checks):
     rows = [row_from_samples(check.batches[i], multiple_of=2) for i in (0, 3)]
     parallel = dict(tensor_model_parallel_size=2, sequence_parallel=True, overlap_grad_reduce=True)
     results = run_distributed(layout_run, check.directory, rows, parallel, {}, tp=2)
-    mapping = registry.get("xcomposer2").mapping(check.config, tp=2, vocab_multiple=8)
+    mapping = registry.get("xcomposer2").mapping(check.config, tp=2).padded(8)
     _, grads = merge_gradients(results, mapping, check.config.text.vocab_size)
     branches = [name for name in grads if "Plora" in name]
     assert len(branches) == 2 * 5 * check.config.text.num_layers

@@ -57,6 +57,16 @@ listed() {
     printf '%s' "$1" | sed 's/[\\"]/\\&/g; s/,/", "/g; s/^/["/; s/$/"]/'
 }
 
+# holds_checkpoints FOLDER: whether `--load FOLDER` would be read as training checkpoints.
+holds_checkpoints() {
+    [ -d "$1" ] || return 1
+    found=$(PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python -c 'import sys
+from pathlib import Path
+from megatron_vlm.weights.checkpoint_dir import holds_checkpoints
+print(holds_checkpoints(Path(sys.argv[1])))' "$1") || die "cannot look for checkpoints in $1"
+    [ "$found" = True ]
+}
+
 # recipe_says RECIPE KEY: a number of the recipe's section training.
 recipe_says() {
     [ ! -f "$ROOT/examples/$1" ] || sed -n "s/^  $2: *\([0-9][0-9]*\).*/\1/p" "$ROOT/examples/$1"
@@ -123,13 +133,13 @@ train() {
     [ -z "${DATA:-}" ] || set -- "data.train=$(listed "$DATA")" "$@"
     [ -z "${VAL_DATA:-}" ] || set -- "data.valid=$(listed "$VAL_DATA")" "$@"
     [ -z "${DEVICE:-}" ] || set -- "training.device=$DEVICE" "$@"
-    if [ "${RESUME:-1}" != 0 ] && [ -f "$OUTPUT/latest_checkpointed_iteration.txt" ]; then
+    if [ "${RESUME:-1}" != 0 ] && holds_checkpoints "$OUTPUT"; then
         echo "going on from the checkpoint in $OUTPUT"
         set -- --load "$OUTPUT" "$@"
     else
         set -- --load "$MODEL" "$@"
         # A training checkpoint of an earlier stage gives its weights alone: counters, schedule and data start anew.
-        if [ -f "$MODEL/latest_checkpointed_iteration.txt" ] || [ -f "$MODEL/manifest.json" ]; then
+        if holds_checkpoints "$MODEL"; then
             set -- checkpoint.finetune=true "$@"
         fi
     fi

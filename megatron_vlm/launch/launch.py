@@ -19,7 +19,7 @@ from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.request import Request
 from megatron_vlm.training.checkpoint.run_lock import holder
 from megatron_vlm.training.stop import STOPPED
-from megatron_vlm.weights.checkpoint_dir import TRACKER, newest
+from megatron_vlm.weights.checkpoint_dir import TRACKER, holds_checkpoints, newest
 
 _LEFT_OF_A_RUN = ("iter_*", "epoch_*", TRACKER)
 
@@ -102,7 +102,7 @@ def _train(settings: LaunchConfig, place: processes.Place, output: Path, plan: P
     if code and not stopped:
         print(f"the run failed with exit code {code}: its output above and {output / 'train.log'} say why", flush=True)
         return 1
-    if not (output / TRACKER).is_file():
+    if not holds_checkpoints(output):
         if not plan.config.training.skip_train:
             print("nothing was saved: there is no checkpoint to export", flush=True)
         return STOPPED if stopped else code

@@ -29,7 +29,7 @@ from megatron_vlm.training.memory.estimate import estimate
 from megatron_vlm.training.memory.stages import StageMemory, table
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.run_config import RunConfig
-from megatron_vlm.weights.checkpoint_dir import TRACKER
+from megatron_vlm.weights.checkpoint_dir import holds_checkpoints
 
 _KEPT = ("recompute_granularity", "use_distributed_optimizer")
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -200,7 +200,7 @@ def _start_from(request: Request, report: Report) -> str | None:
     if load is None:
         report.fail("model", "no model is named", "--model_name_or_path DIR, or checkpoint.load in the config")
         return None
-    if output and (Path(output) / TRACKER).is_file() and not request.launch.overwrite_output_dir:
+    if output and holds_checkpoints(Path(output)) and not request.launch.overwrite_output_dir:
         if not section.get("finetune"):
             text = f"{output} holds checkpoints: the run goes on from the last one"
             report.warn("model", text, "--overwrite_output_dir True to start anew")
@@ -208,7 +208,7 @@ def _start_from(request: Request, report: Report) -> str | None:
         if not Path(os.path.realpath(load)).is_relative_to(os.path.realpath(output)):
             text = f"{output} holds checkpoints of another run than the one that checkpoint.finetune starts from {load}"
             report.fail("output", text, "--overwrite_output_dir True to replace them, or another --output_dir")
-    elif (Path(load) / TRACKER).is_file() or (Path(load) / "state.json").is_file():
+    elif holds_checkpoints(Path(load)):
         section.setdefault("finetune", True)  # another run's checkpoint gives its weights
     return str(load)
 

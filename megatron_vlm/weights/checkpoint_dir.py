@@ -110,6 +110,17 @@ def candidates(path: Path, ckpt_step: int | None = None) -> Candidates | None:
     return Candidates(path=path, folders=tuple(folders), explicit=False, tracker=tracker) if folders else None
 
 
+def holds_checkpoints(path: Path) -> bool:
+    """Whether ``--load path`` is taken as training checkpoints, sound or not: a run that saves there goes on from them.
+
+    The first save of a run may have been cut short between its folder and the tracker, so no tracker says nothing.
+    """
+    try:
+        return candidates(path) is not None
+    except CheckpointError:  # a tracker that names none: said by the load
+        return True
+
+
 def newest(path: Path) -> Path:
     """The folder that ``candidates`` and ``choose`` take, sizes compared.
 

@@ -12,7 +12,7 @@ from test_main import files_of, finish, run_argv, start
 
 from megatron_vlm.testing import commands
 from megatron_vlm.testing.runs import metrics_of
-from megatron_vlm.weights.checkpoint_dir import newest_first
+from megatron_vlm.weights.checkpoint_dir import holds_checkpoints
 
 __all__ = ["run_argv"]  # the fixture
 
@@ -59,7 +59,7 @@ def kill_and_resume(run_argv, tmp_path: Path, kills: int, iterations: int) -> di
     assert finish(start(run_argv(whole, more), tmp_path / "whole.log")) == [0, 0]
     counts = {"inside a save": 0, "elsewhere": 0}
     while sum(counts.values()) < kills:
-        load = [f"--load {cut}"] if cut.exists() and newest_first(cut) else []
+        load = [f"--load {cut}"] if holds_checkpoints(cut) else []
         ranks = start(run_argv(cut, more, *load), tmp_path / "cut.log")
         inside = counts["inside a save"] * 10 < kills
         if where := kill_at(ranks, cut, draw, inside):

@@ -245,8 +245,7 @@ def test_paths_of_a_script_are_expanded(tmp_path):
     from megatron_vlm.options.resolve import resolve
 
     out = tmp_path / "home" / "out"
-    out.mkdir(parents=True)
-    (out / "latest_checkpointed_iteration.txt").write_text("1")
+    (out / "iter_0000001").mkdir(parents=True)  # the tracker is written after it: a kill may have come between
     words = words_of(
         "finetune_idefics2.sh",
         tmp_path / "run",

@@ -1,11 +1,21 @@
 """Which folder is loaded, and which are removed."""
 
+import shutil
+
 import pytest
 
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files import read_json, write_json
 from megatron_vlm.weights import checkpoint_dir
-from megatron_vlm.weights.checkpoint_dir import TRACKER, candidates, compare, newest, read_tracker, verify
+from megatron_vlm.weights.checkpoint_dir import (
+    TRACKER,
+    candidates,
+    compare,
+    holds_checkpoints,
+    newest,
+    read_tracker,
+    verify,
+)
 from megatron_vlm.weights.checkpoint_write import begin, commit, purge
 
 
@@ -127,6 +137,19 @@ def test_what_cannot_be_a_candidate(tmp_path):
     (empty / TRACKER).write_text("release")
     with pytest.raises(CheckpointError, match="names release, which is absent; iterations there: none"):
         candidates(empty)
+
+
+def test_a_folder_holds_checkpoints_with_or_without_its_tracker(tmp_path):
+    assert not holds_checkpoints(tmp_path) and not holds_checkpoints(tmp_path / "absent")
+    (tmp_path / "iter_0000005.tmp-abcdef").mkdir()  # a save that was killed
+    assert not holds_checkpoints(tmp_path)
+    folder = make(tmp_path, 5)
+    assert holds_checkpoints(tmp_path) and holds_checkpoints(folder)
+    (tmp_path / TRACKER).unlink()  # a kill came between the two
+    assert holds_checkpoints(tmp_path) and newest(tmp_path) == folder
+    shutil.rmtree(folder)
+    (tmp_path / TRACKER).write_text("5")
+    assert holds_checkpoints(tmp_path)  # the load says what is wrong, and nothing starts anew
 
 
 def test_purge_keeps_the_last_the_loaded_and_the_later(tmp_path):

@@ -18,15 +18,15 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.write_megatron import write_megatron
-from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError, nearest
+from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.files import check_output, read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.processing.processor_files import add_stops
 from megatron_vlm.peft.export import export_adapter
-from megatron_vlm.registry import ExportSpec, FamilySpec
+from megatron_vlm.registry import FamilySpec
 from megatron_vlm.sources.hf import HFSource, open_hf
 from megatron_vlm.sources.quantised import quantised_names
-from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.sources.source import WeightSource, other_naming
 from megatron_vlm.weights.hf_io import CONFIG_NAME, HFWriter, list_names, resolve_directory, write_config
 from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, TensorInfo
 from megatron_vlm.weights.model_folder import copy_hf_files
@@ -300,7 +300,7 @@ def export_hf(
     """
     source.require_full("writing an HF model")
     check_output(out, source.folders(), "--out", ConversionError)
-    other = _other_naming(source, naming)
+    other = other_naming(source, naming)
     entries = (source.mapping if other is None else other.mapping(source.config)).by_name()
     order = aligned_order({name: info.cast(dtype) for name, info in source.infos.items()})
     copies = {source.mapping.hf_tied[name]: name for name in source.stored_ties} if other is None else {}
@@ -341,19 +341,6 @@ def _end_answers(source: WeightSource, directory: Path) -> None:
         get_logger(__name__).warning("what ends an answer is not known, eos_token_id is that of the base: %s", error)
         return
     add_stops(directory, ends)
-
-
-def _other_naming(source: WeightSource, naming: str | None) -> ExportSpec | None:
-    if naming is None or naming == getattr(source.config, "layout", None):
-        return None  # the original's
-    offered = source.spec.exports
-    if not offered:
-        raise ConfigError(f"--as {naming}: family {source.spec.name} has one layout alone: leave --as out")
-    if naming not in offered:
-        raise ConfigError(
-            f"--as {naming}{nearest(naming, offered)}: family {source.spec.name} offers {', '.join(offered)}"
-        )
-    return offered[naming]
 
 
 def _write_parts(

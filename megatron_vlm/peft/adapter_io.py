@@ -10,7 +10,7 @@ Source of the format: peft 0.21.2, utils/save_and_load.py, tuners/lora/config.py
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from collections.abc import Mapping as Dict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_json, write_json
 from megatron_vlm.peft.adapter import WEIGHT, Adapter, Pair, hf_infos
-from megatron_vlm.peft.select import last_name
+from megatron_vlm.peft.name_rules import by_pattern, last_name, targeted
 from megatron_vlm.weights.mapping import Mapping, TensorInfo
 from megatron_vlm.weights.safetensors_io import SafetensorsFile, SafetensorsWriter, aligned_order
 from megatron_vlm.weights.torch_files import TorchFile
@@ -184,13 +184,13 @@ class _Reader:
                 self.problems.append(f"{name}.lora_{half}: missing")
                 return None
         a, b = halves["A"], halves["B"]
-        r = _by_pattern(self.config.get("rank_pattern"), name, self.config.get("r", 8))
+        r = by_pattern(self.config.get("rank_pattern"), name, self.config.get("r", 8))
         if len(shape) != 2 or tuple(a.shape) != (r, shape[1]) or tuple(b.shape) != (shape[0], r):
             self.problems.append(
                 f"{name}: A {list(a.shape)} and B {list(b.shape)} do not fit rank {r} of {CONFIG} and a weight {list(shape)}"
             )
             return None
-        alpha = float(_by_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", 8)))
+        alpha = float(by_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", 8)))
         return Pair(a=a, b=b, alpha=alpha, rslora=bool(self.config.get("use_rslora")))
 
     def _check_missing(self, pairs: dict[str, Pair]) -> None:
@@ -203,38 +203,12 @@ class _Reader:
                 if name not in self.full:
                     self.problems.append(f"{name}: missing, {CONFIG} has it in modules_to_save")
             elif name.endswith(WEIGHT) and name.removesuffix(WEIGHT) not in self.halves:
-                if any(_targeted(self.config, module) for module in modules):
+                if any(targeted(self.config, module) for module in modules):
                     self.problems.append(f"{name.removesuffix(WEIGHT)}: missing, {CONFIG} targets it")
             elif name.endswith(".bias") and name not in self.full:
                 adapted = name.removesuffix(".bias") in pairs
                 if bias == "all" or (bias == "lora_only" and adapted):
                     self.problems.append(f"{name}: missing, {CONFIG} says bias {bias}")
-
-
-def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(found, default)
-
-
-def _targeted(config: dict[str, Any], module: str) -> bool:
-    """PEFT's check_target_module_exists, for a module that is not in modules_to_save."""
-
-    def matches(wanted: str | Sequence[str] | None) -> bool:
-        if isinstance(wanted, str):
-            return re.fullmatch(wanted, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in wanted or ())
-
-    layers = config.get("layers_to_transform")
-    if not matches(config.get("target_modules")) or matches(config.get("exclude_modules")):
-        return False
-    if layers is None or layers == []:
-        return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    found = (
-        re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", module) for p in ([patterns] if isinstance(patterns, str) else patterns)
-    )
-    number = next((int(match[1]) for match in found if match), None)
-    return number in ([layers] if isinstance(layers, int) else layers)
 
 
 # ---- out ----

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.digests import write_listing
-from megatron_vlm.errors import ConfigError, ConversionError, nearest
+from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import check_output, read_json
 from megatron_vlm.peft.adapter import Adapter, Pair, hf_infos, renamed
 from megatron_vlm.peft.adapter_io import write_adapter
 from megatron_vlm.peft.base_identity import base_mark, marks_apart
 from megatron_vlm.peft.merge import MergedSource, absolute
-from megatron_vlm.registry import ExportSpec
-from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.sources.source import WeightSource, other_naming
 from megatron_vlm.weights.hf_io import CONFIG_NAME, HFTensors, HFWriter, list_names
 from megatron_vlm.weights.mapping import Mapping, TensorInfo
 from megatron_vlm.weights.safetensors_io import atomic_directory, cast
@@ -65,7 +64,8 @@ def export_adapter(
     if not isinstance(source, MergedSource):
         raise ConfigError(f"--adapter-only: {source.hf_dir} holds a whole model, and no adapter")
     check_output(out, source.folders(), "--out", ConversionError)
-    names, mapping, export = _naming(source, naming)
+    export = other_naming(source, naming)
+    names, mapping = (naming, export.mapping(source.config)) if export else (None, source.mapping)
     adapter = source.adapter
     if names != source.naming:
         adapter = renamed(adapter, source.named, mapping, source.base.infos, source.base.read)
@@ -98,17 +98,6 @@ def copy_beside(source: Path, directory: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _BESIDE):
             shutil.copyfile(path, directory / path.name)
-
-
-def _naming(source: MergedSource, naming: str | None) -> tuple[str | None, Mapping, ExportSpec | None]:
-    """The name that the naming has among exports, its map and its ExportSpec; nothing of these for the model's own."""
-    offered = source.spec.exports
-    if naming is None or naming == getattr(source.config, "layout", None):
-        return None, source.mapping, None
-    if naming not in offered:
-        known = f"offers {', '.join(offered)}" if offered else "has no other layout than its own"
-        raise ConfigError(f"--as {naming}{nearest(naming, offered)}: family {source.spec.name} {known}")
-    return naming, offered[naming].mapping(source.config), offered[naming]
 
 
 def _base_name(source: MergedSource, names: str | None, base: str | os.PathLike | None) -> str:

@@ -2,8 +2,7 @@
 
     PeftConfig + the family's Mapping --make_plan--> PeftPlan(targets, saved, biases)
 
-Names are PEFT's: those of HF's modules in memory, or the family's own where HF has no such model.
-Source of the rules: peft 0.21.2, tuners/tuners_utils.py (check_target_module_exists) and utils/other.py.
+Names are PEFT's (name_rules.py): those of HF's modules in memory, or the family's own where HF has no such model.
 """
 
 import math
@@ -17,6 +16,7 @@ from megatron_vlm.errors import ConfigError, nearest
 from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.peft.adapter_map import PeftPlan, Target
 from megatron_vlm.peft.config import ALL_LINEAR, PeftConfig
+from megatron_vlm.peft.name_rules import by_pattern, last_name, lies_under, matches, pattern_matches
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.sources.quantised import HEAD, is_linear
 from megatron_vlm.weights.mapping import Entry, Mapping, TensorInfo, group_of
@@ -104,12 +104,6 @@ class _Modules:
         return "; ".join(parts)
 
 
-def last_name(module: str) -> str:
-    """The last part of a module's name; a number takes the part before it along (``mlp1.1``)."""
-    *parents, name = re.split(r"[./]", module)
-    return f"{parents[-1]}.{name}" if name.isdecimal() and parents else name
-
-
 def named_mapping(spec: FamilySpec, model_config: FamilyConfig, names: str | None) -> Mapping:
     """The map whose names a run goes by: the model's own, or that of one of the family's exports."""
     if names is None:
@@ -119,26 +113,15 @@ def named_mapping(spec: FamilySpec, model_config: FamilyConfig, names: str | Non
     return spec.exports[names].mapping(model_config)
 
 
-def _ends_with(module: str, name: str) -> bool:
-    """PEFT's rule for an entry of a list; folders of a naming count as parents."""
-    module = module.replace("/", ".")
-    return module == name or module.endswith(f".{name}")
-
-
-def _lies_under(tensor: str, name: str) -> bool:
-    """A tensor belongs to a module called ``name``, or to one beneath it; one beside all modules is named itself."""
-    return tensor == name or f".{name}." in f".{tensor.replace('/', '.')}"
-
-
 def _saved(modules: _Modules, wanted: Sequence[str]) -> tuple[str, ...]:
     tensors = list(modules.tensors.values())
     for name in wanted:
-        if not any(_lies_under(tensor, name) for tensor, _ in tensors):
+        if not any(lies_under(tensor, name) for tensor, _ in tensors):
             parents = {parent for tensor, _ in tensors for parent in _parents(tensor)}
             raise ConfigError(
                 f"peft.modules_to_save: no module is called {name!r}{nearest(name, parents)}; linears are {modules.listed()}"
             )
-        tied = next((module for module in modules.tied if _lies_under(f"{module}.weight", name)), None)
+        tied = next((module for module in modules.tied if lies_under(f"{module}.weight", name)), None)
         if tied is not None:
             raise ConfigError(
                 f"peft.modules_to_save {name!r}: {tied} is tied to another module of the model, and training it in full would "
@@ -146,7 +129,7 @@ def _saved(modules: _Modules, wanted: Sequence[str]) -> tuple[str, ...]:
             )
     saved = []
     for entry in modules.mapping:
-        found = [any(_lies_under(modules.tensors[hf][0], name) for name in wanted) for hf in entry.hf]
+        found = [any(lies_under(modules.tensors[hf][0], name) for name in wanted) for hf in entry.hf]
         if any(found) and not all(found):
             there = next(hf for hf, yes in zip(entry.hf, found) if yes)
             raise ConfigError(
@@ -187,8 +170,8 @@ def _targets(modules: _Modules, config: PeftConfig, saved: set[str]) -> tuple[Ta
 
 def _target(linear: _Linear, config: PeftConfig) -> Target:
     r, alpha = config.rank_of(linear.group)
-    r = _by_pattern(config.rank_pattern, linear.module, r)
-    alpha = _by_pattern(config.alpha_pattern, linear.module, alpha)
+    r = by_pattern(config.rank_pattern, linear.module, r)
+    alpha = by_pattern(config.alpha_pattern, linear.module, alpha)
     return Target(
         entry=linear.entry,
         index=linear.index,
@@ -215,7 +198,7 @@ def _matched(modules: _Modules, wanted: str | Sequence[str]) -> set[str]:
         one = wanted if isinstance(wanted, str) else (name,)
         if _matches(modules.linears, one):
             continue
-        tied = [module for module in modules.tied if _match(module, one)]
+        tied = [module for module in modules.tied if matches(module, one)]
         if tied:
             raise ConfigError(
                 f"peft.target_modules {name!r}: {tied[0]} is tied to another module of the model, and a pair on it would change "
@@ -227,26 +210,12 @@ def _matched(modules: _Modules, wanted: str | Sequence[str]) -> set[str]:
 
 
 def _matches(linears: Sequence[_Linear], wanted: str | Sequence[str]) -> set[str]:
-    return {linear.module for linear in linears if _match(linear.module, wanted)}
-
-
-def _match(module: str, wanted: str | Sequence[str]) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(_ends_with(module, name) for name in wanted)
-
-
-def _pattern_matches(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _by_pattern(patterns: Dict[str, Any], module: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if _pattern_matches(pattern, module)), default)
+    return {linear.module for linear in linears if matches(linear.module, wanted)}
 
 
 def _check_patterns(name: str, patterns: Dict[str, Any], modules: Sequence[str]) -> None:
     for pattern in patterns:
-        if not any(_pattern_matches(pattern, module) for module in modules):
+        if not any(pattern_matches(pattern, module) for module in modules):
             raise ConfigError(
                 f"peft.{name}: {pattern!r} matches no target; it must match the end of a name such as {modules[0]!r}"
             )

@@ -13,11 +13,12 @@ from typing import Any, Self
 from torch import Tensor
 
 from megatron_vlm import registry
+from megatron_vlm.config import nearest
 from megatron_vlm.digests import Record, check_records
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.hf_config import section
-from megatron_vlm.registry import FamilySpec
+from megatron_vlm.registry import ExportSpec, FamilySpec
 from megatron_vlm.weights.hf_io import CONFIG_NAME
 from megatron_vlm.weights.mapping import Entry, Mapping, Split, TensorInfo
 from megatron_vlm.weights.megatron_dir import FileEntry
@@ -168,3 +169,21 @@ def choose_family(
         f"{directory} holds a model of family {found.name} (model_type {hf_config.get('model_type')!r}, text model "
         f"{text!r}), not {wanted}: set --family {found.name}, or choose another directory"
     )
+
+
+def other_naming(source: WeightSource, naming: str | None) -> ExportSpec | None:
+    """What ``--as`` asks for; None: the source's own naming.
+
+    Raises:
+        ConfigError: the family does not offer it.
+    """
+    if naming is None or naming == getattr(source.config, "layout", None):
+        return None  # the original's
+    offered = source.spec.exports
+    if not offered:
+        raise ConfigError(f"--as {naming}: family {source.spec.name} has one layout alone: leave --as out")
+    if naming not in offered:
+        raise ConfigError(
+            f"--as {naming}{nearest(naming, offered)}: family {source.spec.name} offers {', '.join(offered)}"
+        )
+    return offered[naming]

@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_vlm.conversion.open_source import open_source
-from megatron_vlm.files import file_digest
 from megatron_vlm.models.assembling import generator
 from megatron_vlm.peft.adapter_io import CONFIG, WEIGHTS
 from megatron_vlm.peft.adapter_map import trained_mapping
 from megatron_vlm.peft.base_identity import describe_base
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.select import make_plan
-from megatron_vlm.weights.rank_files import Piece, rank_file_name, write_rank_file
+from megatron_vlm.weights.checkpoint_write import begin, commit
+from megatron_vlm.weights.rank_files import Piece, write_rank_file
 
 PREFIX = "base_model.model."
 
@@ -33,8 +33,7 @@ def checkpoint(folder: Path, base: Path, tp: int = 1, pp: int = 1, **settings: A
         f"{t.name}.{half}": s for t in plan.targets for half, s in (("a", (t.r, t.inputs)), ("b", (t.shape[0], t.r)))
     }
     shapes |= {f"{t.name}.b": (vocab, t.r) for t in plan.targets if t.name.startswith("language_model.output_layer")}
-    folder = folder / "iter_0000001"
-    folder.mkdir(parents=True)
+    writing = begin(folder, 1, 0)
     for rank in range(tp * pp):
         pieces, tensors = [], {}
         for number, entry in enumerate(whole):
@@ -48,12 +47,10 @@ def checkpoint(folder: Path, base: Path, tp: int = 1, pp: int = 1, **settings: A
             pieces.append(Piece(name=entry.name, shape=shape, local_shape=tuple(shard.shape), split=entry.split))
             tensors["model", entry.name] = shard
         place = dict(rank=rank, world_size=tp * pp, tp=tp, tp_rank=rank % tp)
-        write_rank_file(folder, **place, pieces=pieces, tensors=tensors)  # type: ignore[arg-type]
-    (folder / "state.json").write_text(json.dumps({"iteration": 1, "peft": record}))
-    files = {rank_file_name(rank): file_digest(folder / rank_file_name(rank)) for rank in range(tp * pp)}
-    (folder / "manifest.json").write_text(json.dumps({"files": files}))
-    (folder.parent / "latest_checkpointed_iteration.txt").write_text("1")
-    return folder.parent
+        write_rank_file(writing, **place, pieces=pieces, tensors=tensors)  # type: ignore[arg-type]
+    (writing / "state.json").write_text(json.dumps({"iteration": 1, "peft": record}))
+    commit(writing, {}, {"iteration": 1})
+    return folder
 
 
 def adapter_of(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

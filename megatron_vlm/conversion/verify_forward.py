@@ -16,8 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_vlm.conversion.load import load_model
-from megatron_vlm.conversion.verify import Report, Row, module_of
+from megatron_vlm.conversion.report import Report, Row, module_of
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
+from megatron_vlm.models.built import global_named_parameters
+from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
 from megatron_vlm.sources.source import WeightSource
 
 TIMES_NOISE = 3.0
@@ -102,11 +106,6 @@ def run_hf(
 
 def run_ours(reference: Any, source: WeightSource, samples: Sequence[EncodedSample], gradients: bool) -> Run:
     """Our model on one process, all samples packed in one row, weights merged from the source's shards."""
-    from megatron_vlm.models.built import global_named_parameters
-    from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.parallel import cpu
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
-
     cpu.install()
     device = torch.device("cpu")
     init_process_group(device)

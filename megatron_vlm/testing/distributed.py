@@ -273,7 +273,7 @@ def _work(rank: int, connection: Connection, log: str) -> None:
     _redirect(log)
     import torch
 
-    from megatron_vlm.parallel import cpu
+    from megatron_vlm.parallel import cpu  # loads megatron-core, which the parent may not need
 
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -310,7 +310,7 @@ def _work(rank: int, connection: Connection, log: str) -> None:
 
 
 def _alone(connection: Connection, where: tuple[str, str, str, list[str]], arguments: bytes) -> None:
-    from megatron_vlm.parallel import cpu
+    from megatron_vlm.parallel import cpu  # loads megatron-core, which the parent may not need
 
     cpu.install()
     _reset_torch()
@@ -376,7 +376,7 @@ def _reset_torch() -> None:
 
 
 def _clean_up() -> None:
-    from megatron_vlm.parallel.topology import destroy_topology
+    from megatron_vlm.parallel.topology import destroy_topology  # loads megatron-core, which the parent may not need
 
     destroy_topology()
     gc.collect()

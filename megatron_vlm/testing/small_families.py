@@ -9,6 +9,12 @@ from typing import Any
 from megatron_vlm import registry
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.files import read_json
+from megatron_vlm.testing import twin_internlm2, twin_internvl3, twin_llava_internlm2, twin_xcomposer2
+from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
+from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava
+from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
+from megatron_vlm.testing.twins import write_tiny_idefics2
 
 Specs = Sequence[tuple[int, int]]
 """(number of images, tokens of text) of each sample."""
@@ -53,81 +59,47 @@ def write_small_twin(name: str, directory: Path, **options: Any) -> SmallTwin:
     return SmallTwin(family=family, directory=str(directory), hf_config=read_json(directory / "config.json"), draw=draw)
 
 
-def _write_idefics2(directory: Path, **options: Any) -> None:
-    from megatron_vlm.testing.twins import write_tiny_idefics2
-
-    write_tiny_idefics2(directory, **options)
-
-
 def _write_llama3(directory: Path, **options: Any) -> None:
-    _write_idefics2(directory, **{"text": "llama", "tie": True, **options})
+    write_tiny_idefics2(directory, **{"text": "llama", "tie": True, **options})
 
 
 def _idefics2(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
-    from megatron_vlm.testing.parity import random_samples
+    from megatron_vlm.testing.parity import random_samples  # megatron-core
 
     return random_samples(twin.config, [([_SIZES[i % 3] for i in range(images)], text) for images, text in specs], seed)
 
 
-def _write_internvl3(directory: Path, **options: Any) -> None:
-    from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
-
-    write_tiny_internvl3(directory, **options)
-
-
 def _internvl3(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
-    from megatron_vlm.testing.twin_internvl3 import make_samples
-
-    return make_samples(twin.config, [([1 + i % 2 for i in range(images)], text) for images, text in specs], seed)
-
-
-def _write_llava(directory: Path, **options: Any) -> None:
-    from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava
-
-    write_tiny_llava(directory, **options)
+    return twin_internvl3.make_samples(
+        twin.config, [([1 + i % 2 for i in range(images)], text) for images, text in specs], seed
+    )
 
 
 def _llava(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
-    from megatron_vlm.testing.twin_llava_internlm2 import make_samples
-
-    return make_samples(twin.config, specs, seed)
-
-
-def _write_xcomposer2(directory: Path, **options: Any) -> None:
-    from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
-
-    write_tiny_xcomposer2(directory, **options)
+    return twin_llava_internlm2.make_samples(twin.config, specs, seed)
 
 
 def _write_xcomposer2_hd(directory: Path, **options: Any) -> None:
-    _write_xcomposer2(directory, variant="4khd-7b", **options)
+    write_tiny_xcomposer2(directory, variant="4khd-7b", **options)
 
 
 def _xcomposer2(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
-    from megatron_vlm.testing.twin_xcomposer2 import make_samples
-
     grids = _GRIDS if twin.config.hd else ((1, 1),)
-    return make_samples(twin.hf_config, [([grids[i % len(grids)] for i in range(n)], text) for n, text in specs], seed)
-
-
-def _write_internlm2(directory: Path, **options: Any) -> None:
-    from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
-
-    write_tiny_internlm2(directory, **options)
+    return twin_xcomposer2.make_samples(
+        twin.hf_config, [([grids[i % len(grids)] for i in range(n)], text) for n, text in specs], seed
+    )
 
 
 def _internlm2(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
-    from megatron_vlm.testing.twin_internlm2 import make_samples
-
-    return make_samples(twin.config.text.vocab_size, [text for _, text in specs], seed)
+    return twin_internlm2.make_samples(twin.config.text.vocab_size, [text for _, text in specs], seed)
 
 
 _TWINS: dict[str, tuple[str, Callable[..., None], Callable[[SmallTwin, Specs, int], list[EncodedSample]]]] = {
-    "idefics2": ("idefics2", _write_idefics2, _idefics2),
+    "idefics2": ("idefics2", write_tiny_idefics2, _idefics2),
     "idefics2_llama3": ("idefics2_llama3", _write_llama3, _idefics2),
-    "internvl3": ("internvl3", _write_internvl3, _internvl3),
-    "llava_internlm2": ("llava_internlm2", _write_llava, _llava),
-    "xcomposer2": ("xcomposer2", _write_xcomposer2, _xcomposer2),
+    "internvl3": ("internvl3", write_tiny_internvl3, _internvl3),
+    "llava_internlm2": ("llava_internlm2", write_tiny_llava, _llava),
+    "xcomposer2": ("xcomposer2", write_tiny_xcomposer2, _xcomposer2),
     "xcomposer2_hd": ("xcomposer2", _write_xcomposer2_hd, _xcomposer2),
-    "internlm2": ("internlm2", _write_internlm2, _internlm2),
+    "internlm2": ("internlm2", write_tiny_internlm2, _internlm2),
 }

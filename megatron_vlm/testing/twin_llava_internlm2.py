@@ -67,7 +67,7 @@ def write_tiny_llava_internlm2(directory: str | Path, **options: Any):
 
     from transformers import LlavaForConditionalGeneration
 
-    from megatron_vlm.conversion.convert import export_hf, open_model
+    from megatron_vlm.conversion.convert import export_hf, open_model  # not for those who only make samples
 
     with tempfile.TemporaryDirectory() as work:
         parts = write_tiny_parts(work, **options)

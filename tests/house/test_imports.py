@@ -1,4 +1,4 @@
-"""Imports point one way: read from the syntax trees, so imports inside functions and under TYPE_CHECKING count too."""
+"""Imports point one way, in no circle: read from the syntax trees, so those in functions and under TYPE_CHECKING count too."""
 
 import ast
 from collections.abc import Iterator
@@ -54,6 +54,8 @@ NO_MEGATRON = (
     "progress",
     "registry",
 )
+LATE_IMPORTS = 25
+"""Fewer imports of our own package inside functions than this."""
 
 
 def module_name(path: Path) -> str:
@@ -115,6 +117,86 @@ def test_import_order():
     for path in MODULES:
         broken += broken_rules(path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py")
     assert not broken, broken
+
+
+def graph_of(sources: dict[str, str]) -> dict[str, set[str]]:
+    """file -> files of the package that it imports anywhere, by their dotted names without ``megatron_vlm.``."""
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        is_package = any(other.startswith(module + ".") for other in sources)
+        graph[module] = set()
+        for _, name in imports_of(ast.parse(source), module, is_package):
+            rest = name.removeprefix("megatron_vlm.") if name.startswith("megatron_vlm.") else ""
+            target = rest if rest in sources else rest.rpartition(".")[0]  # a module, or a name out of one
+            if target in sources and target != module:
+                graph[module].add(target)
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of files that each reach all others of their group."""
+
+    def reached(start: str) -> set[str]:
+        found, open_ends = set(), [start]
+        while open_ends:
+            new = graph[open_ends.pop()] - found
+            found |= new
+            open_ends += new
+        return found
+
+    reach = {module: reached(module) for module in graph}
+    groups = {frozenset(other for other in reach[m] if m in reach[other]) for m in graph if m in reach[m]}
+    return sorted(sorted(group) for group in groups)
+
+
+def test_no_circle_of_imports():
+    found = circles(graph_of({module_name(path): path.read_text(encoding="utf-8") for path in MODULES}))
+    assert not found, f"files that import each other, directly or through others: {found}"
+
+
+def test_the_walk_sees_circles():
+    inside = {
+        "a.x": "from megatron_vlm.b import y",
+        "b.y": "def f():\n    import megatron_vlm.c.z",
+        "b": "",
+        "c.z": "if TYPE_CHECKING:\n    from ..a.x import name\nfrom megatron_vlm.d import w",
+        "d": "import ast",
+    }
+    assert circles(graph_of(inside)) == [["a.x", "b.y", "c.z"]]
+    assert not circles(graph_of(inside | {"c.z": "from megatron_vlm.d import w"}))
+
+
+def late_imports(source: str) -> list[tuple[int, str, bool]]:
+    """(line, statement, whether a comment on it says why) of each import of our own package inside a function."""
+    tree, lines, found = ast.parse(source), source.splitlines(), {}
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    own = any(name.split(".")[0] == "megatron_vlm" for _, name in imports_of(node)) or getattr(
+                        node, "level", 0
+                    )
+                    if own:
+                        text = lines[node.lineno - 1 : node.end_lineno]
+                        found[node.lineno] = (text[0].strip(), any(line.partition("#")[2].strip() for line in text))
+    return [(line, *found[line]) for line in sorted(found)]
+
+
+def test_imports_inside_functions_are_few_and_say_why():
+    """They are there to save the loading of torch or megatron-core, never to get round a circle."""
+    found = {module_name(path): late_imports(path.read_text(encoding="utf-8")) for path in MODULES}
+    silent = [f"{m}:{line} {text}" for m, late in found.items() for line, text, told in late if not told]
+    assert not silent, f"say on the line why it is not at the top, or move it there: {silent}"
+    count = sum(len(late) for late in found.values())
+    assert count < LATE_IMPORTS, {m: len(late) for m, late in found.items() if late}
+
+
+def test_the_walk_sees_late_imports():
+    source = (
+        "from megatron_vlm.a import b\ndef f():\n    from megatron_vlm.c import (  # loads torch\n        d,\n    )\n"
+        "    import os\n    def g():\n        from ..e import h\n"
+    )
+    assert [(line, told) for line, _, told in late_imports(source)] == [(3, True), (8, False)]
 
 
 @pytest.mark.parametrize(

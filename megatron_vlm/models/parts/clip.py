@@ -60,7 +60,7 @@ def build_clip(
     """The tower (of a subclass ``tower``, if given); whole on every rank where its heads do not divide."""
     import torch.nn.functional as F
 
-    from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu
+    from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu  # loads megatron-core
 
     encoder = build_encoder(clip, topology, options, quick_gelu if clip.hidden_act == "quick_gelu" else F.gelu)
     return (tower or ClipVisionModel)(

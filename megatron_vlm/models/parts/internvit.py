@@ -93,7 +93,7 @@ def build_internvit(
     """The tower; whole on every rank where its heads do not divide. ``smallest``: side of the connector's blocks of patches."""
     import torch.nn.functional as F
 
-    from megatron_vlm.layers.vision.internvit import InternVisionModel
+    from megatron_vlm.layers.vision.internvit import InternVisionModel  # loads megatron-core
 
     last = max(1, vit.num_layers - 1)
 
@@ -116,9 +116,9 @@ def build_internvit(
 def _layer(vit: InternVitConfig, mcore: "TransformerConfig", tp_group: Any, drop_path: float) -> "ModuleSpec":
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_vlm.layers.norm import LayerNorm, RMSNorm
-    from megatron_vlm.layers.vision import internvit
-    from megatron_vlm.models.language import layer_spec
+    from megatron_vlm.layers.norm import LayerNorm, RMSNorm  # loads megatron-core
+    from megatron_vlm.layers.vision import internvit  # loads megatron-core
+    from megatron_vlm.models.language import layer_spec  # loads megatron-core
 
     spec = layer_spec(LayerNorm if vit.norm_type == "layer_norm" else RMSNorm, causal=False)
     attention = spec.submodules.self_attention

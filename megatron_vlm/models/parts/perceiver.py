@@ -64,7 +64,7 @@ def perceiver_transformer_config(
     """megatron-core's config of the resampler, which serves a gated projection before it as well."""
     import torch.nn.functional as F
 
-    from megatron_vlm.models.language import transformer_config
+    from megatron_vlm.models.language import transformer_config  # loads megatron-core
 
     # num_query_groups is checked against tp by megatron-core's config only for its own attention, which this part does not use.
     return transformer_config(
@@ -88,7 +88,11 @@ def perceiver_transformer_config(
 
 def build_perceiver(perceiver: PerceiverConfig, mcore: "TransformerConfig", topology: Topology) -> "PerceiverResampler":
     """The resampler; its attention whole on every rank where its heads do not divide."""
-    from megatron_vlm.layers.perceiver import PerceiverAttention, PerceiverLayer, PerceiverResampler
+    from megatron_vlm.layers.perceiver import (  # loads megatron-core
+        PerceiverAttention,
+        PerceiverLayer,
+        PerceiverResampler,
+    )
 
     group = topology.tp_group if perceiver.sharded(topology.tp) else SoloGroup()
     layers = [

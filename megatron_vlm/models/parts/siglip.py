@@ -32,8 +32,8 @@ class SiglipConfig(TowerConfig):
 
 def build_siglip(siglip: SiglipConfig, topology: Topology, options: ModelOptions) -> "SiglipVisionModel":
     """The tower, with the norm after its last layer; whole on every rank where its heads do not divide."""
-    from megatron_vlm.layers.vision.siglip import SiglipVisionModel
-    from megatron_vlm.models.language import gelu_tanh
+    from megatron_vlm.layers.vision.siglip import SiglipVisionModel  # loads megatron-core
+    from megatron_vlm.models.language import gelu_tanh  # loads megatron-core
 
     encoder = build_encoder(siglip, topology, options, gelu_tanh, final_norm=True)
     return SiglipVisionModel(

@@ -85,8 +85,8 @@ def build_encoder(
     """
     from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-    from megatron_vlm.layers.norm import LayerNorm
-    from megatron_vlm.models.language import layer_spec, process_groups, transformer_config
+    from megatron_vlm.layers.norm import LayerNorm  # loads megatron-core
+    from megatron_vlm.models.language import layer_spec, process_groups, transformer_config  # loads megatron-core
 
     solo = not tower.sharded(topology.tp)
     groups = process_groups(solo)

@@ -94,7 +94,7 @@ def _internlm2(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
     return twin_internlm2.make_samples(twin.config.text.vocab_size, [text for _, text in specs], seed)
 
 
-_TWINS: dict[str, tuple[str, Callable[..., None], Callable[[SmallTwin, Specs, int], list[EncodedSample]]]] = {
+_TWINS: dict[str, tuple[str, Callable[..., object], Callable[[SmallTwin, Specs, int], list[EncodedSample]]]] = {
     "idefics2": ("idefics2", write_tiny_idefics2, _idefics2),
     "idefics2_llama3": ("idefics2_llama3", _write_llama3, _idefics2),
     "internvl3": ("internvl3", write_tiny_internvl3, _internvl3),

@@ -15,8 +15,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 def run(fn, hf_dir, where, checkpoint, **kwargs):
     """First rank's result with all ranks' full tensors in it (of ``after``, too)."""
-    (tp, pp, dp), parallel, options = where
-    results = run_distributed(fn, hf_dir, parallel, options, checkpoint, tp=tp, pp=pp, dp=dp, **kwargs)
+    (tp, pp, dp, cp), parallel, options = where
+    results = run_distributed(fn, hf_dir, parallel, options, checkpoint, tp=tp, pp=pp, dp=dp, cp=cp, **kwargs)
     mapping = mapping_of(hf_dir, tp)
     first = results[0] | {"full": merge(results, mapping)}
     if "after" in first:

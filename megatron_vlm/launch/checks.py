@@ -2,28 +2,25 @@
 
     packages  model  devices  disk  port --Finding--> Report, printed as they come; one failure stops the start
 
+``devices`` and ``disk`` have a file each.
+
 Nothing here starts a process of the run or touches a GPU: memory is asked of the driver's own tool.
 """
 
 import importlib
-import os
-import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
-
-import psutil
+from typing import Literal
 
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.types import Processor
-from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
-from megatron_vlm.files import read_json, trial_write
+from megatron_vlm.errors import ConversionError, MegatronVLMError
+from megatron_vlm.files import read_json
 from megatron_vlm.packages import DISTRIBUTION, OWN_NAMES, pins, pip_line
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.hf_io import INDEX_NAME, resolve_directory
@@ -31,8 +28,6 @@ from megatron_vlm.weights.hf_io import INDEX_NAME, resolve_directory
 GIB = 2**30
 EXACT = ("torch", "megatron-core", "transformers")
 """Other versions of these compute something else, or not at all."""
-_BF16_CAPABILITY = 8.0
-_SLACK_BYTES = 64 << 20  # logs, configs, tokenizer files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,182 +175,7 @@ def check_processor(report: Report, source: WeightSource, data: DataConfig) -> P
     return processor
 
 
-# ---- devices ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class Devices:
-    """What one machine trains on; sizes in bytes of one rank.
-
-    Attributes:
-        kind: cpu or cuda.
-        ranks: processes to start here.
-        names: GPUs in use, as CUDA_VISIBLE_DEVICES names them; empty on the CPU.
-        memory: that a rank can have, as free now.
-        total: of the device (the machine's share on the CPU).
-        text: in words.
-    """
-
-    kind: Literal["cpu", "cuda"]
-    ranks: int
-    names: tuple[str, ...]
-    memory: int
-    total: int
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """A GPU as the driver tells of it; sizes in bytes."""
-
-    index: str
-    uuid: str
-    name: str
-    total: int
-    free: int
-    capability: float
-
-
-def list_gpus() -> list[Gpu]:
-    """The GPUs of this machine, asked of nvidia-smi; none where it is absent or finds none."""
-    fields = "index,uuid,name,memory.total,memory.free,compute_cap"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    gpus = []
-    for line in done.stdout.splitlines() if done.returncode == 0 else ():
-        index, uuid, name, total, free, capability = (part.strip() for part in line.split(","))
-        sizes = dict(total=int(float(total)) << 20, free=int(float(free)) << 20)
-        gpus.append(Gpu(index=index, uuid=uuid, name=name, capability=float(capability), **sizes))
-    return gpus
-
-
-def check_devices(
-    report: Report,
-    *,
-    device: str | None,
-    precision: str,
-    visible: str | None,
-    ranks: int | None,
-    single: bool,
-    memory_gib: float | None,
-) -> Devices | None:
-    """Picks the devices of this machine.
-
-    Args:
-        report: gets the findings.
-        device: ``training.device``; None: GPUs.
-        precision: ``training.precision``.
-        visible: GPUs to use, as CUDA_VISIBLE_DEVICES names them; None: that variable, else all.
-        ranks: processes wished for; None: one a GPU, one on the CPU.
-        single: one process.
-        memory_gib: memory of a device to plan for; None: as found.
-    """
-    ranks = 1 if single else ranks
-    if device == "cpu":
-        ranks = ranks or 1
-        free, total = (getattr(psutil.virtual_memory(), name) // ranks for name in ("available", "total"))
-        free = int(memory_gib * GIB) if memory_gib else free
-        text = f"CPU, {ranks} process{'es' if ranks > 1 else ''} with {free / GIB:.1f} GiB of memory each"
-        report.ok("devices", text)
-        return Devices(kind="cpu", ranks=ranks, names=(), memory=free, total=total, text=text)
-    found = list_gpus()
-    asked = visible if visible is not None else os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = found if asked is None else _selected(found, asked)
-    if gpus is None:
-        there = ", ".join(gpu.index for gpu in found) or "none"
-        report.fail(
-            "devices", f"GPUs {asked!r} are asked for, this machine has {there}", "correct --cuda_visible_devices"
-        )
-        return None
-    if not gpus:
-        hint = "" if asked is None else f" (CUDA_VISIBLE_DEVICES is {asked!r})"
-        text = f"no GPU: nvidia-smi finds none{hint}"
-        report.fail("devices", text, "check driver and container (nvidia-smi), or set --device cpu to train on the CPU")
-        return None
-    ranks = ranks or len(gpus)
-    if ranks > len(gpus):
-        report.fail("devices", f"{ranks} processes for {len(gpus)} GPUs", f"set --num_processes {len(gpus)}, or less")
-        return None
-    gpus = gpus[:ranks]
-    old = [gpu for gpu in gpus if gpu.capability < _BF16_CAPABILITY]
-    if precision == "bf16" and old:
-        text = f"GPU {old[0].index} ({old[0].name}, compute capability {old[0].capability}) has no bf16"
-        report.fail("devices", text, "set --bf16 False --fp16 True")
-        return None
-    busy = [gpu for gpu in gpus if gpu.free < 0.9 * gpu.total]
-    for gpu in busy:
-        text = f"GPU {gpu.index} has {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free: others use it"
-        report.warn("devices", text, "see nvidia-smi; the layout is chosen for what is free")
-    free, total = min(gpu.free for gpu in gpus), min(gpu.total for gpu in gpus)
-    free = int(memory_gib * GIB) if memory_gib else free
-    text = f"{ranks} x {gpus[0].name}, {free / GIB:.1f} GiB each, {precision}"
-    report.ok("devices", text)
-    names = tuple(gpu.index for gpu in gpus) if asked is None else tuple(_words(asked)[:ranks])
-    return Devices(kind="cuda", ranks=ranks, names=names, memory=free, total=total, text=text)
-
-
-def _words(asked: str) -> list[str]:
-    return [word.strip() for word in asked.split(",") if word.strip()]
-
-
-def _selected(gpus: list[Gpu], asked: str) -> list[Gpu] | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, by number or start of the UUID; None: one of them is not there."""
-    chosen = []
-    for word in _words(asked):
-        if word == "-1":
-            break
-        match = [gpu for gpu in gpus if gpu.index == word or (not word.isdecimal() and gpu.uuid.startswith(word))]
-        if not match:
-            return None
-        chosen.append(match[0])
-    return chosen
-
-
-# ---- disk, port ----
-
-
-def check_outputs(report: Report, folders: Mapping[str, Path]) -> None:
-    """Tries to write where the run will: setting -> folder."""
-    failures = len(report.failed)
-    settings: dict[Path, list[str]] = {}
-    for setting, folder in folders.items():
-        settings.setdefault(folder, []).append(setting)
-    for folder, names in settings.items():  # one folder, one line
-        try:
-            trial_write(folder, ", ".join(names))
-        except ConfigError as error:
-            report.fail(
-                "output", str(error), "name a folder that can be written: --output_dir, --shard_cache, --logging_dir"
-            )
-    if len(report.failed) == failures:
-        report.ok("output", ", ".join(dict.fromkeys(str(folder) for folder in folders.values())))
-
-
-def check_disk(report: Report, needs: Mapping[Path, Mapping[str, int]]) -> None:
-    """Checks free space: folder -> what goes there -> bytes. Folders on one file system share it."""
-    by_device: dict[int, dict[str, Any]] = {}
-    for folder, parts in needs.items():
-        there = folder.absolute()
-        while not there.exists():
-            there = there.parent
-        group = by_device.setdefault(os.stat(there).st_dev, {"folder": there, "parts": {}})
-        for name, size in parts.items():
-            group["parts"][name] = group["parts"].get(name, 0) + size
-    for group in by_device.values():
-        free, parts = shutil.disk_usage(group["folder"]).free, group["parts"]
-        need = sum(parts.values()) + _SLACK_BYTES
-        words = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
-        text = f"{group['folder']}: {need / 1e9:.2f} GB needed ({words}), {free / 1e9:.2f} GB free"
-        if free >= need:
-            report.ok("disk", text)
-        else:
-            advice = (
-                "make room, choose another --output_dir, or keep fewer checkpoints (--save_total_limit, --save_steps)"
-            )
-            report.fail("disk", text, advice)
+# ---- port ----
 
 
 def choose_port(report: Report, wanted: int) -> int:

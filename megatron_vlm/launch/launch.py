@@ -1,6 +1,6 @@
 """One command from raw data to a trained model: check, plan, prepare, train, leave what is used afterwards.
 
-Request --make_plan--> Plan --prepare--> shards --start--> processes of the run --finish--> adapter | hf/, loss.png
+Request --plan_run--> RunPlan --build_data--> shards --start--> processes of the run --finish--> adapter | hf/, loss.png
 """
 
 import os
@@ -12,9 +12,11 @@ import yaml
 
 from megatron_vlm.errors import ConfigError, MegatronVLMError
 from megatron_vlm.files import write_synced, writing
-from megatron_vlm.launch import exports, prepare, processes
+from megatron_vlm.launch import exports, processes
+from megatron_vlm.launch.build_inputs import build_data, check_data
 from megatron_vlm.launch.checks import Report
-from megatron_vlm.launch.plan import CONFIG, Plan, make_plan
+from megatron_vlm.launch.inputs import cache_folder
+from megatron_vlm.launch.run_plan import CONFIG, RunPlan, plan_run
 from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.request import Request
 from megatron_vlm.training.checkpoint.run_lock import holder
@@ -26,30 +28,30 @@ _LEFT_OF_A_RUN = ("iter_*", "epoch_*", TRACKER)
 
 def launch(request: Request) -> int:
     """Runs all of it; returns the exit code: 0 done, 1 a check or the run failed, 143 saved and stopped by a signal."""
-    place = processes.find_place(os.environ)
+    job = processes.find_job_rank(os.environ)
     if request.launch.cache_dir is not None:  # before the hub's library is imported, which reads it once
         os.environ["HF_HUB_CACHE"] = request.launch.cache_dir
     if request.launch.no_launch:
-        return 0 if place.rank or _prepare(request, place) is not None else 1
-    with processes.prepared_once(place) as share:
+        return 0 if job.rank or _prepare(request, job) is not None else 1
+    with processes.prepared_once(job) as share:
         plan = None
-        if place.rank == 0:
-            plan = _prepare(request, place)
+        if job.rank == 0:
+            plan = _prepare(request, job)
             output = share("" if plan is None else str(plan.config.output_dir.absolute()))
         else:
             output = share(None)
     if not output:
         return 1
-    return _train(request.launch, place, Path(output), plan)
+    return _train(request.launch, job, Path(output), plan)
 
 
-def _prepare(request: Request, place: processes.Place) -> Plan | None:
+def _prepare(request: Request, job: processes.JobRank) -> RunPlan | None:
     """Checks, builds what is missing and writes the resolved config; None where something failed, which was printed."""
     report, settings = Report(), request.launch
-    plan = make_plan(request, place, report)
+    plan = plan_run(request, job, report)
     if plan is not None:
-        cache = prepare.cache_folder(settings)
-        look = prepare.check_data if settings.no_launch else prepare.build_data
+        cache = cache_folder(settings)
+        look = check_data if settings.no_launch else build_data
         for inputs in (plan.train, plan.valid):
             if inputs.paths:
                 look(report, inputs, plan.config.data, plan.processor, cache)
@@ -71,7 +73,7 @@ def _prepare(request: Request, place: processes.Place) -> Plan | None:
     return plan
 
 
-def _remove_old(output: Path, plan: Plan) -> None:
+def _remove_old(output: Path, plan: RunPlan) -> None:
     """Removes checkpoints and exports of an earlier run, unless this one starts from them."""
     load = Path(str(plan.config.checkpoint.load)).absolute()
     if load == output.absolute() or output.absolute() in load.parents:
@@ -83,17 +85,19 @@ def _remove_old(output: Path, plan: Plan) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _train(settings: LaunchConfig, place: processes.Place, output: Path, plan: Plan | None) -> int:
+def _train(settings: LaunchConfig, job: processes.JobRank, output: Path, plan: RunPlan | None) -> int:
     """Starts the run, waits for it, and exports on rank 0, which alone has the plan."""
-    here, port, gpus = (plan.here, plan.port, plan.devices.names) if plan and place.alone else (1, 0, ())
-    if plan is None or not place.alone:
+    here, port, gpus = (plan.here, plan.port, plan.devices.names) if plan and job.alone else (1, 0, ())
+    if plan is None or not job.alone:
         gpus = tuple(settings.cuda_visible_devices.split(",")) if settings.cuda_visible_devices else ()
     began = time.monotonic()
     epochs = None
     if plan is not None and settings.export_each_epoch:
         epochs = exports.EpochExports(output, adapts=plan.adapts)
     print("", flush=True)
-    run = processes.Run(processes.command(output / CONFIG, here, port), processes.environment_of(place, gpus, here))
+    run = processes.RunProcess(
+        processes.command(output / CONFIG, here, port), processes.environment_of(job, gpus, here)
+    )
     code = run.wait(epochs or (lambda: None))
     stopped = run.stopped or code == STOPPED
     if plan is None:
@@ -114,7 +118,7 @@ def _train(settings: LaunchConfig, place: processes.Place, output: Path, plan: P
     return STOPPED if stopped else code
 
 
-def _finish(output: Path, plan: Plan, settings: LaunchConfig, epochs: exports.EpochExports | None) -> None:
+def _finish(output: Path, plan: RunPlan, settings: LaunchConfig, epochs: exports.EpochExports | None) -> None:
     if epochs is not None:
         epochs()
     merged = settings.save_merged_model and plan.adapts

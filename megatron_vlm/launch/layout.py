@@ -9,25 +9,31 @@ recomputation (a second forward pass), the bubble of a pipeline, and what a micr
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.launch.checks import GIB
+from megatron_vlm.launch.devices import Devices
 from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel
-from megatron_vlm.parallel.grid import Grid
+from megatron_vlm.parallel.grid import SETTINGS, Grid
 from megatron_vlm.registry import FamilySpec
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.memory.estimate import estimate
-from megatron_vlm.training.memory.stages import RowShape, StageMemory
+from megatron_vlm.training.memory.stages import RowShape, StageMemory, table
 from megatron_vlm.training.run_config import RunConfig
 
 USABLE = 0.94
 """Share of a GPU's memory that a run may plan with: the rest is fragmentation and rows larger than expected."""
-GIB = 2**30
 _TENSOR_DOUBLING = 1.1  # time of a step, relative
 _RECOMPUTE = 4 / 3  # three passes of work become four
 _MICROBATCH_TOKENS = 512  # that a microbatch costs beside its own
 _MAX_TP = 8  # GPUs that share fast links
 _SHOWN = 4  # reasons
+
+
+_KEPT = ("recompute_granularity", "use_distributed_optimizer")
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 
 class NothingFits(ConfigError):
@@ -230,3 +236,54 @@ def _nothing_fits(refused: Sequence[Layout], gpus: int, limit: int) -> str:
         f"nothing fits {gpus} GPU{'s' if gpus > 1 else ''} of {limit / GIB:.1f} GiB: the least, {least.name}, needs at least "
         f"{least.need / GIB:.1f} GiB, of which {most.largest} {getattr(most, most.largest) / GIB:.1f}. Use more GPUs, or {advice}"
     )
+
+
+def lay_out(
+    run: dict[str, Any],
+    config: RunConfig,
+    source: WeightSource,
+    devices: Devices,
+    world: int,
+    config_for: Callable[[int], RunConfig],
+    fixed_micro: bool,
+) -> tuple[RunConfig, Sequence[StageMemory], str]:
+    """The run with a layout that fits, its estimate, and why: the sizes that are named, else the fastest that fits.
+
+    Raises:
+        NothingFits: that, or no other layout, fits the memory.
+        ConfigError: a setting that is wrong, or a batch that no layout divides.
+    """
+    parallel = run.get("parallel") or {}
+    if any(name in parallel for name in SETTINGS.values()):
+        config.check_world(world)
+        stages = estimate(config, source.spec, source.config, world, devices.kind)
+        need = max(stage.total for stage in stages)
+        words = f"as named, {need / GIB:.2f} of {devices.memory / GIB:.1f} GiB"
+        if need > USABLE * devices.memory:
+            raise NothingFits(f"too little memory: {words} a rank\n" + "\n".join(table(stages)))
+        return config, stages, words
+    layout = choose_layout(
+        config,
+        source.spec,
+        source.config,
+        world,
+        devices.memory,
+        device_kind=devices.kind,
+        config_for=config_for,
+        micro_batch_sizes=() if fixed_micro or config.data.packing else _MICRO_BATCHES,
+    )
+    chosen = layout.apply(config_for(layout.dp))
+    asked = {name: parallel[name] for name in _KEPT if parallel.get(name)}  # it costs no memory to do as told
+    if any(getattr(chosen.parallel, name) != value for name, value in asked.items()):
+        chosen = chosen.replace(parallel=chosen.parallel.replace(**asked))
+        return chosen, estimate(chosen, source.spec, source.config, world, devices.kind), layout.reason
+    return chosen, layout.stages, layout.reason
+
+
+def as_flags(config: RunConfig, reason: str) -> str:
+    """The layout of a run as a command line says it, and why it was taken."""
+    sizes = [getattr(config.parallel, SETTINGS[axis]) for axis in ("tp", "pp")]
+    words = ["--tensor-model-parallel-size {} --pipeline-model-parallel-size {}".format(*sizes)]
+    words += ["--use-distributed-optimizer"] if config.parallel.use_distributed_optimizer else []
+    words += ["--recompute-granularity full"] if config.parallel.recompute_granularity else []
+    return f"{' '.join(words)} ({reason})"

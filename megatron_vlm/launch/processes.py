@@ -31,7 +31,7 @@ _WATCH_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class JobRank:
     """Where this process stands.
 
     Attributes:
@@ -51,7 +51,7 @@ class Place:
         return not self.world
 
 
-def find_place(environment: Mapping[str, str]) -> Place:
+def find_job_rank(environment: Mapping[str, str]) -> JobRank:
     """Reads RANK, or Slurm's variables.
 
     Raises:
@@ -64,13 +64,13 @@ def find_place(environment: Mapping[str, str]) -> Place:
             raise ConfigError(
                 f"RANK is set, {', '.join(absent)} are not: whoever starts the ranks sets them all, or none"
             )
-        return Place(rank=int(environment["RANK"]), world=world, environment={}, by="RANK")
+        return JobRank(rank=int(environment["RANK"]), world=world, environment={}, by="RANK")
     job = environment.get("SLURM_JOB_ID")
     if job is None and "SLURM_PROCID" not in environment:
-        return Place(environment={})
+        return JobRank(environment={})
     world = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
     if "SLURM_PROCID" not in environment or world == 1:
-        return Place(rank=0, world=1, environment={}, by="Slurm")
+        return JobRank(rank=0, world=1, environment={}, by="Slurm")
     rank, local = environment["SLURM_PROCID"], environment.get("SLURM_LOCALID", "0")
     made = {
         "RANK": rank,
@@ -80,7 +80,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
         # A port of this job's own, so that two jobs that share a first node do not meet.
         "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job or 0) % 20000),
     }
-    return Place(rank=int(rank), world=world, environment=made, by="Slurm")
+    return JobRank(rank=int(rank), world=world, environment=made, by="Slurm")
 
 
 def first_host(nodes: str) -> str:
@@ -90,17 +90,17 @@ def first_host(nodes: str) -> str:
 
 
 @contextlib.contextmanager
-def prepared_once(place: Place) -> Iterator[Callable[[str | None], str]]:
+def prepared_once(job: JobRank) -> Iterator[Callable[[str | None], str]]:
     """Gives ``share``: rank 0 calls it with what it made, the others with None, and all return rank 0's text.
 
     An empty text says that rank 0 failed. The store is torch's own rendezvous; rank 0 keeps it until all have read.
     """
-    if place.world <= 1:
+    if job.world <= 1:
         yield lambda text: text or ""
         return
     from torch.distributed import rendezvous
 
-    os.environ.update(place.environment)
+    os.environ.update(job.environment)
     store, rank, world = next(iter(rendezvous("env://", timeout=datetime.timedelta(minutes=10))))
     key = f"megatron_vlm_launch_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     told = False
@@ -135,9 +135,9 @@ def command(config: Path, ranks: int, port: int) -> list[str]:
     return [*torchrun, *train]
 
 
-def environment_of(place: Place, gpus: Sequence[str], ranks: int) -> dict[str, str]:
+def environment_of(job: JobRank, gpus: Sequence[str], ranks: int) -> dict[str, str]:
     """Environment of the run: what is set stays."""
-    made = {**os.environ, **place.environment}
+    made = {**os.environ, **job.environment}
     made.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # overlapped communication wants launches in order
     made.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     made.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -150,7 +150,7 @@ def environment_of(place: Place, gpus: Sequence[str], ranks: int) -> dict[str, s
     return made
 
 
-class Run:
+class RunProcess:
     """The child, in a session of its own: Ctrl-C reaches this process alone, which asks the child to save and stop."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str]):

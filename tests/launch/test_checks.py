@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.launch.checks import Report, check_devices, list_gpus
+from megatron_vlm.launch.checks import Report
+from megatron_vlm.launch.devices import check_devices, list_gpus
 from tests.launch.conftest import write_records
 
 

@@ -17,26 +17,26 @@ SLURM = {"SLURM_JOB_ID": "71234", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "gp
 
 
 def test_nobody_started_us():
-    place = processes.find_place({"PATH": "/bin"})
-    assert place.alone and not place.environment
+    job = processes.find_job_rank({"PATH": "/bin"})
+    assert job.alone and not job.environment
 
 
 def test_torchrun_started_us():
-    place = processes.find_place({"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
-    assert (place.rank, place.world, place.alone) == (3, 8, False)
+    job = processes.find_job_rank({"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+    assert (job.rank, job.world, job.alone) == (3, 8, False)
     with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT are not"):
-        processes.find_place({"RANK": "3", "WORLD_SIZE": "8"})
+        processes.find_job_rank({"RANK": "3", "WORLD_SIZE": "8"})
 
 
 def test_slurm_started_us():
-    place = processes.find_place({**SLURM, "SLURM_PROCID": "5", "SLURM_LOCALID": "1"})
-    assert (place.rank, place.world, place.by) == (5, 8, "Slurm")
+    job = processes.find_job_rank({**SLURM, "SLURM_PROCID": "5", "SLURM_LOCALID": "1"})
+    assert (job.rank, job.world, job.by) == (5, 8, "Slurm")
     expected = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu03", "MASTER_PORT": "31234"}
-    assert place.environment == expected
+    assert job.environment == expected
     # Slurm's shell without a task of ours: one process, and no torchrun.
     for environment in ({"SLURM_JOB_ID": "7"}, {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}):
-        place = processes.find_place(environment)
-        assert (place.world, place.alone) == (1, False)
+        job = processes.find_job_rank(environment)
+        assert (job.world, job.alone) == (1, False)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_first_host(nodes, first):
 def test_environment_keeps_what_is_set(monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    made = processes.environment_of(processes.find_place({}), ("2", "0"), 2)
+    made = processes.environment_of(processes.find_job_rank({}), ("2", "0"), 2)
     assert made["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
     assert made["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert made["CUDA_VISIBLE_DEVICES"] == "2,0"
@@ -70,7 +70,7 @@ time.sleep(60)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_run_save(number, capfd):
     """Ctrl-C reaches the child as SIGTERM, once, and its exit code comes back."""
-    run = processes.Run([sys.executable, "-c", CHILD], os.environ)
+    run = processes.RunProcess([sys.executable, "-c", CHILD], os.environ)
     ready = threading.Event()
 
     def look() -> None:
@@ -87,8 +87,8 @@ def test_a_signal_lets_the_run_save(number, capfd):
 
 def test_a_killed_launch_leaves_no_run_behind(tmp_path):
     code = (
-        "import os, sys; from megatron_vlm.launch.processes import Run\n"
-        f"run = Run([sys.executable, '-c', {CHILD!r}], os.environ)\n"
+        "import os, sys; from megatron_vlm.launch.processes import RunProcess\n"
+        f"run = RunProcess([sys.executable, '-c', {CHILD!r}], os.environ)\n"
         "print(run.process.pid, flush=True)\nrun.wait(lambda: None)"
     )
     with (tmp_path / "out").open("wb") as out:
@@ -108,16 +108,16 @@ def test_a_killed_launch_leaves_no_run_behind(tmp_path):
 
 SHARE = """
 import os, sys, time
-from megatron_vlm.launch.processes import find_place, prepared_once
-place = find_place(os.environ)
-with prepared_once(place) as share:
-    if place.rank == 0:
+from megatron_vlm.launch.processes import find_job_rank, prepared_once
+job = find_job_rank(os.environ)
+with prepared_once(job) as share:
+    if job.rank == 0:
         time.sleep(0.5)
         if sys.argv[1] == "fails":
             raise SystemExit(1)
         print(0, share("folder"))
     else:
-        print(place.rank, share(None) or "nothing")
+        print(job.rank, share(None) or "nothing")
 """
 
 

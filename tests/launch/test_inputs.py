@@ -10,8 +10,9 @@ from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.launch.build_inputs import build_data, check_data
 from megatron_vlm.launch.checks import Report
-from megatron_vlm.launch.prepare import build_data, check_data, open_inputs, tell_format
+from megatron_vlm.launch.inputs import open_inputs, tell_format
 from megatron_vlm.options.launch_config import LaunchConfig
 from tests.data.formats.make import write_tar
 from tests.launch.conftest import write_records

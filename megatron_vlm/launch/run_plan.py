@@ -1,12 +1,11 @@
 """From what was asked to a run that can start: every check in order, the layout by memory, the numbers in words.
 
 Request --packages, model--> config.json, family --complete--> sections of RunConfig
-        --processor, devices, inputs--> RunConfig --choose_layout--> Plan --disk, port--> text
+        --processor, devices, inputs--> RunConfig --lay_out--> RunPlan --disk, port--> text
 """
 
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,29 @@ from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, ConversionError, DataError, MegatronVLMError
 from megatron_vlm.files import check_output
 from megatron_vlm.launch import checks
-from megatron_vlm.launch.checks import GIB, Devices, Report
+from megatron_vlm.launch.checks import Report
+from megatron_vlm.launch.devices import Devices, check_devices
+from megatron_vlm.launch.disk import check_disk, check_outputs, disk_needs
 from megatron_vlm.launch.exports import ADAPTER, HF, LOSS, MERGED, adapter_command
-from megatron_vlm.launch.layout import USABLE, NothingFits, choose_layout
-from megatron_vlm.launch.prepare import Inputs, cache_folder, open_inputs
-from megatron_vlm.launch.processes import Place, command
+from megatron_vlm.launch.inputs import Inputs, cache_folder, open_inputs
+from megatron_vlm.launch.layout import NothingFits, as_flags, lay_out
+from megatron_vlm.launch.processes import JobRank, command
 from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.request import Request
-from megatron_vlm.parallel.grid import SETTINGS, replica_size, replicas
+from megatron_vlm.parallel.grid import replica_size, replicas
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.output_check import folders_of
-from megatron_vlm.training.memory.estimate import estimate
-from megatron_vlm.training.memory.stages import StageMemory, table
+from megatron_vlm.training.memory.stages import table
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.checkpoint_dir import holds_checkpoints
 
-_KEPT = ("recompute_granularity", "use_distributed_optimizer")
-_MICRO_BATCHES = (1, 2, 4, 8, 16)
 CONFIG = "config.yaml"
 """The resolved config in the output folder: what the processes of the run read, and what its Metrics write again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """A run that passed its checks.
 
     Attributes:
@@ -66,7 +64,7 @@ class Plan:
     lines: tuple[str, ...]
 
 
-def make_plan(request: Request, place: Place, report: Report) -> Plan | None:
+def plan_run(request: Request, job: JobRank, report: Report) -> RunPlan | None:
     """Runs the checks that need no pass over the data; None where one of them failed."""
     launch, run = request.launch, request.run
     load = _start_from(request, report)
@@ -78,22 +76,22 @@ def make_plan(request: Request, place: Place, report: Report) -> Plan | None:
         return None
     with source:
         training = run.get("training") or {}
-        devices = checks.check_devices(
+        devices = check_devices(
             report,
             device=training.get("device"),
             precision=training.get("precision") or "fp32",
             visible=launch.cuda_visible_devices,
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            if not place.alone
+            if not job.alone
             else launch.num_processes or _model_ranks(run),
             single=launch.single_process,
             memory_gib=launch.memory_gib,
         )
         if devices is None:
             return None
-        world = place.world or devices.ranks
+        world = job.world or devices.ranks
         try:
-            return _plan(request, place, report, source, devices, world, load)
+            return _plan(request, job, report, source, devices, world, load)
         except MegatronVLMError as error:
             label = {DataError: "data", ConversionError: "model"}.get(type(error), "settings")
             report.fail(label, str(error), "")
@@ -101,8 +99,8 @@ def make_plan(request: Request, place: Place, report: Report) -> Plan | None:
 
 
 def _plan(
-    request: Request, place: Place, report: Report, source: WeightSource, devices: Devices, world: int, load: str
-) -> Plan | None:
+    request: Request, job: JobRank, report: Report, source: WeightSource, devices: Devices, world: int, load: str
+) -> RunPlan | None:
     launch, spec = request.launch, source.spec
     train = open_inputs("train", launch.train_inputs or _folders(request.run, "train"), launch, spec.record_format)
     valid = open_inputs("valid", launch.valid_inputs or _folders(request.run, "valid"), launch, spec.record_format)
@@ -133,7 +131,7 @@ def _plan(
     try:
         fixed = bool(launch.per_device_train_batch_size or launch.batch_size)
         fixed = fixed or bool((request.run.get("training") or {}).get("micro_batch_size"))
-        laid = _lay_out(request.run, config, source, devices, world, lambda dp: config_for(dp)[0], fixed)
+        laid = lay_out(request.run, config, source, devices, world, lambda dp: config_for(dp)[0], fixed)
     except NothingFits as error:
         advice = (
             "take more or larger GPUs, --use_lora (with --quantize nf4), a shorter --max_length, or fewer images a row"
@@ -141,7 +139,7 @@ def _plan(
         report.fail("memory", _refusal(request, str(error)) or str(error), advice)
         return None
     config, stages, reason = laid
-    refused = request.sharding.refusal(adapts=adapts, nearest=_as_flags(config, reason))
+    refused = request.sharding.refusal(adapts=adapts, nearest=as_flags(config, reason))
     if refused is not None:
         report.fail("sharding", refused, "")
     config.check_model(source.config)
@@ -151,9 +149,9 @@ def _plan(
     writes = folders_of(config)
     if train.sources or valid.sources:
         writes["launch.shard_cache"] = cache_folder(launch)
-    checks.check_outputs(report, writes)
-    checks.check_disk(report, _disk_needs(request, config, source, stages, train, valid, adapts))
-    port = checks.choose_port(report, launch.master_port) if place.alone and world > 1 else 0
+    check_outputs(report, writes)
+    check_disk(report, disk_needs(request, config, source, stages, train, valid, adapts))
+    port = checks.choose_port(report, launch.master_port) if job.alone and world > 1 else 0
     if processor is None or report.failed:
         return None
     names_base = _names_base(source)
@@ -161,14 +159,12 @@ def _plan(
         _tell_missing_base(report, launch, load, config.output_dir)
         if report.failed:
             return None
-    here = devices.ranks if place.alone else 1
+    here = devices.ranks if job.alone else 1
     lines = _describe(config, train, valid, reason, world, adapts and names_base, adapts, launch.save_merged_model)
-    words = (
-        command(config.output_dir / CONFIG, here, port) if place.alone else command(config.output_dir / CONFIG, 1, 0)
-    )
-    by = "" if place.alone else f" on each of the {world} ranks that {place.by} tells of: none is started here"
+    words = command(config.output_dir / CONFIG, here, port) if job.alone else command(config.output_dir / CONFIG, 1, 0)
+    by = "" if job.alone else f" on each of the {world} ranks that {job.by} tells of: none is started here"
     lines.append(f"command    {' '.join(words)}{by}")
-    return Plan(
+    return RunPlan(
         config=config, adapts=adapts, names_base=names_base, world=world, here=here, devices=devices, port=port,
         train=train, valid=valid,
         processor=processor, lines=tuple(lines),
@@ -255,100 +251,9 @@ def _model_ranks(run: dict[str, Any]) -> int | None:
     return replica_size(run.get("parallel") or {}) if on_cpu else None
 
 
-def _lay_out(
-    run: dict[str, Any],
-    config: RunConfig,
-    source: WeightSource,
-    devices: Devices,
-    world: int,
-    config_for: Callable[[int], RunConfig],
-    fixed_micro: bool,
-) -> tuple[RunConfig, Sequence[StageMemory], str]:
-    """The run with a layout that fits, its estimate, and why: the sizes that are named, else the fastest that fits.
-
-    Raises:
-        NothingFits: that, or no other layout, fits the memory.
-        ConfigError: a setting that is wrong, or a batch that no layout divides.
-    """
-    parallel = run.get("parallel") or {}
-    if any(name in parallel for name in SETTINGS.values()):
-        config.check_world(world)
-        stages = estimate(config, source.spec, source.config, world, devices.kind)
-        need = max(stage.total for stage in stages)
-        words = f"as named, {need / GIB:.2f} of {devices.memory / GIB:.1f} GiB"
-        if need > USABLE * devices.memory:
-            raise NothingFits(f"too little memory: {words} a rank\n" + "\n".join(table(stages)))
-        return config, stages, words
-    layout = choose_layout(
-        config,
-        source.spec,
-        source.config,
-        world,
-        devices.memory,
-        device_kind=devices.kind,
-        config_for=config_for,
-        micro_batch_sizes=() if fixed_micro or config.data.packing else _MICRO_BATCHES,
-    )
-    chosen = layout.apply(config_for(layout.dp))
-    asked = {name: parallel[name] for name in _KEPT if parallel.get(name)}  # it costs no memory to do as told
-    if any(getattr(chosen.parallel, name) != value for name, value in asked.items()):
-        chosen = chosen.replace(parallel=chosen.parallel.replace(**asked))
-        return chosen, estimate(chosen, source.spec, source.config, world, devices.kind), layout.reason
-    return chosen, layout.stages, layout.reason
-
-
 def _refusal(request: Request, text: str) -> str | None:
     refused = request.sharding.refusal(adapts=request.adapts)
     return None if refused is None else f"{refused}\n{text}"
-
-
-def _as_flags(config: RunConfig, reason: str) -> str:
-    sizes = [getattr(config.parallel, SETTINGS[axis]) for axis in ("tp", "pp")]
-    words = ["--tensor-model-parallel-size {} --pipeline-model-parallel-size {}".format(*sizes)]
-    words += ["--use-distributed-optimizer"] if config.parallel.use_distributed_optimizer else []
-    words += ["--recompute-granularity full"] if config.parallel.recompute_granularity else []
-    return f"{' '.join(words)} ({reason})"
-
-
-def _disk_needs(
-    request: Request,
-    config: RunConfig,
-    source: WeightSource,
-    stages: Sequence[StageMemory],
-    train: Inputs,
-    valid: Inputs,
-    adapts: bool,
-) -> dict[Path, dict[str, int]]:
-    """Folder -> what will lie there at once -> bytes."""
-    width = 4 if config.training.precision == "fp32" else 2
-    numbers = sum(math.prod(info.shape) for info in source.infos.values())
-    trained = sum(sum(stage.trainable.values()) for stage in stages) * config.parallel.tensor_model_parallel_size
-    states = 0 if config.checkpoint.no_save_optim else (8 if width == 4 else 12)
-    one = trained * (4 + 8) if adapts else numbers * width + trained * states
-    kept = num_checkpoints(config)
-    output = {f"{kept} checkpoint{'s' if kept > 1 else ''}": one * kept}
-    if adapts:
-        output["adapter"] = trained * 4
-    if not adapts or request.launch.save_merged_model:
-        output[MERGED if adapts else HF] = numbers * width
-    needs = {config.output_dir: output}
-    missing = sum(inputs.bytes for inputs in (train, valid) if inputs.sources and not inputs.built)
-    if missing:
-        needs[cache_folder(request.launch)] = {"shards": missing}
-    return needs
-
-
-def num_checkpoints(config: RunConfig) -> int:
-    """Most checkpoints that lie there at once: the new one is written before an old one goes."""
-    checkpoint, training = config.checkpoint, config.training
-    number = 1
-    if checkpoint.save_interval and training.train_iters:
-        number = math.ceil(training.train_iters / checkpoint.save_interval)
-    elif checkpoint.save_epochs and training.train_epochs:
-        number = math.ceil(training.train_epochs / checkpoint.save_epochs)
-    elif checkpoint.save_interval:
-        number = 2  # its length in steps shows once the data is counted
-    return min(number, checkpoint.keep_last + 1) if checkpoint.keep_last else number
 
 
 def _describe(

@@ -72,6 +72,8 @@ class Row:
         part: of a slice, one rank's tokens of a row: which of the row's image features its ``image_positions`` take, int64 [n],
             and how many features the row has; None: all of a whole row's.
         deal: of a slice, the tokens of all ranks and how they meet (layers.context.Deal).
+        share: of a slice, who encodes which image (layers.shared_images.ImageShare): ``pixels`` are this rank's images alone, and
+            their features are exchanged for those of its image tokens; None: every rank encodes all.
     """
 
     tokens: Mapping[str, Tensor]
@@ -87,6 +89,7 @@ class Row:
     truncated: int = 0
     part: tuple[Tensor, int] | None = None
     deal: Any = None
+    share: Any = None
 
     @classmethod
     def of(cls, tokens: Mapping[str, Tensor], segments: Sequence[int], **rest: Any) -> "Row":

@@ -231,20 +231,21 @@ def _starts(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-class _AllToAll(torch.autograd.Function):
+class AllToAll(torch.autograd.Function):
     """x [sum(sent), ...] -> [sum(receives), ...]: the rows for rank 0, 1, ... go there; gradients come back the same way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sent: list[int], receives: list[int], group: Any) -> Tensor:
         ctx.back = receives, sent, group
-        return _all_to_all(x, sent, receives, group)
+        return all_to_all(x, sent, receives, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _all_to_all(grad, *ctx.back), None, None, None
+        return all_to_all(grad, *ctx.back), None, None, None
 
 
-def _all_to_all(x: Tensor, sent: list[int], receives: list[int], group: Any) -> Tensor:
+def all_to_all(x: Tensor, sent: list[int], receives: list[int], group: Any) -> Tensor:
+    """Rows of x [sum(sent), ...] for rank 0, 1, ... go there; returns what comes from each [sum(receives), ...]. No gradients."""
     out = x.new_empty(sum(receives), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), receives, sent, group=group)
     return out
@@ -312,7 +313,7 @@ def context_attention(
 def _by_keys(q: Tensor, k: Tensor, v: Tensor, deal: Deal, window: int | None) -> Tensor:
     gather, groups = deal.gather(window), k.shape[1]
     both = _Send.apply(torch.cat([k, v], 1), gather)
-    both = _AllToAll.apply(both, gather.sent, gather.receives, deal.group).index_select(0, gather.arrange)
+    both = AllToAll.apply(both, gather.sent, gather.receives, deal.group).index_select(0, gather.arrange)
     both = torch.cat([both[a:b] for a, b in gather.slices]) if len(gather.slices) != 1 else both
     keys, values = both.split(groups, 1)
     return attention(q, keys, values, gather.cu_q, gather.cu_k, gather.max_q, gather.max_k, causal=True, window=window)
@@ -325,7 +326,7 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, deal: Deal, window: int | None) -
     queries, keys, values = (_to_heads(x, deal).index_select(0, to_row) for x in (q, k, v))
     out = attention(queries, keys, values, cu, cu, max(lengths), max(lengths), causal=True, window=window)
     size, count = deal.size, len(q)
-    out = _AllToAll.apply(out.index_select(0, to_ranks), [count] * size, [count] * size, deal.group)
+    out = AllToAll.apply(out.index_select(0, to_ranks), [count] * size, [count] * size, deal.group)
     return out.view(size, count, -1, q.shape[2]).transpose(0, 1).reshape(count, -1, q.shape[2])
 
 
@@ -333,7 +334,7 @@ def _to_heads(x: Tensor, deal: Deal) -> Tensor:
     """[n, H, D] -> [T, H / cp, D], tokens rank after rank."""
     count, heads, dim = x.shape
     parts = x.view(count, deal.size, heads // deal.size, dim).transpose(0, 1).reshape(-1, heads // deal.size, dim)
-    return _AllToAll.apply(parts, [count] * deal.size, [count] * deal.size, deal.group)
+    return AllToAll.apply(parts, [count] * deal.size, [count] * deal.size, deal.group)
 
 
 def attention_work(starts: Sequence[int], intervals: Intervals, window: int | None = None) -> int:

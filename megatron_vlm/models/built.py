@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.context import check_heads
-from megatron_vlm.models.family_config import FamilyConfig
+from megatron_vlm.models.family_config import FamilyConfig, has_tower, image_work
 from megatron_vlm.models.options import ModelOptions, group_of
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.topology import Topology
@@ -100,6 +101,8 @@ def build_model(spec: FamilySpec, config: FamilyConfig, topology: Topology, opti
         chunk = spec.build(config, topology, options, vp_stage=stage if topology.vp > 1 else None)
         mark_sharding(chunk, mapping)
         freeze(chunk, options.freeze)
+        if has_tower(config):
+            chunk.image_work = partial(image_work, config)
         stages.append(chunk)
     return Model(
         spec=spec, config=config, options=options, topology=topology, mapping=mapping, saved=mapping, stages=stages

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeGuard
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.models.parts.tower import TowerConfig
-from megatron_vlm.models.processing.image_cost import ImageCost
+from megatron_vlm.models.processing.image_cost import ImageCost, tower_flops
 
 ImageShape = tuple[int, int, int]
 """[C, H, W] of an image as the tower gets it (InternVL: a column of tiles)."""
@@ -37,6 +37,12 @@ class ImageConfig(FamilyConfig, Protocol):
 
     def image_cost(self, image: ImageShape) -> ImageCost:
         """What one image costs."""
+
+
+def image_work(config: ImageConfig, image: ImageShape) -> tuple[int, float]:
+    """Features of an image, and operations of tower and connector on it."""
+    cost = config.image_cost(image)
+    return cost.features, tower_flops(config.vision, [cost]) + cost.connector
 
 
 def has_tower(config: FamilyConfig) -> TypeGuard[ImageConfig]:

@@ -27,6 +27,7 @@ from megatron_vlm.models.fusion import Filler, filler_pixels, fuse
 from megatron_vlm.models.language import Decoder
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
+from megatron_vlm.parallel.batch import ImageWork
 from megatron_vlm.parallel.rng import alike_over_context_ranks, unchanged_generators
 from megatron_vlm.parallel.topology import Topology
 
@@ -52,6 +53,7 @@ class VisionLanguageModel(MegatronModule):
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
         self.recompute_connector = recompute_connector
         self.filler = Filler()
+        self.image_work: ImageWork | None = None
         self.model_type = language_model.model_type
 
     def shared_embedding_or_output_weight(self) -> Tensor:
@@ -104,14 +106,14 @@ class VisionLanguageModel(MegatronModule):
 
     def _embeddings(self, batch: Row) -> Tensor:
         x = self.language_model.embed(batch.input_ids, batch.position_ids)
-        if batch.pixels:
+        if batch.share is not None:
+            features = batch.share.exchange(self._own_features(batch))
+            x = fuse(x, features, batch.image_positions, len(batch.pixels))
+        elif batch.pixels:
             features = self.filler.real(self.image_features(batch.pixels))
             x = fuse(x, features, batch.image_positions, len(batch.pixels), batch.part)
         elif self._needs_filler():
-            parts = self._vision_parts()
-            with unchanged_generators():
-                features = self.image_features(filler_pixels(parts[0]))
-            x = self.filler.beside(x, features, (p for part in parts for p in part.parameters()))
+            x = self._beside_filler(x)
         if self.config.sequence_parallel:
             x = scatter_to_sequence_parallel_region(x, group=self.language_model.tp_group)
         if torch.is_grad_enabled() and not x.requires_grad and _trains(self.language_model):
@@ -119,6 +121,26 @@ class VisionLanguageModel(MegatronModule):
             # whose input needs none.
             x = x.detach().requires_grad_()
         return x
+
+    def _own_features(self, batch: Row) -> Tensor:
+        """[f, H], features of the images that this rank encodes of a row that ranks share; it may have none."""
+        if batch.pixels:
+            features = self.filler.real(self._features(batch.pixels))
+            if len(features) != batch.share.features:
+                raise DataError(
+                    f"{len(batch.pixels)} images give {len(features)} image features in place of {batch.share.features}: the "
+                    "model and its config's image_cost disagree"
+                )
+            return features
+        none = torch.empty(0, self.config.hidden_size, dtype=self.config.params_dtype, device=batch.input_ids.device)
+        return self._beside_filler(none) if self._needs_filler() else none
+
+    def _beside_filler(self, x: Tensor) -> Tensor:
+        """``x`` as it is; tower and connector ran on filler, and autograd passes through them."""
+        parts = self._vision_parts()
+        with unchanged_generators():
+            features = self.image_features(filler_pixels(parts[0]))
+        return self.filler.beside(x, features, (p for part in parts for p in part.parameters()))
 
     def _needs_filler(self) -> bool:
         """Tower or connector trains here: decided by what is equal on every rank, never by the row."""

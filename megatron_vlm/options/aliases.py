@@ -43,6 +43,7 @@ VALUES = _inverted(
         "parallel.num_layers_per_virtual_pipeline_stage": "num-layers-per-virtual-pipeline-stage",
         "parallel.context_parallel_size": "context-parallel-size sequence-parallel-size",
         "parallel.context_parallel_exchange": "context-parallel-exchange",
+        "parallel.vision_parallel": "vision-parallel",
         "parallel.recompute_granularity": "recompute-granularity",
         "parallel.ddp_bucket_size": "ddp-bucket-size",
         "parallel.distributed_timeout_minutes": "distributed-timeout-minutes",

@@ -2,7 +2,7 @@
 
 source rank (tp 0, stage 0): loader --> rows --did any replica fail?--> every rank raises the same error, or
     texts   one int64 tensor, broadcast over the replica at the start of a step: every stage needs positions and labels
-    pixels  broadcast over the first stage's tp x cp ranks, row by row inside the forward step: no later stage holds them
+    pixels  to the first stage's tp x cp ranks that encode them, row by row inside the forward step: no later stage holds them
     tokens  under context parallelism each rank takes its own of the row (layers/context.py), when it moves to the device
 
 Rows on ranks without the pixels carry meta tensors of the right shapes, so the number and sizes of images are known
@@ -10,7 +10,7 @@ everywhere.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,8 +20,12 @@ import torch.distributed as dist
 
 from megatron_vlm.data.row import Row, pack_pixels, unpack_pixels
 from megatron_vlm.errors import DataError, MegatronVLMError
-from megatron_vlm.layers.context import Deal
+from megatron_vlm.layers.context import Deal, all_to_all
+from megatron_vlm.layers.shared_images import share_images
 from megatron_vlm.parallel.topology import Topology
+
+ImageWork = Callable[[tuple[int, ...]], tuple[int, float]]
+"""Shape of an image -> (features that it gives, operations that it takes)."""
 
 
 def raise_together(error: BaseException | None, device: torch.device) -> None:
@@ -108,7 +112,15 @@ def share_rows(
     return tuple(Row.unpack(*packed) for packed in zip(header["rows"], parts)), header["extra"]
 
 
-def device_batch(topology: Topology, row: Row, *, pixels: bool, dtype: torch.dtype, whole: bool = False) -> Row:
+def device_batch(
+    topology: Topology,
+    row: Row,
+    *,
+    pixels: bool,
+    dtype: torch.dtype,
+    work: ImageWork | None = None,
+    whole: bool = False,
+) -> Row:
     """Moves a row, or this rank's tokens of it, to the device; with ``pixels``, a collective of the first stage's ranks.
 
     Args:
@@ -116,27 +128,59 @@ def device_batch(topology: Topology, row: Row, *, pixels: bool, dtype: torch.dty
         row: one of ``share_rows``.
         pixels: the model chunk holds the vision tower.
         dtype: of the tower's parameters, in which pixels travel.
+        work: of images, where context parallel ranks may share them.
         whole: every context parallel rank takes the whole row (generation, where a row has one token per answer).
     """
     if not whole:
-        row = own_tokens(topology, row)
+        row = own_tokens(topology, row, work if pixels else None)
     if pixels and topology.tp * topology.cp > 1 and row.pixels:
-        row = replace(row, pixels=_share_pixels(topology, row.pixels, dtype))
+        send = _send_pixels if row.share else _share_pixels
+        row = replace(row, pixels=send(topology, row, dtype))
     return row.to(topology.device, dtype, pixels=pixels)
 
 
-def own_tokens(topology: Topology, row: Row) -> Row:
-    """This context parallel rank's tokens of a row; the row itself without context parallelism."""
+def own_tokens(topology: Topology, row: Row, work: ImageWork | None = None) -> Row:
+    """This context parallel rank's tokens of a row; the row itself without context parallelism.
+
+    With ``work`` and images it also says which of them each rank encodes; its pixels are still all of the row's.
+
+    Raises:
+        DataError: images have other numbers of features than the row has tokens for them.
+    """
     if topology.cp == 1:
         return row
     deal = Deal(row.starts, topology.cp, topology.cp_rank, topology.cp_group, topology.device, topology.exchange)
-    return row.slice(deal.index, deal)
+    own = row.slice(deal.index, deal)
+    if work is None or not topology.shares_images or not row.pixels:
+        return own
+    counts, costs = zip(*(work(tuple(image.shape)) for image in row.pixels))
+    try:
+        return replace(own, share=share_images(deal, row.image_positions, counts, costs))
+    except ValueError as error:
+        raise DataError(f"{error}: the processor and the model disagree on the tokens of an image") from None
 
 
-def _share_pixels(topology: Topology, pixels: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    shapes, source = [p.shape for p in pixels], topology.replica_source
+def _send_pixels(topology: Topology, row: Row, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The images that this rank encodes: from the source to the first tensor parallel rank of each owner, and to the rest."""
+    shapes = [image.shape for image in row.pixels]
+    sizes = [sum(shapes[i].numel() for i in images) for images in row.share.owners]
+    mine = [shapes[i] for i in row.share.mine]
+    flat = torch.empty(sizes[topology.cp_rank], dtype=dtype, device=topology.device)
+    if topology.tp_rank == 0:
+        reads = topology.is_source
+        order = [i for images in row.share.owners for i in images]
+        packed = pack_pixels([row.pixels[i] for i in order] if reads else (), dtype).to(topology.device)
+        receives = [len(flat) if rank == 0 else 0 for rank in range(topology.cp)]
+        flat = all_to_all(packed, sizes if reads else [0] * topology.cp, receives, topology.cp_group)
+    if topology.tp > 1 and mine:
+        dist.broadcast(flat, topology.grid.source(topology.rank, "tp"), group=topology.tp_group)
+    return unpack_pixels(flat, mine)
+
+
+def _share_pixels(topology: Topology, row: Row, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    shapes, source = [p.shape for p in row.pixels], topology.replica_source
     if topology.rank == source:
-        flat = pack_pixels(pixels, dtype).to(topology.device)
+        flat = pack_pixels(row.pixels, dtype).to(topology.device)
     else:
         flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=dtype, device=topology.device)
     dist.broadcast(flat, source, group=topology.stage_group)

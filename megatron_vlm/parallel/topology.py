@@ -31,6 +31,8 @@ class ParallelConfig(Config):
         context_parallel_size: ranks that split the tokens of each row (cp); attention still sees all of them.
         context_parallel_exchange: what these ranks exchange for it: ``gather``, the keys and values that each one's queries see;
             ``heads``, all tokens of some heads, where heads divide by tp x cp; ``auto``, heads from cp 8 on where they do.
+        vision_parallel: who runs the tower for the images of a row: ``share``, each context parallel rank for some of them;
+            ``tensor``, all of these ranks for all images, split over tensor parallel ranks alone; ``auto``, share where cp > 1.
         use_distributed_optimizer: shard optimizer state over data parallel ranks.
         overlap_grad_reduce: reduce gradients while the backward pass runs.
         accumulate_allreduce_grads_in_fp32: keep and reduce gradients in fp32.
@@ -47,6 +49,7 @@ class ParallelConfig(Config):
     sequence_parallel: bool = False
     context_parallel_size: int = 1
     context_parallel_exchange: Exchange = "auto"
+    vision_parallel: Literal["auto", "tensor", "share"] = "auto"
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     accumulate_allreduce_grads_in_fp32: bool = True
@@ -71,6 +74,10 @@ class ParallelConfig(Config):
             raise ConfigError(
                 f"parallel.context_parallel_exchange {self.context_parallel_exchange} has no effect at context_parallel_size 1: "
                 "drop it or raise context_parallel_size"
+            )
+        if self.vision_parallel == "share" and self.context_parallel_size == 1:
+            raise ConfigError(
+                "parallel.vision_parallel share has no effect at context_parallel_size 1: drop it or raise context_parallel_size"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
@@ -139,6 +146,7 @@ class Topology:
         replica_group: ranks of this replica of the model: tp x cp x pp.
         embedding_group: first and last stage, which share a tied embedding.
         exchange: between the ranks of ``cp_group``.
+        shares_images: each rank of ``cp_group`` encodes some of a row's images.
     """
 
     grid: Grid
@@ -154,6 +162,7 @@ class Topology:
     copies_group: Any
     stage_group: Any
     exchange: Exchange = "auto"
+    shares_images: bool = False
 
     @property
     def tp(self) -> int:
@@ -302,6 +311,7 @@ def build_topology(config: ParallelConfig, *, num_layers: int, device: torch.dev
         replica_group=_replica_group(grid, rank) if grid.cp > 1 else parallel_state.get_model_parallel_group(),
         embedding_group=parallel_state.get_embedding_group(check_initialized=False),
         exchange=config.context_parallel_exchange,
+        shares_images=grid.cp > 1 and config.vision_parallel != "tensor",
     )
 
 

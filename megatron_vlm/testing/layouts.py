@@ -31,6 +31,7 @@ class Case:
     dp: int = 1
     cp: int = 1
     exchange: str = "auto"
+    vision: str = "auto"
     sp: bool = False
     vp: int | None = None
     do: bool = False
@@ -44,7 +45,7 @@ class Case:
         flags = dict(sp=self.sp, vp=self.vp, do=self.do, overlap=self.overlap, recompute=self.recompute)
         parts = [*(name for name, on in flags.items() if on), *(f"no_{group}" for group in self.freeze)]
         sizes = f"tp{self.tp}pp{self.pp}dp{self.dp}" + (f"cp{self.cp}" if self.cp > 1 else "")
-        parts += [self.exchange] if self.exchange != "auto" else []
+        parts += [word for word in (self.exchange, self.vision) if word != "auto"]
         return "-".join([*([self.twin] if self.twin else []), sizes, *parts])
 
     @property
@@ -55,6 +56,7 @@ class Case:
             pipeline_model_parallel_size=self.pp,
             context_parallel_size=self.cp,
             context_parallel_exchange=self.exchange,
+            vision_parallel=self.vision,
             sequence_parallel=self.sp,
             num_layers_per_virtual_pipeline_stage=self.vp,
             use_distributed_optimizer=self.do,
@@ -79,6 +81,9 @@ CONTEXT = [
     Case(cp=2),
     Case(cp=2, exchange="heads"),
     Case(cp=4, recompute=True),
+    Case(cp=2, vision="tensor"),
+    Case(cp=2, freeze=("vision",), recompute=True),
+    Case(cp=2, freeze=("vision", "connector")),
     Case(tp=2, cp=2),
     Case(pp=2, cp=2, overlap=True),
     Case(pp=2, cp=2, vp=1, do=True),

@@ -143,7 +143,8 @@ def run_schedule(model: Model, rows: Sequence[Row], *, forward_only: bool) -> li
 def forward_step(topology: Topology, rows: Iterator[Row], chunk: Any) -> tuple[Tensor, Callable]:
     """One microbatch of one stage, as megatron-core's schedules call it."""
     row, stage = next(rows), unwrapped(chunk)
-    batch = device_batch(topology, row, pixels=stage.pre_process, dtype=stage.config.params_dtype)
+    dtype, work = stage.config.params_dtype, stage.image_work
+    batch = device_batch(topology, row, pixels=stage.pre_process, dtype=dtype, work=work)
     return chunk(batch), partial(_loss, batch)
 
 

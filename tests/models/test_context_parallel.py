@@ -170,6 +170,49 @@ def test_drop_path_leaves_out_the_same_on_every_rank(tmp_path):
         options={"drop_path_rate": 0.5},
         run=seeded,
     )
-    check.check(Case(cp=2, recompute=True, updates=1))
-    with pytest.raises(AssertionError, match="cp2: "):
-        dataclasses.replace(check, run=wrong_draws).check(Case(cp=2, updates=1))
+    check.check(Case(cp=2, vision="tensor", recompute=True, updates=1))
+    with pytest.raises(AssertionError, match="cp2-tensor: "):
+        dataclasses.replace(check, run=wrong_draws).check(Case(cp=2, vision="tensor", updates=1))
+
+
+def count_images(*args: Any) -> Any:
+    """``layout_run``; beside what it gives, the images that this rank encoded, and the numbers of pixels that it received."""
+    from megatron_vlm.models.vlm import VisionLanguageModel
+    from megatron_vlm.parallel import batch as batch_module
+
+    images, pixels = [], []
+    encode, send = VisionLanguageModel._own_features, batch_module._send_pixels
+
+    def encoded(self: Any, batch: Any) -> Any:
+        images.append(len(batch.pixels))
+        return encode(self, batch)
+
+    def sent(*args: Any) -> Any:
+        received = send(*args)
+        pixels.append(sum(image.numel() for image in received))
+        return received
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionLanguageModel, "_own_features", encoded)
+        patch.setattr(batch_module, "_send_pixels", sent)
+        return {**layout_run(*args), "images": images, "pixels": pixels}
+
+
+@pytest.mark.parametrize("case", [Case(cp=4, updates=0), Case(tp=2, cp=2, updates=0)], ids=str)
+def test_each_image_is_encoded_once_and_its_pixels_sent_once(idefics2, case):
+    batches = [random_samples(idefics2.config, specs, seed=i) for i, specs in enumerate(ROWS["all images on one rank"])]
+    *_, results = dataclasses.replace(idefics2, batches=batches, run=count_images, _alone={})._run(case)
+    ranks = [result for result in results if result["tp_rank"] == 0]
+    assert [sum(row) for row in zip(*(result["images"] for result in ranks))] == [3] * 4
+    expected = [sum(image.numel() for sample in row for image in sample.pixels) for row in batches]
+    assert [sum(row) for row in zip(*(result["pixels"] for result in ranks))] == expected
+    assert max(max(result["images"]) for result in ranks) == (1 if case.cp == 4 else 2)
+
+
+@pytest.mark.parametrize("freeze", [("vision",), ("vision", "connector"), ("llm",)])
+def test_shared_images_with_frozen_parts(idefics2, freeze):
+    batches = [
+        random_samples(idefics2.config, specs, seed=i) for i, specs in enumerate(ROWS["a rank without an image"])
+    ]
+    check = dataclasses.replace(idefics2, batches=batches, _alone={})
+    check.check(Case(cp=2, dp=2, freeze=freeze, overlap=True, updates=1))

@@ -1,6 +1,8 @@
 """What an image costs a model, from its size alone: for estimates of memory and operations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +25,15 @@ class ImageCost:
 def projector_flops(features: int, width: int, hidden: int) -> float:
     """Operations of ``layers.projector.Projector``: ``width`` -> ``hidden`` -> ``hidden`` per feature."""
     return 2.0 * features * hidden * (width + hidden)
+
+
+def tower_flops(vision: Any, costs: Sequence[ImageCost]) -> float:
+    """Operations of a tower on images: patch embedding, and the layers that run.
+
+    A layer is attention over all of a segment and a plain MLP of two linears.
+    """
+    h, layers = vision.hidden_size, getattr(vision, "num_run_layers", vision.num_layers)
+    segments = [tokens for cost in costs for tokens in cost.segments]
+    embedding = 2 * sum(cost.patches for cost in costs) * vision.num_channels * vision.patch_size**2 * h
+    linears = sum(segments) * (8 * h**2 + 4 * h * vision.ffn_hidden_size)
+    return embedding + layers * (linears + 4 * sum(n * n for n in segments) * h)

@@ -7,6 +7,7 @@ So a family, a layout or an adapter is never described twice: what is counted is
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -205,7 +206,10 @@ def _chunk_bytes(config: RunConfig, model: Model, chunk: Any, row: RowShape, dev
     local = tokens // config.row_multiple
 
     def batch() -> Row:
-        return own_tokens(model.topology, make_batch(row, tokens, model.config, chunk.config.params_dtype))
+        made = own_tokens(
+            model.topology, make_batch(row, tokens, model.config, chunk.config.params_dtype), chunk.image_work
+        )
+        return replace(made, pixels=tuple(made.pixels[i] for i in made.share.mine)) if made.share else made
 
     return measure_chunk(chunk, batch, (local, 1, model.config.text.hidden_size), device_kind)
 

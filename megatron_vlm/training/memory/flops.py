@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.models.processing.image_cost import ImageCost
+from megatron_vlm.models.processing.image_cost import tower_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +66,10 @@ def forward_flops(
     decoder = text.num_layers * (2 * tokens * (2 * h * q + 2 * h * kv + 3 * h * text.ffn_hidden_size) + 4 * pairs * q)
     branches = text.num_layers * _branches(config, tokens)
     return Flops(
-        vision=_tower(config.vision, costs) if costs else 0.0,
+        vision=tower_flops(config.vision, costs) if costs else 0.0,
         connector=sum(cost.connector for cost in costs),
         llm=decoder + branches + 2 * supervised * h * text.vocab_size,
     )
-
-
-def _tower(vision: Any, costs: Sequence[ImageCost]) -> float:
-    """Patch embedding, and the layers that run: attention over all of a segment and a plain MLP of two linears."""
-    h, layers = vision.hidden_size, getattr(vision, "num_run_layers", vision.num_layers)
-    segments = [tokens for cost in costs for tokens in cost.segments]
-    embedding = 2 * sum(cost.patches for cost in costs) * vision.num_channels * vision.patch_size**2 * h
-    linears = sum(segments) * (8 * h**2 + 4 * h * vision.ffn_hidden_size)
-    return embedding + layers * (linears + 4 * sum(n * n for n in segments) * h)
 
 
 def _branches(config: Any, tokens: int) -> float:

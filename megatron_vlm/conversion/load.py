@@ -4,7 +4,7 @@ WeightSource --read_shard--> parameters of the stages on the device (linears in 
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -50,26 +50,22 @@ def load_model(
     return model
 
 
-def load_into(source: WeightSource, model: Model, names: Iterable[str] | None = None) -> None:
+def load_into(source: WeightSource, model: Model) -> None:
     """Fills the parameters of this rank's stages, cast to each parameter's dtype; tied copies included.
 
     Args:
         source: at any layout of its own.
         model: its stages wrapped in DDP or not.
-        names: only these global names; None: all.
 
     Raises:
         ConversionError: a parameter that the source lacks, or shapes that differ; all are listed.
     """
     splits = {entry.name: entry.split for entry in model.mapping}
     tp, tp_rank = model.topology.tp, model.topology.tp_rank
-    wanted = None if names is None else set(names)
     jobs: dict[str, list[nn.Parameter]] = {}
     problems = []
     for own, parameter in model.named_parameters():
         name = weight_name(own, parameter)
-        if wanted is not None and name not in wanted:
-            continue
         if name not in splits:
             problems.append(f"{name}: in the model, not in the weights")
             continue
@@ -77,7 +73,6 @@ def load_into(source: WeightSource, model: Model, names: Iterable[str] | None = 
         if expected != tuple(parameter.shape):
             problems.append(f"{name}: the model has {list(parameter.shape)}, the weights give {list(expected)}")
         jobs.setdefault(name, []).append(parameter)
-    problems += [f"{name}: asked for, not in the model" for name in sorted((wanted or set()) - set(jobs))]
     if problems:
         raise ConversionError(f"the weights of {source.hf_dir} do not fit the model:\n  " + "\n  ".join(problems))
     with torch.no_grad():

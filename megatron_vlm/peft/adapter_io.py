@@ -73,10 +73,10 @@ def read_adapter(directory: Path, mapping: Mapping, infos: Dict[str, TensorInfo]
     return adapter
 
 
-def unknown_modules(directory: Path, mapping: Mapping, folder: str = "") -> int:
+def unknown_modules(directory: Path, mapping: Mapping) -> int:
     """How many of an adapter's pairs lie on modules that ``mapping`` has not: 0 where it is of that naming."""
     tensors, _ = _read_tensors(directory)
-    names, reader = mapping.hf_names(), _Reader({}, mapping, {}, folder)
+    names, reader = mapping.hf_names(), _Reader({}, mapping, {}, "")
     return sum(1 for key in tensors if (m := _LORA.fullmatch(key)) and reader.hf_name(m[1] + WEIGHT) not in names)
 
 

@@ -4,6 +4,7 @@ The rules are those of bitsandbytes 0.50.2, backends/default/ops.py and, for 8-b
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,21 @@ def quantise(weight: Tensor, *, double: bool) -> Nf4Tensor:
     return Nf4Tensor(shape=tuple(weight.shape), codes=codes, absmax=codes_8bit, scales=scales, offset=offset.reshape(1))
 
 
-def dequantise(tensor: Nf4Tensor, dtype: torch.dtype) -> Tensor:
-    """As ``weights.nf4.dequantise``."""
+def block_values(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``weights.nf4.block_values``."""
+    values = F.embedding(codes.int(), _pairs(absmax.device)).view(-1, BLOCK)
+    return (values * absmax[:, None]).to(dtype)
+
+
+def dequantise(
+    tensor: Nf4Tensor, dtype: torch.dtype, by: Callable[[Tensor, Tensor, torch.dtype], Tensor] = block_values
+) -> Tensor:
+    """The whole tensor; ``by`` computes its blocks."""
     absmax = tensor.absmax
     if tensor.scales is not None and tensor.offset is not None:
         group = torch.arange(tensor.num_blocks, device=absmax.device) // GROUP
         absmax = absmax_of(absmax, tensor.scales[group], tensor.offset)
-    values = F.embedding(tensor.blocks().int(), _pairs(absmax.device)).view(-1, BLOCK)
-    flat = (values * absmax[:, None]).to(dtype).view(-1)
+    flat = by(tensor.blocks(), absmax, dtype).view(-1)
     return flat[: torch.Size(tensor.shape).numel()].view(tensor.shape)
 
 

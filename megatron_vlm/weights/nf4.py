@@ -143,16 +143,6 @@ def quantise(weight: Tensor, *, double: bool) -> Nf4Tensor:
     return dataclasses.replace(tensor, absmax=codes_8bit, scales=state.absmax, offset=offset.reshape(1))
 
 
-def dequantise(tensor: Nf4Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole tensor."""
-    absmax = tensor.absmax
-    if tensor.scales is not None and tensor.offset is not None:
-        group = torch.arange(tensor.num_blocks, device=absmax.device) // GROUP
-        absmax = absmax_of(absmax, tensor.scales[group], tensor.offset)
-    flat = block_values(tensor.blocks(), absmax, dtype).view(-1)
-    return flat[: torch.Size(tensor.shape).numel()].view(tensor.shape)
-
-
 def block_values(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes uint8 [blocks, 32], absmax fp32 [blocks] -> values [blocks, 64]."""
     library, shape = _library(codes.device.type), torch.Size((len(absmax), BLOCK))

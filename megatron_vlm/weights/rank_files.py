@@ -2,11 +2,18 @@
 
     rank 0..N-1: [Piece + tensor] --write_rank_file--> rankR.safetensors --RankFiles--> full tensor | tp shard
 
-A file holds ``model/NAME`` (the rank's tensor parallel shard of a weight) and flat fragments ``param/NAME``,
-``exp_avg/NAME`` and ``exp_avg_sq/NAME`` of the optimizer's state of such a shard. The header says where each piece
-belongs, so reading needs neither a process group nor the layout of the run that wrote it. A tensor is rebuilt by laying
-fragments end to end into tp shards, and these into the full tensor (mapping.Split); padded vocabulary rows
-are dropped on the way.
+Every kind of state is a fragment of a full tensor, told by one ``Piece``:
+
+    full tensor --Split--> tp shard --flat, [start : start + its length]--> fragment
+
+A file holds ``model/NAME`` (a weight, or a pair of adapters) and ``param/NAME``, ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` (the
+optimizer's state of it). A tensor in the shape of the shard is all of it, a flat one the fragment from the piece's ``start``
+on: today weights are written whole by one of their copies and a distributed optimizer writes fragments. Fully sharded
+parameters need nothing more: each rank writes its fragment of the weight too, from the same ``start`` as its state.
+
+The header says where each piece belongs, so reading needs neither a process group nor the layout of the run that wrote it. A
+tensor is rebuilt by laying fragments end to end into tp shards, and these into the full tensor; padded vocabulary rows are
+dropped on the way.
 """
 
 import dataclasses
@@ -40,7 +47,7 @@ class Piece:
         shape: of the full tensor, without vocabulary padding.
         local_shape: of the tensor parallel shard.
         split: how shards make up the full tensor.
-        start: place of the optimizer's fragments in the flat shard (0 where the rank holds all of it).
+        start: place of the rank's fragments in the flat shard (0 where it holds all of it).
         step: updates that AdamW has made to the parameter; None where the rank has no state of it.
     """
 
@@ -86,7 +93,7 @@ def write_rank_file(
         directory: of the checkpoint being written.
         rank, world_size, tp, tp_rank: of the writing rank.
         pieces: one per name in ``tensors``.
-        tensors: (kind, name) -> tensor on any device; weights in the shard's shape, the other kinds flat.
+        tensors: (kind, name) -> tensor on any device, in the shard's shape or a flat fragment of it.
 
     Returns:
         ``{"size", "sha256"}`` of the file.
@@ -218,7 +225,7 @@ class RankFiles:
                 self.steps[name] = piece.step
         for key, info in file.infos.items():
             kind, _, name = key.partition("/")
-            start = 0 if kind == "model" else pieces[name].start
+            start = 0 if info.shape == pieces[name].local_shape else pieces[name].start
             part = _Part(file, key, start, start + torch.Size(info.shape).numel())
             self._parts[name, kind][place["tp_rank"]].append(part)  # type: ignore[index]
         return place["world_size"]

@@ -1,4 +1,4 @@
-"""``load_into`` fills every parameter, tied copies and chosen names included, and lists all that does not fit."""
+"""``load_into`` fills every parameter, tied copies included, and lists all that does not fit."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def twins(tmp_path_factory):
     return root
 
 
-def loaded(hf_dir, weights, parallel, names=None):
+def loaded(hf_dir, weights, parallel):
     """On a rank: parameters of a model built for ``hf_dir`` after ``weights`` were loaded; the error's text instead."""
     from megatron_vlm.testing.parity import build_for_test
 
@@ -32,7 +32,7 @@ def loaded(hf_dir, weights, parallel, names=None):
         torch.nn.init.constant_(parameter, -7)
     with open_source(weights) as source:
         try:
-            load_into(source, model, names)
+            load_into(source, model)
         except ConversionError as error:
             return str(error)
     return {name: parameter.detach().clone() for name, parameter in parameters}
@@ -52,14 +52,6 @@ def test_any_layout_loads_any_other(twins, tmp_path, tp, pp):
                 seen.add(name)
                 assert torch.equal(value, splits[full].shard(source.read(full), tp, rank % tp)), name
     assert seen == {*splits, "language_model.output_layer.weight"}
-
-
-def test_chosen_names_alone_are_loaded(twins):
-    (parameters,) = run_distributed(loaded, twins / "tied", twins / "tied", {}, names=[EMBEDDING])
-    untouched = {name for name, value in parameters.items() if bool((value == -7).all())}
-    assert untouched == set(parameters) - {EMBEDDING}
-    (text,) = run_distributed(loaded, twins / "tied", twins / "tied", {}, names=["gone"])
-    assert "gone: asked for, not in the model" in text
 
 
 def test_shapes_that_differ_are_listed(twins):

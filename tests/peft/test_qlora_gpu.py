@@ -19,11 +19,12 @@ from megatron_vlm.peft.lora import apply_lora, fill
 from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan
 from megatron_vlm.testing import nf4_oracle
+from megatron_vlm.testing.nf4_oracle import dequantise
 from megatron_vlm.testing.parity import hf_inputs, random_samples
 from megatron_vlm.testing.peft_twin import our_name, peft_twin, twin_in_4bit
 from megatron_vlm.testing.twins import write_tiny_idefics2
 from megatron_vlm.weights.mapping import ROW, direct, gated, qkv
-from megatron_vlm.weights.nf4 import dequantise, quantise
+from megatron_vlm.weights.nf4 import block_values, quantise
 from megatron_vlm.weights.nf4_shard import Lines, shard
 
 pytestmark = pytest.mark.gpu
@@ -58,8 +59,8 @@ def test_the_oracle_agrees_on_cuda():
             print(f"{shape} double {double}: different values {different}")
             assert not any(different.values()), (shape, double, different)
             expected = bnb.dequantize_4bit(codes, state).view(shape)
-            for by in (dequantise, nf4_oracle.dequantise):
-                assert torch.equal(by(ours, torch.bfloat16), expected), (shape, double)
+            for by in (block_values, nf4_oracle.block_values):
+                assert torch.equal(dequantise(ours, torch.bfloat16, by), expected), (shape, double)
             if not double:
                 cpu = quantise(weight.cpu(), double=False)
                 assert torch.equal(cpu.codes, ours.codes.cpu()) and torch.equal(cpu.absmax, ours.absmax.cpu()), shape
@@ -74,7 +75,7 @@ def test_shards_equal_the_whole_tensor_on_cuda():
         (qkv("w", "qkv", **heads), [(128, 128), (64, 128), (64, 128)]),
     ):
         tensors = [quantise(draw(*shape), double=True) for shape in shapes]
-        full = entry.to_full([dequantise(tensor, torch.bfloat16) for tensor in tensors])
+        full = entry.to_full([dequantise(tensor, torch.bfloat16, block_values) for tensor in tensors])
         for tp in (1, 2, 4):
             for rank in range(tp):
                 codes, nf4 = shard(Lines.of(entry, shapes, tp, rank), tensors, torch.bfloat16)

@@ -10,9 +10,10 @@ from megatron_vlm import registry
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.sources.quantised import quantised_names
 from megatron_vlm.testing import nf4_oracle
+from megatron_vlm.testing.nf4_oracle import dequantise
 from megatron_vlm.weights import nf4 as nf4_of
 from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, Split, TensorInfo, direct, gated, qkv
-from megatron_vlm.weights.nf4 import Nf4Tensor, dequantise, dynamic_map, quantise
+from megatron_vlm.weights.nf4 import Nf4Tensor, block_values, dynamic_map, quantise
 from megatron_vlm.weights.nf4_shard import Lines, shard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +47,7 @@ def test_whole_tensors_equal_bitsandbytes(by, double):
             assert torch.equal(ours.absmax, state.absmax), (shape, dtype)
             if double:
                 assert torch.equal(ours.scales, state.state2.absmax) and torch.equal(ours.offset[0], state.offset)
-            assert torch.equal(by.dequantise(ours, dtype), values), (shape, dtype)
+            assert torch.equal(dequantise(ours, dtype, by.block_values), values), (shape, dtype)
             error = float((values.float() - weight.float()).norm() / weight.float().norm())
             assert 0.06 < error < 0.12, f"{shape}: {error} is not the error of NF4"
 
@@ -115,8 +116,8 @@ def bits(tensors, count: int) -> float:
 def test_scales_of_a_shard_quantised_by_itself_would_differ():
     """Why whole tensors are quantised: the mean and the groups of double quantisation belong to the whole."""
     weight = draw(256, 128)
-    whole = dequantise(quantise(weight, double=True), torch.float32)
-    half = dequantise(quantise(weight[128:].contiguous(), double=True), torch.float32)
+    whole = dequantise(quantise(weight, double=True), torch.float32, block_values)
+    half = dequantise(quantise(weight[128:].contiguous(), double=True), torch.float32, block_values)
     assert not torch.equal(half, whole[128:])
 
 
@@ -130,11 +131,10 @@ def test_its_absence_is_an_error_that_says_what_to_install(monkeypatch):
 
     nf4_of._library.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
+    codes = torch.zeros(1, 32, dtype=torch.uint8)
     for use in (
         lambda: quantise(draw(8, 8), double=False),
-        lambda: dequantise(
-            Nf4Tensor(shape=(2,), codes=torch.zeros(1, dtype=torch.uint8), absmax=torch.ones(1)), torch.float32
-        ),
+        lambda: block_values(codes, torch.ones(1), torch.float32),
     ):
         with pytest.raises(
             ConfigError, match=r"does not run on cpu \(ImportError: .*pip install 'megatron_vlm\[qlora\]'"
@@ -152,8 +152,8 @@ def test_what_is_no_linear_is_refused():
 
 def test_values_behind_the_end_are_zero():
     tensor = Nf4Tensor(shape=(3,), codes=torch.tensor([0xF0, 0x0F], dtype=torch.uint8), absmax=torch.ones(1))
-    assert dequantise(tensor, torch.float32).tolist() == [1.0, -1.0, -1.0]
-    assert (nf4_of.block_values(tensor.blocks(), tensor.absmax, torch.float32)[0, 4:] == 0).all()
+    assert dequantise(tensor, torch.float32, block_values).tolist() == [1.0, -1.0, -1.0]
+    assert (block_values(tensor.blocks(), tensor.absmax, torch.float32)[0, 4:] == 0).all()
 
 
 def test_head_embeddings_and_norms_are_never_among_the_names():

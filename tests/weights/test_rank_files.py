@@ -30,8 +30,8 @@ def full():
     return tensors
 
 
-def write(directory, full, tp, dp, change=lambda rank, pieces, tensors: None):
-    """Writes what tp x dp ranks own: weights from the last dp rank, states cut at uneven places over dp ranks."""
+def write(directory, full, tp, dp, change=lambda rank, pieces, tensors: None, cut_weights=False):
+    """Writes what tp x dp ranks own: weights from the last dp rank, or cut too, states cut at uneven places over dp ranks."""
     for rank in range(tp * dp):
         tp_rank, dp_rank = rank % tp, rank // tp
         pieces, tensors = {}, {}
@@ -45,7 +45,9 @@ def write(directory, full, tp, dp, change=lambda rank, pieces, tensors: None):
             pieces[name] = Piece(
                 name=name, shape=SHAPES[name], local_shape=tuple(shard.shape), split=split, start=start, step=3.0
             )
-            if dp_rank == dp - 1:
+            if cut_weights:
+                tensors["model", name] = shard.reshape(-1)[start:end]
+            elif dp_rank == dp - 1:
                 tensors["model", name] = shard
             for kind in MOMENTS:
                 tensors[kind, name] = split.shard(full[kind, name], tp, tp_rank).reshape(-1)[start:end]
@@ -62,9 +64,10 @@ def same(a, b):
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
 
 
+@pytest.mark.parametrize("cut_weights", [False, True], ids=["whole", "fully sharded"])
 @pytest.mark.parametrize("tp, dp", [(1, 1), (2, 1), (1, 3), (2, 2)])
-def test_full_tensors_and_shards_of_any_layout(tmp_path, full, tp, dp):
-    with RankFiles(write(tmp_path, full, tp, dp)) as files:
+def test_full_tensors_and_shards_of_any_layout(tmp_path, full, tp, dp, cut_weights):
+    with RankFiles(write(tmp_path, full, tp, dp, cut_weights=cut_weights)) as files:
         assert sorted(files.names()) == sorted(files.names("exp_avg")) == sorted(SHAPES)
         assert files.steps == dict.fromkeys(SHAPES, 3.0)
         for (kind, name), tensor in full.items():

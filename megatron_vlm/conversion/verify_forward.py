@@ -106,6 +106,7 @@ def run_hf(
 
 def run_ours(reference: Any, source: WeightSource, samples: Sequence[EncodedSample], gradients: bool) -> Run:
     """Our model on one process, all samples packed in one row, weights merged from the source's shards."""
+
     cpu.install()
     device = torch.device("cpu")
     init_process_group(device)

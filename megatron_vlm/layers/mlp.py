@@ -3,10 +3,11 @@
 import copy
 from typing import Any
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
+
+from megatron_vlm.layers.backend import backend_of
 
 
 class ParallelMLP(MLP):
@@ -18,9 +19,10 @@ class ParallelMLP(MLP):
     def __init__(self, config: TransformerConfig, input_size: int, ffn_hidden_size: int, tp_group: Any):
         config = copy.copy(config)  # linear_fc2 takes its width from the config alone
         config.ffn_hidden_size = ffn_hidden_size
+        backend = backend_of(config)
         super().__init__(
             config,
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            MLPSubmodules(linear_fc1=backend.column, linear_fc2=backend.row),
             input_size=input_size,
             ffn_hidden_size=ffn_hidden_size,
             tp_group=tp_group,

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vlm.layers.attention import attention
+from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.mlp import ParallelMLP
-from megatron_vlm.layers.norm import RMSNorm
 
 
 class Segments:
@@ -66,10 +65,11 @@ class PerceiverAttention(nn.Module):
         column = dict(shared, gather_output=False)
         hidden, width = config.hidden_size, config.num_attention_heads * self.head_dim
         kv_width = self.num_query_groups * self.head_dim
-        self.q_proj = ColumnParallelLinear(hidden, width, **column)
-        self.k_proj = ColumnParallelLinear(hidden, kv_width, **column)
-        self.v_proj = ColumnParallelLinear(hidden, kv_width, **column)
-        self.o_proj = RowParallelLinear(width, hidden, input_is_parallel=True, skip_bias_add=False, **shared)
+        backend = backend_of(config)
+        self.q_proj = backend.column(hidden, width, **column)
+        self.k_proj = backend.column(hidden, kv_width, **column)
+        self.v_proj = backend.column(hidden, kv_width, **column)
+        self.o_proj = backend.row(width, hidden, input_is_parallel=True, skip_bias_add=False, **shared)
 
     def forward(self, latents: Tensor, context: Tensor, segments: Segments) -> Tensor:
         """latents [I * L, H], context [P, H], both normed -> [I * L, H]."""
@@ -96,10 +96,11 @@ class PerceiverLayer(nn.Module):
     def __init__(self, config: TransformerConfig, attention_module: PerceiverAttention, tp_group: Any):
         super().__init__()
         size, eps = config.hidden_size, config.layernorm_epsilon
-        self.input_latents_norm = RMSNorm(config, size, eps)
-        self.input_context_norm = RMSNorm(config, size, eps)
+        norm = backend_of(config).norm(config)
+        self.input_latents_norm = norm(config, size, eps)
+        self.input_context_norm = norm(config, size, eps)
         self.self_attn = attention_module
-        self.post_attention_layernorm = RMSNorm(config, size, eps)
+        self.post_attention_layernorm = norm(config, size, eps)
         self.mlp = ParallelMLP(config, size, config.ffn_hidden_size, tp_group)
 
     def forward(self, latents: Tensor, context: Tensor, segments: Segments) -> Tensor:
@@ -127,7 +128,7 @@ class PerceiverResampler(nn.Module):
             )
         )
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.norm = backend_of(config).norm(config)(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, context: Tensor, counts: Sequence[int]) -> Tensor:
         """context [P, H] with ``counts`` patches per image -> [I * L, H]."""

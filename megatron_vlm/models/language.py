@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -28,42 +27,36 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_vlm.layers.core_attention import CoreAttention, RowParams
+from megatron_vlm.layers.backend import backend_of
+from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.layers.cross_entropy import linear_cross_entropy_sum
-from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 from megatron_vlm.layers.rope import RotaryAngles
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.parallel.topology import SoloGroup, Topology
 
 
-def layer_spec(
-    norm: type[RMSNorm] | type[LayerNorm],
-    causal: bool,
-    *,
-    layer: type[TransformerLayer] = TransformerLayer,
-    params: dict[str, Any] | None = None,
-    column: type[ColumnParallelLinear] = ColumnParallelLinear,
-    row: type[RowParallelLinear] = RowParallelLinear,
-) -> ModuleSpec:
-    """Spec of one transformer layer from megatron-core's parallel linears, our norms and our core attention.
+def layer_spec(config: TransformerConfig, causal: bool, layer: ModuleSpec | None = None) -> ModuleSpec:
+    """Spec of one transformer layer, of the classes that ``layers/backend.py`` chooses for ``config``.
 
     Args:
-        norm: of both halves of the layer.
+        config: of the part that the layer belongs to.
         causal: of the attention.
-        layer: a family's own class of layer, and ``params``, what its constructor takes beside megatron-core's arguments.
-        column, row: classes of its linears.
+        layer: a family's own class of layer, and what its constructor takes beside megatron-core's arguments.
     """
-    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    mask, backend = AttnMaskType.causal if causal else AttnMaskType.no_mask, backend_of(config)
+    column, row, norm = backend.column, backend.row, backend.norm(config)
     return ModuleSpec(
-        layer,
-        params=params or {},
+        layer.module if layer else TransformerLayer,
+        params=layer.params if layer else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
                 SelfAttention,
                 params={"attn_mask_type": mask},
-                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=CoreAttention, linear_proj=row),
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column, core_attention=backend.core_attention, linear_proj=row
+                ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
@@ -107,6 +100,7 @@ def transformer_config(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         calculate_per_token_loss=True,
+        transformer_impl="local",
         deallocate_pipeline_outputs=decoder,
         # Rows differ in length; megatron-core asks for the alltoall dispatcher with this even in dense models.
         variable_seq_lengths=pp > 1 and vp == 1,
@@ -144,8 +138,10 @@ class Decoder(GPTModel):
     ):
         config = decoder_transformer_config(text, topology, options)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=topology.pp_rank)
-        layer = layer or layer_spec(RMSNorm, causal=True)
-        spec = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+        spec = TransformerBlockSubmodules(
+            layer_specs=[layer_spec(config, causal=True, layer=layer)] * layers,
+            layer_norm=backend_of(config).norm(config),
+        )
         super().__init__(
             config=config,
             transformer_layer_spec=spec,

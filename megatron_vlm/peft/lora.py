@@ -10,8 +10,8 @@ So what is exchanged is as wide as the rank, once. Gradients of A (column) and B
 its own under sequence parallelism: marked like norms, megatron-core's finalize_model_grads sums them. Several pairs of a fused
 linear (q, k, v; gate, up) go through together, each with its own dropout, and their outputs are laid out like the linear's.
 
-The pairs hang in the linear as its submodule ``lora`` and add themselves in a forward hook: classes of modules and names of base
-weights stay as they are. The head is never called as a module (models/language.py takes its factors).
+The pairs hang in the linear as its branch ``lora`` (layers/linear.py). The head is never called as a module (models/language.py
+takes its factors).
 Sources: LoRA (arXiv 2106.09685); peft 0.21.2, tuners/lora/layer.py.
 """
 
@@ -24,18 +24,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.built import Model, global_named_modules, global_named_parameters, mark_sharding, unwrapped
+from megatron_vlm.layers.linear import Place
+from megatron_vlm.models.built import Model, global_named_modules, global_named_parameters, mark_sharding
 from megatron_vlm.parallel.rng import derive_seed
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.peft.adapter_map import PeftPlan, Target, adapter_mapping, local_rows, shared_evenly, trained_mapping
@@ -69,7 +63,8 @@ class LowRank(nn.ModuleDict):
     """All pairs of one linear, by the last name of their HF linear.
 
     Args:
-        linear: which gets them.
+        at: how the linear lies.
+        device: of its weight.
         pairs: in any order.
         places: int64, where the outputs of each pair lie among those of the linear on this rank.
         outputs: of the linear on this rank.
@@ -77,21 +72,18 @@ class LowRank(nn.ModuleDict):
 
     order: Tensor | None
 
-    def __init__(self, linear: Any, pairs: Mapping[str, Pair], places: Sequence[Tensor], outputs: int):
+    def __init__(self, at: Place, device: Any, pairs: Mapping[str, Pair], places: Sequence[Tensor], outputs: int):
         super().__init__(pairs)
-        self.row = isinstance(linear, RowParallelLinear)
-        self.sequence_parallel, self.group = bool(linear.sequence_parallel), linear.tp_group
+        self.place = at
         place = torch.cat(list(places))
         rest = torch.ones(outputs, dtype=torch.bool)
         rest[place] = False
         order = torch.cat([place, rest.nonzero()[:, 0]]).argsort()
         straight = torch.equal(order, torch.arange(outputs))
         self.num_rest = int(rest.sum())
-        self.register_buffer("order", None if straight else order.to(linear.weight.device), persistent=False)
+        self.register_buffer("order", None if straight else order.to(device), persistent=False)
         for pair in pairs.values():
-            # Its gradient is a sum over tokens, of which this rank sees its own.
-            summed = pair.b if self.row else pair.a
-            setattr(summed, "sequence_parallel", self.sequence_parallel)  # noqa: B010 - megatron-core reads it
+            self.place.mark(pair.a, pair.b)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Adds the pairs to what the linear made of ``x``."""
@@ -106,13 +98,7 @@ class LowRank(nn.ModuleDict):
             low = torch.cat([F.linear(self._drop(x, pair), rows) for pair, rows in zip(pairs, a)], -1)
         else:
             low = F.linear(x, torch.cat(a))
-        if self.row and self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(low, group=self.group)
-        if self.row:
-            return reduce_from_tensor_model_parallel_region(low, group=self.group)
-        if self.sequence_parallel:
-            return gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self.group)
-        return copy_to_tensor_model_parallel_region(low, group=self.group)
+        return self.place.exchange(low)
 
     def up(self, low: Tensor) -> Tensor:
         """B of all pairs: [T, 1, sum of r] -> [T, 1, outputs of this rank]; zero where no pair is."""
@@ -135,12 +121,11 @@ class LowRank(nn.ModuleDict):
         if pair.source is None:
             return pair.b
         # Other ranks use other rows: their gradients are summed.
-        return copy_to_tensor_model_parallel_region(pair.b, group=self.group)[pair.source]
+        return copy_to_tensor_model_parallel_region(pair.b, group=self.place.group)[pair.source]
 
     def _drop(self, x: Tensor, pair: Any) -> Tensor:
         # Ranks draw alike where they hold the same, and apart where they hold other features or tokens.
-        apart = self.group.size() > 1 and (self.row or self.sequence_parallel)
-        with get_cuda_rng_tracker().fork() if apart else nullcontext():
+        with get_cuda_rng_tracker().fork() if self.place.draws_apart else nullcontext():
             return F.dropout(x, pair.dropout, self.training)
 
 
@@ -174,11 +159,7 @@ def apply_lora(model: Model, plan: PeftPlan, seed: int) -> Model:
                 parameter.requires_grad_()
                 if name in plan.biases:
                     _train_parts(parameter, plan.bias_entries[name], entries[name].split, plan.biases[name], topology)
-        for linear in unwrapped(stage).modules():
-            if isinstance(linear, ColumnParallelLinear) and not linear.skip_bias_add and _trains_bias_alone(linear):
-                linear.register_forward_hook(_let_gradient_into_bias)
         mark_sharding(stage, mapping)
-        _let_gradients_into_tower(unwrapped(stage).vision_model)
     return dataclasses.replace(model, mapping=mapping, saved=trained_mapping(model.mapping, plan, topology.tp))
 
 
@@ -195,7 +176,8 @@ def _add_pairs(
     linear: Any, targets: Sequence[Target], entries: Mapping[str, Entry], topology: Topology, init: str, seed: int
 ) -> None:
     """Makes the pairs of one linear and hooks them in."""
-    if not isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+    at = Place.of(linear)
+    if at is None:
         raise ConfigError(
             f"peft.target_modules: {targets[0].hf_module} is a {type(linear).__name__}, which takes no pair"
         )
@@ -212,12 +194,7 @@ def _add_pairs(
         if device.type != "meta":
             pair.a.data.copy_(entries[f"{target.name}.a"].split.shard(draw(target, init, seed), tp, rank))
     full = split.padded(targets[0].full_rows, tp)
-    linear.lora = LowRank(linear, pairs, places, full // tp if split.dim == 0 else full)
-    linear.register_forward_hook(_add_to_output)
-
-
-def _add_to_output(linear: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    return linear.lora(inputs[0], output[0]), output[1]
+    linear.lora = LowRank(at, linear.weight.device, pairs, places, full // tp if split.dim == 0 else full)
 
 
 def draw(target: Target, init: str, seed: int) -> Tensor:
@@ -238,27 +215,3 @@ def _train_parts(bias: Tensor, entry: Entry, split: Split, parts: Sequence[str],
     full = entry.to_full([torch.full((size,), float(hf in parts)) for hf, size in zip(entry.hf, sizes)])
     mask = split.shard(full, topology.tp, topology.tp_rank).to(bias.device, bias.dtype)
     bias.register_hook(lambda gradient: gradient * mask)
-
-
-def _trains_bias_alone(linear: Any) -> bool:
-    return linear.bias is not None and linear.bias.requires_grad and not linear.weight.requires_grad
-
-
-def _let_gradient_into_bias(linear: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    """megatron-core's product with a frozen weight gives its bias no gradient: a zero that has one."""
-    return output[0] + (linear.bias - linear.bias.detach()), output[1]
-
-
-def _let_gradients_into_tower(tower: nn.Module | None) -> None:
-    """megatron-core's recomputation gives no gradient at all to layers whose input needs none, as behind frozen embeddings."""
-    if tower is None or not any(parameter.requires_grad for parameter in tower.parameters()):
-        return
-    for block in tower.modules():
-        if isinstance(block, TransformerBlock) and block.config.recompute_granularity is not None:
-            block.register_forward_pre_hook(_require_gradient)
-
-
-def _require_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    if torch.is_grad_enabled() and not inputs[0].requires_grad:
-        return inputs[0].detach().requires_grad_(), *inputs[1:]
-    return inputs

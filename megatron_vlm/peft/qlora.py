@@ -3,8 +3,8 @@
     source --HF tensor by HF tensor--> quantise whole --> this rank's blocks --> linear.weight (codes), linear.nf4 (scales)
     forward   y = x @ values(codes).T (+ bias)      backward   dx = dy @ values(codes), summed as megatron-core does
 
-Codes and scales are buffers: no gradient, no optimizer state, no part of a checkpoint. megatron-core's linears only hand
-``weight`` on to ``_forward_impl``, so their classes, forward passes and other parameters stay as they are. Embedding, head,
+Codes and scales are buffers: no gradient, no optimizer state, no part of a checkpoint. Linears take another ``product`` with
+their weight (layers/linear.py); their classes, forward passes and other parameters stay as they are. Embedding, head,
 norms, biases and the branches of partial LoRA keep the dtype of the run.
 """
 
@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.layers.linear import Place
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.built import Model, global_named_modules
 from megatron_vlm.models.options import DTYPES
@@ -75,7 +75,7 @@ def take_weights(
             name = f"{module_name}.weight"
             if name not in names or name in trained:
                 continue
-            if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            if Place.of(module) is None:
                 raise TypeError(f"{module_name} is a {type(module).__name__}, which cannot be quantised")
             del module.weight
             module.register_buffer("weight", torch.empty(0, dtype=torch.uint8), persistent=False)
@@ -106,7 +106,7 @@ def install(linear: nn.Module, codes: Tensor, weight: Nf4Weight) -> None:
     """Makes a linear without weight one whose weight is in NF4."""
     linear.weight = codes
     linear.nf4 = weight
-    linear._forward_impl = partial(_linear, weight)  # type: ignore[assignment]
+    linear.product = partial(_linear, weight)  # type: ignore[assignment]
 
 
 def _linear(

@@ -38,8 +38,15 @@ LEVELS = {
     "__main__": 10,
     "testing": 11,
 }
-# Neighbours on one level that must stay apart all the same. Layers may say how their weights are split (weights.mapping).
-APART = {("data", "layers"), ("layers", "data"), ("data", "weights"), ("weights", "data"), ("weights", "layers")}
+# Neighbours on one level that must stay apart all the same.
+APART = {
+    ("data", "layers"),
+    ("layers", "data"),
+    ("data", "weights"),
+    ("weights", "data"),
+    ("weights", "layers"),
+    ("layers", "weights"),
+}
 NO_MEGATRON = (
     "data",
     "weights",

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_vlm.layers.projector import projector_entries
+from megatron_vlm.models.parts.projector import projector_entries
 from megatron_vlm.testing.distributed import run_distributed
 
 IN, OUT = 12, 8

@@ -16,8 +16,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vlm.errors import DataError
+from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.core_attention import RowParams
-from megatron_vlm.layers.norm import LayerNorm
 from megatron_vlm.layers.vision.siglip import cumulative, patchify
 
 
@@ -58,9 +58,10 @@ class ClipVisionModel(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(hidden, **options))
         self.patch_embedding = nn.Conv2d(num_channels, hidden, patch_size, stride=patch_size, bias=False, **options)
         self.position_embedding = nn.Embedding(side * side + 1, hidden, **options)
-        self.pre_layernorm = LayerNorm(config, hidden, epsilon)
+        norm = backend_of(config).norm(config)
+        self.pre_layernorm = norm(config, hidden, epsilon)
         self.unused_layers = nn.ModuleList(encoder.layers[num_run_layers:])
-        self.unused_layernorm = LayerNorm(config, hidden, epsilon)
+        self.unused_layernorm = norm(config, hidden, epsilon)
         encoder.layers = nn.ModuleList(encoder.layers[:num_run_layers])
         encoder.num_layers_per_pipeline_rank = num_run_layers  # recomputation counts by it
         self.encoder = encoder

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -140,13 +139,6 @@ class InternVitLayer(TransformerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.self_attn_bda.tile_tokens = self.mlp_bda.tile_tokens = kwargs["packed_seq_params"].max_seqlen_q
         return super().forward(*args, **kwargs)
-
-
-class UnbiasedColumnParallelLinear(ColumnParallelLinear):
-    """Without the bias that megatron-core's attention gives its linears all or none of."""
-
-    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any):
-        super().__init__(*args, bias=False, **kwargs)
 
 
 class WidthRMSNorm(nn.Module):

@@ -1,18 +1,12 @@
 """CLIP's vision tower for any family: its config, how it is built over tensor parallel ranks, its part of a weight map."""
 
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.parts.tower import BOTH, TowerConfig, build_encoder, layer_entries, tower_sizes
-from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.models.parts.tower import BOTH, TowerConfig, layer_entries, tower_sizes
 from megatron_vlm.weights.mapping import Entry, direct
-
-if typing.TYPE_CHECKING:
-    from megatron_vlm.layers.vision.clip import ClipVisionModel
 
 _ACTIVATIONS = ("quick_gelu", "gelu")
 
@@ -52,25 +46,6 @@ class ClipConfig(TowerConfig):
         if hf.hidden_act not in _ACTIVATIONS:
             raise ConfigError(f"CLIP's hidden_act {hf.hidden_act!r} is not built: one of {', '.join(_ACTIVATIONS)} is")
         return cls(**tower_sizes(hf.to_dict()), hidden_act=hf.hidden_act, select_layer=select_layer)
-
-
-def build_clip(
-    clip: ClipConfig, topology: Topology, options: ModelOptions, tower: "type[ClipVisionModel] | None" = None
-) -> "ClipVisionModel":
-    """The tower (of a subclass ``tower``, if given); whole on every rank where its heads do not divide."""
-    import torch.nn.functional as F
-
-    from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu  # loads megatron-core
-
-    encoder = build_encoder(clip, topology, options, quick_gelu if clip.hidden_act == "quick_gelu" else F.gelu)
-    return (tower or ClipVisionModel)(
-        encoder,
-        num_run_layers=clip.num_run_layers,
-        config=encoder.config,
-        patch_size=clip.patch_size,
-        num_channels=clip.num_channels,
-        side=clip.side,
-    )
 
 
 def clip_entries(clip: ClipConfig, tp: int, hf: str, mg: str = "vision_model.") -> list[Entry]:

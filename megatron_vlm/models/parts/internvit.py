@@ -3,24 +3,14 @@
 Checkpoints spell it in two ways: ``chat``, the original's, and ``hf``, transformers'.
 """
 
-import dataclasses
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.hf_config import require
-from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.parts.tower import BOTH, LayerNames, TowerConfig, build_encoder, layer_entries, tower_sizes
-from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.models.parts.tower import BOTH, LayerNames, TowerConfig, layer_entries, tower_sizes
 from megatron_vlm.weights.mapping import COLUMN, REPLICATED, Entry, direct
-
-if typing.TYPE_CHECKING:
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    from megatron_vlm.layers.vision.internvit import InternVisionModel
 
 # Defaults of the original's InternVisionConfig, for keys that a config.json leaves out.
 _CHAT_DEFAULTS = {
@@ -52,6 +42,10 @@ class InternVitConfig(TowerConfig):
     norm_type: Literal["layer_norm", "rms_norm"]
     qkv_bias: bool
     qk_norm: bool
+
+    @property
+    def normalization(self) -> str:
+        return "LayerNorm" if self.norm_type == "layer_norm" else "RMSNorm"
 
     @classmethod
     def from_chat(cls, vision: Mapping[str, Any]) -> "InternVitConfig":
@@ -85,58 +79,6 @@ class InternVitConfig(TowerConfig):
     def _of(cls, values: Mapping[str, Any], qkv_bias: bool, qk_norm: bool) -> "InternVitConfig":
         require("vision_config.hidden_act", values["hidden_act"], "gelu", "InternVL3")
         return cls(**tower_sizes(values), norm_type=values["norm_type"], qkv_bias=qkv_bias, qk_norm=qk_norm)
-
-
-def build_internvit(
-    vit: InternVitConfig, topology: Topology, options: ModelOptions, *, smallest: int = 1
-) -> "InternVisionModel":
-    """The tower; whole on every rank where its heads do not divide. ``smallest``: side of the connector's blocks of patches."""
-    import torch.nn.functional as F
-
-    from megatron_vlm.layers.vision.internvit import InternVisionModel  # loads megatron-core
-
-    last = max(1, vit.num_layers - 1)
-
-    def layer(index: int, mcore: "TransformerConfig", tp_group: Any) -> "ModuleSpec":
-        return _layer(vit, mcore, tp_group, options.drop_path_rate * index / last)
-
-    encoder = build_encoder(vit, topology, options, F.gelu, layer=layer)
-    return InternVisionModel(
-        encoder,
-        hidden_size=vit.hidden_size,
-        patch_size=vit.patch_size,
-        num_channels=vit.num_channels,
-        side=vit.side,
-        smallest=smallest,
-        dtype=options.torch_dtype,
-        device=next(encoder.parameters()).device,
-    )
-
-
-def _layer(vit: InternVitConfig, mcore: "TransformerConfig", tp_group: Any, drop_path: float) -> "ModuleSpec":
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    from megatron_vlm.layers.norm import LayerNorm, RMSNorm  # loads megatron-core
-    from megatron_vlm.layers.vision import internvit  # loads megatron-core
-    from megatron_vlm.models.language import layer_spec  # loads megatron-core
-
-    spec = layer_spec(LayerNorm if vit.norm_type == "layer_norm" else RMSNorm, causal=False)
-    attention = spec.submodules.self_attention
-    linears = {} if vit.qkv_bias else {"linear_qkv": internvit.UnbiasedColumnParallelLinear}
-    norm = ModuleSpec(internvit.WidthRMSNorm, params={"tp_group": tp_group})
-    norms = {"q_layernorm": norm, "k_layernorm": norm} if vit.qk_norm else {}
-    residual = ModuleSpec(internvit.ScaledResidual, params={"config": mcore, "drop_path": drop_path})
-    return ModuleSpec(
-        internvit.InternVitLayer,
-        submodules=dataclasses.replace(
-            spec.submodules,
-            self_attention=dataclasses.replace(
-                attention, submodules=dataclasses.replace(attention.submodules, **linears, **norms)
-            ),
-            self_attn_bda=residual,
-            mlp_bda=residual,
-        ),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,12 @@
 """The perceiver resampler for any family: its config and cost, how it is built over tensor parallel ranks, its weight map."""
 
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config import Config
 from megatron_vlm.models.hf_config import require
-from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.parallel.topology import SoloGroup, Topology
 from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, direct, gated
-
-if typing.TYPE_CHECKING:
-    from megatron.core.transformer import TransformerConfig
-
-    from megatron_vlm.layers.perceiver import PerceiverResampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,49 +48,6 @@ class PerceiverConfig(Config):
             head_dim=perceiver["resampler_head_dim"],
             norm_epsilon=perceiver["rms_norm_eps"],
         )
-
-
-def perceiver_transformer_config(
-    perceiver: PerceiverConfig, hidden_size: int, topology: Topology, options: ModelOptions
-) -> "TransformerConfig":
-    """megatron-core's config of the resampler, which serves a gated projection before it as well."""
-    import torch.nn.functional as F
-
-    from megatron_vlm.models.language import transformer_config  # loads megatron-core
-
-    # num_query_groups is checked against tp by megatron-core's config only for its own attention, which this part does not use.
-    return transformer_config(
-        topology,
-        options,
-        decoder=False,
-        tp=1,
-        num_layers=perceiver.depth,
-        hidden_size=hidden_size,
-        ffn_hidden_size=4 * hidden_size,
-        num_attention_heads=perceiver.num_attention_heads,
-        num_query_groups=perceiver.num_query_groups,
-        kv_channels=perceiver.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=perceiver.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-    )
-
-
-def build_perceiver(perceiver: PerceiverConfig, mcore: "TransformerConfig", topology: Topology) -> "PerceiverResampler":
-    """The resampler; its attention whole on every rank where its heads do not divide."""
-    from megatron_vlm.layers.perceiver import (  # loads megatron-core
-        PerceiverAttention,
-        PerceiverLayer,
-        PerceiverResampler,
-    )
-
-    group = topology.tp_group if perceiver.sharded(topology.tp) else SoloGroup()
-    layers = [
-        PerceiverLayer(mcore, PerceiverAttention(mcore, group), topology.tp_group) for _ in range(perceiver.depth)
-    ]
-    return PerceiverResampler(mcore, layers, perceiver.num_latents)
 
 
 def perceiver_entries(perceiver: PerceiverConfig, tp: int, hf: str, mg: str) -> list[Entry]:

@@ -1,43 +1,23 @@
-"""Builds the MLP projector between a tower and a decoder (``layers/projector.py``) for any family."""
+"""The MLP projector's part of a weight map, for any family (``layers/projector.py``; ``build.py`` builds it)."""
 
-from typing import TypeVar
+from collections.abc import Sequence
 
-import torch.nn.functional as F
-
-from megatron_vlm.layers.projector import Projector
-from megatron_vlm.models.language import transformer_config
-from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.parallel.topology import Topology
-
-P = TypeVar("P", bound=Projector)
+from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, direct
 
 
-def build_projector(
-    kind: type[P],
-    width: int,
-    hidden_size: int,
-    topology: Topology,
-    options: ModelOptions,
-    norm_epsilon: float | None = None,
-) -> P:
-    """The projector, split by the width between its linears.
+def projector_entries(name: str, linears: Sequence[str], norm: str | None = None) -> list[Entry]:
+    """Weight map of a ``Projector``.
 
     Args:
-        kind: class to make.
-        width: of the features.
-        hidden_size: of the decoder.
-        topology, options: of the model.
-        norm_epsilon: of the norm before it; None: there is none.
+        name: of the module in our model, with its dot (``connector.``).
+        linears: HF names of the two linears, without ``.weight``.
+        norm: HF name of the norm.
     """
-    mcore = transformer_config(
-        topology,
-        options,
-        decoder=False,
-        tp=1,
-        num_layers=1,
-        hidden_size=hidden_size,
-        num_attention_heads=1,
-        activation_func=F.gelu,
-        add_bias_linear=True,
-    )
-    return kind(mcore, width, topology.tp_group, norm_epsilon)
+    entries = []
+    for kind in ("weight", "bias"):
+        if norm:
+            entries.append(direct(f"{name}layernorm.{kind}", f"{norm}.{kind}"))
+        entries.append(direct(f"{name}mlp.linear_fc1.{kind}", f"{linears[0]}.{kind}", COLUMN))
+    entries.append(direct(f"{name}mlp.linear_fc2.weight", f"{linears[1]}.weight", ROW))
+    entries.append(direct(f"{name}mlp.linear_fc2.bias", f"{linears[1]}.bias"))
+    return entries

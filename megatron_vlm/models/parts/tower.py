@@ -1,25 +1,15 @@
 """What vision transformers share: their sizes, an encoder over tensor parallel ranks, and its part of a weight map.
 
 A tower for any family is a module beside this one (``clip.py``, ``internvit.py``, ``siglip.py``): its config, how it is built,
-its weight map. Processors read the configs in worker processes, which never build: megatron-core is imported where it is used.
+its weight map. Processors read the configs in worker processes, which never build: that is ``build.py``'s.
 """
 
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from megatron_vlm.config import Config
-from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, direct, qkv
-
-if typing.TYPE_CHECKING:
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlock
 
 BOTH = ("weight", "bias")
 _HF_KEYS = {
@@ -52,6 +42,11 @@ class TowerConfig(Config):
     norm_epsilon: float
 
     @property
+    def normalization(self) -> str:
+        """Kind of the norms of its layers, as megatron-core calls it."""
+        return "LayerNorm"
+
+    @property
     def side(self) -> int:
         """Patches along one side of an image of ``image_size``."""
         return self.image_size // self.patch_size
@@ -64,50 +59,6 @@ class TowerConfig(Config):
 def tower_sizes(vision: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ``TowerConfig`` from HF's keys."""
     return {ours: vision[theirs] for ours, theirs in _HF_KEYS.items()}
-
-
-def build_encoder(
-    tower: TowerConfig,
-    topology: Topology,
-    options: ModelOptions,
-    activation: Callable[[Tensor], Tensor],
-    *,
-    final_norm: bool = False,
-    layer: "Callable[[int, TransformerConfig, Any], ModuleSpec] | None" = None,
-) -> "TransformerBlock":
-    """The tower's bidirectional layers; whole on every rank where its heads do not divide.
-
-    Args:
-        tower, topology, options: of the model.
-        activation: of the MLPs.
-        final_norm: a norm follows the last layer.
-        layer: ``layer(index, config, tensor parallel group)``, where the layers are not plain ones with LayerNorm.
-    """
-    from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-
-    from megatron_vlm.layers.norm import LayerNorm  # loads megatron-core
-    from megatron_vlm.models.language import layer_spec, process_groups, transformer_config  # loads megatron-core
-
-    solo = not tower.sharded(topology.tp)
-    groups = process_groups(solo)
-    mcore = transformer_config(
-        topology,
-        options,
-        decoder=False,
-        tp=1 if solo else None,
-        num_layers=tower.num_layers,
-        hidden_size=tower.hidden_size,
-        ffn_hidden_size=tower.ffn_hidden_size,
-        num_attention_heads=tower.num_attention_heads,
-        normalization="LayerNorm",
-        layernorm_epsilon=tower.norm_epsilon,
-        activation_func=activation,
-        add_bias_linear=True,
-    )
-    plain = layer_spec(LayerNorm, causal=False)
-    layers = [layer(i, mcore, groups.tp) if layer else plain for i in range(tower.num_layers)]
-    spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=LayerNorm)
-    return TransformerBlock(mcore, spec, post_layer_norm=final_norm, pg_collection=groups)
 
 
 @dataclass(frozen=True, kw_only=True)

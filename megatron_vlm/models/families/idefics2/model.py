@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from megatron_vlm.layers.mlp import ParallelMLP
 from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.parts.perceiver import build_perceiver, perceiver_transformer_config
-from megatron_vlm.models.parts.siglip import build_siglip
+from megatron_vlm.models.parts.build import build_perceiver, build_siglip, perceiver_transformer_config
 from megatron_vlm.models.vlm import VisionLanguageModel, build_stage
 from megatron_vlm.parallel.topology import Topology
 

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from megatron_vlm.layers.projector import projector_entries
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel, llama_entries
 from megatron_vlm.models.parts.internvit import internvit_entries
+from megatron_vlm.models.parts.projector import projector_entries
 from megatron_vlm.weights.mapping import Mapping, Prefixes
 
 _TOWERS = {"chat": "vision_model.", "hf": "vision_tower."}

@@ -14,8 +14,7 @@ from megatron_vlm.layers.projector import Projector
 from megatron_vlm.layers.vision.internvit import pixel_shuffle
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.parts.internvit import build_internvit
-from megatron_vlm.models.parts.projector import build_projector
+from megatron_vlm.models.parts.build import build_internvit, build_projector
 from megatron_vlm.models.vlm import VisionLanguageModel, build_stage
 from megatron_vlm.parallel.topology import Topology
 

@@ -1,9 +1,9 @@
 """Weight maps of LLaVA: transformers' key names as files hold them, and the folders that XTuner writes."""
 
-from megatron_vlm.layers.projector import projector_entries
 from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
 from megatron_vlm.models.parts.clip import clip_entries
 from megatron_vlm.models.parts.decoder import check_tensor_parallel, llama_entries
+from megatron_vlm.models.parts.projector import projector_entries
 from megatron_vlm.weights.mapping import Mapping, Prefixes
 
 TEXT, HEAD = "language_model.model.", "language_model.lm_head.weight"

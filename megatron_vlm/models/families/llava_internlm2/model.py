@@ -11,8 +11,7 @@ from torch import Tensor
 from megatron_vlm.layers.projector import Projector
 from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.parts.clip import build_clip
-from megatron_vlm.models.parts.projector import build_projector
+from megatron_vlm.models.parts.build import build_clip, build_projector
 from megatron_vlm.models.vlm import VisionLanguageModel, build_stage
 from megatron_vlm.parallel.topology import Topology
 

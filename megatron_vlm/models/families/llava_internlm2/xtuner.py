@@ -7,13 +7,13 @@ from typing import Any
 
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_bytes
-from megatron_vlm.layers.projector import projector_entries
 from megatron_vlm.models.assembling import copy_small_files
 from megatron_vlm.models.families.internlm2.mapping import internlm2_entries
 from megatron_vlm.models.families.llava_internlm2.assemble import PARTS
 from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
 from megatron_vlm.models.parts.clip import clip_entries
 from megatron_vlm.models.parts.decoder import llama_entries
+from megatron_vlm.models.parts.projector import projector_entries
 from megatron_vlm.models.processing.processor_files import processor_settings
 from megatron_vlm.weights.mapping import Entry, Mapping
 

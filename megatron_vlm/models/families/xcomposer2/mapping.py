@@ -1,11 +1,11 @@
 """Weight map of InternLM-XComposer2 in its own key names: InternLM2's, a branch beside every linear, tower, projection."""
 
-from megatron_vlm.layers.partial_lora import branch_entries
-from megatron_vlm.layers.projector import projector_entries
 from megatron_vlm.models.families.internlm2.mapping import internlm2_entries
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
 from megatron_vlm.models.parts.clip import clip_entries
 from megatron_vlm.models.parts.decoder import TextConfig, check_tensor_parallel
+from megatron_vlm.models.parts.partial_lora import branch_entries
+from megatron_vlm.models.parts.projector import projector_entries
 from megatron_vlm.weights.mapping import Entry, Mapping, direct
 
 _TOWER = "vit.vision_tower.vision_model."

@@ -9,16 +9,15 @@ Legend: S size of the tower's images (336), n patches a side, Hv and H hidden si
 
 from functools import partial
 
-from megatron_vlm.layers.norm import RMSNorm
-from megatron_vlm.layers.partial_lora import PartialLoraColumnLinear, PartialLoraLayer, PartialLoraRowLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_vlm.layers.partial_lora import PartialLoraLayer
 from megatron_vlm.layers.projector import Projector
 from megatron_vlm.layers.vision.clip import ClipVisionModel
 from megatron_vlm.layers.vision.hd import HdClipVisionModel, HdConnector
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
-from megatron_vlm.models.language import layer_spec
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.models.parts.clip import build_clip
-from megatron_vlm.models.parts.projector import build_projector
+from megatron_vlm.models.parts.build import build_clip, build_projector
 from megatron_vlm.models.vlm import VisionLanguageModel, build_stage
 from megatron_vlm.parallel.topology import Topology
 
@@ -28,14 +27,7 @@ def build_xcomposer2(
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
     tower = partial(build_clip, config.vision, tower=HdClipVisionModel if config.hd else ClipVisionModel)
-    layer = layer_spec(
-        RMSNorm,
-        causal=True,
-        layer=PartialLoraLayer,
-        params=dict(rank=config.plora_rank, dropout=config.plora_dropout),
-        column=PartialLoraColumnLinear,
-        row=PartialLoraRowLinear,
-    )
+    layer = ModuleSpec(PartialLoraLayer, params=dict(rank=config.plora_rank, dropout=config.plora_dropout))
     return build_stage(config.text, topology, options, vp_stage, tower, partial(_build_connector, config), layer)
 
 

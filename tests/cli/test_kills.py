@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_main import files_of, finish, run_argv, start
 
 from megatron_vlm.testing import commands
 from megatron_vlm.testing.runs import metrics_of
 from megatron_vlm.weights.checkpoint_dir import holds_checkpoints
+from tests.cli.test_main import files_of, finish, run_argv, start
 
 __all__ = ["run_argv"]  # the fixture
 

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_ranks import train_without_room
 
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.runs import damage_one_image, metrics_of, train
+from tests.training.checkpoint.ranks import train_without_room
 
 TP2 = "--tensor-model-parallel-size 2"
 

@@ -21,7 +21,7 @@ from megatron_vlm.testing.mutations import mutated_logits
 from megatron_vlm.testing.parity import hf_reference, random_samples
 from megatron_vlm.testing.twins import write_tiny_idefics2
 
-LOGITS = 2e-5  # the bar of test_parity.py, of the largest logit
+LOGITS = 2e-5  # the bar of test_model.py, of the largest logit
 TIMES = 30
 SAMPLES = [([(40, 50)], 14), ([], 23), ([(56, 56), (17, 33), (24, 48)], 9)]
 SMALL = 0.02

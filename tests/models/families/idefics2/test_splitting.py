@@ -18,7 +18,7 @@ from megatron_vlm.testing.twins import write_tiny_idefics2
 from tests.models.families.idefics2.test_processor import LATENTS, ODD_IMAGES, hf_inputs, write_processor
 
 SPLITTABLE = {name: data for name, data in ODD_IMAGES.items() if name not in ("line", "line across", "one pixel")}
-LOGITS = 2e-5  # of the largest logit, as in test_parity.py; measured 5e-6
+LOGITS = 2e-5  # of the largest logit, as in test_model.py; measured 5e-6
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from checkpoint_ranks import VOCAB_MULTIPLE, leg, merge, same_bits
 
 from megatron_vlm import registry
 from megatron_vlm.files import read_json
 from megatron_vlm.testing.distributed import run_distributed
+from tests.training.checkpoint.ranks import VOCAB_MULTIPLE, leg, merge, same_bits
 
 # Relative distance of loss and gradient norm in the steps after a change of layout.
 CONTINUED = 1e-5  # fp32; measured 4e-7. bf16: as far as transformers in bf16 is from fp32 on this processor (``calm``)

@@ -114,7 +114,7 @@ def published_tensors(variant):
 
 @pytest.mark.parametrize("variant", ["7b", "vl-7b", "4khd-7b"])
 def test_the_map_takes_the_published_tensors(variant):
-    from tests.models.families.xcomposer2.test_xcomposer2_processor import OF_VARIANT, PUBLISHED
+    from tests.models.families.xcomposer2.test_processor import OF_VARIANT, PUBLISHED
 
     spec = registry.get("xcomposer2")
     config = spec.config({**PUBLISHED, **OF_VARIANT[variant]})

@@ -8,8 +8,8 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.options.resolve import resolve
 from megatron_vlm.training.memory.estimate import estimate
-from tests.models.families.xcomposer2.test_xcomposer2_conversion import published_tensors
-from tests.models.families.xcomposer2.test_xcomposer2_processor import OF_VARIANT, PUBLISHED
+from tests.models.families.xcomposer2.test_mapping import published_tensors
+from tests.models.families.xcomposer2.test_processor import OF_VARIANT, PUBLISHED
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "xcomposer2"
 RECIPES = {"vl-7b": "finetune_xcomposer2.yaml", "4khd-7b": "finetune_xcomposer2_4khd.yaml"}

@@ -3,13 +3,13 @@
 import shutil
 
 import pytest
-from checkpoint_ranks import full_disk, killed_save, looked_for, same_bits, two_saves
 
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.testing.distributed import forkserver, run_distributed
 from megatron_vlm.training.optimizer.state import MOMENTS
 from megatron_vlm.weights import checkpoint_dir
 from megatron_vlm.weights.rank_files import RankFiles
+from tests.training.checkpoint.ranks import full_disk, killed_save, looked_for, same_bits, two_saves
 
 TP2 = {"tensor_model_parallel_size": 2}
 

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_ranks import two_saves
 
 from megatron_vlm.cli.main import main
 from megatron_vlm.data.shards.dataset import Dataset
@@ -16,6 +15,7 @@ from megatron_vlm.files import read_json
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.fuzz import flip_bit, run_forked
 from megatron_vlm.weights.checkpoint_dir import TRACKER, candidates, verify
+from tests.training.checkpoint.ranks import two_saves
 
 FEW, ALL = 40, 200
 NEWEST = "iter_0000002"

@@ -1,6 +1,6 @@
 """Arguments that several commands of argparse share.
 
-PathArgument        ``action`` of a path: ``~`` and environment variables are expanded, an empty one is refused
+add_path            a path: ``~`` and environment variables are expanded, an empty one is refused
 add_verify_hashes   ``--no-verify-hashes``, wherever files are compared with the digests that were recorded of them
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 from megatron_vlm.files import expand_text
 
 
-class PathArgument(argparse.Action):
+class _PathArgument(argparse.Action):
     """Keeps a path, or each of several, as ``files.expand_text`` gives it; an error names the option."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None):
@@ -20,6 +20,11 @@ class PathArgument(argparse.Action):
         else:
             expanded = expand_text(values, what)
         setattr(namespace, self.dest, expanded)
+
+
+def add_path(group: Any, name: str, help: str, *, metavar: str = "DIR", **more: Any) -> None:
+    """Adds a path, or with ``nargs`` several, to a parser or a group of its arguments."""
+    group.add_argument(name, action=_PathArgument, metavar=metavar, help=help, **more)
 
 
 def add_verify_hashes(parser: argparse.ArgumentParser) -> None:

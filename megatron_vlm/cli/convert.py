@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_vlm.cli.arguments import PathArgument, add_verify_hashes
+from megatron_vlm.cli.arguments import add_path, add_verify_hashes
 from megatron_vlm.cli.main import main as command
 from megatron_vlm.log import setup_logging
 
@@ -13,53 +13,32 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Adds ``hf2mg``, ``mg2hf``, ``merge``, ``pth2hf`` and ``verify``; ``convert_commands`` runs them."""
     _add_hf2mg(commands)
     parser = commands.add_parser("mg2hf", help="Megatron weights or a training checkpoint -> Hugging Face directory")
-    parser.add_argument(
-        "--load",
-        required=True,
-        metavar="DIR",
-        action=PathArgument,
-        help="Megatron weights, a training checkpoint or one iter_ folder",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", action=PathArgument, help="absent or an empty directory")
+    add_path(parser, "--load", "Megatron weights, a training checkpoint or one iter_ folder", required=True)
+    add_path(parser, "--out", "absent or an empty directory", required=True)
     parser.add_argument("--family", help="checked against what --load holds (default: taken from it)")
     _add_output(parser)
     adapter = parser.add_argument_group("adapters (a checkpoint of a run with peft settings, or an adapter's folder)")
     adapter.add_argument("--adapter-only", action="store_true", help="write the adapter, for PEFT")
     adapter.add_argument("--merge", action="store_true", help="write the model with the adapter merged into its base")
-    adapter.add_argument(
-        "--base",
-        metavar="DIR",
-        action=PathArgument,
-        help="the base, where it has moved; with --adapter-only, what is named as the base",
-    )
+    add_path(adapter, "--base", "the base, where it has moved; with --adapter-only, what is named as the base")
     parser = commands.add_parser("merge", help="a model and an adapter of it -> the merged Hugging Face directory")
-    parser.add_argument(
-        "--base", required=True, metavar="DIR", action=PathArgument, help="the model that the adapter was trained on"
-    )
-    parser.add_argument(
-        "--adapter",
-        required=True,
-        metavar="DIR",
-        action=PathArgument,
-        help="PEFT's folder, or XTuner's with its adapters",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", action=PathArgument, help="absent or an empty directory")
+    add_path(parser, "--base", "the model that the adapter was trained on", required=True)
+    add_path(parser, "--adapter", "PEFT's folder, or XTuner's with its adapters", required=True)
+    add_path(parser, "--out", "absent or an empty directory", required=True)
     _add_output(parser)
     parser = commands.add_parser(
         "pth2hf",
         aliases=["pth_to_hf"],
         help="XTuner's step after training: a checkpoint -> adapters and projector, or the whole model, in XTuner's folders",
     )
-    parser.add_argument(
+    add_path(
+        parser,
         "paths",
+        "XTuner's order; its config is not needed, as a checkpoint knows its model",
         nargs="+",
         metavar="[CONFIG] CHECKPOINT OUT",
-        action=PathArgument,
-        help="XTuner's order; its config is not needed, as a checkpoint knows its model",
     )
-    parser.add_argument(
-        "--base", metavar="DIR", action=PathArgument, help="with adapters: the model that is named as their base"
-    )
+    add_path(parser, "--base", "with adapters: the model that is named as their base")
     _add_dtype(parser)
     add_verify_hashes(parser)
     _add_verify(commands)
@@ -83,14 +62,8 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "verify", help="is --load the model of --hf, and does it compute the same? exit code 0 or 1"
     )
-    parser.add_argument("--hf", required=True, metavar="DIR", action=PathArgument, help="the Hugging Face model")
-    parser.add_argument(
-        "--load",
-        required=True,
-        metavar="DIR",
-        action=PathArgument,
-        help="Megatron weights of any tp and pp, a training checkpoint or an export",
-    )
+    add_path(parser, "--hf", "the Hugging Face model", required=True)
+    add_path(parser, "--load", "Megatron weights of any tp and pp, a training checkpoint or an export", required=True)
     parser.add_argument("--family", help="checked against both (default: told by the files)")
     parser.add_argument(
         "--level",
@@ -108,22 +81,11 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser("hf2mg", help="Hugging Face directory -> Megatron weights for tp x pp ranks")
     parser.add_argument("--family", help="model family (default: told by config.json)")
     source = parser.add_argument_group("source (a hub id is taken wherever a directory is)")
-    source.add_argument(
-        "--hf", metavar="DIR", action=PathArgument, help="a whole model; Megatron weights of another layout work too"
-    )
-    source.add_argument(
-        "--llm", metavar="DIR", action=PathArgument, help="language model to assemble from, with --vision"
-    )
-    source.add_argument(
-        "--vision", metavar="DIR", action=PathArgument, help="vision tower to assemble from, with --llm"
-    )
-    source.add_argument(
-        "--projector",
-        metavar="PATH",
-        action=PathArgument,
-        help="trained projector for them: a folder, or XTuner's .pth",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", action=PathArgument, help="absent or an empty directory")
+    add_path(source, "--hf", "a whole model; Megatron weights of another layout work too")
+    add_path(source, "--llm", "language model to assemble from, with --vision")
+    add_path(source, "--vision", "vision tower to assemble from, with --llm")
+    add_path(source, "--projector", "trained projector for them: a folder, or XTuner's .pth", metavar="PATH")
+    add_path(parser, "--out", "absent or an empty directory", required=True)
     parser.add_argument(
         "--tp", "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="tensor parallel size"
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.cli.arguments import PathArgument
+from megatron_vlm.cli.arguments import add_path
 from megatron_vlm.data.formats import guess_records, open_sources
 from megatron_vlm.data.formats.records import VideoSettings
 from megatron_vlm.data.shards.build import build_shards
@@ -34,27 +34,9 @@ def _add_build(commands: Any) -> None:
     build = commands.add_parser("build", help="turn records and images into tar shards with an index")
     add = build.add_argument
     add("--format", required=True, help="llava, xcomposer, internvl, openai, parquet, webdataset")
-    add(
-        "--input",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        action=PathArgument,
-        help="files or globs; for webdataset also folders",
-    )
-    add(
-        "--image-root",
-        metavar="DIR",
-        action=PathArgument,
-        help="folder that relative image paths start from (default: .)",
-    )
-    add(
-        "--out",
-        required=True,
-        metavar="DIR",
-        action=PathArgument,
-        help="folder to make; with --val-fraction DIR/train and DIR/val",
-    )
+    add_path(build, "--input", "files or globs; for webdataset also folders", required=True, nargs="+", metavar="FILE")
+    add_path(build, "--image-root", "folder that relative image paths start from (default: .)")
+    add_path(build, "--out", "folder to make; with --val-fraction DIR/train and DIR/val", required=True)
     add("--samples-per-shard", type=int, default=1000, metavar="N")
     add("--workers", type=int, metavar="N", help="processes (default: one per core, 8 at most)")
     add("--repeat", type=float, nargs="+", default=[], metavar="X",
@@ -82,12 +64,7 @@ def _add_views(commands: Any) -> None:
     check.add_argument(
         "--format", help="format of inputs that are not shards: llava, xcomposer, internvl, openai, parquet, webdataset"
     )
-    check.add_argument(
-        "--image-root",
-        metavar="DIR",
-        action=PathArgument,
-        help="folder that relative image paths start from (default: .)",
-    )
+    add_path(check, "--image-root", "folder that relative image paths start from (default: .)")
     check.add_argument("--missing-placeholder", choices=["refuse", "prepend"], default="refuse",
         help="as for `data build`")  # fmt: skip
     check.add_argument("--split", "--part", dest="part", default="", metavar="NAME", help="as for `data build`")
@@ -95,27 +72,23 @@ def _add_views(commands: Any) -> None:
     stats = commands.add_parser("stats", help="lengths, images, supervised share, packing, steps; as text and PNG")
     _add_common(stats, "folder of shards", model_required=True)
     stats.add_argument("--global-batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
-    stats.add_argument("--out", metavar="FILE.png", action=PathArgument, help="histograms")
+    add_path(stats, "--out", "histograms", metavar="FILE.png")
 
     preview = commands.add_parser("preview", help="one HTML page: tokens, images and rows as the model gets them")
     _add_common(preview, "folder of shards", model_required=True)
-    preview.add_argument("--out", required=True, metavar="FILE.html", action=PathArgument)
+    add_path(preview, "--out", "", required=True, metavar="FILE.html")
     preview.add_argument("--samples", type=int, default=24, metavar="N", help="(default: %(default)s)")
     preview.add_argument("--seed", type=int, default=1234, metavar="N", help="training.seed (default: %(default)s)")
 
 
 def _add_common(parser: argparse.ArgumentParser, what: str, *, model_required: bool) -> None:
-    parser.add_argument("paths", nargs="*", metavar="PATH", action=PathArgument, help=what)
+    add_path(parser, "paths", what, nargs="*", metavar="PATH")
     parser.add_argument("--set", action="append", default=[], metavar="data.KEY=VALUE",
         help="a setting as `train` takes it: data.answer_loss_only=true; may be given several times")  # fmt: skip
-    parser.add_argument("--model", required=model_required, metavar="DIR", action=PathArgument,
-        help="HF folder, converted weights or checkpoint whose processor is used")  # fmt: skip
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        action=PathArgument,
-        help="YAML of a run: its data section is used, folders included",
+    add_path(
+        parser, "--model", "HF folder, converted weights or checkpoint whose processor is used", required=model_required
     )
+    add_path(parser, "--config", "YAML of a run: its data section is used, folders included", metavar="FILE")
     parser.add_argument(
         "--seq-length", type=int, metavar="N", help="data.seq_length (default: the config's, else 4096)"
     )

@@ -1,10 +1,9 @@
 """`megatron-vlm generate`: arguments -> GenerateConfig -> answers."""
 
 import argparse
-import functools
 from collections.abc import Sequence
 
-from megatron_vlm.cli.arguments import PathArgument, add_verify_hashes
+from megatron_vlm.cli.arguments import add_path, add_verify_hashes
 from megatron_vlm.config import apply_overrides
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import setup_logging
@@ -17,19 +16,17 @@ def run(argv: Sequence[str]) -> int:
     """Answers and returns the exit code."""
     parser = argparse.ArgumentParser(prog="megatron-vlm generate", description=USAGE)
     add = parser.add_argument
-    path = functools.partial(add, action=PathArgument)
-    path("--load", required=True, metavar="DIR",
-        help="Hugging Face model, Megatron weights, a checkpoint or an adapter")  # fmt: skip
-    path("--base", metavar="DIR", help="the base of an adapter (default: where its files say)")
+    add_path(parser, "--load", "Hugging Face model, Megatron weights, a checkpoint or an adapter", required=True)
+    add_path(parser, "--base", "the base of an adapter (default: where its files say)")
     add_verify_hashes(parser)
     add("--family", help="checked against what --load holds")
     add("--prompt", metavar="TEXT", help="a question; <image> marks an image's place, else images come first")
-    path("--image", nargs="+", default=[], metavar="FILE", help="images of --prompt, in order")
+    add_path(parser, "--image", "images of --prompt, in order", nargs="+", default=[], metavar="FILE")
     add("--system", metavar="TEXT", help="a system turn before --prompt")
-    path("--input", nargs="+", default=[], metavar="FILE", help="records with the last answer to be given again")
+    add_path(parser, "--input", "records with the last answer to be given again", nargs="+", default=[], metavar="FILE")
     add("--format", default="llava", help="format of --input, as of data build (default: llava)")
-    path("--image-root", default=".", metavar="DIR", help="folder that relative image paths of --input start from")
-    path("--out", metavar="FILE", help="where JSON lines go (default: standard output)")
+    add_path(parser, "--image-root", "folder that relative image paths of --input start from", default=".")
+    add_path(parser, "--out", "where JSON lines go (default: standard output)", metavar="FILE")
     add("--limit", type=int, metavar="N", help="answer the first N records of each input")
     add("--max-new-tokens", type=int, default=128, metavar="N")
     add("--temperature", type=float, default=0.0, metavar="X", help="0 (default): the likeliest token each time")

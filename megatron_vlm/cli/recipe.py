@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from megatron_vlm.cli.arguments import PathArgument
+from megatron_vlm.cli.arguments import add_path
 from megatron_vlm.options import recipes
 
 
@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
     copying = commands.add_parser("copy", help="copy a recipe to a folder, to edit and run it there")
     for command in (show, copying):
         command.add_argument("name", metavar="NAME", help="as listed, or the last part of it")
-    copying.add_argument("directory", metavar="DIR", action=PathArgument)
+    add_path(copying, "directory", "")
     args = parser.parse_args(argv)
     if args.command == "list":
         found = recipes.names(args.pattern)

@@ -21,7 +21,7 @@ from megatron_vlm.data.stream.loader import open_data
 from megatron_vlm.data.types import Processor
 from megatron_vlm.data.view.check import check_folder, check_sources
 from megatron_vlm.errors import ConfigError, DataError, Reason
-from megatron_vlm.files import read_bytes, read_json, read_text, write_synced, writing
+from megatron_vlm.files import read_bytes, read_json, write_synced, writing
 from megatron_vlm.launch.checks import Report
 from megatron_vlm.launch.inputs import SNIFFED, Inputs
 from megatron_vlm.progress import Bar
@@ -143,7 +143,7 @@ def _rejected(inputs: Inputs) -> list[dict[str, Any]]:
     """Records that the build left out."""
     assert inputs.shards is not None
     path = inputs.shards / REJECTED
-    return [json.loads(line) for line in read_text(path).splitlines()] if os.path.isfile(path) else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if os.path.isfile(path) else []
 
 
 def _tell_rejected(report: Report, inputs: Inputs, config: DataConfig) -> None:

@@ -36,7 +36,7 @@ from megatron_vlm.data.shards.staging import fingerprint_of, partial_folder
 from megatron_vlm.data.shards.tar_shards import TarJob, index_shard
 from megatron_vlm.data.shards.writer import MANIFEST, MANIFEST_VERSION, ShardWriter, load_record
 from megatron_vlm.errors import ConfigError, DataError, Reason
-from megatron_vlm.files import check_output, sync_path, write_synced, writing
+from megatron_vlm.files import check_output, read_json, read_json_value, sync_path, write_synced, writing
 from megatron_vlm.files import describe as describe_path
 from megatron_vlm.log import get_logger
 
@@ -112,7 +112,7 @@ def build_shards(
     settings["split"] = dataclasses.asdict(split) if split else None
     with writing(out), partial_folder(out, fingerprint_of(sources, settings)) as folder:
         if folder is None:  # killed between its last step and the removal of its traces
-            return json.loads((out / ("split.json" if split else MANIFEST)).read_text(encoding="utf-8"))
+            return read_json(out / ("split.json" if split else MANIFEST), DataError)
         build = _Build(sources, folder, samples_per_shard, num_workers, progress)
         targets = build.run(split)
         return build.finish(targets, out, split, on_bad_sample, max_bad_fraction)
@@ -232,7 +232,7 @@ class _Build:
         """
         done = self._done_file(targets, name)
         if os.path.exists(done):
-            self._take(targets, name, json.loads(done.read_text(encoding="utf-8")))
+            self._take(targets, name, read_json_value(done, DataError))
         elif not self.workers:
             self._done(targets, name, make(job))
         else:

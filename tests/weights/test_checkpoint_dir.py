@@ -3,10 +3,9 @@
 import shutil
 
 import pytest
+from checkpoint_folders import make
 
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.files import read_json, write_json
-from megatron_vlm.weights import checkpoint_dir
 from megatron_vlm.weights.checkpoint_dir import (
     TRACKER,
     candidates,
@@ -16,30 +15,10 @@ from megatron_vlm.weights.checkpoint_dir import (
     read_tracker,
     verify,
 )
-from megatron_vlm.weights.checkpoint_write import begin, commit, purge
-
-
-def make(root, iteration, content=b"weights"):
-    """A whole checkpoint with one file."""
-    folder = begin(root, iteration, 1000)
-    (folder / "rank0.safetensors").write_bytes(content)
-    (folder / "hf").mkdir()
-    (folder / "hf" / "config.json").write_text("{}")
-    write_json(folder / "state.json", {"run": {}})
-    return commit(folder, {}, {"iteration": iteration})
 
 
 def names(found):
     return [folder.name for folder in found.folders]
-
-
-def test_a_new_one_is_whole_and_tracked(tmp_path):
-    folder = make(tmp_path / "new" / "root", 7)
-    verify(folder)
-    assert (folder.parent / TRACKER).read_text() == "7\n"
-    files = read_json(folder / "manifest.json")["files"]
-    assert sorted(files) == ["hf/config.json", "rank0.safetensors", "state.json"]
-    assert sorted(p.name for p in folder.parent.iterdir()) == ["iter_0000007", TRACKER]
 
 
 def test_order_of_candidates(tmp_path):
@@ -150,43 +129,6 @@ def test_a_folder_holds_checkpoints_with_or_without_its_tracker(tmp_path):
     shutil.rmtree(folder)
     (tmp_path / TRACKER).write_text("5")
     assert holds_checkpoints(tmp_path)  # the load says what is wrong, and nothing starts anew
-
-
-def test_purge_keeps_the_last_the_loaded_and_the_later(tmp_path):
-    for iteration in (5, 10, 15, 20, 90):
-        make(tmp_path, iteration)
-    begin(tmp_path, 15, 0)  # as a killed save leaves it
-    purge(tmp_path, 20, 2, [tmp_path / "iter_0000005"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "iter_0000005",
-        "iter_0000015",
-        "iter_0000020",
-        "iter_0000090",
-        TRACKER,
-    ]
-    purge(tmp_path, 20, None)
-    assert len(checkpoint_dir.iterations(tmp_path)) == 4
-
-
-def test_an_iteration_saved_again_is_replaced(tmp_path):
-    make(tmp_path, 5)
-    make(tmp_path, 5, b"other")
-    purge(tmp_path, 5, None)
-    assert (tmp_path / "iter_0000005" / "rank0.safetensors").read_bytes() == b"other"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", TRACKER]
-
-
-def test_a_disk_that_is_too_small_is_refused_first(tmp_path):
-    with pytest.raises(CheckpointError, match="GB free, a checkpoint needs 1152921"):
-        begin(tmp_path, 5, 2**80 // 2**20)
-    assert not list(tmp_path.iterdir())
-
-
-def test_files_of_other_nodes_must_be_visible(tmp_path):
-    folder = begin(tmp_path, 5, 0)
-    with pytest.raises(CheckpointError, match="a file system that all nodes share"):
-        commit(folder, {"rank1.safetensors": {"size": 3, "sha256": ""}}, {})
-    assert checkpoint_dir.iterations(tmp_path) == []
 
 
 def test_shares_of_hashing_cover_every_file(tmp_path):

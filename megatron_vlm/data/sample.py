@@ -33,8 +33,8 @@ class RawSample:
         turns: the conversation.
         images: encoded files, in order of use; frames of a video among them.
         image_names: where each came from.
-        options: what the data set's own settings ask of the processor for this sample, known keys in
-            ``formats.records.OPTIONS``; a family without the notion (tiles, say) leaves a key unused.
+        options: what the data set's own settings ask of the processor for this sample (``max_dynamic_patch`` and
+            ``data_augment`` of InternVL's meta.json); a family without the notion (tiles, say) leaves a key unused.
         label: the record's ``id`` as its author wrote it, unique or not.
     """
 

@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.data.sample import RawSample as RawSample
-from megatron_vlm.data.sample import Turn as Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.chat import FastTokenizer
 from megatron_vlm.errors import Reason
 
@@ -99,12 +98,3 @@ class Processor(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer's ids, the token that ended it left out."""
-
-
-def plain(value: Any) -> Any:
-    """Returns ints, strings, lists and dicts only (numpy scalars unwrapped), for JSON."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value.item() if hasattr(value, "item") else value

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from megatron_vlm.config import Config, PathText
 from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.data.types import Processor, Turn
+from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.files import read_bytes
 

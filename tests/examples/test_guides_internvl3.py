@@ -10,7 +10,7 @@ from PIL import Image
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import row_from_samples
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.models.families.internvl3.processor import InternVL3Processor
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_reference, layout_logits

@@ -10,7 +10,7 @@ from PIL import Image
 from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import row_from_samples
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import layout_logits
 from megatron_vlm.testing.runs import metrics_of

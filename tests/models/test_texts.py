@@ -7,7 +7,7 @@ from PIL import Image
 
 from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import DataError, Reason
 from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
 from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3

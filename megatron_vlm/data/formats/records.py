@@ -16,8 +16,6 @@ VIDEO_PLACEHOLDER = "<video>"
 RECORDS_VERSION = 2  # of what records mean: shards that were built of the same files with another one are built anew
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
          "system": "system"}  # fmt: skip
-# RawSample.options: settings that a data set makes for its samples (InternVL's meta.json has these).
-OPTIONS = ("max_dynamic_patch", "data_augment")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ of the rules: XTuner 0.1, ``xtuner/utils/templates.py`` and ``encode_fn`` of ``x
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.chat import Piece
-from megatron_vlm.data.types import Turn
 
 IMAGE = "<image>"
 

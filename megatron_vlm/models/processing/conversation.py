@@ -22,10 +22,11 @@ from torch import Tensor
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import upright_rgb
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards.writer import num_placeholders
 from megatron_vlm.data.text.chat import FastTokenizer, Tokens, fit
 from megatron_vlm.data.text.literal import RESERVED, found, hidden
-from megatron_vlm.data.types import NO_OPTIONS, TokenCount, Turn
+from megatron_vlm.data.types import NO_OPTIONS, TokenCount
 from megatron_vlm.errors import DataError, Reason
 
 Size = tuple[int, int]

@@ -15,10 +15,10 @@ from PIL import Image
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import EncodedSample
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.chat import Piece, Tokens, encode_pieces, encode_separately
 from megatron_vlm.data.text.sentencepiece import load_tokenizer
 from megatron_vlm.data.text.templates import IMAGE, TEMPLATES, Template
-from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger

@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.templates import TEMPLATES
-from megatron_vlm.data.types import Turn
 
 SYSTEM, USER, ANSWER = "Be {brief}.", "Hi {}\n", "ok"
 TURNS = [

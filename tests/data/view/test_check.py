@@ -16,9 +16,9 @@ from megatron_vlm.cli.data import run
 from megatron_vlm.cli.main import main
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import decode_image
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.data.stream.loader import RowLoader
-from megatron_vlm.data.types import Turn
 from megatron_vlm.data.view.preview import _picture
 from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
 from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2

@@ -22,8 +22,8 @@ from PIL import Image
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import quarters, size_within
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.chat import Piece, Tokens, encode_pieces
-from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, Reason
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.processing.chat_template import chat_template, render

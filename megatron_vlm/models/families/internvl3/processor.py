@@ -19,8 +19,8 @@ from typing import Any
 from PIL import Image
 
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.chat import Piece, Tokens, encode_separately
-from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.families.internvl3.config import NAMINGS, InternVL3ModelConfig
 from megatron_vlm.models.processing.conversation import ConversationProcessor, Size, data_fields

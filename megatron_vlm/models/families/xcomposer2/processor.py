@@ -19,9 +19,9 @@ from PIL import Image
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import normalise, normalise_table
 from megatron_vlm.data.images.tiling import hd_size, hd_transform
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.chat import Piece, Tokens, encode_separately
 from megatron_vlm.data.text.sentencepiece import load_tokenizer
-from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import decode_image, open_image, probe_image
 from megatron_vlm.data.row import IGNORE_INDEX
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 from megatron_vlm.testing.twins import CHAT_TEMPLATE, CORPUS, SPECIAL_TOKENS, tiny_idefics2_config, tiny_tokenizer

@@ -9,7 +9,7 @@ from PIL import Image
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import open_image
 from megatron_vlm.data.row import IGNORE_INDEX, row_from_samples
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 from megatron_vlm.testing.distributed import run_distributed

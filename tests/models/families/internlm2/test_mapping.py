@@ -65,7 +65,7 @@ def test_as_llama(twin, tmp_path, caplog):
     text = "<|im_start|>user\nHow many cats?<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == text
     from megatron_vlm.data.config import DataConfig
-    from megatron_vlm.data.types import Turn
+    from megatron_vlm.data.sample import Turn
 
     with open_source(directory) as source:
         processor = source.spec.processor(directory, DataConfig(seq_length=64))

@@ -10,8 +10,8 @@ from PIL import Image
 
 from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.templates import TEMPLATES
-from megatron_vlm.data.types import Turn
 from megatron_vlm.errors import ConfigError, DataError
 
 START, END, NEWLINE, USER, ASS, ISTANT = 92543, 92542, 364, 1008, 525, 11353

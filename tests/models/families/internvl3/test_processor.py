@@ -13,7 +13,7 @@ from transformers.image_utils import load_image
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import IGNORE_INDEX
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 from megatron_vlm.models.families.internvl3.processor import SYSTEM, InternVL3Processor

@@ -7,7 +7,7 @@ from sklearn.datasets import load_sample_image
 
 from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.models.families.internvl3.processor import InternVL3Processor
 from megatron_vlm.options.resolve import resolve
 from megatron_vlm.testing.distributed import run_distributed

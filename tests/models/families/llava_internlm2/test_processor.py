@@ -8,7 +8,7 @@ from PIL import Image
 from megatron_vlm import registry
 from megatron_vlm.conversion.convert import export_hf, mg2hf, open_model
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava, write_tiny_parts
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.types import Turn
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
 from megatron_vlm.models.families.xcomposer2.processor import XComposer2Processor

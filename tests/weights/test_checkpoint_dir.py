@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-from checkpoint_folders import make
 
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.weights.checkpoint_dir import (
@@ -15,6 +14,7 @@ from megatron_vlm.weights.checkpoint_dir import (
     read_tracker,
     verify,
 )
+from tests.weights.checkpoint_folders import make
 
 
 def names(found):

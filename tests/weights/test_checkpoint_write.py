@@ -1,7 +1,6 @@
 """A new checkpoint appears whole and at once; old ones go, but for those that are needed."""
 
 import pytest
-from checkpoint_folders import make
 
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files import read_json
@@ -11,6 +10,7 @@ from megatron_vlm.weights.checkpoint_dir import (
     verify,
 )
 from megatron_vlm.weights.checkpoint_write import begin, commit, purge
+from tests.weights.checkpoint_folders import make
 
 
 def test_a_new_one_is_whole_and_tracked(tmp_path):

@@ -14,19 +14,16 @@ import torch
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file, save_file
 
-from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.open_source import open_source
-from megatron_vlm.errors import CheckpointError, ConfigError, ConversionError
+from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models.assembling import generator
 from megatron_vlm.peft.adapter_io import WEIGHTS
 from megatron_vlm.peft.config import PeftConfig
-from megatron_vlm.peft.merge import continued, full_tensors
-from megatron_vlm.peft.select import make_plan, named_mapping
+from megatron_vlm.peft.merge import continued
 from megatron_vlm.testing.peft_twin import multiply_dequantised
 from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
 from megatron_vlm.testing.twin_internvl3 import write_chat_layout, write_tiny_internvl3
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava_internlm2
 from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
 from megatron_vlm.testing.twins import write_tiny_idefics2
 from tests.peft.adapter_runs import adapter_of, assert_same, checkpoint, make, merged
@@ -117,81 +114,6 @@ def test_another_layout_in_peft(case, tmp_path):
         mg2hf(run, tmp_path / "no", adapter_only=True, naming=layout)
 
 
-def test_parts_become_one_linear(tmp_path):
-    """Pairs of q, k and v (v has none) stack their ranks where the layout has one linear, each with its own rows of B."""
-    twin = write_tiny_internvl3(tmp_path / "base")
-    write_chat_layout(tmp_path / "chat", twin)
-    run = checkpoint(
-        tmp_path / "run", tmp_path / "base", target_modules=r".*attention\.(q|k)_proj|.*linear_1", r=4, alpha=8.0
-    )
-    mg2hf(run, tmp_path / "adapter", adapter_only=True, naming="chat", base=tmp_path / "chat")
-    mg2hf(run, tmp_path / "merged", merge=True, naming="chat")
-    config, adapter = adapter_of(tmp_path / "adapter")
-    name = "vision_model.encoder.layers.0.attn.qkv"
-    assert adapter[f"{name}.lora_A.weight"].shape[0] == 8 and not adapter[f"{name}.lora_B.weight"][-48:].any()
-    scales = {config["lora_alpha"] / config["r"]}
-    scales |= {config["alpha_pattern"][key] / config["rank_pattern"][key] for key in config["alpha_pattern"]}
-    assert scales == {2.0}
-    base = load_file(tmp_path / "chat" / "model.safetensors")
-    expected = merged(base, {"lora_alpha": 2, "r": 1, "rank_pattern": {}, "alpha_pattern": {}}, adapter)
-    assert_same(load_file(tmp_path / "merged" / "model.safetensors"), expected)
-    # The fused adapter comes in on the model of the other layout, too.
-    with open_source(tmp_path / "adapter", base=tmp_path / "base") as fused, open_source(run) as split:
-        assert fused.naming == "chat" and split.naming is None
-        assert_same({n: fused.read(n) for n in fused.infos}, {n: split.read(n) for n in split.infos})
-
-
-XTUNER: dict[str, dict[str, Any]] = {
-    "split names": dict(
-        target_modules="all-linear", exclude_modules=("linear_1", "linear_2"), modules_to_save=("multi_modal_projector",)
-    ),
-    "xtuner's names": dict(
-        target_modules=("wqkv", "wo", "w1", "w2", "w3", "output", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        modules_to_save=("projector",), names="xtuner", vision_r=2, vision_alpha=4.0,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", XTUNER)
-def test_xtuner_folders(case, tmp_path):
-    """llm_adapter/, visual_encoder_adapter/ and projector/, from either kind of names; read back they are the same model."""
-    write_tiny_llava_internlm2(tmp_path / "base")
-    run = checkpoint(tmp_path / "run", tmp_path / "base", r=4, alpha=2.0, **XTUNER[case])
-    mg2hf(tmp_path / "base", tmp_path / "parts", naming="xtuner")
-    mg2hf(run, tmp_path / "out", adapter_only=True, naming="xtuner", base=tmp_path / "parts")
-    mg2hf(run, tmp_path / "merged", merge=True, naming="xtuner")
-    linears = {"": "model.layers.0.attention.wqkv", "visual_encoder": "vision_model.encoder.layers.0.mlp.fc1"}
-    for folder, part in (("llm_adapter", ""), ("visual_encoder_adapter", "visual_encoder")):
-        config, adapter = adapter_of(tmp_path / "out" / folder)
-        assert config["base_model_name_or_path"] == str(tmp_path / "parts" / part).rstrip("/")
-        assert f"{linears[part]}.lora_A.weight" in adapter
-        base = load_file(tmp_path / "parts" / part / "model.safetensors")
-        after = load_file(tmp_path / "merged" / part / "model.safetensors")
-        flat = {"lora_alpha": config["lora_alpha"], "r": config["r"], "rank_pattern": {}, "alpha_pattern": {}}
-        assert_same(after, merged(base, flat, adapter))
-    assert (tmp_path / "out" / "projector" / "model.safetensors").read_bytes() == (
-        tmp_path / "merged" / "projector" / "model.safetensors"
-    ).read_bytes()
-    assert (
-        main(
-            [
-                "merge",
-                "--base",
-                str(tmp_path / "base"),
-                "--adapter",
-                str(tmp_path / "out"),
-                "--out",
-                str(tmp_path / "again"),
-            ]
-        )
-        == 0
-    )
-    with open_source(tmp_path / "again") as again, open_source(run) as source:
-        for name in source.infos:
-            rows = again.read(name).shape[0] - ("output_layer" in name)  # <image>'s row stays behind in XTuner's head
-            assert torch.equal(again.read(name)[:rows], source.read(name)[:rows]), name
-
-
 def test_model_saved_with_its_adapter_inside(tmp_path):
     """The original's use_llm_lora and use_backbone_lora: merged where it is opened; or trained on, base and adapter apart."""
     write_chat_layout(tmp_path / "base", write_tiny_internvl3(tmp_path / "native"))
@@ -231,31 +153,6 @@ def test_model_saved_with_its_adapter_inside(tmp_path):
     mg2hf(folder, tmp_path / "adapter", adapter_only=True, base=tmp_path / "base")
     _, tensors = adapter_of(tmp_path / "adapter")
     assert "language_model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors
-
-
-def test_a_run_goes_on_from_an_adapter(tmp_path):
-    """Targets, ranks, scales and tensors of an adapter are those of the run that it came from."""
-    write_tiny_idefics2(tmp_path / "base")
-    run = checkpoint(
-        tmp_path / "run", tmp_path / "base", target_modules=("q_proj", "fc1", "gate_proj"), r=4, alpha=2.0, vision_r=2,
-        rank_pattern={r"model\.text_model\.layers\.2\..*": 3}, alpha_pattern={"gate_proj": 5.0},
-        modules_to_save=("perceiver_resampler",),
-        bias="lora_only", dropout=0.05,
-    )  # fmt: skip
-    mg2hf(run, tmp_path / "adapter", adapter_only=True)
-    with open_source(run) as source, open_source(tmp_path / "base") as base:
-        _, config, adapter = continued(PeftConfig(adapter=str(tmp_path / "adapter"), dropout=0.05), base)
-        plan = make_plan(base.spec, base.config, config, base.infos)
-        named = named_mapping(base.spec, base.config, None)
-        tensors = full_tensors(adapter, plan, named, base.read)
-        again = json.loads((run / "iter_0000001" / "state.json").read_text())["peft"]["config"]
-        first = make_plan(base.spec, base.config, PeftConfig.from_dict(again), base.infos)
-        assert [(t.name, t.r, t.alpha, t.scaling) for t in plan.targets] == [
-            (t.name, t.r, t.alpha, t.scaling) for t in first.targets
-        ]
-        assert plan.names == first.names == tensors.keys()
-        stored = full_tensors(source.adapter, first, named, base.read)
-        assert all(torch.equal(tensors[name], stored[name]) for name in stored)
 
 
 def test_flags_that_say_nothing(tmp_path):
@@ -347,17 +244,3 @@ def test_base_stored_in_4_bits(tmp_path):
     with open_source(tmp_path / "nf4") as nf4:
         base, config, _ = continued(PeftConfig(adapter=str(tmp_path / "adapter"), quantize="nf4"), nf4)
     assert base is nf4 and config.target_modules == ("w2", "wqkv")
-
-
-def test_base_that_moved_or_changed(tmp_path):
-    write_tiny_internlm2(make(tmp_path / "base"))
-    write_tiny_internlm2(make(tmp_path / "other"), seed=7)
-    run = checkpoint(tmp_path / "run", tmp_path / "base", target_modules=("wqkv",))
-    with pytest.raises(CheckpointError, match=r"other holds other weights than the base .* name that one with"):
-        open_source(run, base=tmp_path / "other")
-    (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"their base is not at .*base: name its new place"):
-        mg2hf(run, tmp_path / "no", merge=True)
-    mg2hf(run, tmp_path / "merged", merge=True, base=tmp_path / "moved")
-    mg2hf(run, tmp_path / "adapter", adapter_only=True, base=tmp_path / "moved")
-    assert adapter_of(tmp_path / "adapter")[0]["base_model_name_or_path"] == str(tmp_path / "moved")

@@ -5,50 +5,10 @@ import json
 import pytest
 import torch
 
-from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.peft.adapter_map import adapter_mapping, local_rows, trained_mapping
+from megatron_vlm.peft.adapter_map import adapter_mapping, trained_mapping
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.select import make_plan
-from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
-from megatron_vlm.testing.twin_internvl3 import write_chat_layout, write_tiny_internvl3
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava, write_tiny_llava_internlm2
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
-from megatron_vlm.testing.twins import write_tiny_idefics2
-
-
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory):
-    """Name -> (HF model or None, WeightSource), written when first asked for."""
-    made = {}
-
-    def chat(directory):
-        model = write_tiny_internvl3(directory / "hf")
-        write_chat_layout(directory / "chat", model)
-        return directory / "chat"
-
-    writers = {
-        "idefics2": write_tiny_idefics2,
-        "tied": lambda d: write_tiny_idefics2(d, text="llama", tie=True),
-        "one_kv_head": lambda d: write_tiny_idefics2(d, text="llama", kv_heads=2, perceiver_kv_heads=1),
-        "internvl3": write_tiny_internvl3,
-        "chat": chat,
-        "llava": write_tiny_llava,
-        "llava_internlm2": write_tiny_llava_internlm2,
-        "internlm2": write_tiny_internlm2,
-        "xcomposer2": lambda d: write_tiny_xcomposer2(d, variant="7b"),
-    }
-
-    def make(name):
-        if name not in made:
-            directory = tmp_path_factory.mktemp(name)
-            model = writers[name](directory)
-            made[name] = model, open_source(model if name == "chat" else directory)
-        return made[name]
-
-    yield make
-    for _, source in made.values():
-        source.close()
 
 
 def plan_of(source, **settings):
@@ -152,39 +112,6 @@ def test_another_layout_of_names(twin):
     (out,) = head.from_full(full)
     assert len(out) == source.config.source_vocab_size < text.vocab_size
     assert torch.equal(head.to_full([out])[: len(out)], out)
-
-
-@pytest.mark.parametrize(("name", "tp"), [("idefics2", 2), ("one_kv_head", 4), ("chat", 2), ("xcomposer2", 2)])
-def test_pairs_lie_as_their_weights(twin, name, tp):
-    """For every rank: (rows of its B) x A lies in its output where that HF linear's weight does, and nowhere else."""
-    _, source = twin(name)
-    base = source.spec.mapping(source.config, tp=tp)
-    plan = plan_of(source, target_modules="all-linear")
-    entries = adapter_mapping(base, plan, tp).by_name()
-    generator = torch.Generator().manual_seed(0)
-    replicated = 0
-    for target in plan.targets:
-        a_hf = torch.randn(target.r, target.inputs, generator=generator)
-        b_hf = torch.randn(target.shape[0], target.r, generator=generator)
-        a, b = (entries[f"{target.name}.{part}"] for part in "ab")
-        assert torch.equal(b.from_full(b.to_full([b_hf]))[0], b_hf)
-        weight = base.by_name()[target.entry.name]
-        parts = [torch.zeros(rows, target.inputs) for rows in target.part_rows]
-        parts[target.index] = b_hf @ a_hf
-        fused = target.entry.to_full(parts)
-        for rank in range(tp):
-            rows = local_rows(target, weight.split, tp, rank)
-            whole = b.split.dim is None
-            b_local = b.split.shard(b.to_full([b_hf]), tp, rank)
-            b_local = b_local[rows.source] if whole else b_local
-            a_local = a.split.shard(a_hf, tp, rank)
-            expected = weight.split.shard(fused, tp, rank)
-            delta = torch.zeros_like(expected)
-            delta[rows.place] = b_local @ a_local
-            torch.testing.assert_close(delta, expected)
-        replicated += weight.split.dim == 0 and b.split.dim is None
-    # More ranks than kv heads: their shares of q, k and v differ.
-    assert replicated == (3 * source.config.text.num_layers if name == "one_kv_head" else 0)
 
 
 @pytest.mark.parametrize(

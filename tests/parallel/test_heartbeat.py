@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.parallel.place import Place
-from megatron_vlm.parallel.verdict import Record, Seen, judge, missing
-from megatron_vlm.processes import Identity, state
 from megatron_vlm.testing.distributed import forkserver
 from tests.examples.shell import free_port
 
@@ -147,44 +144,3 @@ def test_a_rank_that_never_came_is_named(tmp_path, absent):
         assert "parallel.start_timeout_seconds waits longer" in job.output()
     else:
         assert "rank 0 at 127.0.0.1:" in job.output() and "does not answer" in job.output()
-
-
-def record(number: int, **fields) -> Record:
-    return Record(rank=number, who=Identity.of(), **fields)
-
-
-def test_judgement():
-    settings = dict(timeout=45.0, settled=7.0, grace=15.0, hint="Do this")
-    gone = Record(rank=2, who=Identity("elsewhere", "", 7, 0), phase="save", iteration=9)
-    seen = {1: Seen(record(1, phase="data"), 100.0), 2: Seen(gone, 100.0)}
-    assert judge(seen, 144.9, **settings) is None
-    seen[1].since = 140.0
-    verdict = judge(seen, 146.0, **settings)
-    assert verdict.ranks == (2,) and verdict.doomed == (gone.who,)
-    expected = (
-        "no sign of life: rank 2 (process 7 on elsewhere; silent for 46 s, last in phase save, iteration 9). Do this"
-    )
-    assert verdict.text == expected
-    assert type(verdict).from_json(verdict.to_json()) == verdict
-    ended = {1: Seen(record(1, phase="ended"), 0.0), 3: Seen(record(3, phase="closing"), 0.0)}
-    assert judge(ended, 1e6, **settings) is None
-    verdict = missing(4, [0, 2], 50, "rank 0 at h:1", {2: Identity.of(), 3: gone.who})
-    assert verdict.text.startswith("ranks 1, 3 (process 7 on elsewhere) of 4 did not come to rank 0 at h:1, and nobody")
-    assert verdict.ranks == (1, 3) and verdict.doomed == (gone.who,)
-
-
-def test_an_identity_is_of_one_process(tmp_path):
-    me = Identity.of()
-    assert me.lives and not me.stopped and me.here
-    later = Identity(me.host, me.place, me.pid, me.start + 1)  # the number, used again
-    assert not later.lives
-    later.kill()
-    assert Identity("elsewhere", me.place, 1, 1).lives
-    assert state(os.getpid()) in "RS" and not state(2**22 + 1)
-    assert Identity.from_dict(me.to_dict()) == me
-
-
-def test_the_parent_is_watched_under_torchrun_alone(monkeypatch):
-    assert Place.of_environment().parent is None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert Place.of_environment().parent == os.getppid()

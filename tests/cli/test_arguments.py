@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.cli.arguments import PathArgument, add_verify_hashes
+from megatron_vlm.cli.arguments import add_path, add_verify_hashes
 from megatron_vlm.errors import ConfigError
 
 
 @pytest.fixture
 def parser():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", action=PathArgument)
-    parser.add_argument("folders", nargs="*", action=PathArgument, metavar="DIR")
+    add_path(parser, "--out", "a folder")
+    add_path(parser, "folders", "folders", nargs="*")
     add_verify_hashes(parser)
     return parser
 

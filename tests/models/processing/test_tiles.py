@@ -21,7 +21,6 @@ def test_the_data_section_comes_before_the_models_files():
     [
         ({"image_size": 238}, "238 pixels are not a multiple of 28: change data.image_size"),
         ({"min_dynamic_patch": 13}, "cut into 13 to 12 tiles"),
-        ({"max_dynamic_patch": 0, "min_dynamic_patch": 0}, "cut into 0 to 0 tiles"),
     ],
 )
 def test_numbers_that_cannot_work(asked, message):

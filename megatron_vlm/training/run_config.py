@@ -1,6 +1,6 @@
 """RunConfig: everything one training run is told, and the checks that span its sections.
 
-YAML + section.key=value + flags --cli/train.py--> RunConfig --check_world--> --check_model--> Trainer
+YAML + section.key=value + flags --options/resolve.py--> RunConfig --check_world--> --check_model--> Trainer
 """
 
 import os

@@ -20,11 +20,11 @@ from torch import nn
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.context import check_heads
 from megatron_vlm.models.family_config import FamilyConfig, has_tower, image_work
-from megatron_vlm.models.options import ModelOptions, group_of
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.registry import FamilySpec
-from megatron_vlm.weights.mapping import Mapping
+from megatron_vlm.weights.mapping import Mapping, group_of
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 """What a tied copy on the last stage is filled from."""

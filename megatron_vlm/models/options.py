@@ -7,12 +7,8 @@ import torch
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError, nearest
-from megatron_vlm.weights.mapping import Split
-
-GROUPS = {"vision": "vision_model.", "connector": "connector.", "llm": "language_model."}
-"""Parameter groups, by which parts are frozen and given learning rates: group -> prefix of its names."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megatron_vlm.weights.mapping import GROUPS, Split
+from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +41,9 @@ class ModelOptions(Config):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.params_dtype]
+        return PARAMS_DTYPES[self.params_dtype]
 
     @property
     def vocab_split(self) -> Split:
         """How embedding and head lie over tensor parallel ranks."""
         return Split(dim=0, vocab_multiple=self.make_vocab_size_divisible_by)
-
-
-def group_of(name: str) -> str:
-    """Group of a global parameter name."""
-    for group, prefix in GROUPS.items():
-        if name.startswith(prefix):
-            return group
-    raise ValueError(f"parameter {name!r} belongs to no group")

@@ -21,12 +21,12 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.linear import Place
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.built import Model, global_named_modules
-from megatron_vlm.models.options import DTYPES
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.sources.quantised import nf4_tensors, quantised_names
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.nf4 import Quantization
 from megatron_vlm.weights.nf4_shard import Lines, Nf4Weight, shard
+from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES
 
 log = get_logger(__name__)
 
@@ -99,7 +99,7 @@ def fill(linears: dict[str, nn.Module], source: WeightSource, quantization: Quan
         shapes = [tuple(part.shape) for part in entry.from_full(source.infos[name].meta())]
         lines = Lines.of(entry, shapes, topology.tp, topology.tp_rank)
         tensors = nf4_tensors(source, entry, quantization, device)
-        install(linear, *shard(lines, tensors, DTYPES[quantization.dtype]))
+        install(linear, *shard(lines, tensors, PARAMS_DTYPES[quantization.dtype]))
 
 
 def install(linear: nn.Module, codes: Tensor, weight: Nf4Weight) -> None:

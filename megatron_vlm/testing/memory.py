@@ -15,7 +15,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import Row
 from megatron_vlm.models.built import build_model, global_parameters
 from megatron_vlm.models.family_config import FamilyConfig
-from megatron_vlm.models.options import GROUPS, ModelOptions
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, build_topology, destroy_topology, init_process_group
@@ -28,7 +28,7 @@ from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
 from megatron_vlm.training.step import train_step
-from megatron_vlm.weights.mapping import TensorInfo
+from megatron_vlm.weights.mapping import GROUPS, TensorInfo
 
 
 @dataclass(frozen=True, kw_only=True)

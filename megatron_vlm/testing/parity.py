@@ -17,7 +17,7 @@ from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import EncodedSample, Row
 from megatron_vlm.models.built import Model
 from megatron_vlm.models.generation import SamplingConfig, generate
-from megatron_vlm.models.options import GROUPS, ModelOptions
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology
 from megatron_vlm.peft.adapter_map import PeftPlan, adapter_mapping
@@ -29,7 +29,7 @@ from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.step import reduce_over_job, run_schedule, train_step
-from megatron_vlm.weights.mapping import Mapping
+from megatron_vlm.weights.mapping import GROUPS, Mapping
 
 
 def random_samples(

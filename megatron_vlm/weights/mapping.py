@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConversionError
 
-_GROUPS = {"language_model": "llm", "vision_model": "vision", "connector": "connector"}
+GROUPS = {"vision": "vision_model.", "connector": "connector.", "llm": "language_model."}
+"""Parts of a model, which are frozen, given learning rates and quantised apart: group -> prefix of its global names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,5 +335,8 @@ class Prefixes:
 
 
 def group_of(name: str) -> str:
-    """Part of the model that a global name lies in: llm, vision or connector."""
-    return _GROUPS[name.partition(".")[0]]
+    """Part of the model that a global name lies in."""
+    for group, prefix in GROUPS.items():
+        if name.startswith(prefix):
+            return group
+    raise ValueError(f"parameter {name!r} belongs to no group")

@@ -17,12 +17,12 @@ from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.built import Model
-from megatron_vlm.models.options import group_of
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.checkpoint.tensors import fill
 from megatron_vlm.training.checkpoint.together import checkpoint_work, from_rank_0, gather
 from megatron_vlm.training.optimizer.state import restore_scaler
 from megatron_vlm.weights import checkpoint_dir
+from megatron_vlm.weights.mapping import group_of
 from megatron_vlm.weights.rank_files import RankFiles
 
 log = get_logger(__name__)

@@ -19,7 +19,7 @@ from megatron_vlm.data.row import Row
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.built import Model, build_model, global_named_parameters, global_parameters
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
-from megatron_vlm.models.options import DTYPES, GROUPS, ModelOptions, group_of
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.batch import own_tokens
 from megatron_vlm.parallel.grid import AXES, STAGE
@@ -32,8 +32,9 @@ from megatron_vlm.registry import FamilySpec
 from megatron_vlm.training.memory.stages import RowShape, StageMemory
 from megatron_vlm.training.memory.trace import ChunkBytes, measure_chunk
 from megatron_vlm.training.run_config import RunConfig
-from megatron_vlm.weights.mapping import TensorInfo
+from megatron_vlm.weights.mapping import GROUPS, TensorInfo, group_of
 from megatron_vlm.weights.nf4 import Quantization
+from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES
 
 _CUDA_CONTEXT = 600 << 20  # CUDA's context and loaded kernels
 _NCCL_GROUP = 150 << 20  # buffers of a communicator
@@ -127,7 +128,7 @@ def adapt(config: RunConfig, model: Model, infos: Mapping[str, TensorInfo]) -> M
             dtype=options.params_dtype, double_quant=peft.double_quant, groups=peft.quantize_groups
         )
         for name, linear in qlora.take_weights(model, source, quantization, plan.saved).items():
-            codes, values = _nf4(shapes[name], DTYPES[options.params_dtype], peft.double_quant)
+            codes, values = _nf4(shapes[name], PARAMS_DTYPES[options.params_dtype], peft.double_quant)
             qlora.install(linear, codes, values)
     return apply_lora(model, plan, config.training.seed)
 

@@ -19,9 +19,9 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, ParamKey, ParamPredicate
 
 from megatron_vlm.models.built import Model
-from megatron_vlm.models.options import GROUPS, group_of
 from megatron_vlm.parallel.topology import ParallelConfig
 from megatron_vlm.training.optimizer.config import OptimizerConfig
+from megatron_vlm.weights.mapping import GROUPS, group_of
 
 
 def wrap_model(model: Model, parallel: ParallelConfig) -> Model:

@@ -3,10 +3,10 @@
 import pytest
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.options import group_of
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins import write_tiny_idefics2
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
+from megatron_vlm.weights.mapping import group_of
 from tests.training.checkpoint.ranks import load_error, load_of, merge, save_of
 from tests.training.checkpoint.test_load import assert_same, at, mapping_of
 

@@ -79,6 +79,11 @@ def transformer_config(
     """
     pp, vp = (topology.pp, topology.vp) if decoder else (1, 1)
     dtype = options.torch_dtype
+    if decoder and len(set(topology.layers)) > 1:
+        stages = [["decoder"] * count for count in topology.layers]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        fields["pipeline_model_parallel_layout"] = stages
     recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return TransformerConfig(
         tensor_model_parallel_size=topology.tp if tp is None else tp,

@@ -17,6 +17,7 @@ from megatron_vlm.layers.context import Exchange
 from megatron_vlm.parallel.grid import COPIES, REPLICA, SETTINGS, Grid
 from megatron_vlm.parallel.heartbeat import TIMEOUT, Heartbeat
 from megatron_vlm.parallel.place import START_TIMEOUT
+from megatron_vlm.weights.stages import spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class ParallelConfig(Config):
     Attributes:
         tensor_model_parallel_size: ranks that split each matrix (tp).
         pipeline_model_parallel_size: stages that split the layers (pp).
+        decoder_layers_per_stage: decoder layers of each stage, 0 allowed, in order (of pp x n virtual stages: n per rank);
+            ``auto``: so that the slowest stage is as fast as can be, tower, connector and head counted; None: even, or nearly.
+        decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers: of these stages; the others share the rest.
         num_layers_per_virtual_pipeline_stage: layers per virtual stage; None: one stage per rank.
         sequence_parallel: split activations between tensor parallel regions along the sequence.
         context_parallel_size: ranks that split the tokens of each row (cp); attention still sees all of them.
@@ -45,6 +49,9 @@ class ParallelConfig(Config):
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    decoder_layers_per_stage: tuple[int, ...] | Literal["auto"] | None = None
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
     num_layers_per_virtual_pipeline_stage: int | None = None
     sequence_parallel: bool = False
     context_parallel_size: int = 1
@@ -75,6 +82,7 @@ class ParallelConfig(Config):
                 f"parallel.context_parallel_exchange {self.context_parallel_exchange} has no effect at context_parallel_size 1: "
                 "drop it or raise context_parallel_size"
             )
+        self._check_stages()
         if self.vision_parallel == "share" and self.context_parallel_size == 1:
             raise ConfigError(
                 "parallel.vision_parallel share has no effect at context_parallel_size 1: drop it or raise context_parallel_size"
@@ -102,23 +110,84 @@ class ParallelConfig(Config):
         """Ranks of one replica of the model."""
         return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
 
+    def _check_stages(self) -> None:
+        given, pp = self.decoder_layers_per_stage, self.pipeline_model_parallel_size
+        ends = {
+            name: getattr(self, name)
+            for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+            if getattr(self, name) is not None
+        }
+        others = [
+            *ends,
+            *(["num_layers_per_virtual_pipeline_stage"] if self.num_layers_per_virtual_pipeline_stage else []),
+        ]
+        if given is not None and others:
+            raise ConfigError(
+                f"parallel.decoder_layers_per_stage and parallel.{others[0]} both say it: drop one of them"
+            )
+        if (given is not None or ends) and pp == 1:
+            name = next(iter(ends), "decoder_layers_per_stage")
+            raise ConfigError(f"parallel.{name} has no effect at pipeline_model_parallel_size 1: drop it or raise pp")
+        if isinstance(given, tuple) and (not given or len(given) % pp or min(given) < 0):
+            raise ConfigError(
+                f"parallel.decoder_layers_per_stage {list(given)} must be one number of layers, 0 or more, for each of "
+                f"{pp} stages (or of a multiple of that, with virtual stages)"
+            )
+
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers of each virtual stage, in order; stage s is on pipeline rank s modulo pp. ``auto`` is taken for even.
+
+        Raises:
+            ConfigError: what is set does not give ``num_layers``.
+        """
+        pp, per, given = (
+            self.pipeline_model_parallel_size,
+            self.num_layers_per_virtual_pipeline_stage,
+            self.decoder_layers_per_stage,
+        )
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        if isinstance(given, tuple):
+            if sum(given) != num_layers:
+                raise ConfigError(
+                    f"parallel.decoder_layers_per_stage {list(given)} are {sum(given)} layers, but the decoder has {num_layers}"
+                )
+            return given
+        if per is not None:
+            if num_layers % (pp * per):
+                raise ConfigError(
+                    f"{num_layers} decoder layers do not divide over {pp} pipeline stages of "
+                    f"num_layers_per_virtual_pipeline_stage {per} layers each"
+                )
+            return (per,) * (num_layers // per)
+        if num_layers < pp and given is None:
+            raise ConfigError(
+                f"{num_layers} decoder layers for pipeline_model_parallel_size {pp}: lower it, or say "
+                "parallel.decoder_layers_per_stage, where 0 is allowed"
+            )
+        rest = num_layers - (first or 0) - (last or 0)
+        between = pp - (first is not None) - (last is not None)
+        if rest < 0 or (rest and not between):
+            raise ConfigError(
+                f"{first or 0} layers on the first pipeline stage and {last or 0} on the last leave {rest} of {num_layers} for "
+                f"{between} stages"
+            )
+        middle = spread(rest, [0.0] * between)
+        return (*([first] if first is not None else []), *middle, *([last] if last is not None else []))
+
+    @property
+    def virtual(self) -> bool:
+        """Ranks have several stages each."""
+        given = self.decoder_layers_per_stage
+        listed = isinstance(given, tuple) and len(given) > self.pipeline_model_parallel_size
+        return listed or self.num_layers_per_virtual_pipeline_stage is not None
+
     def virtual_size(self, num_layers: int) -> int:
         """Virtual stages per rank for a decoder of ``num_layers`` layers (1: none).
 
         Raises:
-            ConfigError: the layers do not divide.
+            ConfigError: as ``stage_layers``.
         """
-        pp, per = self.pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage
-        if num_layers % pp:
-            raise ConfigError(f"{num_layers} decoder layers do not divide by pipeline_model_parallel_size {pp}")
-        if per is None:
-            return 1
-        if (num_layers // pp) % per:
-            raise ConfigError(
-                f"{num_layers} decoder layers on {pp} stages are {num_layers // pp} a stage, which "
-                f"num_layers_per_virtual_pipeline_stage {per} does not divide"
-            )
-        return num_layers // pp // per
+        return len(self.stage_layers(num_layers)) // self.pipeline_model_parallel_size
 
 
 class SoloGroup:
@@ -139,6 +208,7 @@ class Topology:
         grid: sizes of the axes.
         rank: this process's.
         vp: virtual stages per rank (1: none).
+        layers: decoder layers of each virtual stage, in order.
         device: of this rank.
         tp_group, cp_group, pp_group, dp_group: ranks that differ from this one along that axis.
         copies_group: ranks that hold the same weights: cp x dp.
@@ -152,6 +222,7 @@ class Topology:
     grid: Grid
     rank: int
     vp: int
+    layers: tuple[int, ...]
     device: torch.device
     tp_group: Any
     pp_group: Any
@@ -286,7 +357,8 @@ def build_topology(config: ParallelConfig, *, num_layers: int, device: torch.dev
     from megatron.core import parallel_state
 
     grid, rank = config.grid(dist.get_world_size()), dist.get_rank()
-    vp = config.virtual_size(num_layers)
+    layers = config.stage_layers(num_layers)
+    vp = len(layers) // grid.pp
     destroy_topology()
     parallel_state.initialize_model_parallel(
         grid.tp,
@@ -301,6 +373,7 @@ def build_topology(config: ParallelConfig, *, num_layers: int, device: torch.dev
         grid=grid,
         rank=rank,
         vp=vp,
+        layers=layers,
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),

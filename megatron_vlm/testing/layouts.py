@@ -34,6 +34,7 @@ class Case:
     vision: str = "auto"
     sp: bool = False
     vp: int | None = None
+    layers: tuple[int, ...] | None = None
     do: bool = False
     overlap: bool = False
     recompute: bool = False
@@ -45,6 +46,7 @@ class Case:
         flags = dict(sp=self.sp, vp=self.vp, do=self.do, overlap=self.overlap, recompute=self.recompute)
         parts = [*(name for name, on in flags.items() if on), *(f"no_{group}" for group in self.freeze)]
         sizes = f"tp{self.tp}pp{self.pp}dp{self.dp}" + (f"cp{self.cp}" if self.cp > 1 else "")
+        parts += ["layers" + "_".join(map(str, self.layers))] if self.layers else []
         parts += [word for word in (self.exchange, self.vision) if word != "auto"]
         return "-".join([*([self.twin] if self.twin else []), sizes, *parts])
 
@@ -59,6 +61,7 @@ class Case:
             vision_parallel=self.vision,
             sequence_parallel=self.sp,
             num_layers_per_virtual_pipeline_stage=self.vp,
+            decoder_layers_per_stage=self.layers,
             use_distributed_optimizer=self.do,
             overlap_grad_reduce=self.overlap,
             recompute_granularity="full" if self.recompute else None,
@@ -182,7 +185,8 @@ class LayoutCheck:
             raise AssertionError(f"{case}: {loss_error=:.2e} gradient={worst} {step_loss=:.2e} {step_norm=:.2e}")
 
     def _run(self, case: Case) -> tuple[float, dict[str, Any], list[tuple[float, float]], list[dict[str, Any]]]:
-        multiple, fill = (case.tp if case.sp else 1) * case.cp, self.fill if case.vp else 0
+        virtual = case.vp or (case.layers and len(case.layers) > case.pp)
+        multiple, fill = (case.tp if case.sp else 1) * case.cp, self.fill if virtual else 0
         rows = [row_from_samples(samples, multiple_of=multiple, fill_to=fill) for samples in self.batches]
         results = run_distributed(
             self.run,

@@ -228,7 +228,7 @@ class RunConfig(Config):
     @property
     def row_fill(self) -> int:
         """Tokens that every row is filled to: 0, or with virtual stages the longest a row can be."""
-        if self.parallel.num_layers_per_virtual_pipeline_stage is None:
+        if not self.parallel.virtual:
             return 0
         return self.data.seq_length * self.training.micro_batch_size
 
@@ -259,7 +259,7 @@ class RunConfig(Config):
                 f"{-(-training.global_batch_size // unit) * unit}"
             )
         microbatches = training.global_batch_size // unit
-        if self.parallel.num_layers_per_virtual_pipeline_stage is not None and microbatches % pp:
+        if self.parallel.virtual and microbatches % pp:
             raise ConfigError(
                 f"virtual pipeline stages need a multiple of {pp} microbatches per rank, got {microbatches} "
                 f"(global_batch_size {training.global_batch_size} / {unit}): "

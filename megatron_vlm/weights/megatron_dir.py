@@ -20,6 +20,7 @@ from megatron_vlm.digests import Record, check_seal
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import read_json
 from megatron_vlm.weights.nf4 import Quantization
+from megatron_vlm.weights.stages import spread
 
 MANIFEST = "megatron.json"
 FORMAT = "megatron_vlm"
@@ -84,23 +85,24 @@ class Stages:
     """Which pipeline stage stores which tensor.
 
     Raises:
-        ConfigError: the decoder's layers do not divide by ``pp``; with the sizes that do.
+        ConfigError: more stages than decoder layers.
     """
 
     def __init__(self, names: Iterable[str], pp: int):
         numbers = [int(match[1]) for name in names if (match := _LAYER.match(name))]
         self.num_layers = max(numbers, default=-1) + 1
-        if pp < 1 or self.num_layers % pp:
-            legal = ", ".join(str(size) for size in range(1, self.num_layers + 1) if self.num_layers % size == 0)
+        if not 1 <= pp <= self.num_layers:
             raise ConfigError(
-                f"pipeline parallel size {pp} does not divide {self.num_layers} decoder layers: use one of {legal}"
+                f"pipeline parallel size {pp} for {self.num_layers} decoder layers: use 1 to {self.num_layers}"
             )
         self.pp = pp
+        counts = spread(self.num_layers, [0.0] * pp)
+        self._of_layer = [stage for stage, count in enumerate(counts) for _ in range(count)]
 
     def of(self, name: str) -> int:
         """Stage of a full tensor."""
         if match := _LAYER.match(name):
-            return int(match[1]) // (self.num_layers // self.pp)
+            return self._of_layer[int(match[1])]
         return self.pp - 1 if name.startswith(_LAST_STAGE) else 0
 
 

@@ -1,0 +1,38 @@
+"""How many decoder layers each pipeline stage holds: a pure function, for files and for ranks alike.
+
+    layers, stages, what stages hold beside layers --spread--> layers of each stage
+
+The step of a pipeline takes as long as its slowest stage lets it (1F1B: (microbatches - 1) x slowest + one of each), so the
+largest load is made as small as can be. Layers cost the same each: giving them one by one to the stage with the least load is
+the best there is.
+"""
+
+from collections.abc import Sequence
+
+
+def spread(num_layers: int, beside: Sequence[float], layer: float = 1.0) -> tuple[int, ...]:
+    """Layers of each stage.
+
+    Args:
+        num_layers: of the decoder.
+        beside: work of each stage beside its layers (tower and connector on the first, head and loss on the last).
+        layer: work of a layer, in the same unit.
+
+    Returns:
+        One number a stage, 0 allowed. Where loads are equal, stages in the middle get a layer first, the first stage last.
+    """
+    counts, last = [0] * len(beside), len(beside) - 1
+    for _ in range(num_layers):
+        stage = min(range(len(beside)), key=lambda s: (beside[s] + (counts[s] + 1) * layer, s == 0, s == last, s))
+        counts[stage] += 1
+    return tuple(counts)
+
+
+def step_work(loads: Sequence[float], microbatches: int) -> float:
+    """Work of a step in the time of one rank: 1F1B in closed form."""
+    return (microbatches - 1) * max(loads) + sum(loads)
+
+
+def idle_share(loads: Sequence[float], microbatches: int) -> float:
+    """Share of a step in which a rank waits, over all ranks."""
+    return 1 - microbatches * sum(loads) / (len(loads) * step_work(loads, microbatches))

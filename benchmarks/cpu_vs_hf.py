@@ -23,7 +23,8 @@ from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
 from megatron_vlm.models.built import build_model
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel import cpu
-from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
+from megatron_vlm.parallel.config import ParallelConfig
+from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.testing.twins import write_tiny_idefics2
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import OptimizerConfig

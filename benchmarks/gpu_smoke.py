@@ -24,8 +24,9 @@ from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.models.parts.perceiver import PerceiverConfig
 from megatron_vlm.models.parts.siglip import SiglipConfig
 from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import seed_step
-from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
+from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.training.memory.flops import forward_flops
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import OptimizerConfig

@@ -22,8 +22,9 @@ from megatron_vlm.conversion.load import load_model
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.models.built import global_named_modules
 from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import seed_step
-from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology, init_process_group
+from megatron_vlm.parallel.topology import Topology, build_topology, init_process_group
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora
 from megatron_vlm.peft.qlora import quantization_of

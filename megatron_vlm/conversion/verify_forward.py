@@ -21,7 +21,8 @@ from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample, row_from_samples
 from megatron_vlm.models.built import global_named_parameters
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel import cpu
-from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
+from megatron_vlm.parallel.config import ParallelConfig
+from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.sources.source import WeightSource
 
 TIMES_NOISE = 3.0

@@ -17,8 +17,9 @@ from megatron_vlm.models.built import build_model, global_parameters
 from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel import cpu
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import seed_step
-from megatron_vlm.parallel.topology import ParallelConfig, build_topology, destroy_topology, init_process_group
+from megatron_vlm.parallel.topology import build_topology, destroy_topology, init_process_group
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.training.checkpoint.config import CheckpointConfig

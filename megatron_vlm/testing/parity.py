@@ -18,8 +18,9 @@ from megatron_vlm.data.row import EncodedSample, Row
 from megatron_vlm.models.built import Model
 from megatron_vlm.models.generation import SamplingConfig, generate
 from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import seed_step
-from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology
+from megatron_vlm.parallel.topology import Topology, build_topology
 from megatron_vlm.peft.adapter_map import PeftPlan, adapter_mapping
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora, fill

@@ -30,9 +30,10 @@ from megatron_vlm.log import setup_logging
 from megatron_vlm.models.generation import SamplingConfig
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.batch import together
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
-from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
+from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.training.answers import answer, check_length
 from megatron_vlm.training.device import start_device
 from megatron_vlm.training.prompts import Prompt, encode_prompt

@@ -16,7 +16,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import check_output
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
-from megatron_vlm.parallel.topology import ParallelConfig
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.metrics.config import LoggingConfig

@@ -25,6 +25,7 @@ from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.training.answers import SamplingConfig, answer, check_length
+from megatron_vlm.training.balance import balanced
 from megatron_vlm.training.checkpoint.load import find_checkpoint, load_checkpoint
 from megatron_vlm.training.checkpoint.output_check import check_room, check_writable
 from megatron_vlm.training.checkpoint.run_lock import RunLocks
@@ -243,8 +244,8 @@ class Trainer:
 
     def _build(self) -> None:
         """Builds topology and stages (weights loaded unless a checkpoint has them; adapters added), buffers and optimizer."""
-        config, source = self.config, self.source
-        layers = source.config.text.num_layers
+        self.config, source = balanced(self.config, self.source.config), self.source
+        config, layers = self.config, source.config.text.num_layers
         self.topology = build_topology(config.parallel, num_layers=layers, device=self.device)
         options = ModelOptions(**config.model_options())
         with together(self.device):

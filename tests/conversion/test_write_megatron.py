@@ -47,7 +47,7 @@ def test_manifest(twins, tmp_path):
     [
         (dict(tp=3), "tensor parallel size 3 .*32 heads.*use one of 1, 2, 4, 8, 16, 32"),
         (dict(tp=0), "tensor parallel size 0"),
-        (dict(pp=3), "pipeline parallel size 3 does not divide 2 decoder layers: use one of 1, 2"),
+        (dict(pp=3), "pipeline parallel size 3 for 2 decoder layers: use 1 to 2"),
         (dict(vocab_multiple=0), "make-vocab-size-divisible-by"),
         (dict(dtype="int8"), "'int8' is not one of"),
     ],

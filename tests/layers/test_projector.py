@@ -18,7 +18,8 @@ def project(features, weights, gradient, epsilon):
     from megatron_vlm.layers.projector import Projector
     from megatron_vlm.models.language import transformer_config
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+    from megatron_vlm.parallel.config import ParallelConfig
+    from megatron_vlm.parallel.topology import build_topology
 
     size = dist.get_world_size()
     topology = build_topology(ParallelConfig(tensor_model_parallel_size=size), num_layers=1, device=torch.device("cpu"))

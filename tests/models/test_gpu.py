@@ -30,8 +30,9 @@ def build(directory, dtype, **parallel):
     from megatron_vlm.conversion.open_source import open_source
     from megatron_vlm.models.built import build_model
     from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.parallel.config import ParallelConfig
     from megatron_vlm.parallel.rng import seed_step
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
+    from megatron_vlm.parallel.topology import build_topology, init_process_group
 
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
@@ -69,7 +70,7 @@ def test_bf16_kernels_are_close(twin):
 
 
 def test_fp16_skips_an_overflowed_step_and_lowers_the_scale(twin):
-    from megatron_vlm.parallel.topology import ParallelConfig
+    from megatron_vlm.parallel.config import ParallelConfig
     from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
     from megatron_vlm.training.optimizer.config import OptimizerConfig
     from megatron_vlm.training.step import train_step

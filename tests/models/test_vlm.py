@@ -144,10 +144,10 @@ def build_only(directory, parallel):
 
 
 def test_sizes_that_do_not_divide_name_the_legal_ones(tmp_path):
-    write_tiny_idefics2(tmp_path, "llama", heads=6, kv_heads=3, text_hidden=48)
+    write_tiny_idefics2(tmp_path, "llama", heads=6, kv_heads=3, text_hidden=48, layers=2)
     with pytest.raises(RankError, match=r"6 heads, 3 kv heads.*use one of 1, 3, 6"):
         run_distributed(build_only, str(tmp_path), {"tensor_model_parallel_size": 2}, tp=2)
-    with pytest.raises(RankError, match="4 decoder layers do not divide by pipeline_model_parallel_size 3"):
+    with pytest.raises(RankError, match="2 decoder layers for pipeline_model_parallel_size 3: lower it"):
         run_distributed(build_only, str(tmp_path), {"pipeline_model_parallel_size": 3}, pp=3)
     with pytest.raises(RankError, match="world size 2 is not a multiple of tensor x pipeline parallel size 2 x 2"):
         sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.errors import DataError
 from megatron_vlm.parallel.batch import any_rank, device_batch, share_rows, together
-from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology
+from megatron_vlm.parallel.config import ParallelConfig
+from megatron_vlm.parallel.topology import Topology, build_topology
 from megatron_vlm.testing.distributed import run_distributed
 
 CPU = torch.device("cpu")

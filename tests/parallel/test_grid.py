@@ -9,8 +9,9 @@ from megatron.core import parallel_state
 from megatron.core.parallel_state import RankGenerator
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.grid import AXES, REPLICA, STAGE, Grid, replica_size, replicas
-from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+from megatron_vlm.parallel.topology import build_topology
 from megatron_vlm.testing.distributed import run_distributed
 
 GRIDS = [

@@ -2,8 +2,9 @@
 
 import torch
 
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import derive_seed, seed_step
-from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+from megatron_vlm.parallel.topology import build_topology
 from megatron_vlm.testing.distributed import run_distributed
 
 

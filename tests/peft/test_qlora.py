@@ -100,7 +100,8 @@ def on_codes(directories, parallel: dict, quantizations) -> list[dict[str, bytes
     """On a rank: what it holds of each directory's linears, by global name, and that every other parameter is full."""
     from megatron_vlm.models.built import global_named_modules
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+    from megatron_vlm.parallel.config import ParallelConfig
+    from megatron_vlm.parallel.topology import build_topology
 
     found = []
     for directory, quantization in zip(directories, quantizations, strict=True):
@@ -181,7 +182,8 @@ def on_families(directories) -> list[tuple[int, int, list[str]]]:
 
     from megatron_vlm.models.built import global_named_modules
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+    from megatron_vlm.parallel.config import ParallelConfig
+    from megatron_vlm.parallel.topology import build_topology
 
     found = []
     for directory in directories:
@@ -253,7 +255,8 @@ def on_kept(directory: str, stored: str) -> tuple[list[str], str]:
     """On a rank: parameters of linears that stay because they train, and the refusal where they are stored in 4 bits."""
     from megatron_vlm.models.built import global_named_parameters
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+    from megatron_vlm.parallel.config import ParallelConfig
+    from megatron_vlm.parallel.topology import build_topology
 
     options, wanted = ModelOptions(params_dtype="bf16"), Quantization(dtype="bf16", groups=("connector",))
     keep = ("connector.modality_projection.linear_fc1.weight", "connector.modality_projection.linear_fc2.weight")

@@ -12,8 +12,9 @@ from megatron_vlm.conversion.load import load_model
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import seed_step
-from megatron_vlm.parallel.topology import ParallelConfig, build_topology, init_process_group
+from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.lora import apply_lora, fill
 from megatron_vlm.peft.qlora import quantization_of

@@ -19,7 +19,8 @@ def gathered(offset, *, scale=1.0):
 
 
 def topology_of(tp, pp):
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+    from megatron_vlm.parallel.config import ParallelConfig
+    from megatron_vlm.parallel.topology import build_topology
 
     config = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     topology = build_topology(config, num_layers=2, device=torch.device("cpu"))

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.peft.merge import continued
+from megatron_vlm.training.balance import balanced, describe
 from megatron_vlm.training.memory.estimate import estimate
 from megatron_vlm.training.memory.stages import RowShape, StageMemory, in_columns, table
 from megatron_vlm.training.run_config import RunConfig
@@ -36,11 +37,14 @@ def dry_run(config: RunConfig) -> str:
     lines = [yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip(), ""]
     grid = parallel.grid(world)
     rows = config.num_microbatches_per_batch // dp
-    vp = parallel.virtual_size(model_config.text.num_layers)
+    config = balanced(config, model_config)
+    vp = config.parallel.virtual_size(model_config.text.num_layers)
     lines.append(
         f"{spec.name}: world size {world} = tp {grid.tp} x pp {grid.pp} x dp {grid.dp}, {vp} virtual stages per rank; "
         f"{training.global_batch_size} {'rows' if config.data.packing else 'samples'} a step = {rows} microbatches per rank"
     )
+    if grid.pp > 1:
+        lines.append(describe(config, model_config, row, rows))
     total = sum(count for stage in stages for count in stage.parameters.values())
     lines += [f"parameters of one tensor parallel rank over all stages: {total:,}", "", *_parameters(stages)]
     lines += ["", f"memory of a rank ({device_kind}), with rows of {row}:", *table(stages)]

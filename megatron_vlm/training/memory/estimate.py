@@ -22,13 +22,15 @@ from megatron_vlm.models.family_config import FamilyConfig, has_tower
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.batch import own_tokens
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.grid import AXES, STAGE
 from megatron_vlm.parallel.rng import seed_step
-from megatron_vlm.parallel.topology import ParallelConfig, Topology, build_topology, destroy_topology
+from megatron_vlm.parallel.topology import Topology, build_topology, destroy_topology
 from megatron_vlm.peft import qlora
 from megatron_vlm.peft.lora import apply_lora
 from megatron_vlm.peft.select import make_plan
 from megatron_vlm.registry import FamilySpec
+from megatron_vlm.training.balance import balanced
 from megatron_vlm.training.memory.stages import RowShape, StageMemory
 from megatron_vlm.training.memory.trace import ChunkBytes, measure_chunk
 from megatron_vlm.training.run_config import RunConfig
@@ -71,6 +73,7 @@ def estimate(
         raise ConfigError("memory is estimated in a process without a process group: start it alone, without torchrun")
     cpu.install()
     config.check_world(world_size)
+    config = balanced(config, model_config)
     row = row or RowShape.expected(config, model_config)
     infos = full_shapes(spec, model_config) if config.peft.active else {}
     grid, reports = config.parallel.grid(world_size), []

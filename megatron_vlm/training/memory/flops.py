@@ -33,11 +33,15 @@ class Flops:
         Args:
             frozen: names of frozen groups, out of ``vision``, ``connector``, ``llm``.
         """
+        return self.of_groups(frozen, ("vision", "connector", "llm"))
+
+    def of_groups(self, frozen: Collection[str], groups: Collection[str]) -> float:
+        """As ``training``, of some parts of the model alone."""
         total, gradients_flow = 0.0, False
         for group in ("vision", "connector", "llm"):
             trains = group not in frozen
             gradients_flow = gradients_flow or trains
-            total += getattr(self, group) * (1 + gradients_flow + trains)
+            total += getattr(self, group) * (1 + gradients_flow + trains) if group in groups else 0.0
         return total
 
 

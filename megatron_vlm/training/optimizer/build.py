@@ -19,7 +19,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, ParamKey, ParamPredicate
 
 from megatron_vlm.models.built import Model
-from megatron_vlm.parallel.topology import ParallelConfig
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.weights.mapping import GROUPS, group_of
 

@@ -66,7 +66,8 @@ def norm_of_a_rank(x, weight, gradient):
     """On a rank: its heads of the normed queries, and gradients."""
     import torch.distributed as dist
 
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+    from megatron_vlm.parallel.config import ParallelConfig
+    from megatron_vlm.parallel.topology import build_topology
 
     size = dist.get_world_size()
     topology = build_topology(ParallelConfig(tensor_model_parallel_size=size), num_layers=1, device=torch.device("cpu"))

@@ -36,7 +36,8 @@ class Run:
         from megatron_vlm.conversion.open_source import open_source
         from megatron_vlm.models.built import build_model
         from megatron_vlm.models.options import ModelOptions
-        from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+        from megatron_vlm.parallel.config import ParallelConfig
+        from megatron_vlm.parallel.topology import build_topology
         from megatron_vlm.training.checkpoint.config import CheckpointConfig
         from megatron_vlm.training.checkpoint.load import find_checkpoint, load_checkpoint
         from megatron_vlm.training.optimizer.build import build_optimizer, wrap_model

@@ -13,12 +13,13 @@ from tests.training.checkpoint.ranks import VOCAB_MULTIPLE, leg, merge, same_bit
 CONTINUED = 1e-5  # fp32; measured 4e-7. bf16: as far as transformers in bf16 is from fp32 on this processor (``calm``)
 
 
-def at(tp=1, pp=1, dp=1, *, cp=1, vp=None, do=False, overlap=False, sp=False, **options):
+def at(tp=1, pp=1, dp=1, *, cp=1, vp=None, layers=None, do=False, overlap=False, sp=False, **options):
     parallel = dict(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
         num_layers_per_virtual_pipeline_stage=vp,
+        decoder_layers_per_stage=layers,
         sequence_parallel=sp,
         use_distributed_optimizer=do,
         overlap_grad_reduce=overlap,
@@ -41,6 +42,7 @@ CHAINS = {
     ),
     "virtual_tied": ("tied", [at(1, 2, vp=1), at(2, 2, vp=1), at(1, 2, 2, **SHARDED), at(), at(1, 4)]),
     "context": ("mistral", [at(), at(cp=2), at(cp=2, dp=2, **SHARDED), at(), at(2, cp=2, sp=True), at(2)]),
+    "uneven": ("tied", [at(1, 2), at(1, 2, layers=(0, 4)), at(1, 3), at(1, 2, layers=(0, 1, 1, 2), do=True), at()]),
     "frozen_stage": (
         "mistral",
         [
@@ -62,7 +64,7 @@ CHAINS = {
     ),
 }
 
-BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context")
+BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context", "uneven")
 
 
 def mapping_of(hf_dir, tp):

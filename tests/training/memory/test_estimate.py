@@ -96,7 +96,8 @@ def nf4_bytes(hf_dir: str) -> int:
     from megatron_vlm.conversion.load import load_model
     from megatron_vlm.conversion.open_source import open_source
     from megatron_vlm.models.options import ModelOptions
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+    from megatron_vlm.parallel.config import ParallelConfig
+    from megatron_vlm.parallel.topology import build_topology
     from megatron_vlm.weights.nf4 import Quantization
 
     with open_source(hf_dir) as source:

@@ -43,8 +43,9 @@ def counted_by_torch(family: str) -> tuple[float, float]:
     from megatron_vlm import registry
     from megatron_vlm.models.built import build_model
     from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.parallel.config import ParallelConfig
     from megatron_vlm.parallel.rng import seed_step
-    from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+    from megatron_vlm.parallel.topology import build_topology
     from megatron_vlm.training.memory.estimate import make_batch
     from megatron_vlm.training.memory.stages import RowShape
     from megatron_vlm.training.memory.trace import Meter

@@ -1,0 +1,185 @@
+"""ParallelConfig: how a model is laid over ranks, by its settings alone.
+
+section ``parallel`` --grid--> Grid of the ranks; --stage_layers--> decoder layers of each stage
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vlm.config import Config
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.layers.context import Exchange
+from megatron_vlm.parallel.grid import SETTINGS, Grid
+from megatron_vlm.parallel.heartbeat import TIMEOUT
+from megatron_vlm.parallel.place import START_TIMEOUT
+from megatron_vlm.weights.stages import spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Config):
+    """How a model is laid over ranks.
+
+    Attributes:
+        tensor_model_parallel_size: ranks that split each matrix (tp).
+        pipeline_model_parallel_size: stages that split the layers (pp).
+        decoder_layers_per_stage: decoder layers of each stage, 0 allowed, in order (of pp x n virtual stages: n per rank);
+            ``auto``: so that the slowest stage is as fast as can be, tower, connector and head counted; None: even, or nearly.
+        decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers: of these stages; the others share the rest.
+        num_layers_per_virtual_pipeline_stage: layers per virtual stage; None: one stage per rank.
+        sequence_parallel: split activations between tensor parallel regions along the sequence.
+        context_parallel_size: ranks that split the tokens of each row (cp); attention still sees all of them.
+        context_parallel_exchange: what these ranks exchange for it: ``gather``, the keys and values that each one's queries see;
+            ``heads``, all tokens of some heads, where heads divide by tp x cp; ``auto``, heads from cp 8 on where they do.
+        vision_parallel: who runs the tower for the images of a row: ``share``, each context parallel rank for some of them;
+            ``tensor``, all of these ranks for all images, split over tensor parallel ranks alone; ``auto``, share where cp > 1.
+        use_distributed_optimizer: shard optimizer state over data parallel ranks.
+        overlap_grad_reduce: reduce gradients while the backward pass runs.
+        accumulate_allreduce_grads_in_fp32: keep and reduce gradients in fp32.
+        ddp_bucket_size: elements of one gradient bucket; None: megatron-core's choice.
+        recompute_granularity: None, or "full": recompute each layer's activations in the backward pass.
+        distributed_timeout_minutes: a collective that waits longer ends the run.
+        heartbeat_timeout_seconds: a rank whose process gives no sign of life for longer ends the run, with the stacks of all.
+        start_timeout_seconds: a start ends where ranks are missing and none more came for longer.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    decoder_layers_per_stage: tuple[int, ...] | Literal["auto"] | None = None
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    sequence_parallel: bool = False
+    context_parallel_size: int = 1
+    context_parallel_exchange: Exchange = "auto"
+    vision_parallel: Literal["auto", "tensor", "share"] = "auto"
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    accumulate_allreduce_grads_in_fp32: bool = True
+    ddp_bucket_size: int | None = None
+    recompute_granularity: Literal["full"] | None = None
+    distributed_timeout_minutes: float = 30.0
+    heartbeat_timeout_seconds: float = TIMEOUT
+    start_timeout_seconds: float = START_TIMEOUT
+
+    def __post_init__(self) -> None:
+        for name in SETTINGS.values():
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (
+            ("heartbeat_timeout_seconds", 2),
+            ("start_timeout_seconds", 2),
+            ("distributed_timeout_minutes", 0.1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"parallel.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.context_parallel_exchange != "auto" and self.context_parallel_size == 1:
+            raise ConfigError(
+                f"parallel.context_parallel_exchange {self.context_parallel_exchange} has no effect at context_parallel_size 1: "
+                "drop it or raise context_parallel_size"
+            )
+        self._check_stages()
+        if self.vision_parallel == "share" and self.context_parallel_size == 1:
+            raise ConfigError(
+                "parallel.vision_parallel share has no effect at context_parallel_size 1: drop it or raise context_parallel_size"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel has no effect at tensor_model_parallel_size 1: drop it or raise tp"
+            )
+        if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                "parallel.num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2, got 1"
+            )
+
+    def grid(self, world: int) -> Grid:
+        """How ``world`` ranks stand.
+
+        Raises:
+            ConfigError: they are not a multiple of a replica's.
+        """
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        return Grid.of(world, tp=tp, cp=self.context_parallel_size, pp=pp)
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one replica of the model."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
+    def _check_stages(self) -> None:
+        given, pp = self.decoder_layers_per_stage, self.pipeline_model_parallel_size
+        ends = {
+            name: getattr(self, name)
+            for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+            if getattr(self, name) is not None
+        }
+        others = [
+            *ends,
+            *(["num_layers_per_virtual_pipeline_stage"] if self.num_layers_per_virtual_pipeline_stage else []),
+        ]
+        if given is not None and others:
+            raise ConfigError(
+                f"parallel.decoder_layers_per_stage and parallel.{others[0]} both say it: drop one of them"
+            )
+        if (given is not None or ends) and pp == 1:
+            name = next(iter(ends), "decoder_layers_per_stage")
+            raise ConfigError(f"parallel.{name} has no effect at pipeline_model_parallel_size 1: drop it or raise pp")
+        if isinstance(given, tuple) and (not given or len(given) % pp or min(given) < 0):
+            raise ConfigError(
+                f"parallel.decoder_layers_per_stage {list(given)} must be one number of layers, 0 or more, for each of "
+                f"{pp} stages (or of a multiple of that, with virtual stages)"
+            )
+
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers of each virtual stage, in order; stage s is on pipeline rank s modulo pp. ``auto`` is taken for even.
+
+        Raises:
+            ConfigError: what is set does not give ``num_layers``.
+        """
+        pp, per, given = (
+            self.pipeline_model_parallel_size,
+            self.num_layers_per_virtual_pipeline_stage,
+            self.decoder_layers_per_stage,
+        )
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        if isinstance(given, tuple):
+            if sum(given) != num_layers:
+                raise ConfigError(
+                    f"parallel.decoder_layers_per_stage {list(given)} are {sum(given)} layers, but the decoder has {num_layers}"
+                )
+            return given
+        if per is not None:
+            if num_layers % (pp * per):
+                raise ConfigError(
+                    f"{num_layers} decoder layers do not divide over {pp} pipeline stages of "
+                    f"num_layers_per_virtual_pipeline_stage {per} layers each"
+                )
+            return (per,) * (num_layers // per)
+        if num_layers < pp and given is None:
+            raise ConfigError(
+                f"{num_layers} decoder layers for pipeline_model_parallel_size {pp}: lower it, or say "
+                "parallel.decoder_layers_per_stage, where 0 is allowed"
+            )
+        rest = num_layers - (first or 0) - (last or 0)
+        between = pp - (first is not None) - (last is not None)
+        if rest < 0 or (rest and not between):
+            raise ConfigError(
+                f"{first or 0} layers on the first pipeline stage and {last or 0} on the last leave {rest} of {num_layers} for "
+                f"{between} stages"
+            )
+        middle = spread(rest, [0.0] * between)
+        return (*([first] if first is not None else []), *middle, *([last] if last is not None else []))
+
+    @property
+    def virtual(self) -> bool:
+        """Ranks have several stages each."""
+        given = self.decoder_layers_per_stage
+        listed = isinstance(given, tuple) and len(given) > self.pipeline_model_parallel_size
+        return listed or self.num_layers_per_virtual_pipeline_stage is not None
+
+    def virtual_size(self, num_layers: int) -> int:
+        """Virtual stages per rank for a decoder of ``num_layers`` layers (1: none).
+
+        Raises:
+            ConfigError: as ``stage_layers``.
+        """
+        return len(self.stage_layers(num_layers)) // self.pipeline_model_parallel_size

@@ -1,0 +1,45 @@
+"""Decoder layers of each stage by the settings, and what they refuse."""
+
+import pytest
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.parallel.config import ParallelConfig
+
+
+def of(pp=4, **settings) -> ParallelConfig:
+    return ParallelConfig(pipeline_model_parallel_size=pp, **settings)
+
+
+@pytest.mark.parametrize("settings, layers", [
+    ({}, (7, 7, 7, 7)),
+    ({"pp": 8}, (3, 4, 4, 4, 4, 3, 3, 3)),
+    ({"decoder_layers_per_stage": (0, 9, 10, 9)}, (0, 9, 10, 9)),
+    ({"decoder_first_pipeline_num_layers": 4}, (4, 8, 8, 8)),
+    ({"decoder_first_pipeline_num_layers": 4, "decoder_last_pipeline_num_layers": 6}, (4, 9, 9, 6)),
+    ({"num_layers_per_virtual_pipeline_stage": 7}, (7, 7, 7, 7)),
+    ({"pp": 2, "num_layers_per_virtual_pipeline_stage": 7}, (7, 7, 7, 7)),
+    ({"pp": 2, "decoder_layers_per_stage": (1, 9, 9, 9)}, (1, 9, 9, 9)),
+    ({"decoder_layers_per_stage": "auto"}, (7, 7, 7, 7)),  # until the model is known: training/balance.py
+])  # fmt: skip
+def test_layers_of_each_stage(settings, layers):
+    config = of(**settings)
+    assert config.stage_layers(28) == layers
+    assert config.virtual_size(28) == len(layers) // config.pipeline_model_parallel_size
+    assert config.virtual is (len(layers) > config.pipeline_model_parallel_size or "num_layers" in str(settings)[:14])
+
+
+@pytest.mark.parametrize("settings, wanted", [
+    ({"decoder_layers_per_stage": (7, 7, 7)}, "must be one number of layers, 0 or more, for each of 4 stages"),
+    ({"decoder_layers_per_stage": (8, -1, 10, 11)}, "0 or more"),
+    ({"decoder_layers_per_stage": (7, 7, 7, 8)}, r"\[7, 7, 7, 8\] are 29 layers, but the decoder has 28"),
+    ({"pp": 1, "decoder_layers_per_stage": "auto"}, "no effect at pipeline_model_parallel_size 1"),
+    ({"pp": 1, "decoder_last_pipeline_num_layers": 3}, "decoder_last_pipeline_num_layers has no effect"),
+    ({"decoder_layers_per_stage": "auto", "num_layers_per_virtual_pipeline_stage": 7}, "both say it"),
+    ({"decoder_layers_per_stage": (7,) * 4, "decoder_first_pipeline_num_layers": 7}, "both say it"),
+    ({"decoder_first_pipeline_num_layers": 30}, "30 layers on the first pipeline stage and 0 on the last leave -2"),
+    ({"num_layers_per_virtual_pipeline_stage": 3}, "28 decoder layers do not divide over 4 pipeline stages"),
+    ({"pp": 32}, "28 decoder layers for pipeline_model_parallel_size 32"),
+])  # fmt: skip
+def test_what_does_not_give_the_layers_is_refused(settings, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        of(**settings).stage_layers(28)

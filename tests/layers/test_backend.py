@@ -11,7 +11,8 @@ from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.linear import ColumnLinear, Place, RowLinear
 from megatron_vlm.models.built import build_model
 from megatron_vlm.models.options import ModelOptions
-from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+from megatron_vlm.parallel.config import ParallelConfig
+from megatron_vlm.parallel.topology import build_topology
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import run_distributed
 

@@ -7,7 +7,8 @@ from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.build import build_clip
 from megatron_vlm.models.parts.clip import ClipConfig, clip_entries
-from megatron_vlm.parallel.topology import ParallelConfig, build_topology
+from megatron_vlm.parallel.config import ParallelConfig
+from megatron_vlm.parallel.topology import build_topology
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import gradient_errors
 from megatron_vlm.weights.mapping import Mapping

@@ -133,7 +133,7 @@ def device_batch(
     """
     if not whole:
         row = own_tokens(topology, row, work if pixels else None)
-    if pixels and topology.tp * topology.cp > 1 and row.pixels:
+    if pixels and topology.grid.size("tp", "cp") > 1 and row.pixels:
         send = _send_pixels if row.share else _share_pixels
         row = replace(row, pixels=send(topology, row, dtype))
     return row.to(topology.device, dtype, pixels=pixels)

@@ -23,11 +23,6 @@ _FACTORIES = (
 _installed = False
 
 
-def is_installed() -> bool:
-    """True once ``install`` has run in this process."""
-    return _installed
-
-
 def install() -> None:
     """Installs the seams in this process; a second call does nothing.
 

@@ -15,7 +15,6 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import Row
 from megatron_vlm.models.built import build_model, global_parameters
 from megatron_vlm.models.family_config import FamilyConfig
-from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import seed_step
@@ -104,7 +103,7 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
     with peak:
         topology = build_topology(config.parallel, num_layers=model_config.text.num_layers, device=device)
         seed_step(topology, 0, 0)
-        options = ModelOptions(**config.model_options())
+        options = config.model_options
         model = build_model(registry.get(case.family), model_config, topology, options)
         for stage in model:
             for parameter in stage.parameters():

@@ -16,6 +16,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import check_output
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
+from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
@@ -214,16 +215,17 @@ class RunConfig(Config):
             if output is not None:
                 check_output(output, folders, name, around=True)
 
-    def model_options(self) -> dict[str, Any]:
-        """Arguments of ``models.vlm.ModelOptions``."""
-        return {
-            "params_dtype": self.training.precision,
-            "sequence_parallel": self.parallel.sequence_parallel,
-            "recompute_granularity": self.parallel.recompute_granularity,
-            "make_vocab_size_divisible_by": self.model.make_vocab_size_divisible_by,
-            "freeze": self.model.freeze,
-            "drop_path_rate": self.model.drop_path_rate,
-        }
+    @property
+    def model_options(self) -> ModelOptions:
+        """How the run's model is built."""
+        return ModelOptions(
+            params_dtype=self.training.precision,
+            sequence_parallel=self.parallel.sequence_parallel,
+            recompute_granularity=self.parallel.recompute_granularity,
+            make_vocab_size_divisible_by=self.model.make_vocab_size_divisible_by,
+            freeze=self.model.freeze,
+            drop_path_rate=self.model.drop_path_rate,
+        )
 
     @property
     def row_fill(self) -> int:

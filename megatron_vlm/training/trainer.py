@@ -19,7 +19,6 @@ from megatron_vlm.data.stream.counts import check_share
 from megatron_vlm.data.stream.loader import DataState, RowLoader, StepRows, evaluation_rows
 from megatron_vlm.log import get_logger, setup_logging
 from megatron_vlm.models.built import build_model
-from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.batch import any_rank, share_rows, together
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
@@ -247,7 +246,7 @@ class Trainer:
         self.config, source = balanced(self.config, self.source.config), self.source
         config, layers = self.config, source.config.text.num_layers
         self.topology = build_topology(config.parallel, num_layers=layers, device=self.device)
-        options = ModelOptions(**config.model_options())
+        options = config.model_options
         with together(self.device):
             if self.peft is not None:
                 self.model = build_adapted(source, self.peft, self.topology, options, config.training.seed)

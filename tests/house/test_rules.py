@@ -136,3 +136,17 @@ def test_few_parameters_where_a_model_goes_in_and_out():
                 if count > 5:
                     wrong.append(f"{name(path)}: {node.name} takes {count} parameters, at most 5")
     assert not wrong, wrong
+
+
+def test_ranks_are_reckoned_in_one_file():
+    """What a rank's number, or a number of ranks, means is parallel/grid.py's: nobody else divides by sizes of the layout."""
+    reckoning = re.compile(
+        r"\b(world|world_size|get_rank\(\)|topology\.rank)\s*(//|%)|\b(tp|cp|dp|pp) \* (tp|cp|dp|pp)\b"
+    )
+    wrong = []
+    for path in PACKAGE:
+        if path.name != "grid.py":
+            for number, line in enumerate(text_of(path).splitlines(), 1):
+                if reckoning.search(line.split("  #")[0]) and '"""' not in line:
+                    wrong.append(f"{name(path)}:{number}: {line.strip()}")
+    assert not wrong, wrong

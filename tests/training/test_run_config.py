@@ -111,7 +111,7 @@ def test_rows_under_virtual_stages_and_sequence_parallelism_must_divide():
         "pipeline_model_parallel_size": 2,
         "num_layers_per_virtual_pipeline_stage": 1,
     }
-    with pytest.raises(ConfigError, match="rows of 66 tokens do not divide over 4 ranks"):
+    with pytest.raises(ConfigError, match="rows of 66 tokens do not divide over the 4 ranks that split them"):
         config(parallel=parallel, data={"seq_length": 33}).check_world(8)
 
 

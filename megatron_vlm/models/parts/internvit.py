@@ -120,18 +120,15 @@ _NAMES = {
 }
 
 
-def internvit_entries(
-    vit: InternVitConfig, tp: int, naming: Literal["chat", "hf"], hf: str, mg: str = "vision_model."
-) -> list[Entry]:
+def internvit_entries(vit: InternVitConfig, tp: int, naming: Literal["chat", "hf"], hf: str) -> list[Entry]:
     """The tower's part of a weight map.
 
     Args:
         vit: the tower.
         tp: tensor parallel size, which decides whether it runs replicated.
         naming: spelling of the HF names, and ``hf``, what stands before them.
-        mg: prefix of ours.
     """
-    names, column = _NAMES[naming], COLUMN if vit.sharded(tp) else REPLICATED
+    mg, names, column = "vision_model.", _NAMES[naming], COLUMN if vit.sharded(tp) else REPLICATED
     norm_kinds = BOTH if vit.norm_type == "layer_norm" else BOTH[:1]
     entries = [
         direct(mg + "class_embedding", hf + names.class_embedding),

@@ -24,8 +24,9 @@ class SiglipConfig(TowerConfig):
         return cls(**tower_sizes(vision))
 
 
-def siglip_entries(siglip: SiglipConfig, tp: int, hf: str, mg: str = "vision_model.") -> list[Entry]:
+def siglip_entries(siglip: SiglipConfig, tp: int, hf: str) -> list[Entry]:
     """The tower's part of a weight map; arguments as of ``clip_entries``."""
+    mg = "vision_model."
     entries = [direct(f"{mg}patch_embedding.{kind}", f"{hf}embeddings.patch_embedding.{kind}") for kind in BOTH]
     entries.append(direct(mg + "position_embedding.weight", hf + "embeddings.position_embedding.weight"))
     for i in range(siglip.num_layers):

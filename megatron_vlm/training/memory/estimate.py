@@ -112,7 +112,7 @@ def build_on_meta(
 ) -> Model:
     """The model as the trainer builds it, without data; ``infos`` of ``full_shapes`` where ``config.peft`` acts."""
     with torch.device("meta"):
-        model = build_model(spec, model_config, topology, ModelOptions(**config.model_options()))
+        model = build_model(spec, model_config, topology, config.model_options)
     if config.peft.active:
         model = adapt(config, model, infos)
     for stage in model:

@@ -3,13 +3,15 @@
     images (sizes) --> tower, connector --> + segments (tokens each) --> decoder --> + supervised tokens --> head
 
 Matrix products and attention only, two operations per multiply-add, as torch's FlopCounterMode counts; a test holds the
-two equal. Model FLOPs utilisation is ``training(...) / step_seconds / peak``: what recomputing does twice counts once.
+two equal. The counter is no replacement: it counts the whole score matrix and no kernel for packed rows, and wants the model
+built, while the images of every row are dealt to ranks by what they cost (models/family_config.py). Model FLOPs utilisation
+is ``training(...) / step_seconds / peak``: what recomputing does twice counts once.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from megatron_vlm.models.family_config import FamilyConfig, has_tower
 from megatron_vlm.models.processing.image_cost import tower_flops
 
 
@@ -46,7 +48,7 @@ class Flops:
 
 
 def forward_flops(
-    config: Any,
+    config: FamilyConfig,
     *,
     images: Sequence[tuple[int, int, int]] = (),
     segments: Sequence[int],
@@ -63,21 +65,21 @@ def forward_flops(
         causal_half: count the half of the score matrix that causal attention needs; False: all of it.
     """
     text, tokens = config.text, sum(segments)
-    costs = [config.image_cost(image) for image in images]
+    costs = [config.image_cost(image) for image in images] if has_tower(config) else []
     h, q, kv = text.hidden_size, text.num_attention_heads * text.head_dim, text.num_query_groups * text.head_dim
     window = text.sliding_window or max(segments, default=0)
     pairs = sum(_causal_pairs(s, window) if causal_half else s * s for s in segments)
     decoder = text.num_layers * (2 * tokens * (2 * h * q + 2 * h * kv + 3 * h * text.ffn_hidden_size) + 4 * pairs * q)
     branches = text.num_layers * _branches(config, tokens)
     return Flops(
-        vision=tower_flops(config.vision, costs) if costs else 0.0,
+        vision=tower_flops(config.vision, costs) if has_tower(config) else 0.0,
         connector=sum(cost.connector for cost in costs),
         llm=decoder + branches + 2 * supervised * h * text.vocab_size,
     )
 
 
-def _branches(config: Any, tokens: int) -> float:
-    """Partial LoRA of a layer (InternLM-XComposer2): every token goes through the branches, then the mask."""
+def _branches(config: FamilyConfig, tokens: int) -> float:
+    """Partial LoRA of a layer, where the family has it: every token goes through the branches, then the mask."""
     rank = getattr(config, "plora_rank", 0)
     text = config.text
     h, f, q = text.hidden_size, text.ffn_hidden_size, text.num_attention_heads * text.head_dim

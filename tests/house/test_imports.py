@@ -61,7 +61,7 @@ NO_MEGATRON = (
     "progress",
     "registry",
 )
-LATE_IMPORTS = 25
+LATE_IMPORTS = 15
 """Fewer imports of our own package inside functions than this."""
 
 

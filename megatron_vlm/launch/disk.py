@@ -14,7 +14,7 @@ from megatron_vlm.launch.exports import HF, MERGED
 from megatron_vlm.launch.inputs import Inputs, cache_folder
 from megatron_vlm.options.request import Request
 from megatron_vlm.sources.source import WeightSource
-from megatron_vlm.training.memory.estimate import StageMemory
+from megatron_vlm.training.memory.stages import StageMemory
 from megatron_vlm.training.run_config import RunConfig
 
 _SLACK_BYTES = 64 << 20  # logs, configs, tokenizer files

@@ -19,7 +19,6 @@ from megatron_vlm.models.parts.decoder import check_tensor_parallel
 from megatron_vlm.parallel.grid import SETTINGS, Grid
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.sources.source import WeightSource
-from megatron_vlm.training.memory.estimate import estimate
 from megatron_vlm.training.memory.stages import RowShape, StageMemory, table
 from megatron_vlm.training.run_config import RunConfig
 
@@ -127,6 +126,7 @@ def choose_layout(
         NothingFits: with the layout that needs least, what takes most of it, and what would help.
         ConfigError: no layout goes with model and batch, with the reasons; or a setting that is wrong in any of them.
     """
+
     refused: list[Layout] = []
     found_out: dict[str, str] = {}
     there = candidates(config, model_config, gpus, config_for, micro_batch_sizes, left_out=found_out)
@@ -136,7 +136,7 @@ def choose_layout(
         tried = candidate.apply(config_for(candidate.dp) if config_for else config)
         ends = sorted({0, candidate.pp - 1})
         for trace in (False, True):  # what stays between steps is known at once, and often enough
-            stages = estimate(tried, spec, model_config, gpus, device_kind, row=row, stages=ends, trace=trace)
+            stages = _estimate(tried, spec, model_config, gpus, device_kind, row=row, stages=ends, trace=trace)
             found = replace(candidate, stages=tuple(stages))
             if found.need > USABLE * bytes_per_gpu:
                 refused.append(found)
@@ -189,6 +189,15 @@ def candidates(
             else:
                 found.append(layout)
     return sorted(found, key=lambda layout: (layout.slowness, layout.pp, layout.tp))
+
+
+def _estimate(*args: Any, **kwargs: Any) -> list[StageMemory]:
+    """``training.memory.estimate.estimate``."""
+    from megatron_vlm.training.memory.estimate import (
+        estimate,  # loads megatron-core: a wrong command need not wait for it
+    )
+
+    return estimate(*args, **kwargs)
 
 
 def _check(layout: Layout, config: RunConfig, model_config: FamilyConfig, gpus: int) -> None:
@@ -253,10 +262,11 @@ def lay_out(
         NothingFits: that, or no other layout, fits the memory.
         ConfigError: a setting that is wrong, or a batch that no layout divides.
     """
+
     parallel = run.get("parallel") or {}
     if any(name in parallel for name in SETTINGS.values()):
         config.check_world(world)
-        stages = estimate(config, source.spec, source.config, world, devices.kind)
+        stages = _estimate(config, source.spec, source.config, world, devices.kind)
         need = max(stage.total for stage in stages)
         words = f"as named, {need / GIB:.2f} of {devices.memory / GIB:.1f} GiB"
         if need > USABLE * devices.memory:
@@ -276,7 +286,7 @@ def lay_out(
     asked = {name: parallel[name] for name in _KEPT if parallel.get(name)}  # it costs no memory to do as told
     if any(getattr(chosen.parallel, name) != value for name, value in asked.items()):
         chosen = chosen.replace(parallel=chosen.parallel.replace(**asked))
-        return chosen, estimate(chosen, source.spec, source.config, world, devices.kind), layout.reason
+        return chosen, _estimate(chosen, source.spec, source.config, world, devices.kind), layout.reason
     return chosen, layout.stages, layout.reason
 
 

@@ -25,10 +25,9 @@ from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.request import Request
 from megatron_vlm.parallel.grid import replica_size, replicas
 from megatron_vlm.sources.source import WeightSource
-from megatron_vlm.training.checkpoint.output_check import folders_of
 from megatron_vlm.training.memory.stages import table
 from megatron_vlm.training.optimizer.config import Schedule
-from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.training.run_config import RunConfig, folders_of
 from megatron_vlm.weights.checkpoint_dir import holds_checkpoints
 
 CONFIG = "config.yaml"

@@ -296,3 +296,13 @@ class RunConfig(Config):
             ):
                 if getattr(section, name):
                     raise ConfigError(f"{name} has no effect on a text model, which has no tower: leave it out")
+
+
+def folders_of(config: RunConfig) -> dict[str, Path]:
+    """setting -> folder that the run writes to."""
+    folders = {"logging.output_dir": config.output_dir}
+    if config.checkpoint.save is not None and not config.training.skip_train:
+        folders["checkpoint.save"] = Path(config.checkpoint.save)
+    if config.logging.tensorboard and config.logging.tensorboard_dir is not None:
+        folders["logging.tensorboard_dir"] = config.logging.tensorboard_dir
+    return folders

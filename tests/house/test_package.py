@@ -126,6 +126,7 @@ import sys
 import megatron_vlm.registry, megatron_vlm.options.request, megatron_vlm.parallel.grid
 assert "torch" not in sys.modules, "torch"
 import megatron_vlm.training.run_config, megatron_vlm.models.options, megatron_vlm.models.family_config
+import megatron_vlm.launch.launch, megatron_vlm.conversion.convert, megatron_vlm.conversion.verify
 assert not any(name.split(".")[0] == "megatron" for name in sys.modules), "megatron"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)

@@ -19,18 +19,8 @@ from megatron_vlm.models.built import Model
 from megatron_vlm.parallel.batch import together
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.checkpoint.load import Checkpoint
-from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.training.run_config import RunConfig, folders_of
 from megatron_vlm.weights.checkpoint_dir import iterations
-
-
-def folders_of(config: RunConfig) -> dict[str, Path]:
-    """setting -> folder that the run writes to."""
-    folders = {"logging.output_dir": config.output_dir}
-    if config.checkpoint.save is not None and not config.training.skip_train:
-        folders["checkpoint.save"] = Path(config.checkpoint.save)
-    if config.logging.tensorboard and config.logging.tensorboard_dir is not None:
-        folders["logging.tensorboard_dir"] = config.logging.tensorboard_dir
-    return folders
 
 
 def check_writable(config: RunConfig, device: torch.device) -> None:

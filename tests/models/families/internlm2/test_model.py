@@ -69,10 +69,10 @@ def plain_thirds(model):
         weight.copy_(torch.cat([part.unflatten(0, (groups, -1)) for part in (q, k, v)], 1).flatten(0, 1))
 
 
-def one_length(self, position_ids, cu_q, cu_k, max_k):
+def one_length(self, position_ids, cu_q, cu_k, max_k, segments=None):
     """Dynamic NTK by the longest sample of the row, for all."""
     whole = torch.tensor([0, max_k], dtype=cu_k.dtype)
-    freqs = position_ids.float()[:, None] * self._dynamic(whole, whole, max_k)[:1]
+    freqs = position_ids.float()[:, None] * self._dynamic(whole)
     return torch.cat((freqs, freqs), -1)[:, None, None]
 
 

@@ -292,8 +292,6 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "lr-warmup-samples": ((), "give the warm-up as --lr-warmup-iters or --lr-warmup-fraction"),
     "lr-decay-samples": ((), "give the decay as --lr-decay-iters"),
     "num-virtual-stages-per-pipeline-rank": ((), "give --num-layers-per-virtual-pipeline-stage instead"),
-    "decoder-first-pipeline-num-layers": ((), f"stages of unequal numbers of layers: {_NOT_BUILT}; leave it out"),
-    "decoder-last-pipeline-num-layers": ((), f"stages of unequal numbers of layers: {_NOT_BUILT}; leave it out"),
     **dict.fromkeys(
         ("use-torch-fsdp2", "use-megatron-fsdp", "use-custom-fsdp"),
         ((), f"fully sharded data parallelism (FSDP) {_NOT_BUILT}; use --use-distributed-optimizer"),

@@ -132,33 +132,6 @@ def test_a_full_disk_ends_nothing_and_loses_no_line(tmp_path, capsys):
     assert told.out.count("\n") < 200
 
 
-def test_a_writer_that_failed_is_made_again(monkeypatch, caplog):
-    """And what failed meanwhile is counted."""
-    from megatron_vlm.training.metrics import writers
-
-    made, points = [], []
-
-    class Fickle:
-        def __init__(self):
-            made.append(self)
-
-        def add_scalar(self, name, value, step):
-            if step in (2, 3):
-                raise ConnectionError("gone")
-            points.append(step)
-
-        def close(self):
-            raise RuntimeError("nothing works")
-
-    writer = writers.SafeWriter("A service", Fickle)
-    for step in range(1, 6):
-        if step == 4:
-            monkeypatch.setattr(writers.time, "monotonic", lambda: 1e12)
-        writer.add_scalar("loss", 1.0, step)
-    writer.close()
-    assert points == [1, 4, 5] and len(made) == 2
-
-
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"the run cannot report to .*file/out.*logging.output_dir"):

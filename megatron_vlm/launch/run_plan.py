@@ -202,7 +202,8 @@ def _start_from(request: Request, report: Report) -> str | None:
             return str(output)
         if not Path(os.path.realpath(load)).is_relative_to(os.path.realpath(output)):
             text = f"{output} holds checkpoints of another run than the one that checkpoint.finetune starts from {load}"
-            report.fail("output", text, "--overwrite_output_dir True to replace them, or another --output_dir")
+            advice = "leave checkpoint.finetune out to go on from them, --overwrite_output_dir True to replace them, or another"
+            report.fail("output", text, f"{advice} --output_dir")
     elif holds_checkpoints(Path(load)):
         section.setdefault("finetune", True)  # another run's checkpoint gives its weights
     return str(load)

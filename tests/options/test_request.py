@@ -8,7 +8,6 @@ import pytest
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.options.launch_config import LaunchConfig
-from megatron_vlm.options.request import read_request
 from tests.launch.commands import (
     CHAT,
     FINETUNE,
@@ -364,21 +363,6 @@ def test_a_flag_drops_what_a_file_says_of_what_it_excludes():
 def test_section_key_value_wins_over_a_flag_of_the_trainer():
     request = request_of("--bf16 True training.precision=fp32 --learning_rate 1e-5 optimizer.lr=3e-4")
     assert request.run["training"]["precision"] == "fp32" and request.run["optimizer"]["lr"] == "3e-4"
-
-
-def test_train_takes_the_same_flags_but_no_raw_data(monkeypatch):
-    from megatron_vlm.options.resolve import resolve as resolve_train
-
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    words = "--load x --data-path y --max_length 64 --max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 3"
-    config, _ = resolve_train([*words.split(), "--output_dir", "o", "--save_steps", "1", "--device", "cpu"])
-    assert (config.training.micro_batch_size, config.training.global_batch_size) == (2, 24)  # 2 x 3 x 4
-    assert config.checkpoint.save == "o" and config.data.train == ("y",)
-    for words in ("--meta_path m", "--train_json t", "--save_merged_model", "--master_port 1"):
-        with pytest.raises(ConfigError, match="belongs to `megatron-vlm launch`"):
-            resolve_train(words.split())
-    with pytest.raises(ConfigError, match="section launch is for"):
-        read_request({"launch": {"no_launch": True}}, [], command="train")
 
 
 def test_data_that_is_trained_on_is_no_held_out_data(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 expand_path    "~/x", "$DATA/x" -> Path, wherever a path enters (flags, YAML, environment); expand_text: as text, or a hub id
 read_*         regular files only, of bounded size; a pipe, a device or an endless link is an error, not a hang
 write_synced   appears whole or not at all
-LineFile       lines added as they come; a disk that refuses them is told of once, and they are written later
 unique_temporary, remove_abandoned   names that no other process uses, and what dead ones left
 
 Errors are of the class that the caller names, so that a message speaks of a config, a checkpoint or a sample.
@@ -13,7 +12,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -30,7 +28,6 @@ from megatron_vlm.errors import ConfigError, MegatronVLMError, printable
 MAX_TEXT_BYTES = 256 << 20
 """Largest file read as one text: a tokenizer.json has tens of megabytes, an index of a very large model a few."""
 
-LOGGER_NAME = "megatron_vlm"
 _LFS = b"version https://git-lfs.github.com/spec"
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
@@ -80,7 +77,7 @@ def open_regular(path: str | os.PathLike, error: type[MegatronVLMError] = Config
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as caught:  # ValueError: a null byte in the name
-        raise error(f"cannot read {describe(path)}: {_reason(caught)}") from caught
+        raise error(f"cannot read {describe(path)}: {reason_of(caught)}") from caught
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -103,7 +100,7 @@ def read_bytes(
             while len(data) <= max_bytes and (more := file.read(1 << 20)):  # it grows, or does not know its size
                 data += more
         except OSError as caught:
-            raise error(f"cannot read {describe(path)}: {_reason(caught)}") from caught
+            raise error(f"cannot read {describe(path)}: {reason_of(caught)}") from caught
     if len(data) > max_bytes:
         raise error(f"{describe(path)} has more than {max_bytes:,} bytes, the limit for such a file")
     return data
@@ -212,66 +209,10 @@ def trial_write(folder: Path, what: str, error: type[MegatronVLMError] = ConfigE
             file.flush()
             os.fsync(file.fileno())
     except OSError as caught:
-        raise error(f"{what} {describe(folder)} cannot be written: {_reason(caught)}") from caught
+        raise error(f"{what} {describe(folder)} cannot be written: {reason_of(caught)}") from caught
     finally:
         with contextlib.suppress(OSError):
             trial.unlink()
-
-
-class LineFile:
-    """Lines added to a file, each by one write, so that several processes may add to it. It never ends a program.
-
-    What the disk refuses waits in memory, up to ``_MOST_WAITING`` bytes, and is written once it is taken again.
-
-    Args:
-        path: the file; made when the first line comes.
-    """
-
-    _MOST_WAITING = 16 << 20
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._waiting = bytearray()
-        self._descriptor: int | None = None
-        self._refused = False
-        self._dropped = 0
-
-    def add(self, line: str) -> None:
-        """Adds a line; tells of the first refusal, and of the end of it, in the log."""
-        self._waiting += (line + "\n").encode(errors="backslashreplace")
-        while len(self._waiting) > self._MOST_WAITING:
-            del self._waiting[: self._waiting.index(b"\n") + 1]
-            self._dropped += 1
-        logger = logging.getLogger(LOGGER_NAME)
-        try:
-            self._write()
-        except OSError as error:
-            self.close()
-            if not self._refused:
-                self._refused = True
-                logger.warning(
-                    "%s cannot be written: %s. Its lines wait, and the run goes on", self.path, _reason(error)
-                )
-            return
-        if self._refused:
-            self._refused = False
-            lost = f", but {self._dropped} lines were lost" if self._dropped else ""
-            self._dropped = 0
-            logger.warning("%s is written again%s", self.path, lost)
-
-    def close(self) -> None:
-        """Closes the file; the next line opens it again."""
-        if self._descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._descriptor)
-            self._descriptor = None
-
-    def _write(self) -> None:
-        if self._descriptor is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        while self._waiting:  # a disk that fills up takes a part, and the rest comes after it
-            del self._waiting[: os.write(self._descriptor, self._waiting)]
 
 
 @contextlib.contextmanager
@@ -288,7 +229,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         at = f" ({describe(os.fsdecode(name))})" if name is not None and os.fspath(path) != name else ""
         full = getattr(caught, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = ": make room, or choose a place on another disk" if full else ""
-        raise ConfigError(f"cannot write {describe(path)}: {_reason(caught)}{at}{advice}") from caught
+        raise ConfigError(f"cannot write {describe(path)}: {reason_of(caught)}{at}{advice}") from caught
 
 
 def unique_temporary(path: Path) -> Path:
@@ -393,7 +334,7 @@ def file_digest(path: str | os.PathLike, error: type[MegatronVLMError] = ConfigE
         try:
             return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         except OSError as caught:
-            raise error(f"cannot read {describe(path)}: {_reason(caught)}") from caught
+            raise error(f"cannot read {describe(path)}: {reason_of(caught)}") from caught
 
 
 def describe(path: str | os.PathLike) -> str:
@@ -405,7 +346,8 @@ def describe(path: str | os.PathLike) -> str:
     return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
 
 
-def _reason(error: OSError | ValueError) -> str:
+def reason_of(error: OSError | ValueError) -> str:
+    """What the system says of a failed call, without the number and the path that the message has anyhow."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 

@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from megatron_vlm.files import LOGGER_NAME, LineFile
+from megatron_vlm.line_files import LOGGER_NAME, LineFile
 
 
 def get_logger(name: str = LOGGER_NAME) -> logging.Logger:

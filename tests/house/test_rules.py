@@ -14,7 +14,8 @@ SOURCES = sorted(
 CODE = [path for path in SOURCES if path.suffix == ".py"]
 PACKAGE = [path for path in CODE if (ROOT / "megatron_vlm") in path.parents]
 
-MAX_FILE_LINES = 420
+MAX_FILE_LINES = 400
+MAX_TEST_LINES = 420
 MAX_FUNCTION_LINES = 95
 
 # Spelled in two halves, so that this file may name them.
@@ -46,8 +47,9 @@ def test_sizes():
     wrong = []
     for path in CODE:
         text = text_of(path)
-        if (lines := text.count("\n")) > MAX_FILE_LINES:
-            wrong.append(f"{name(path)} has {lines} lines, at most {MAX_FILE_LINES}: split it")
+        most = MAX_FILE_LINES if path in PACKAGE else MAX_TEST_LINES
+        if (lines := text.count("\n")) > most:
+            wrong.append(f"{name(path)} has {lines} lines, at most {most}: split it")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 size = (node.end_lineno or 0) - node.lineno + 1

@@ -14,7 +14,7 @@ from megatron_vlm.data.stream.counts import digest_of
 from megatron_vlm.data.stream.step_plan import RowPlan
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import DataError
-from megatron_vlm.files import LineFile
+from megatron_vlm.line_files import LineFile
 from megatron_vlm.log import get_logger
 
 LOGGER = get_logger(__name__)

@@ -17,7 +17,8 @@ import yaml
 from megatron_vlm.data.row import IGNORE_INDEX, Row
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.files import LineFile, write_synced, writing
+from megatron_vlm.files import write_synced, writing
+from megatron_vlm.line_files import LineFile
 from megatron_vlm.log import get_logger
 from megatron_vlm.progress import LINE, Bar
 from megatron_vlm.training.evaluate import EvalResult

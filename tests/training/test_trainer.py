@@ -98,6 +98,27 @@ def test_sigterm_on_one_rank_saves_on_all_and_the_run_goes_on_exactly(command, t
     assert_same_weights(tmp_path / "cut" / "iter_0000012", tmp_path / "whole" / "iter_0000012")
 
 
+def test_a_run_goes_on_at_other_context_parallel_sizes(command, tmp_path):
+    """cp 1, 2, 1 and tp 2: the same samples in the same order, and the same losses as one run on one rank."""
+    more = ["--lr-decay-iters 12 --save-interval 100"]
+    run(command("whole", "--train-iters 8", *more, f"--save {tmp_path / 'whole'}"))
+    for number, layout in enumerate(["", "--context-parallel-size 2", "", f"{TP2} --sequence-parallel"]):
+        load = {"load": tmp_path / "parts"} if number else {}
+        world = 1 if layout == "" else 2
+        run(
+            command("parts", f"--train-iters {2 * number + 2}", *more, layout, f"--save {tmp_path / 'parts'}", **load),
+            world,
+        )
+    whole, parts = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts")
+    same = ("iteration", "tokens", "supervised_tokens", "images", "consumed_samples", "holes", "lr")
+    assert [[line[key] for key in same] for line in parts] == [[line[key] for key in same] for line in whole]
+    for one, other in zip(whole, parts, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    states = [json.loads((tmp_path / name / "iter_0000008" / "state.json").read_text()) for name in ("whole", "parts")]
+    assert states[0]["run"]["data"] == states[1]["run"]["data"]
+
+
 def test_stage_switch_starts_schedule_samples_and_clipping_anew(command, tmp_path):
     save = f"--save {tmp_path / 'first'}"
     schedule = "--lr-warmup-iters 2 --lr-warmup-init 1e-4 --clip-grad 0.01"

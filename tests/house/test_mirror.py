@@ -20,7 +20,7 @@ ELSEWHERE = {
     "data/shards/test_dataset.py": "data/shards/writer",
     "data/stream/test_loader.py": "data/stream/reader data/stream/step_plan",
     "data/text/test_templates.py": "data/text/chat data/types",
-    "launch/test_inputs.py": "launch/build_inputs data/formats/image_roots",
+    "launch/test_inputs.py": "launch/build_inputs",
     "launch/test_launch.py": "launch/exports",
     "layers/test_backend.py": "layers/linear",
     "layers/test_projector.py": "layers/mlp models/parts/projector",
@@ -47,7 +47,7 @@ ELSEWHERE = {
     "training/test_trainer.py": "training/evaluate",
 }
 """test file -> files that it tests beside the one of its name, because they work only together"""
-MOST = 48
+MOST = 47
 """So many there are: it only falls."""
 
 

@@ -1,16 +1,10 @@
-"""Options of a model, and the groups of its parameters."""
+"""Options of a model."""
 
 import pytest
 import torch
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.options import GROUPS, ModelOptions, group_of
-
-
-def test_parameters_belong_to_one_group():
-    assert {group_of(prefix + "x.weight") for prefix in GROUPS.values()} == set(GROUPS)
-    with pytest.raises(ValueError, match=r"'head\.weight' belongs to no group"):
-        group_of("head.weight")
+from megatron_vlm.models.options import ModelOptions
 
 
 def test_values():

@@ -7,6 +7,7 @@ from megatron_vlm.errors import ConversionError
 from megatron_vlm.weights.mapping import (
     COLUMN,
     GATED,
+    GROUPS,
     REPLICATED,
     ROW,
     VOCAB,
@@ -15,6 +16,7 @@ from megatron_vlm.weights.mapping import (
     Split,
     direct,
     gated,
+    group_of,
     qkv,
 )
 
@@ -114,3 +116,9 @@ def test_the_longest_prefix_holds_and_of_equal_ones_the_first():
     files = {"model.a.x": "a.b.x", "model.a.b.x": "a.b.x", "a.x": "a.b.x", "head.w": "c.head.w", "other": "other"}
     assert {name: names.file_name(name) for name in files} == files
     assert [names.module_name(name) for name in ("a.b.x", "c.head", "other")] == ["model.a.x", "head", "other"]
+
+
+def test_parameters_belong_to_one_group():
+    assert {group_of(prefix + "x.weight") for prefix in GROUPS.values()} == set(GROUPS)
+    with pytest.raises(ValueError, match=r"'head\.weight' belongs to no group"):
+        group_of("head.weight")

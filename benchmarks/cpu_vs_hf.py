@@ -25,7 +25,7 @@ from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.topology import build_topology, init_process_group
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.step import train_step

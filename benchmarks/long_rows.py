@@ -105,7 +105,7 @@ def run(tokens: int) -> None:
     from megatron_vlm.data.row import row_from_samples
     from megatron_vlm.testing.distributed import run_distributed
     from megatron_vlm.testing.parity import random_samples
-    from megatron_vlm.testing.twins import write_tiny_idefics2
+    from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
     with tempfile.TemporaryDirectory() as directory:
         sizes: dict[str, Any] = dict(text_hidden=256, ffn=688, max_positions=65536)

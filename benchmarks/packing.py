@@ -27,7 +27,7 @@ from megatron_vlm.data.shards.build import build_shards
 from megatron_vlm.data.stream.loader import open_data
 from megatron_vlm.data.stream.packing import best_fit
 from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
-from megatron_vlm.testing.twins import tiny_idefics2_config, tiny_tokenizer
+from megatron_vlm.testing.twins.idefics2 import tiny_idefics2_config, tiny_tokenizer
 
 ROW, WINDOW = 4096, 4096
 FILL_BAR = 0.97
@@ -124,7 +124,7 @@ def train(steps: int, threads: int) -> bool:
     """Prints the comparison with padded batches; returns whether the bar is met."""
     import cpu_vs_hf as loops
 
-    from megatron_vlm.testing.twins import write_tiny_idefics2
+    from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:

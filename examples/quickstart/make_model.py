@@ -10,7 +10,7 @@ import torch
 from transformers import Idefics2ForConditionalGeneration, Idefics2Processor
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
-from megatron_vlm.testing.twins import CHAT_TEMPLATE, tiny_idefics2_config, tiny_tokenizer
+from megatron_vlm.testing.twins.idefics2 import CHAT_TEMPLATE, tiny_idefics2_config, tiny_tokenizer
 
 SIZE = 32
 # The default of 0.02 suits wide models. At width 128 it leaves every sublayer's output tiny beside the residual, all

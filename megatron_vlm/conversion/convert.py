@@ -30,7 +30,7 @@ from megatron_vlm.sources.source import WeightSource, other_naming
 from megatron_vlm.weights.hf_io import CONFIG_NAME, HFWriter, list_names, resolve_directory, write_config
 from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, TensorInfo
 from megatron_vlm.weights.model_folder import copy_hf_files
-from megatron_vlm.weights.nf4 import Quantization
+from megatron_vlm.weights.nf4.tensor import Quantization
 from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES, aligned_order, atomic_directory, cast
 from megatron_vlm.weights.torch_files import load_weights_only
 

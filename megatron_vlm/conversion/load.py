@@ -16,7 +16,7 @@ from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.peft.qlora import fill, take_weights
 from megatron_vlm.sources.quantised import agree
 from megatron_vlm.sources.source import WeightSource
-from megatron_vlm.weights.nf4 import Quantization
+from megatron_vlm.weights.nf4.tensor import Quantization
 
 
 def load_model(

@@ -20,8 +20,8 @@ from megatron_vlm.weights.hf_io import write_config
 from megatron_vlm.weights.mapping import Entry, Mapping, TensorInfo
 from megatron_vlm.weights.megatron_dir import MANIFEST, FileEntry, Manifest, Stages, rank_file
 from megatron_vlm.weights.model_folder import copy_hf_files
-from megatron_vlm.weights.nf4 import Quantization
-from megatron_vlm.weights.nf4_files import nf4_file, part_infos, stored_parts
+from megatron_vlm.weights.nf4.files import nf4_file, part_infos, stored_parts
+from megatron_vlm.weights.nf4.tensor import Quantization
 from megatron_vlm.weights.safetensors_io import (
     PARAMS_DTYPES,
     SafetensorsWriter,

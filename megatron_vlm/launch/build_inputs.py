@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.formats.image_roots import wrong_root
+from megatron_vlm.data.image_roots import wrong_root
 from megatron_vlm.data.problems import REJECTED, Problem, describe
 from megatron_vlm.data.shards.build import build_shards
 from megatron_vlm.data.shards.writer import MANIFEST

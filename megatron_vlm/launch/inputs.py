@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.formats import FORMATS, WEBDATASET, expand_inputs, open_sources
-from megatron_vlm.data.formats.image_roots import names_of
 from megatron_vlm.data.formats.json_file import read_json, read_json_records
 from megatron_vlm.data.formats.records import RECORDS_VERSION, RecordSource, VideoSettings
 from megatron_vlm.data.formats.splits import HELD_OUT
+from megatron_vlm.data.image_roots import names_of
 from megatron_vlm.data.shards.writer import MANIFEST, MANIFEST_VERSION
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.files import expand_path, open_regular

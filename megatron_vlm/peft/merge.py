@@ -25,7 +25,7 @@ from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.select import named_mapping
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.mapping import Entry, Mapping, Split
-from megatron_vlm.weights.nf4 import Nf4Tensor
+from megatron_vlm.weights.nf4.tensor import Nf4Tensor
 
 _INSIDE = ".base_model.model."
 

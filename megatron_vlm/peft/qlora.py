@@ -24,8 +24,8 @@ from megatron_vlm.models.built import Model, global_named_modules
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.sources.quantised import nf4_tensors, quantised_names
 from megatron_vlm.sources.source import WeightSource
-from megatron_vlm.weights.nf4 import Quantization
-from megatron_vlm.weights.nf4_shard import Lines, Nf4Weight, shard
+from megatron_vlm.weights.nf4.shard import Lines, Nf4Weight, shard
+from megatron_vlm.weights.nf4.tensor import Quantization
 from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES
 
 log = get_logger(__name__)

@@ -17,8 +17,8 @@ from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names
 from megatron_vlm.weights.mapping import Entry, Split, TensorInfo
 from megatron_vlm.weights.megatron_dir import MANIFEST, Stages, check_hf_files, rank_file, read_manifest
 from megatron_vlm.weights.model_folder import check_model_folder
-from megatron_vlm.weights.nf4 import Nf4Tensor
-from megatron_vlm.weights.nf4_files import Nf4Reader, nf4_file
+from megatron_vlm.weights.nf4.files import Nf4Reader, nf4_file
+from megatron_vlm.weights.nf4.tensor import Nf4Tensor
 from megatron_vlm.weights.safetensors_io import SafetensorsFile
 
 

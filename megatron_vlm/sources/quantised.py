@@ -13,7 +13,7 @@ import torch
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.mapping import Entry, Mapping, TensorInfo, group_of
-from megatron_vlm.weights.nf4 import Nf4Tensor, Quantization, quantise
+from megatron_vlm.weights.nf4.tensor import Nf4Tensor, Quantization, quantise
 from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES
 
 HEAD = "language_model.output_layer.weight"

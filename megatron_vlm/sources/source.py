@@ -22,7 +22,7 @@ from megatron_vlm.registry import ExportSpec, FamilySpec
 from megatron_vlm.weights.hf_io import CONFIG_NAME
 from megatron_vlm.weights.mapping import Entry, Mapping, Split, TensorInfo
 from megatron_vlm.weights.megatron_dir import FileEntry
-from megatron_vlm.weights.nf4 import Nf4Tensor, Quantization
+from megatron_vlm.weights.nf4.tensor import Nf4Tensor, Quantization
 
 
 class WeightSource(abc.ABC):

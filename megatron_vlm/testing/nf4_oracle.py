@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vlm.weights.nf4 import BLOCK, GROUP, Nf4Tensor, absmax_of, dynamic_map
+from megatron_vlm.weights.nf4.tensor import BLOCK, GROUP, Nf4Tensor, absmax_of, dynamic_map
 
 _LOOKUP = 1 << 16
 """Entries of bitsandbytes' table of nearest 8-bit codes on the CPU (csrc/cpu_ops.cpp, ``build_quantize_lut``)."""

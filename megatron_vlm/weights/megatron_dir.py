@@ -19,7 +19,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.digests import Record, check_seal
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import read_json
-from megatron_vlm.weights.nf4 import Quantization
+from megatron_vlm.weights.nf4.tensor import Quantization
 from megatron_vlm.weights.stages import spread
 
 MANIFEST = "megatron.json"

@@ -5,7 +5,7 @@ import pytest
 from megatron_vlm.cli.convert import main, run
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import read_json
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava_internlm2
+from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava_internlm2
 from tests.peft.test_export import checkpoint
 
 TARGETS = ("wqkv", "wo", "w1", "w2", "w3", "output", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

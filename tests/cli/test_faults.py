@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> tuple[Path, Path]:
     """A twin and its data."""
-    from megatron_vlm.testing.twins import write_tiny_idefics2
+    from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
     folder = tmp_path_factory.mktemp("faults")
     write_tiny_idefics2(folder / "twin", layers=2)

@@ -26,9 +26,9 @@ import megatron_vlm
 from megatron_vlm.cli.main import main
 from megatron_vlm.testing.fuzz import ODD_VALUES, Outcome, damage, run_forked
 from megatron_vlm.testing.runs import write_shards
-from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
+from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 
 SEED = int(os.environ.get("MEGATRON_VLM_FUZZ_SEED", "0"))
 SMALL = dict(text_hidden=32, ffn=48, vision_hidden=32, vision_ffn=40, vision_layers=2, depth=1, perceiver_head_dim=8)

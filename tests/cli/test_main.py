@@ -18,7 +18,7 @@ from megatron_vlm.testing.runs import metrics_of, write_shards
 @pytest.fixture(scope="module")
 def run_argv(tmp_path_factory):
     """``run_argv(out, *more)``: arguments of a small run on two replicas."""
-    from megatron_vlm.testing.twins import write_tiny_idefics2
+    from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
     folder = tmp_path_factory.mktemp("cli")
     write_tiny_idefics2(folder / "twin", layers=2)

@@ -12,7 +12,7 @@ import torch
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.testing.model_folders import TWINS, assert_same_model, edited, tensors_of
+from megatron_vlm.testing.twins.model_folders import TWINS, assert_same_model, edited, tensors_of
 
 ROOT = Path(__file__).parents[2]
 

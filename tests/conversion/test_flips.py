@@ -14,7 +14,7 @@ from megatron_vlm.conversion.verify import verify
 from megatron_vlm.errors import MegatronVLMError
 from megatron_vlm.testing.fuzz import flip_bit, run_forked
 from megatron_vlm.testing.runs import write_shards
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 FLIPS = 200
 SMALL = dict(

@@ -8,7 +8,7 @@ from megatron_vlm.conversion.load import load_into
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 

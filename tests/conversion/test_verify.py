@@ -14,7 +14,7 @@ from megatron_vlm.conversion.verify import verify
 from megatron_vlm.digests import sealed
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 
 @pytest.fixture(scope="module")

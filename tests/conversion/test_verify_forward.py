@@ -5,7 +5,7 @@ import pytest
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.report import Report
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.testing.model_folders import assert_same_model
+from megatron_vlm.testing.twins.model_folders import assert_same_model
 
 
 def test_stages_hold_what_they_should(twins, tmp_path):

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from megatron_vlm.data.formats import open_sources
 from megatron_vlm.data.shards.build import build_shards
 from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
-from megatron_vlm.testing.twins import tiny_idefics2_config, tiny_tokenizer
+from megatron_vlm.testing.twins.idefics2 import tiny_idefics2_config, tiny_tokenizer
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.testing.runs import write_shards
-from megatron_vlm.testing.twins import randomise, tiny_tokenizer
+from megatron_vlm.testing.twins.common import randomise
+from megatron_vlm.testing.twins.idefics2 import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_vlm.testing.runs import metrics_of
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from tests.examples.guides import run_guide
 from tests.examples.shell import EXAMPLES, environment
 

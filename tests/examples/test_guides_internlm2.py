@@ -9,7 +9,7 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_reference, layout_logits
 from megatron_vlm.testing.runs import metrics_of
-from megatron_vlm.testing.twin_internlm2 import llama_inputs, write_tiny_internlm2
+from megatron_vlm.testing.twins.internlm2 import llama_inputs, write_tiny_internlm2
 from tests.examples.guides import run_guide
 
 STEPS = (

@@ -15,7 +15,7 @@ from megatron_vlm.models.families.internvl3.processor import InternVL3Processor
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_reference, layout_logits
 from megatron_vlm.testing.runs import metrics_of
-from megatron_vlm.testing.twin_internvl3 import hf_inputs, write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twins.internvl3 import hf_inputs, write_chat_layout, write_tiny_internvl3
 from tests.examples.guides import run_guide
 from tests.examples.shell import EXAMPLES, ROOT, environment
 

@@ -16,7 +16,7 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_reference, layout_logits
 from megatron_vlm.testing.runs import metrics_of
-from megatron_vlm.testing.twin_llava_internlm2 import llava_inputs, write_tiny_parts
+from megatron_vlm.testing.twins.llava_internlm2 import llava_inputs, write_tiny_parts
 from tests.examples.guides import run_guide
 from tests.examples.shell import EXAMPLES, environment
 

@@ -14,7 +14,7 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import layout_logits
 from megatron_vlm.testing.runs import metrics_of
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
+from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 from tests.examples.guides import run_guide
 from tests.examples.shell import EXAMPLES, environment
 from tests.models.families.xcomposer2.reference import Reference

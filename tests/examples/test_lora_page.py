@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.testing.runs import write_shards
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from tests.examples.guides import run_guide
 
 STEPS = (

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 SMALL = dict(text_hidden=32, ffn=48, vision_hidden=32, vision_ffn=40, vision_layers=2, depth=1, perceiver_head_dim=8)
 COLOURS = ("red", "green", "blue", "white", "black")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.testing.runs import write_shards
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 PACKAGE = Path(__file__).parents[2] / "megatron_vlm"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.testing.runs import metrics_of
-from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
-from megatron_vlm.testing.twin_internvl3 import write_chat_layout, write_tiny_internvl3
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava_internlm2
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
+from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twins.internvl3 import write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava_internlm2
+from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 from tests.examples.shell import environment, free_port
 from tests.launch.commands import FINETUNE, FINETUNE_LORA, FT_EVERY_OPTION, INTERNVL3
 from tests.launch.conftest import write_records

@@ -14,11 +14,11 @@ from megatron_vlm import registry
 from megatron_vlm.testing.distributed import RankError
 from megatron_vlm.testing.layouts import Case, LayoutCheck
 from megatron_vlm.testing.parity import layout_run, random_samples
-from megatron_vlm.testing.twin_internvl3 import make_samples as internvl3_samples
-from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
-from megatron_vlm.testing.twin_xcomposer2 import make_samples as xcomposer2_samples
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.internvl3 import make_samples as internvl3_samples
+from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
+from megatron_vlm.testing.twins.xcomposer2 import make_samples as xcomposer2_samples
+from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 
 ROWS = {
     "a rank without an image": [[([(40, 50)], 3), ([], 60)], [([], 30)], [([(16, 16)], 2), ([], 9)], [([], 3)]],

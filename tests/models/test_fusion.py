@@ -6,7 +6,7 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import build_for_test
-from megatron_vlm.testing.small_families import NAMES, write_small_twin
+from megatron_vlm.testing.twins.small_families import NAMES, write_small_twin
 
 WITH_IMAGES = [[(1, 9), (0, 4)], [(2, 7)], [(1, 5), (1, 5), (1, 3)]]
 WITHOUT = [[(0, 11)], [(0, 5), (0, 6)], []]  # the last is a row of which every sample was a hole

@@ -17,8 +17,8 @@ from megatron_vlm.testing import layouts
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.layouts import GRADIENT, LOSS
 from megatron_vlm.testing.parity import gradient_errors, layout_gradients, merge_gradients
-from megatron_vlm.testing.peft_twin import random_pairs
-from megatron_vlm.testing.small_families import NAMES, SmallTwin, write_small_twin
+from megatron_vlm.testing.twins.peft import random_pairs
+from megatron_vlm.testing.twins.small_families import NAMES, SmallTwin, write_small_twin
 
 ROWS = {"I": [(1, 9), (0, 4)], "M": [(2, 7)], "T": [(0, 11)], "H": []}
 """A row with an image, one with two, one of text, and one of which every sample was a hole."""

@@ -7,10 +7,13 @@ import torch
 
 from megatron_vlm import registry
 from megatron_vlm.models.generation import Answer
-from megatron_vlm.testing import twin_internlm2, twin_internvl3, twin_llava_internlm2, twin_xcomposer2
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_inputs, layout_answers, random_samples
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins import internlm2 as twin_internlm2
+from megatron_vlm.testing.twins import internvl3 as twin_internvl3
+from megatron_vlm.testing.twins import llava_internlm2 as twin_llava_internlm2
+from megatron_vlm.testing.twins import xcomposer2 as twin_xcomposer2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from tests.models.families.xcomposer2.reference import Reference
 
 NEW = 12

@@ -11,7 +11,7 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.parity import hf_reference, random_samples
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 pytestmark = pytest.mark.gpu
 SAMPLES = [([(40, 50)], 14), ([], 23), ([(56, 56), (17, 33), (24, 48)], 9)]

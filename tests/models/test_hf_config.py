@@ -11,11 +11,11 @@ from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.models.hf_config import check_numbers
-from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
-from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
+from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava
+from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 
 WRITE = {
     "idefics2": write_tiny_idefics2,

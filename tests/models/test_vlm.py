@@ -10,7 +10,7 @@ from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.testing.distributed import RankError, run_distributed
 from megatron_vlm.testing.parity import build_for_test, random_samples
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 import pytest
 
 from megatron_vlm.conversion.open_source import open_source
-from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
-from megatron_vlm.testing.twin_internvl3 import write_chat_layout, write_tiny_internvl3
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava, write_tiny_llava_internlm2
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twins.internvl3 import write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava, write_tiny_llava_internlm2
+from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 
 
 @pytest.fixture(scope="module")

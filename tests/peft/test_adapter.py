@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.peft.adapter import Adapter, Pair, renamed
-from megatron_vlm.testing.twin_internvl3 import write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twins.internvl3 import write_chat_layout, write_tiny_internvl3
 from megatron_vlm.weights.mapping import Mapping, TensorInfo, direct, qkv
 from tests.peft.adapter_runs import adapter_of, assert_same, checkpoint, merged
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.conversion.open_source import open_source
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava_internlm2
+from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava_internlm2
 from tests.peft.adapter_runs import adapter_of, assert_same, checkpoint, merged
 
 XTUNER: dict[str, dict[str, Any]] = {

@@ -17,9 +17,9 @@ from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.peft.adapter_io import CONFIG, WEIGHTS
 from megatron_vlm.peft.export import export_adapter
-from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
+from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava
 
 LOGITS = 1e-5  # of the largest; measured: 2.9e-6
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {

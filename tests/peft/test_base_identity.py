@@ -6,7 +6,7 @@ from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.peft.base_identity import base_mark, marks_apart
-from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
 from tests.peft.adapter_runs import adapter_of, checkpoint, make
 
 

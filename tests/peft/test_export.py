@@ -21,11 +21,11 @@ from megatron_vlm.models.assembling import generator
 from megatron_vlm.peft.adapter_io import WEIGHTS
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.merge import continued
-from megatron_vlm.testing.peft_twin import multiply_dequantised
-from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
-from megatron_vlm.testing.twin_internvl3 import write_chat_layout, write_tiny_internvl3
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twins.internvl3 import write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twins.peft import multiply_dequantised
+from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 from tests.peft.adapter_runs import adapter_of, assert_same, checkpoint, make, merged
 
 OWN = {

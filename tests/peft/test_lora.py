@@ -17,8 +17,8 @@ from megatron_vlm.testing.parity import (
     merge_gradients,
     random_samples,
 )
-from megatron_vlm.testing.peft_twin import peft_gradients, peft_training, peft_twin, random_pairs
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.peft import peft_gradients, peft_training, peft_twin, random_pairs
 
 LOGITS = 2e-5  # of the largest logit; measured 6.8e-6
 LOSS = 2e-6  # relative; measured 1.8e-7

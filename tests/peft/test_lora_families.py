@@ -8,7 +8,6 @@ import torch
 
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import row_from_samples
-from megatron_vlm.testing import twin_internlm2, twin_internvl3, twin_llava_internlm2, twin_xcomposer2
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import (
     adapted_mapping,
@@ -19,7 +18,11 @@ from megatron_vlm.testing.parity import (
     layout_run,
     merge_gradients,
 )
-from megatron_vlm.testing.peft_twin import peft_gradients, peft_twin
+from megatron_vlm.testing.twins import internlm2 as twin_internlm2
+from megatron_vlm.testing.twins import internvl3 as twin_internvl3
+from megatron_vlm.testing.twins import llava_internlm2 as twin_llava_internlm2
+from megatron_vlm.testing.twins import xcomposer2 as twin_xcomposer2
+from megatron_vlm.testing.twins.peft import peft_gradients, peft_twin
 
 LOGITS = 2e-5  # of the largest logit
 LOSS = 2e-6

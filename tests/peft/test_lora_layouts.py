@@ -8,8 +8,8 @@ import pytest
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.testing.layouts import Case, LayoutCheck, whole_matrix
 from megatron_vlm.testing.parity import random_samples
-from megatron_vlm.testing.peft_twin import random_pairs
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.peft import random_pairs
 
 TEXT_ONLY_FIRST = [[([], 23)], [([(40, 50)], 14), ([], 9)], [([(24, 48), (16, 16)], 7)], [([], 17)]]
 EVERYTHING = dict(target_modules=r".*(_proj|fc1|fc2|lm_head)", modules_to_save=("modality_projection",), r=3, alpha=6)

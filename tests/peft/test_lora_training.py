@@ -13,7 +13,7 @@ from megatron_vlm.files import file_digest
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import adapted_plan
 from megatron_vlm.testing.runs import metrics_of, train, write_shards
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.weights.rank_files import RankFiles
 
 SETTINGS = dict(target_modules=("q_proj", "v_proj", "down_proj"), modules_to_save=("modality_projection",), r=2)

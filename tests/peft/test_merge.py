@@ -9,7 +9,7 @@ from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.merge import continued, full_tensors
 from megatron_vlm.peft.select import make_plan, named_mapping
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from tests.peft.adapter_runs import checkpoint
 
 

@@ -19,9 +19,9 @@ from megatron_vlm.testing.parity import (
     merge_gradients,
     random_samples,
 )
-from megatron_vlm.testing.peft_twin import peft_gradients, peft_twin, twin_in_4bit
-from megatron_vlm.testing.twins import write_tiny_idefics2
-from megatron_vlm.weights.nf4 import Quantization, quantise
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.peft import peft_gradients, peft_twin, twin_in_4bit
+from megatron_vlm.weights.nf4.tensor import Quantization, quantise
 
 LOGITS = 2e-5  # of the largest logit, fp32; measured 1.1e-5
 LOSS = 2e-6  # relative; measured 1.3e-7
@@ -205,10 +205,10 @@ def on_families(directories) -> list[tuple[int, int, list[str]]]:
 @pytest.mark.full
 def test_linears_of_every_family(tmp_path):
     """All but the head, by the names of the weight map; XComposer2's own branches stay in full beside them."""
-    from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
-    from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
-    from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava_internlm2
-    from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
+    from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
+    from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
+    from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava_internlm2
+    from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 
     writers = (
         write_tiny_idefics2,
@@ -232,7 +232,7 @@ def on_product() -> tuple[bool, int, int]:
     """On a rank: gradcheck of the product, and bytes that it keeps for its backward pass."""
     from megatron_vlm.peft.qlora import Nf4Product
     from megatron_vlm.weights.mapping import ROW, direct
-    from megatron_vlm.weights.nf4_shard import Lines, shard
+    from megatron_vlm.weights.nf4.shard import Lines, shard
 
     weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(0))
     lines = Lines.of(direct("w", "w", ROW), [tuple(weight.shape)], 2, 1)  # 80 columns: not whole blocks

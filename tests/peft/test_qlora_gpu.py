@@ -22,11 +22,11 @@ from megatron_vlm.peft.select import make_plan
 from megatron_vlm.testing import nf4_oracle
 from megatron_vlm.testing.nf4_oracle import dequantise
 from megatron_vlm.testing.parity import hf_inputs, random_samples
-from megatron_vlm.testing.peft_twin import our_name, peft_twin, twin_in_4bit
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.peft import our_name, peft_twin, twin_in_4bit
 from megatron_vlm.weights.mapping import ROW, direct, gated, qkv
-from megatron_vlm.weights.nf4 import block_values, quantise
-from megatron_vlm.weights.nf4_shard import Lines, shard
+from megatron_vlm.weights.nf4.shard import Lines, shard
+from megatron_vlm.weights.nf4.tensor import block_values, quantise
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(64, 64), (24, 4304), (1152, 4304), (300, 130), (2048, 4096)]

@@ -8,7 +8,7 @@ import torch
 from megatron_vlm.conversion.convert import hf2mg
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.runs import metrics_of, train, write_shards
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.weights.rank_files import RankFiles
 
 PEFT = "peft.target_modules=[q_proj,v_proj,down_proj,fc2] peft.modules_to_save=[modality_projection] peft.r=2"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_vlm.testing.model_folders import twin_maker
+from megatron_vlm.testing.twins.model_folders import twin_maker
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import torch
 from megatron_vlm.conversion.convert import export_hf
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.testing.model_folders import edited, tensors_of
-from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twins.model_folders import edited, tensors_of
 
 
 def test_a_tied_head_that_differs_is_refused(twins, tmp_path):

@@ -9,7 +9,7 @@ from megatron_vlm import registry
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.sources.quantised import agree, quantised_names
 from megatron_vlm.weights.mapping import TensorInfo
-from megatron_vlm.weights.nf4 import Quantization
+from megatron_vlm.weights.nf4.tensor import Quantization
 
 
 def test_head_embeddings_and_norms_are_never_among_the_names():

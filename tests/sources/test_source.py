@@ -5,7 +5,7 @@ import pytest
 from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConfigError, ConversionError
-from megatron_vlm.testing.model_folders import edited
+from megatron_vlm.testing.twins.model_folders import edited
 
 
 def test_wrong_family(twins, tmp_path):

@@ -12,7 +12,7 @@ from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.weights.checkpoint_dir import newest
 from megatron_vlm.weights.model_folder import CarriedFiles
 

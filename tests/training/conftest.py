@@ -8,7 +8,7 @@ import torch
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.testing.parity import hf_reference, random_samples
 from megatron_vlm.testing.runs import write_shards
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 SMALL = dict(text_hidden=32, ffn=48, vision_hidden=32, vision_ffn=40, vision_layers=2, depth=1, perceiver_head_dim=8)
 TWINS = {

@@ -99,7 +99,7 @@ def test_a_source_that_is_never_read(command, train_data):
 
 
 def test_heads_that_do_not_divide(command, tmp_path):
-    from megatron_vlm.testing.twins import write_tiny_idefics2
+    from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
     write_tiny_idefics2(tmp_path / "odd", layers=1, heads=3, kv_heads=3, text_hidden=48, vision_layers=1, depth=1)
     for text in errors(command("out", "--train-iters 2", TP2, load=tmp_path / "odd")):

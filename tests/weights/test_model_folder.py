@@ -12,7 +12,7 @@ from torch import ones
 from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import hf2mg
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
 from megatron_vlm.weights.model_folder import CarriedFiles, check_model_folder, copy_hf_files, hf_files
 
 

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vlm.data.formats import WEBDATASET, read_source
-from megatron_vlm.data.formats.image_roots import wrong_root
 from megatron_vlm.data.formats.records import Record, RecordSource
 from megatron_vlm.data.formats.webdataset import open_tars
+from megatron_vlm.data.image_roots import wrong_root
 from megatron_vlm.data.images.video import check_settings
 from megatron_vlm.data.problems import REJECTED, Notes, Problem, describe, rejected_line
 from megatron_vlm.data.shards.split import Halves, SplitSettings, assign

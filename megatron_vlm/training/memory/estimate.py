@@ -35,7 +35,7 @@ from megatron_vlm.training.memory.stages import RowShape, StageMemory
 from megatron_vlm.training.memory.trace import ChunkBytes, measure_chunk
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.mapping import GROUPS, TensorInfo, group_of
-from megatron_vlm.weights.nf4 import Quantization
+from megatron_vlm.weights.nf4.tensor import Quantization
 from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES
 
 _CUDA_CONTEXT = 600 << 20  # CUDA's context and loaded kernels
@@ -137,7 +137,7 @@ def adapt(config: RunConfig, model: Model, infos: Mapping[str, TensorInfo]) -> M
 
 
 class _Nf4Shape(nn.Module):
-    """Stands for ``peft.nf4_shard.Nf4Weight``: what is held beside the codes, and what they are dequantised to."""
+    """Stands for ``weights.nf4.shard.Nf4Weight``: what is held beside the codes, and what they are dequantised to."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, scales: int):
         super().__init__()

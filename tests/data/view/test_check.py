@@ -20,8 +20,8 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.data.stream.loader import RowLoader
 from megatron_vlm.data.view.preview import _picture
-from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
+from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
+from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 from tests.data.formats.make import write_tar
 
 

@@ -15,7 +15,7 @@ from megatron_vlm.models.built import build_model
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import build_for_test
-from megatron_vlm.testing.twin_internvl3 import make_samples, write_tiny_internvl3
+from megatron_vlm.testing.twins.internvl3 import make_samples, write_tiny_internvl3
 
 CONFIG = types.SimpleNamespace(
     hidden_size=12, params_dtype=torch.float32, use_cpu_initialization=True, sequence_parallel=False

@@ -9,8 +9,8 @@ from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.processing.chat_template import MAX_TEMPLATE, chat_template, render
-from megatron_vlm.testing.twin_internvl3 import TEMPLATE
-from megatron_vlm.testing.twins import CHAT_TEMPLATE, tiny_idefics2_config, tiny_tokenizer
+from megatron_vlm.testing.twins.idefics2 import CHAT_TEMPLATE, tiny_idefics2_config, tiny_tokenizer
+from megatron_vlm.testing.twins.internvl3 import TEMPLATE
 
 TALK = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a <b> 'c'"}]},

@@ -10,7 +10,7 @@ from megatron_vlm import registry
 from megatron_vlm.conversion.convert import export_hf, hf2mg
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.models.processing.processor_files import add_stops
-from megatron_vlm.testing.small_families import NAMES, write_small_twin
+from megatron_vlm.testing.twins.small_families import NAMES, write_small_twin
 
 TURN_ENDS = {
     "idefics2": "<end_of_utterance>",

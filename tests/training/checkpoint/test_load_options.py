@@ -4,7 +4,7 @@ import pytest
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.weights.mapping import group_of
 from tests.training.checkpoint.ranks import load_error, load_of, merge, save_of

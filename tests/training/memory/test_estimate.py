@@ -98,7 +98,7 @@ def nf4_bytes(hf_dir: str) -> int:
     from megatron_vlm.models.options import ModelOptions
     from megatron_vlm.parallel.config import ParallelConfig
     from megatron_vlm.parallel.topology import build_topology
-    from megatron_vlm.weights.nf4 import Quantization
+    from megatron_vlm.weights.nf4.tensor import Quantization
 
     with open_source(hf_dir) as source:
         layers = source.config.text.num_layers

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.twins import tiny_idefics2_config, tiny_tokenizer
+from megatron_vlm.testing.twins.idefics2 import tiny_idefics2_config, tiny_tokenizer
 from megatron_vlm.training.memory.flops import Flops, _causal_pairs, forward_flops
 
 # Of the small shapes: one of two sizes, columns of tiles, a grid of them, none.

@@ -8,7 +8,7 @@ from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.runs import train
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.weights.rank_files import RankFiles
 
 UNMOVED = "--bf16 --train-iters 1 --lr-warmup-fraction 0.5"  # the only update has a learning rate of 0

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from megatron_vlm.conversion.convert import export_hf, hf2mg, mg2hf, open_model
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConfigError, ConversionError
-from megatron_vlm.testing.twins import randomise, tiny_tokenizer, write_tiny_idefics2
+from megatron_vlm.testing.twins.common import randomise
+from megatron_vlm.testing.twins.idefics2 import tiny_tokenizer, write_tiny_idefics2
 
 ADDED = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 PERCEIVER = dict(

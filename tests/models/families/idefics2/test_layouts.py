@@ -10,7 +10,7 @@ from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.distributed import RankError, run_distributed
 from megatron_vlm.testing.layouts import Case, LayoutCheck, whole_matrix
 from megatron_vlm.testing.parity import layout_run, merge_gradients, random_samples
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 TEXT_ONLY_FIRST = [
     [([], 23)],

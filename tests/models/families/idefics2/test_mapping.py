@@ -5,7 +5,7 @@ import torch
 
 from megatron_vlm import registry
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.testing.twins import tiny_idefics2_config, tiny_tokenizer
+from megatron_vlm.testing.twins.idefics2 import tiny_idefics2_config, tiny_tokenizer
 from megatron_vlm.weights.mapping import REPLICATED
 
 SPEC = registry.get("idefics2")

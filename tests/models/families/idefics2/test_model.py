@@ -13,7 +13,7 @@ from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_reference, layout_logits, random_samples
 from megatron_vlm.testing.parity_check import Bars, check_parity
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 BARS = Bars(logits=2e-5)  # measured: logits 4.3e-6 of the largest, 1.3 x noise, loss 2e-7, gradients 8e-6
 # Towers without RoPE: adding a constant to every key changes no attention weight, so the true gradient is zero and what

@@ -19,7 +19,7 @@ from megatron_vlm.layers.vision import siglip
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.mutations import mutated_logits
 from megatron_vlm.testing.parity import hf_reference, random_samples
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 LOGITS = 2e-5  # the bar of test_model.py, of the largest logit
 TIMES = 30

@@ -17,7 +17,8 @@ from megatron_vlm.data.row import IGNORE_INDEX
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
-from megatron_vlm.testing.twins import CHAT_TEMPLATE, CORPUS, SPECIAL_TOKENS, tiny_idefics2_config, tiny_tokenizer
+from megatron_vlm.testing.twins.common import CORPUS
+from megatron_vlm.testing.twins.idefics2 import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_idefics2_config, tiny_tokenizer
 
 LONGEST, SHORTEST, LATENTS = 98, 42, 5
 

@@ -14,7 +14,7 @@ from megatron_vlm.errors import DataError
 from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_reference, layout_logits
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from tests.models.families.idefics2.test_processor import LATENTS, ODD_IMAGES, hf_inputs, write_processor
 
 SPLITTABLE = {name: data for name, data in ODD_IMAGES.items() if name not in ("line", "line across", "one pixel")}

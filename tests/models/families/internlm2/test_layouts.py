@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, LayoutCheck, whole_matrix
-from megatron_vlm.testing.twin_internlm2 import make_samples, write_tiny_internlm2
+from megatron_vlm.testing.twins.internlm2 import make_samples, write_tiny_internlm2
 
 LENGTHS = [[23, 31], [14, 9, 20], [52], [17, 30]]
 POSITIONS = 32

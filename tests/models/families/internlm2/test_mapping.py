@@ -11,7 +11,7 @@ from megatron_vlm.cli.convert import main
 from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConfigError, ConversionError
-from megatron_vlm.testing.twin_internlm2 import make_samples, write_tiny_internlm2
+from megatron_vlm.testing.twins.internlm2 import make_samples, write_tiny_internlm2
 
 
 @pytest.fixture(scope="module")

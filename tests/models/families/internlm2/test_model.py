@@ -19,7 +19,7 @@ from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import hf_reference
 from megatron_vlm.testing.parity_check import Bars, check_parity
-from megatron_vlm.testing.twin_internlm2 import fuse, llama_inputs, make_samples, write_tiny_internlm2
+from megatron_vlm.testing.twins.internlm2 import fuse, llama_inputs, make_samples, write_tiny_internlm2
 
 BARS = Bars()  # measured: logits 1.5e-6 of the largest, 0.94 x noise, loss 2e-7, gradients 2e-6
 TIMES = 30

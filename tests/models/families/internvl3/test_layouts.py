@@ -4,7 +4,7 @@ import pytest
 
 from megatron_vlm import registry
 from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, Case, LayoutCheck, whole_matrix
-from megatron_vlm.testing.twin_internvl3 import make_samples, write_tiny_internvl3
+from megatron_vlm.testing.twins.internvl3 import make_samples, write_tiny_internvl3
 
 # Texts first, so that a rank without images meets one with; 0, 1 and 3 images of several tiles.
 ROWS = [[([], 23)], [([2], 14), ([], 9)], [([1, 3], 7)], [([], 17)]]

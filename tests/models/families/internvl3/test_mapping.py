@@ -15,7 +15,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.families.internvl3.processor import InternVL3Processor
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import layout_logits
-from megatron_vlm.testing.twin_internvl3 import make_samples, write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twins.internvl3 import make_samples, write_chat_layout, write_tiny_internvl3
 from megatron_vlm.weights.mapping import REPLICATED
 
 SPEC = registry.get("internvl3")

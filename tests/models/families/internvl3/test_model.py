@@ -19,7 +19,7 @@ from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import hf_reference
 from megatron_vlm.testing.parity_check import Bars, check_parity
-from megatron_vlm.testing.twin_internvl3 import hf_inputs, make_samples, write_tiny_internvl3
+from megatron_vlm.testing.twins.internvl3 import hf_inputs, make_samples, write_tiny_internvl3
 
 BARS = Bars()  # measured: logits 2.7e-6 of the largest, 2.3 x noise, loss 1.4e-7, gradients 5.3e-6
 TIMES = 30

@@ -17,8 +17,8 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 from megatron_vlm.models.families.internvl3.processor import SYSTEM, InternVL3Processor
-from megatron_vlm.testing.twin_internvl3 import hf_processor, write_chat_layout, write_tiny_internvl3
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.internvl3 import hf_processor, write_chat_layout, write_tiny_internvl3
 
 CHINA = Image.fromarray(load_sample_image("china.jpg"))
 DIGIT = Image.fromarray((load_digits().images[7] * 15).astype(np.uint8))

@@ -12,7 +12,7 @@ from megatron_vlm.models.families.internvl3.processor import InternVL3Processor
 from megatron_vlm.options.resolve import resolve
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import layout_answers
-from megatron_vlm.testing.twin_internvl3 import hf_inputs, write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twins.internvl3 import hf_inputs, write_chat_layout, write_tiny_internvl3
 from megatron_vlm.training.memory.estimate import estimate
 
 NEW = 10

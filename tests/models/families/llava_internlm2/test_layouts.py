@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vlm import registry
 from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, Case, LayoutCheck, whole_matrix
-from megatron_vlm.testing.twin_llava_internlm2 import make_samples, write_tiny_llava, write_tiny_llava_internlm2
+from megatron_vlm.testing.twins.llava_internlm2 import make_samples, write_tiny_llava, write_tiny_llava_internlm2
 
 # Texts first, so that a rank without images meets one with.
 ROWS = [[(0, 23)], [(1, 14), (0, 9)], [(2, 7)], [(0, 17)]]

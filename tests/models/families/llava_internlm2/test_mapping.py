@@ -16,8 +16,8 @@ from megatron_vlm.conversion.verify import verify
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models.families.llava_internlm2.mapping import NAMES
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.twin_internlm2 import fuse, make_samples
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_clip, write_tiny_llava, write_tiny_parts
+from megatron_vlm.testing.twins.internlm2 import fuse, make_samples
+from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_clip, write_tiny_llava, write_tiny_parts
 
 FAMILY = "llava_internlm2"
 

@@ -18,7 +18,7 @@ from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import hf_reference
 from megatron_vlm.testing.parity_check import Bars, check_parity
-from megatron_vlm.testing.twin_llava_internlm2 import (
+from megatron_vlm.testing.twins.llava_internlm2 import (
     llava_inputs,
     make_samples,
     write_tiny_llava,

@@ -10,7 +10,7 @@ from megatron_vlm.conversion.convert import export_hf, mg2hf, open_model
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava, write_tiny_parts
+from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava, write_tiny_parts
 
 SIZES = [(28, 28), (40, 17), (17, 40), (100, 31), (5, 9), (29, 28)]  # width, height
 TOKENS = 16

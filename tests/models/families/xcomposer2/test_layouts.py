@@ -8,7 +8,7 @@ from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, LayoutCheck, whole_matrix
 from megatron_vlm.testing.parity import layout_run, merge_gradients
-from megatron_vlm.testing.twin_xcomposer2 import make_samples, write_tiny_xcomposer2
+from megatron_vlm.testing.twins.xcomposer2 import make_samples, write_tiny_xcomposer2
 
 ONE = (1, 1)
 # Texts first, so that a rank without images meets one with; mixed grids.

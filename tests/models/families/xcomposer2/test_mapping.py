@@ -12,7 +12,7 @@ from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.sources.source import check_entry
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
+from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 from megatron_vlm.weights.mapping import TensorInfo
 from megatron_vlm.weights.torch_files import load_weights_only
 

@@ -5,7 +5,7 @@
     value = table[code] * absmax, in fp32, rounded once to the dtype that is wanted
 
 Bits per parameter: 4 + 32/64 = 4.5, with double quantisation 4 + 8/64 + 32/(64 * 256) = 4.127. bitsandbytes computes it, on the
-CPU too; testing/nf4_oracle.py says the same in plain torch. What equals what, measured (tests/weights/test_nf4.py):
+CPU too; testing/nf4_oracle.py says the same in plain torch. What equals what, measured (tests/weights/nf4/test_tensor.py):
 
     codes, absmax, values     on the CPU and on CUDA the same bounds and the same table
     8-bit codes, CPU          the nearest value, looked up by the number rounded to 16 bits: not the nearest one in 1 to 3 of

@@ -2,8 +2,8 @@
 
 import json
 
-from megatron_vlm.data.formats.image_roots import names_of, wrong_root
 from megatron_vlm.data.formats.records import RecordSource
+from megatron_vlm.data.image_roots import names_of, wrong_root
 
 
 def source(tmp_path, names, root):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.weights.nf4 import Quantization, quantise
-from megatron_vlm.weights.nf4_files import Nf4Reader, nf4_file, part_infos, stored_parts
+from megatron_vlm.weights.nf4.files import Nf4Reader, nf4_file, part_infos, stored_parts
+from megatron_vlm.weights.nf4.tensor import Quantization, quantise
 from megatron_vlm.weights.safetensors_io import SafetensorsWriter
 
 SHAPES = {"a.weight": (64, 80), "b.weight": (7, 10), "c.weight": (300, 130)}

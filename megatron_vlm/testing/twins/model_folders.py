@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 # Decoder 32 and 8 kv, tower 16, perceiver 16 and 4 kv.
 REAL_HEADS: dict[str, Any] = dict(

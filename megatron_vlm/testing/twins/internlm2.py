@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.testing.twins import CORPUS, randomise
+from megatron_vlm.testing.twins.common import CORPUS, randomise
 
 CHAT_TOKENS = {"[UNUSED_TOKEN_145]": "<|im_end|>", "[UNUSED_TOKEN_146]": "<|im_start|>"}
 

@@ -1,14 +1,11 @@
-"""Tiny random HF twins: real Idefics2 checkpoints with tokenizer and processor, written where a test wants them.
-
-Weights have a standard deviation of about 0.15: HF's default of 0.02 hides mistakes (tanh against erf GELU moves logits by
-3e-7 there).
-"""
+"""A tiny Idefics2 checkpoint with tokenizer and processor, written where a test wants it."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+
+from megatron_vlm.testing.twins.common import CORPUS, randomise
 
 SPECIAL_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 CHAT_TEMPLATE = (
@@ -16,11 +13,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-CORPUS = (
-    "User: What digit is this? Assistant: seven. zero one two three four five six seven eight nine\n"
-    "Describe the picture in detail. A small grey scan of a handwritten digit on a dark ground.\n"
-    "How many cats are there? There are two cats and a dog sleeping on the sofa beside the window.\n"
 )
 
 
@@ -107,16 +99,6 @@ def tiny_idefics2_config(tokenizer, text: str = "mistral", **options: Any):
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         tie_word_embeddings=tie,
     )
-
-
-def randomise(model: nn.Module, seed: int = 0, std: float = 0.15) -> nn.Module:
-    """Draws every parameter anew: N(0, std), norm weights and latents around 1."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(model.named_parameters()):
-        mean = 1.0 if ("norm" in name and name.endswith("weight")) or name.endswith("latents") else 0.0
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-        parameter.data.copy_(mean + std * noise)
-    return model
 
 
 def write_tiny_idefics2(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
-from megatron_vlm.testing.twins import randomise, tiny_tokenizer
+from megatron_vlm.testing.twins.common import randomise
+from megatron_vlm.testing.twins.idefics2 import tiny_tokenizer
+from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
 
 CLIP = dict(
     hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=7,

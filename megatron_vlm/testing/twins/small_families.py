@@ -9,12 +9,15 @@ from typing import Any
 from megatron_vlm import registry
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.files import read_json
-from megatron_vlm.testing import twin_internlm2, twin_internvl3, twin_llava_internlm2, twin_xcomposer2
-from megatron_vlm.testing.twin_internlm2 import write_tiny_internlm2
-from megatron_vlm.testing.twin_internvl3 import write_tiny_internvl3
-from megatron_vlm.testing.twin_llava_internlm2 import write_tiny_llava
-from megatron_vlm.testing.twin_xcomposer2 import write_tiny_xcomposer2
-from megatron_vlm.testing.twins import write_tiny_idefics2
+from megatron_vlm.testing.twins import internlm2 as twin_internlm2
+from megatron_vlm.testing.twins import internvl3 as twin_internvl3
+from megatron_vlm.testing.twins import llava_internlm2 as twin_llava_internlm2
+from megatron_vlm.testing.twins import xcomposer2 as twin_xcomposer2
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
+from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
+from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava
+from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 
 Specs = Sequence[tuple[int, int]]
 """(number of images, tokens of text) of each sample."""

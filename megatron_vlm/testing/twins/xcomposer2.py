@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
-from megatron_vlm.testing.twin_internlm2 import fuse, write_generation, write_sentencepiece
-from megatron_vlm.testing.twins import randomise
+from megatron_vlm.testing.twins.common import randomise
+from megatron_vlm.testing.twins.internlm2 import fuse, write_generation, write_sentencepiece
 
 TILE, PATCH = 28, 7
 LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")

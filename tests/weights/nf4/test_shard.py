@@ -6,8 +6,8 @@ import torch
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.weights.mapping import COLUMN, ROW, Entry, Split, direct, gated, qkv
-from megatron_vlm.weights.nf4 import quantise
-from megatron_vlm.weights.nf4_shard import Lines, shard
+from megatron_vlm.weights.nf4.shard import Lines, shard
+from megatron_vlm.weights.nf4.tensor import quantise
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

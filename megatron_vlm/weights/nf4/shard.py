@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.weights.mapping import Entry
-from megatron_vlm.weights.nf4 import BLOCK, GROUP, Nf4Tensor, absmax_of, block_values
+from megatron_vlm.weights.nf4.tensor import BLOCK, GROUP, Nf4Tensor, absmax_of, block_values
 
 
 @dataclass(frozen=True, kw_only=True)

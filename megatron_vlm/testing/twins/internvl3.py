@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.families.internvl3.reference import hf_inputs as hf_inputs
-from megatron_vlm.testing.twins import CORPUS, randomise
+from megatron_vlm.testing.twins.common import CORPUS, randomise
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.weights.mapping import TensorInfo
-from megatron_vlm.weights.nf4 import BLOCK, GROUP, Nf4Tensor, Quantization
+from megatron_vlm.weights.nf4.tensor import BLOCK, GROUP, Nf4Tensor, Quantization
 from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES, SafetensorsFile
 
 

@@ -9,8 +9,8 @@ import torch
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.testing import nf4_oracle
 from megatron_vlm.testing.nf4_oracle import dequantise
-from megatron_vlm.weights import nf4 as nf4_of
-from megatron_vlm.weights.nf4 import Nf4Tensor, block_values, dynamic_map, quantise
+from megatron_vlm.weights.nf4 import tensor as nf4_of
+from megatron_vlm.weights.nf4.tensor import Nf4Tensor, block_values, dynamic_map, quantise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Multiples of 64 values or of rows of 64, and neither: 4304 columns, 54 and 70 values in all, a last block of 6.
@@ -51,7 +51,7 @@ def test_whole_tensors_equal_bitsandbytes(by, double):
 def test_a_large_tensor_is_quantised_in_pieces_and_stays_the_same(monkeypatch):
     weight = draw(150, 130).bfloat16()
     whole = quantise(weight, double=True)
-    monkeypatch.setattr("megatron_vlm.weights.nf4._CHUNK", 640)
+    monkeypatch.setattr("megatron_vlm.weights.nf4.tensor._CHUNK", 640)
     for name, part in quantise(weight, double=True).parts().items():
         assert torch.equal(part, whole.parts()[name]), name
 

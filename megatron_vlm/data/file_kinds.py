@@ -5,6 +5,7 @@ can say what to do.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.errors import ConfigError, MegatronVLMError
 from megatron_vlm.files import describe, open_regular
@@ -64,6 +65,13 @@ def other_format(path: str | Path, format: str) -> str:
     return _SEEMS[kind]
 
 
+def is_meta(value: Any) -> bool:
+    """Whether content of a json file is InternVL's meta.json: each of its data sets is an object with an annotation."""
+    return isinstance(value, dict) and all(
+        isinstance(entry, dict) and "annotation" in entry for entry in value.values()
+    )
+
+
 def _kind_of(path: Path) -> str:
     try:
         with open_regular(path) as file:
@@ -83,7 +91,7 @@ def _kind_of(path: Path) -> str:
         return "json"
     if not isinstance(value, dict):
         return "json"
-    if text[0] == "{" and value and all(isinstance(entry, dict) and "annotation" in entry for entry in value.values()):
+    if text[0] == "{" and value and is_meta(value):
         return "internvl"
     found = [kind for kind, key in (("llava", "conversations"), ("openai", "messages")) if key in value]
     return found[0] if len(found) == 1 else "json"

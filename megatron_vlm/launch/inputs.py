@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data.file_kinds import is_meta
 from megatron_vlm.data.formats import FORMATS, WEBDATASET, expand_inputs, open_sources
 from megatron_vlm.data.formats.json_file import read_json, read_json_records
 from megatron_vlm.data.formats.records import RECORDS_VERSION, RecordSource, VideoSettings
@@ -134,7 +135,7 @@ def tell_format(path: str, record_format: str) -> str:
         raise ConfigError(
             f"{path} is neither a shard folder ({MANIFEST}) nor a json, jsonl, txt, parquet or tar file; {known}"
         )
-    if suffix == ".json" and _is_object(path):
+    if suffix == ".json" and _holds_meta(path):
         return "internvl"
     records = [record for _, record in itertools.islice(read_json_records(path), SNIFFED) if isinstance(record, dict)]
     if any("messages" in record for record in records):
@@ -147,15 +148,12 @@ def tell_format(path: str, record_format: str) -> str:
     raise ConfigError(f"{path}: records with neither 'conversations' nor 'messages'; {known}")
 
 
-def _is_object(path: str) -> bool:
-    """Whether a json file holds one object, as a meta.json does: its data sets are objects with an annotation."""
+def _holds_meta(path: str) -> bool:
+    """Whether a json file holds one object, and that is a meta.json."""
     with open_regular(path, DataError) as file:
         if not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             return False
-    value = read_json(path)
-    return isinstance(value, dict) and all(
-        isinstance(entry, dict) and "annotation" in entry for entry in value.values()
-    )
+    return is_meta(read_json(path))
 
 
 def _root_of(source: RecordSource) -> str:

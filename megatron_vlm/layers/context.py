@@ -11,7 +11,6 @@ keys, values and their gradients. Shapes: T tokens of the row, n = T / cp of a r
 each long segment by itself, so that rows of many samples balance too.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -350,8 +349,3 @@ def attention_work(starts: Sequence[int], intervals: Intervals, window: int | No
             rest = len(seen) - full
             pairs += full * window + (2 * seen[0] + rest - 1) * rest // 2
     return pairs
-
-
-def with_exchange(deal: Deal, exchange: Exchange) -> Deal:
-    """The same row, exchanged in another way."""
-    return dataclasses.replace(deal, exchange=exchange)

@@ -42,7 +42,6 @@ class Topology:
         copies_group: ranks that hold the same weights: cp x dp.
         stage_group: ranks of this stage of this replica: tp x cp.
         replica_group: ranks of this replica of the model: tp x cp x pp.
-        embedding_group: first and last stage, which share a tied embedding.
         exchange: between the ranks of ``cp_group``.
         shares_images: each rank of ``cp_group`` encodes some of a row's images.
     """
@@ -56,7 +55,6 @@ class Topology:
     pp_group: Any
     dp_group: Any
     replica_group: Any
-    embedding_group: Any
     cp_group: Any
     copies_group: Any
     stage_group: Any
@@ -210,7 +208,6 @@ def build_topology(config: ParallelConfig, *, num_layers: int, device: torch.dev
         copies_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         stage_group=parallel_state.get_tensor_and_context_parallel_group(),
         replica_group=_replica_group(grid, rank) if grid.cp > 1 else parallel_state.get_model_parallel_group(),
-        embedding_group=parallel_state.get_embedding_group(check_initialized=False),
         exchange=config.context_parallel_exchange,
         shares_images=grid.cp > 1 and config.vision_parallel != "tensor",
     )

@@ -27,8 +27,6 @@ from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.mapping import Entry, Mapping, Split
 from megatron_vlm.weights.nf4.tensor import Nf4Tensor
 
-_INSIDE = ".base_model.model."
-
 
 class MergedSource(WeightSource):
     """A base and its adapter, read as the merged model.

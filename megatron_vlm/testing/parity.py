@@ -16,6 +16,7 @@ from megatron_vlm.conversion.load import load_model
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import EncodedSample, Row
 from megatron_vlm.models.built import Model
+from megatron_vlm.models.families.idefics2.reference import hf_inputs as hf_inputs
 from megatron_vlm.models.generation import SamplingConfig, generate
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.config import ParallelConfig
@@ -27,6 +28,7 @@ from megatron_vlm.peft.lora import apply_lora, fill
 from megatron_vlm.peft.qlora import quantization_of
 from megatron_vlm.peft.select import make_plan
 from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.testing.twins.common import noise_samples
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.step import reduce_over_job, run_schedule, train_step
@@ -44,44 +46,9 @@ def random_samples(
         seed: of the numbers drawn.
         prompt: leading text tokens of each sample that carry no label.
     """
-    generator = torch.Generator().manual_seed(seed)
-    per_image = model_config.perceiver.num_latents
-    samples = []
-    for number, (sizes, num_text) in enumerate(specs):
-        ids: list[int] = [1]
-        positions: list[int] = []
-        for _ in sizes:
-            ids += torch.randint(3, 256, (2,), generator=generator).tolist()
-            positions += range(len(ids), len(ids) + per_image)
-            ids += [model_config.image_token_id] * per_image
-        ids += torch.randint(3, 256, (num_text,), generator=generator).tolist()
-        labels = torch.tensor(ids)
-        labels[: prompt + 1] = -100
-        labels[positions] = -100
-        samples.append(
-            EncodedSample(
-                key=f"sample{number}",
-                input_ids=torch.tensor(ids),
-                labels=labels,
-                pixels=tuple(torch.randn(3, h, w, generator=generator) for h, w in sizes),
-                image_positions=torch.tensor(positions, dtype=torch.int64),
-            )
-        )
-    return samples
-
-
-def hf_inputs(sample: EncodedSample, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """HF's arguments for one sample: images padded right and below to the largest, with their mask."""
-    inputs = {"input_ids": sample.input_ids[None]}
-    if sample.pixels:
-        height, width = (max(p.shape[d] for p in sample.pixels) for d in (1, 2))
-        pixels = torch.zeros(1, len(sample.pixels), 3, height, width, dtype=dtype)
-        mask = torch.zeros(1, len(sample.pixels), height, width, dtype=torch.int64)
-        for i, image in enumerate(sample.pixels):
-            pixels[0, i, :, : image.shape[1], : image.shape[2]] = image
-            mask[0, i, : image.shape[1], : image.shape[2]] = 1
-        inputs |= {"pixel_values": pixels, "pixel_attention_mask": mask}
-    return inputs
+    latents = model_config.perceiver.num_latents
+    made = [([(latents, (3, *size)) for size in sizes], num_text) for sizes, num_text in specs]
+    return noise_samples(made, model_config.image_token_id, seed=seed, prompt=prompt)
 
 
 def hf_reference(

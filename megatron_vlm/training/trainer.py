@@ -310,12 +310,11 @@ class Trainer:
                 log.info("data: %s", self.loader.report())
                 iterations = self._count_iterations(self.loader)
                 self.loader.require_all(iterations, training.train_epochs)
-                wanted = training.train_samples or self.loader.samples_in(training.train_epochs or 0)
-                facts = [self.loader.samples_per_epoch, wanted, iterations]
+                facts = [self.loader.samples_per_epoch, iterations]
             except Exception as caught:
                 error = caught
         _, facts = share_rows(topology, () if facts else None, facts, error)
-        self.samples_per_epoch, self.wanted_samples, self.num_iterations = facts
+        self.samples_per_epoch, self.num_iterations = facts
         self.schedule = Schedule.of(config.optimizer, self.num_iterations)
 
     def _count_iterations(self, loader: RowLoader) -> int:

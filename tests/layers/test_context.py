@@ -1,5 +1,6 @@
 """Attention over context parallel ranks is that of one rank; tokens and work are dealt evenly."""
 
+import dataclasses
 import random
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.attention import attention
-from megatron_vlm.layers.context import Deal, attention_work, check_heads, context_attention, deal_tokens, with_exchange
+from megatron_vlm.layers.context import Deal, attention_work, check_heads, context_attention, deal_tokens
 from megatron_vlm.testing.distributed import run_distributed
 
 CLOSE = {torch.float32: 1e-6, torch.float64: 1e-12}  # of the largest value; measured 4e-7 and 2e-15
@@ -107,7 +108,9 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
     cu = torch.tensor(starts, dtype=torch.int32)
     wanted = attention(*full, cu, cu, max(lengths), max(lengths), True, window)
     (wanted * weight).sum().backward()
-    deal = with_exchange(Deal(starts, size, rank, dist.group.WORLD, torch.device("cpu")), case["exchange"])
+    deal = dataclasses.replace(
+        Deal(starts, size, rank, dist.group.WORLD, torch.device("cpu")), exchange=case["exchange"]
+    )
     local = [x[deal.index].clone().requires_grad_() for x in (q, k, v)]
     kept: dict[int, int] = {}
 

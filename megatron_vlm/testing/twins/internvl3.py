@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.families.internvl3.reference import hf_inputs as hf_inputs
-from megatron_vlm.testing.twins.common import CORPUS, randomise
+from megatron_vlm.testing.twins.common import CORPUS, noise_samples, randomise
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
@@ -238,29 +238,9 @@ def make_samples(
         seed: of the numbers drawn.
         tile: side of a tile in pixels; None: the tower's.
     """
-    generator = torch.Generator().manual_seed(seed)
     size = tile or config.vision.image_size
-    image_token_id = config.image_token_id or config.text.vocab_size - 2
-    samples = []
-    for number, (images, num_text) in enumerate(specs):
-        ids: list[int] = [1]
-        positions: list[int] = []
-        for tiles in images:
-            ids += torch.randint(3, 256, (2,), generator=generator).tolist()
-            count = tiles * config.tile_tokens(size)
-            positions += range(len(ids), len(ids) + count)
-            ids += [image_token_id] * count
-        ids += torch.randint(3, 256, (num_text,), generator=generator).tolist()
-        labels = torch.tensor(ids)
-        labels[:1] = -100
-        labels[positions] = -100
-        samples.append(
-            EncodedSample(
-                key=f"sample{number}",
-                input_ids=torch.tensor(ids),
-                labels=labels,
-                pixels=tuple(torch.randn(3, tiles * size, size, generator=generator) for tiles in images),
-                image_positions=torch.tensor(positions, dtype=torch.int64),
-            )
-        )
-    return samples
+    made = [
+        ([(tiles * config.tile_tokens(size), (3, tiles * size, size)) for tiles in images], num_text)
+        for images, num_text in specs
+    ]
+    return noise_samples(made, config.image_token_id or config.text.vocab_size - 2, seed=seed)

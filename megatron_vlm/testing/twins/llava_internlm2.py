@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.testing.twins.common import randomise
+from megatron_vlm.testing.twins.common import noise_samples, randomise
 from megatron_vlm.testing.twins.idefics2 import tiny_tokenizer
 from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
 
@@ -116,31 +116,10 @@ def make_samples(config: Any, specs: Sequence[tuple[int, int]], seed: int = 0, p
         seed: of the numbers drawn.
         prompt: leading tokens of each sample that carry no label.
     """
-    generator = torch.Generator().manual_seed(seed)
-    vision, per_image = config.vision, config.vision.side**2
-    samples = []
-    for number, (num_images, num_text) in enumerate(specs):
-        ids: list[int] = [1]
-        positions: list[int] = []
-        for _ in range(num_images):
-            ids += torch.randint(3, 256, (2,), generator=generator).tolist()
-            positions += range(len(ids), len(ids) + per_image)
-            ids += [config.image_token_id] * per_image
-        ids += torch.randint(3, 256, (num_text,), generator=generator).tolist()
-        labels = torch.tensor(ids)
-        labels[: prompt + 1] = -100
-        labels[positions] = -100
-        shape = (vision.num_channels, vision.image_size, vision.image_size)
-        samples.append(
-            EncodedSample(
-                key=f"sample{number}",
-                input_ids=torch.tensor(ids),
-                labels=labels,
-                pixels=tuple(torch.randn(shape, generator=generator) for _ in range(num_images)),
-                image_positions=torch.tensor(positions, dtype=torch.int64),
-            )
-        )
-    return samples
+    vision = config.vision
+    image = (vision.side**2, (vision.num_channels, vision.image_size, vision.image_size))
+    made = [([image] * num_images, num_text) for num_images, num_text in specs]
+    return noise_samples(made, config.image_token_id, seed=seed, prompt=prompt)
 
 
 def llava_inputs(sample: EncodedSample, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
-from megatron_vlm.testing.twins.common import randomise
+from megatron_vlm.testing.twins.common import noise_samples, randomise
 from megatron_vlm.testing.twins.internlm2 import fuse, write_generation, write_sentencepiece
 
 TILE, PATCH = 28, 7
@@ -140,28 +140,9 @@ def make_samples(
         seed: of the numbers drawn.
     """
     model = XComposer2Config.from_hf(hf_config)
-    side, generator = model.vision.image_size, torch.Generator().manual_seed(seed)
-    samples = []
-    for number, (grids, num_text) in enumerate(specs):
-        ids: list[int] = [1]
-        positions: list[int] = []
-        for grid in grids:
-            ids += torch.randint(3, model.text.vocab_size, (2,), generator=generator).tolist()
-            count = model.tokens(*grid)
-            positions += range(len(ids), len(ids) + count)
-            ids += [0] * count
-        ids += torch.randint(3, model.text.vocab_size, (num_text,), generator=generator).tolist()
-        labels = torch.tensor(ids)
-        labels[0] = -100
-        labels[positions] = -100
-        pixels = [torch.randn(3, rows * side, columns * side, generator=generator) for rows, columns in grids]
-        samples.append(
-            EncodedSample(
-                key=f"sample{number}",
-                input_ids=torch.tensor(ids),
-                labels=labels,
-                pixels=tuple(pixels),
-                image_positions=torch.tensor(positions, dtype=torch.int64),
-            )
-        )
-    return samples
+    side = model.vision.image_size
+    made = [
+        ([(model.tokens(rows, columns), (3, rows * side, columns * side)) for rows, columns in grids], num_text)
+        for grids, num_text in specs
+    ]
+    return noise_samples(made, 0, seed=seed, below=model.text.vocab_size)

@@ -9,6 +9,20 @@ from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.hf_reference import Probe, Reference, decoder_probes, layer_probes, random_sample
 
 
+def hf_inputs(sample: EncodedSample, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """HF's arguments for one sample: images padded right and below to the largest, with their mask."""
+    inputs = {"input_ids": sample.input_ids[None]}
+    if sample.pixels:
+        height, width = _canvas(sample)
+        pixels = torch.zeros(1, len(sample.pixels), sample.pixels[0].shape[0], height, width, dtype=dtype)
+        mask = torch.zeros(1, len(sample.pixels), height, width, dtype=torch.int64)
+        for i, image in enumerate(sample.pixels):
+            pixels[0, i, :, : image.shape[1], : image.shape[2]] = image
+            mask[0, i, : image.shape[1], : image.shape[2]] = 1
+        inputs |= {"pixel_values": pixels, "pixel_attention_mask": mask}
+    return inputs
+
+
 class Idefics2Reference(Reference):
     """HF's side of a comparison."""
 
@@ -33,17 +47,8 @@ class Idefics2Reference(Reference):
         return samples
 
     def inputs(self, sample: EncodedSample, dtype: torch.dtype) -> dict[str, Tensor]:
-        """HF's arguments for one sample: images padded right and below to the largest, with their mask."""
-        inputs = {"input_ids": sample.input_ids[None]}
-        if sample.pixels:
-            height, width = _canvas(sample)
-            pixels = torch.zeros(1, len(sample.pixels), sample.pixels[0].shape[0], height, width, dtype=dtype)
-            mask = torch.zeros(1, len(sample.pixels), height, width, dtype=torch.int64)
-            for i, image in enumerate(sample.pixels):
-                pixels[0, i, :, : image.shape[1], : image.shape[2]] = image
-                mask[0, i, : image.shape[1], : image.shape[2]] = 1
-            inputs |= {"pixel_values": pixels, "pixel_attention_mask": mask}
-        return inputs
+        """HF's arguments for one sample."""
+        return hf_inputs(sample, dtype)
 
     def probes(self) -> list[Probe]:
         """Corresponding modules, in the order of the computation."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_vlm.layers.context import Deal, attention_work, check_heads
+from megatron_vlm.layers.context.attention import Deal, attention_work, check_heads
 
 DECODERS = {"Mistral 7B": (4096, 14336, 32, 8, 128), "Qwen2.5 7B": (3584, 18944, 28, 4, 128)}
 """Hidden size, ffn size, heads, key/value heads, dimension of a head."""

@@ -71,9 +71,9 @@ class Row:
         truncated: samples that the too-long policy shortened.
         part: of a slice, one rank's tokens of a row: which of the row's image features its ``image_positions`` take, int64 [n],
             and how many features the row has; None: all of a whole row's.
-        deal: of a slice, the tokens of all ranks and how they meet (layers.context.Deal).
-        share: of a slice, who encodes which image (layers.shared_images.ImageShare): ``pixels`` are this rank's images alone, and
-            their features are exchanged for those of its image tokens; None: every rank encodes all.
+        deal: of a slice, the tokens of all ranks and how they meet (layers.context.attention.Deal).
+        share: of a slice, who encodes which image (layers.context.images.ImageShare): ``pixels`` are this rank's images alone,
+            and their features are exchanged for those of its image tokens; None: every rank encodes all.
     """
 
     tokens: Mapping[str, Tensor]

@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_vlm.layers.attention import attention
-from megatron_vlm.layers.context import Deal, context_attention
+from megatron_vlm.layers.context.attention import Deal, context_attention
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.layers.context import check_heads
+from megatron_vlm.layers.context.attention import check_heads
 from megatron_vlm.models.family_config import FamilyConfig, has_tower, image_work
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import VisionLanguageModel

@@ -119,7 +119,7 @@ def process_groups(solo: bool = False) -> ProcessGroupCollection:
     """megatron-core's groups; ``solo`` replaces the tensor parallel one by this rank alone.
 
     So is the context parallel one always: its layers know of no other tokens than this rank's, whose angles they are given, and
-    core attention (layers/context.py) does the rest. With the real group megatron-core's RoPE would cut the angles once more.
+    core attention (layers/context/) does the rest. With the real group megatron-core's RoPE would cut the angles once more.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.cp = SoloGroup()

@@ -3,7 +3,7 @@
 source rank (tp 0, stage 0): loader --> rows --did any replica fail?--> every rank raises the same error, or
     texts   one int64 tensor, broadcast over the replica at the start of a step: every stage needs positions and labels
     pixels  to the first stage's tp x cp ranks that encode them, row by row inside the forward step: no later stage holds them
-    tokens  under context parallelism each rank takes its own of the row (layers/context.py), when it moves to the device
+    tokens  under context parallelism each rank takes its own of the row (layers/context/), when it moves to the device
 
 Rows on ranks without the pixels carry meta tensors of the right shapes, so the number and sizes of images are known
 everywhere.
@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from megatron_vlm.data.row import Row, pack_pixels, unpack_pixels
 from megatron_vlm.errors import DataError, MegatronVLMError
-from megatron_vlm.layers.context import Deal, all_to_all
-from megatron_vlm.layers.shared_images import share_images
+from megatron_vlm.layers.context.attention import Deal, all_to_all
+from megatron_vlm.layers.context.images import share_images
 from megatron_vlm.parallel.topology import Topology
 
 ImageWork = Callable[[tuple[int, ...]], tuple[int, float]]

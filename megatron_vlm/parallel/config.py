@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.layers.context import Exchange
+from megatron_vlm.layers.context.attention import Exchange
 from megatron_vlm.parallel.grid import SETTINGS, Grid
 from megatron_vlm.parallel.heartbeat import TIMEOUT
 from megatron_vlm.parallel.place import START_TIMEOUT

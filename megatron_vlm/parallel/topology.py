@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.layers.context import Exchange
+from megatron_vlm.layers.context.attention import Exchange
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.grid import COPIES, REPLICA, Grid
 from megatron_vlm.parallel.heartbeat import Heartbeat

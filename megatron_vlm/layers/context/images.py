@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.layers.context import AllToAll, Deal
+from megatron_vlm.layers.context.attention import AllToAll, Deal
 
 
 def assign(costs: Sequence[float], size: int) -> tuple[tuple[int, ...], ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.attention import attention
-from megatron_vlm.layers.context import Deal, attention_work, check_heads, context_attention, deal_tokens
+from megatron_vlm.layers.context.attention import Deal, attention_work, check_heads, context_attention, deal_tokens
 from megatron_vlm.testing.distributed import run_distributed
 
 CLOSE = {torch.float32: 1e-6, torch.float64: 1e-12}  # of the largest value; measured 4e-7 and 2e-15

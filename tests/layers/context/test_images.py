@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.layers.context import Deal
-from megatron_vlm.layers.shared_images import assign, share_images
+from megatron_vlm.layers.context.attention import Deal
+from megatron_vlm.layers.context.images import assign, share_images
 from megatron_vlm.testing.distributed import run_distributed
 
 

@@ -37,7 +37,7 @@ def deal_tokens(starts: tuple[int, ...], size: int) -> tuple[Intervals, ...]:
 
     A long segment is cut into 2 size pieces, of which rank i takes the i-th from either end: the same share of its causal
     triangle. Short ones, laid end to end, fill each rank up. Work of attention on random rows: within 1.06 of even, and within
-    1.002 with all else of a decoder (tests/layers/test_context.py, benchmarks/long_rows.py).
+    1.002 with all else of a decoder (tests/layers/context/test_attention.py, benchmarks/long_rows.py).
 
     Args:
         starts: of the row's segments, and T at the end.

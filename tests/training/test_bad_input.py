@@ -42,7 +42,7 @@ CASES = {
     "batch size": (["--global-batch-size 6"], "global_batch_size 6 is not a multiple of .* 2 x .* 2 = 4: set it to 8"),
     "layers over stages": (
         ["--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3"],
-        "3 does not",
+        "4 decoder layers do not divide over 2 pipeline stages of num_layers_per_virtual_pipeline_stage 3 layers",
     ),
     "microbatches of virtual stages": (
         ["--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 6"],

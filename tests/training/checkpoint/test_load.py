@@ -64,7 +64,7 @@ CHAINS = {
     ),
 }
 
-BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context", "uneven")
+BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context")
 
 
 def mapping_of(hf_dir, tp):

@@ -45,10 +45,7 @@ PAIRWISE = [
     Case(pp=3, twin="tied", do=True, updates=3),
     Case(pp=2, cp=2, layers=(0, 1, 2, 1), twin="tied", recompute=True, updates=3),
     Case(cp=2, twin="mistral"),
-    Case(cp=2, exchange="heads", twin="tied", updates=3),
-    Case(cp=4, recompute=True, twin="mistral", updates=3),
-    Case(tp=2, cp=2, sp=True, twin="mistral"),
-    Case(pp=2, cp=2, vp=1, do=True, twin="mistral", updates=3),
+    Case(tp=2, cp=2, sp=True, twin="mistral", updates=3),
     Case(dp=2, cp=2, do=True, overlap=True, twin="one_kv_head"),
 ]
 FREEZES = ((), ("llm",), ("vision",), ("vision", "connector"))

@@ -145,6 +145,8 @@ def _convert_union(args: Sequence[Any], value: Any, path: str) -> Any:
     if value is None and type(None) in args:
         return None
     args = [arg for arg in args if arg is not type(None)]
+    if isinstance(value, str) and value[:1] == "[" and any(_form(arg) == "list" for arg in args):
+        value = parse_value(value, path)  # a flag's text
     # What the value has the form of comes first: its error is the one to show.
     args.sort(key=lambda arg: _form(arg) != _form_of(value))
     errors = []

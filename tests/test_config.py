@@ -8,6 +8,7 @@ import pytest
 
 from megatron_vlm.config import Config, PathText, apply_overrides, load_yaml
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +74,10 @@ def test_errors_name_the_setting(override, named, monkeypatch):
         read(override)
     assert all(word in str(caught.value) for word in named), caught.value
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_written_in_a_flag():
+    """A flag gives text: ``--decoder-layers-per-stage [1,3]`` and ``auto`` are both values of one setting."""
+    given = {"pipeline_model_parallel_size": 2, "decoder_layers_per_stage": "[1, 3]"}
+    assert ParallelConfig.from_dict(given).decoder_layers_per_stage == (1, 3)
+    assert ParallelConfig.from_dict({**given, "decoder_layers_per_stage": "auto"}).decoder_layers_per_stage == "auto"

@@ -91,6 +91,11 @@ class ParallelConfig(Config):
                 "parallel.num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2, got 1"
             )
 
+    @property
+    def chosen_vision_parallel(self) -> str | None:
+        """``vision_parallel`` where it is not left to the run."""
+        return None if self.vision_parallel == "auto" else self.vision_parallel
+
     def grid(self, world: int) -> Grid:
         """How ``world`` ranks stand.
 
@@ -123,6 +128,9 @@ class ParallelConfig(Config):
         if (given is not None or ends) and pp == 1:
             name = next(iter(ends), "decoder_layers_per_stage")
             raise ConfigError(f"parallel.{name} has no effect at pipeline_model_parallel_size 1: drop it or raise pp")
+        for name, count in ends.items():
+            if count < 0:
+                raise ConfigError(f"parallel.{name} must be 0 or more, got {count}")
         if isinstance(given, tuple) and (not given or len(given) % pp or min(given) < 0):
             raise ConfigError(
                 f"parallel.decoder_layers_per_stage {list(given)} must be one number of layers, 0 or more, for each of "

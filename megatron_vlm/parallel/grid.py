@@ -127,9 +127,13 @@ class Grid:
         """``rank`` is the last along ``axis``."""
         return self.coordinate(rank, axis) == self.size(axis) - 1
 
+    def sizes(self) -> list[str]:
+        """Of each axis in words, context parallelism where there is any."""
+        return [f"tp {self.tp}", *([f"cp {self.cp}"] if self.cp > 1 else []), f"pp {self.pp}", f"dp {self.dp}"]
+
     def name(self) -> str:
-        """In words, context parallelism where there is any."""
-        return f"tp {self.tp} " + (f"cp {self.cp} " if self.cp > 1 else "") + f"pp {self.pp} dp {self.dp}"
+        """All of them."""
+        return " ".join(self.sizes())
 
     def _step(self, axis: Axis) -> int:
         """Ranks from one coordinate along ``axis`` to the next."""

@@ -267,10 +267,11 @@ class RunConfig(Config):
                 f"(global_batch_size {training.global_batch_size} / {unit}): "
                 f"set training.global_batch_size to a multiple of {unit * pp}"
             )
-        if self.row_fill % self.row_multiple:
+        length = self.row_fill or (self.data.seq_length if self.data.packing else 0)
+        if length % self.row_multiple:
             raise ConfigError(
-                f"rows of {self.row_fill} tokens do not divide over the {self.row_multiple} ranks that split them: set "
-                f"data.seq_length to a multiple of {self.row_multiple}"
+                f"rows of {length} tokens do not divide over the {self.row_multiple} ranks that split them (context parallel, "
+                f"and tensor parallel with sequence_parallel): set data.seq_length to a multiple of {self.row_multiple}"
             )
         return dp
 
@@ -291,10 +292,12 @@ class RunConfig(Config):
             for section, name in (
                 (self.model, "freeze_vision"),
                 (self.model, "freeze_connector"),
+                (self.parallel, "chosen_vision_parallel"),
                 (self.optimizer, "vision_lr"),
                 (self.optimizer, "connector_lr"),
             ):
                 if getattr(section, name):
+                    name = name.removeprefix("chosen_")
                     raise ConfigError(f"{name} has no effect on a text model, which has no tower: leave it out")
 
 

@@ -36,6 +36,7 @@ def test_layers_of_each_stage(settings, layers):
     ({"pp": 1, "decoder_last_pipeline_num_layers": 3}, "decoder_last_pipeline_num_layers has no effect"),
     ({"decoder_layers_per_stage": "auto", "num_layers_per_virtual_pipeline_stage": 7}, "both say it"),
     ({"decoder_layers_per_stage": (7,) * 4, "decoder_first_pipeline_num_layers": 7}, "both say it"),
+    ({"decoder_first_pipeline_num_layers": -1}, "decoder_first_pipeline_num_layers must be 0 or more, got -1"),
     ({"decoder_first_pipeline_num_layers": 30}, "30 layers on the first pipeline stage and 0 on the last leave -2"),
     ({"num_layers_per_virtual_pipeline_stage": 3}, "28 decoder layers do not divide over 4 pipeline stages"),
     ({"pp": 32}, "28 decoder layers for pipeline_model_parallel_size 32"),

@@ -115,6 +115,23 @@ def test_rows_under_virtual_stages_and_sequence_parallelism_must_divide():
         config(parallel=parallel, data={"seq_length": 33}).check_world(8)
 
 
+def test_packed_rows_must_divide_over_the_ranks_that_split_them():
+    """Found with the sizes, so that a dry run finds it too."""
+    run = config(
+        parallel={"context_parallel_size": 2},
+        data={"seq_length": 33, "packing": True},
+        training={"micro_batch_size": 1},
+    )
+    with pytest.raises(ConfigError, match=r"rows of 33 tokens do not divide over the 2 ranks .*a multiple of 2"):
+        run.check_world(2)
+
+
+def test_sharing_images_has_no_effect_without_any():
+    run = config(parallel={"context_parallel_size": 2, "vision_parallel": "tensor"})
+    with pytest.raises(ConfigError, match="vision_parallel has no effect on a text model"):
+        run.check_model(SimpleNamespace(text=SimpleNamespace(max_position_embeddings=1024, rope_scaling=None)))
+
+
 def test_samples_must_fit_the_positions():
     text = SimpleNamespace(max_position_embeddings=32, rope_scaling=None)
     with pytest.raises(ConfigError, match="seq_length 64 is above the model's max_position_embeddings 32"):

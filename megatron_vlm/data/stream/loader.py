@@ -354,7 +354,8 @@ def check_rows(config: DataConfig, micro_batch_size: int, multiple_of: int, fill
     longest = config.seq_length * (1 if config.packing else micro_batch_size)
     if config.packing and config.seq_length % multiple_of:
         raise ConfigError(
-            f"data.seq_length {config.seq_length} is not a multiple of {multiple_of}, which rows are filled to"
+            f"data.seq_length {config.seq_length} is not a multiple of {multiple_of}, the ranks that split a row's tokens: set "
+            f"it to {-(-config.seq_length // multiple_of) * multiple_of}"
         )
     if fill_to and (longest > fill_to or fill_to % multiple_of):
         raise ConfigError(

@@ -20,7 +20,7 @@ from megatron_vlm.parallel.batch import together
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.checkpoint.load import Checkpoint
 from megatron_vlm.training.run_config import RunConfig, folders_of
-from megatron_vlm.weights.checkpoint_dir import iterations
+from megatron_vlm.weights.checkpoint_dir import TRACKER, iterations
 
 
 def check_writable(config: RunConfig, device: torch.device) -> None:
@@ -62,6 +62,7 @@ def check_kept(checkpoint: CheckpointConfig, found: Checkpoint | None, start: in
             f"checkpoint.save {save} holds checkpoints of another run (iterations {names}), and this one starts at {start} "
             f"from {checkpoint.load}: it would replace them. Name another folder (--save), go on from them (--load {save}), "
             "or remove them"
+            + ("" if (save / TRACKER).exists() else f". Its {TRACKER} is missing; --load {save} does without")
         )
 
 

@@ -40,7 +40,7 @@ def dry_run(config: RunConfig) -> str:
     config = balanced(config, model_config)
     vp = config.parallel.virtual_size(model_config.text.num_layers)
     lines.append(
-        f"{spec.name}: world size {world} = tp {grid.tp} x pp {grid.pp} x dp {grid.dp}, {vp} virtual stages per rank; "
+        f"{spec.name}: world size {world} = {' x '.join(grid.sizes())}, {vp} virtual stages per rank; "
         f"{training.global_batch_size} {'rows' if config.data.packing else 'samples'} a step = {rows} microbatches per rank"
     )
     if grid.pp > 1:

@@ -91,11 +91,6 @@ class ParallelConfig(Config):
                 "parallel.num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2, got 1"
             )
 
-    @property
-    def chosen_vision_parallel(self) -> str | None:
-        """``vision_parallel`` where it is not left to the run."""
-        return None if self.vision_parallel == "auto" else self.vision_parallel
-
     def grid(self, world: int) -> Grid:
         """How ``world`` ranks stand.
 

@@ -289,16 +289,15 @@ class RunConfig(Config):
                 f"it to at most {positions}"
             )
         if not has_tower(model_config):
-            for section, name in (
-                (self.model, "freeze_vision"),
-                (self.model, "freeze_connector"),
-                (self.parallel, "chosen_vision_parallel"),
-                (self.optimizer, "vision_lr"),
-                (self.optimizer, "connector_lr"),
-            ):
-                if getattr(section, name):
-                    name = name.removeprefix("chosen_")
-                    raise ConfigError(f"{name} has no effect on a text model, which has no tower: leave it out")
+            settings = {
+                "freeze_vision": self.model.freeze_vision,
+                "freeze_connector": self.model.freeze_connector,
+                "vision_lr": self.optimizer.vision_lr,
+                "connector_lr": self.optimizer.connector_lr,
+                "vision_parallel": self.parallel.vision_parallel != "auto",
+            }
+            for name in (name for name, given in settings.items() if given):
+                raise ConfigError(f"{name} has no effect on a text model, which has no tower: leave it out")
 
 
 def folders_of(config: RunConfig) -> dict[str, Path]:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 1024\n"
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, "", "x", "\ud800", "../../x", "/etc/passwd", "{{", "a" * 5000, -1, 0, 1, 3, 0.5, -0.5,
@@ -285,6 +287,9 @@ def run_forked(fn: Callable[[], int], log: Path, seconds: float = 10, more_bytes
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             used = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) << 10
             resource.setrlimit(resource.RLIMIT_DATA, (used + more_bytes, used + more_bytes))
+            torch.set_num_threads(
+                1
+            )  # OpenMP's other threads, if this process had some, are not in the fork: it would wait for them
             try:
                 code = fn()
             except SystemExit as left:

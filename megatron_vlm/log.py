@@ -1,10 +1,15 @@
-"""Logging that knows its rank: the first of each node speaks at INFO, the others at WARNING, all but rank 0 with it in front."""
+"""Logging that knows its rank: the first of each node speaks at INFO, the others at WARNING, all but rank 0 with it in front.
+
+What megatron-core and bitsandbytes warn of at every start goes to train.log alone, each text once.
+"""
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.line_files import LOGGER_NAME, LineFile
 
@@ -15,9 +20,13 @@ def get_logger(name: str = LOGGER_NAME) -> logging.Logger:
 
 
 def quiet_libraries() -> None:
-    """Keeps back what megatron-core and torch say at every start, and that alone; before they are imported, in every process."""
-    # What is not installed is optional; `launch` and the docs say what it is good for.
-    warnings.filterwarnings("ignore", r".*\b(Transformer Engine|Apex|apex)\b.*\bnot installed", UserWarning)
+    """Keeps what libraries say at every start off the screen, and that alone; before they are imported, in every process."""
+    global _show_others
+    if warnings.showwarning is not _show_warning:
+        _show_others, warnings.showwarning = warnings.showwarning, _show_warning
+    for name in ("bitsandbytes", "megatron"):
+        library = logging.getLogger(name)
+        library.propagate, library.handlers = False, [_libraries]
     # megatron-core 0.16.1 calls collectives by names that torch is about to retire.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -42,6 +51,44 @@ def setup_logging(rank: int | None = None, file: str | os.PathLike | None = None
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
+    _libraries.write_to(handlers[1] if len(handlers) > 1 else None)
+
+
+class _LibraryWarnings(logging.Handler):
+    """Warnings of libraries, each text once: in the log's file, held until there is one."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: set[str] = set()
+        self._held: list[logging.LogRecord] = []
+        self._file: logging.Handler | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text in self._said:
+            return
+        self._said.add(text)
+        self._held.append(record)
+        self.write_to(self._file)
+
+    def write_to(self, file: logging.Handler | None) -> None:
+        """Writes what is held, and from now on what comes."""
+        self._file = file
+        while file is not None and self._held:
+            file.emit(self._held.pop(0))
+
+
+_libraries = _LibraryWarnings()
+_show_others = warnings.showwarning
+_OF_LIBRARIES = re.compile(r"[/\\](megatron[/\\]core|bitsandbytes|transformer_engine|apex)[/\\]")
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    if library := _OF_LIBRARIES.search(filename):
+        text = f"{category.__name__} of {library[1]}: {message}"
+        _libraries.emit(logging.makeLogRecord({"levelno": logging.WARNING, "levelname": "WARNING", "msg": text}))
+    else:
+        _show_others(message, category, filename, lineno, file, line)
 
 
 class _FileHandler(logging.Handler):

@@ -2,17 +2,18 @@
 
 Bar.show(done, note) --terminal--> title ━━━━━━╺━━━ 120/700  note  0:00:12 < 0:01:40
                      --pipe, file, Slurm--> nothing
+WarmUp               --a first step of over 5 s--> a line that says why
 """
 
 import logging
 import sys
+import threading
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from megatron_vlm.log import LOGGER_NAME
+from megatron_vlm.log import LOGGER_NAME, get_logger
 
-LINE = {"progress_line": True}
-"""``extra`` of a log line that a bar shows as well: it goes to files alone while one is on the screen."""
+_SLOW_SECONDS = 5.0
 
 
 class Bar:
@@ -45,7 +46,6 @@ class Bar:
         for handler in logging.getLogger(LOGGER_NAME).handlers:
             if type(handler) is logging.StreamHandler:
                 self._handlers.append((handler, handler.setStream(sys.stdout)))  # rich's, which prints above the bar
-                handler.addFilter(_not_a_progress_line)
 
     @property
     def visible(self) -> bool:
@@ -65,7 +65,6 @@ class Bar:
         self._progress.stop()
         self._progress = None
         for handler, stream in self._handlers:
-            handler.removeFilter(_not_a_progress_line)
             handler.setStream(stream)
 
     def __enter__(self) -> Self:
@@ -77,5 +76,19 @@ class Bar:
         self.close()
 
 
-def _not_a_progress_line(record: logging.LogRecord) -> bool:
-    return not getattr(record, "progress_line", False)
+class WarmUp:
+    """A block that says what it is busy with, where it takes over 5 s; the first time alone."""
+
+    def __init__(self) -> None:
+        text = "the first step warms up: kernels are picked or compiled and memory is claimed; the next ones are faster"
+        self._timer: threading.Timer | None = threading.Timer(_SLOW_SECONDS, get_logger().info, (text,))
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        if self._timer is not None:
+            self._timer.start()
+
+    def __exit__(self, *error: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

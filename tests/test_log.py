@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from megatron_vlm import log
 from megatron_vlm.log import get_logger, setup_logging
 
 
@@ -44,3 +45,22 @@ def test_other_ranks_are_named_and_warn(tmp_path, capsys, monkeypatch, local, te
 def test_names():
     assert get_logger("megatron_vlm.data.row").name == "megatron_vlm.data.row"
     assert get_logger("part").parent is logging.getLogger("megatron_vlm")
+
+
+def test_warnings_of_libraries_appear_once_and_in_the_file_alone(tmp_path, capsys, monkeypatch):
+    libraries = log._LibraryWarnings()
+    monkeypatch.setattr(log, "_libraries", libraries)
+    shown = []
+    monkeypatch.setattr(log, "_show_others", lambda *told: shown.append(str(told[0])))
+    for _ in range(2):
+        log._show_warning("full scope is deprecated", UserWarning, "/x/megatron/core/config.py", 1)
+        log._show_warning("mine", UserWarning, "/x/mine.py", 1)
+        libraries.handle(
+            logging.makeLogRecord({"levelno": logging.WARNING, "levelname": "WARNING", "msg": "no kernels"})
+        )
+        setup_logging(rank=0, file=tmp_path / "train.log")
+    setup_logging(rank=1)
+    log._show_warning("of another rank", UserWarning, "/x/megatron/core/config.py", 1)
+    lines = [line.split(" ", 1)[1] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert lines == ["WARNING UserWarning of megatron/core: full scope is deprecated", "WARNING no kernels"]
+    assert shown == ["mine", "mine"] and capsys.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""``megatron-vlm data``: build shards from public formats; ``data_view`` checks and shows them."""
+"""``megatron-vlm data``: build shards from public formats; ``data_check`` and ``data_view`` check and show them."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.cli import data_check
 from megatron_vlm.cli.arguments import add_path
 from megatron_vlm.data.formats import guess_records, open_sources
 from megatron_vlm.data.formats.records import VideoSettings
@@ -25,6 +26,9 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.command == "build":
         return _build(args)
+    settings = (args.model, args.config, args.set, args.seq_length)
+    if args.command == "check" and not any(settings):
+        return data_check.check(args)
     from megatron_vlm.cli import data_view  # torch
 
     return data_view.COMMANDS[args.command](args)

@@ -1,58 +1,27 @@
-"""``megatron-vlm data check``, ``stats`` and ``preview``: data as the model will see it, before a run starts."""
+"""``megatron-vlm data stats`` and ``preview``: data as the model will see it, before a run starts."""
 
 import argparse
 import os
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_vlm.cli import data_check
 from megatron_vlm.config import apply_overrides, load_yaml
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.formats import open_sources
 from megatron_vlm.data.stream.loader import open_data
 from megatron_vlm.data.types import Processor
-from megatron_vlm.data.view.check import check_folder, check_sources
 from megatron_vlm.data.view.preview import preview_page
 from megatron_vlm.data.view.stats import collect, describe, plot
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import check_output, read_json, write_synced, writing
 from megatron_vlm.registry import family_of
 
 
 def check(args: argparse.Namespace) -> int:
-    """Prints every problem, and counts by kind; exit code 1 if there is one."""
-    kinds: Counter[str] = Counter()
-    sound = problems = 0
-    for found in _found(args):
-        if isinstance(found, str):
-            sound += 1
-            continue
-        kind = found.reason.words
-        kinds[kind] += 1
-        warning = found.reason.is_warning
-        problems += not warning
-        print(f"{'warning' if warning else kind}: {found}")
-    for kind, number in kinds.most_common():
-        print(f"{number:8d}  {kind}")
-    print(f"{sound} sound samples, {problems} problems, {sum(kinds.values()) - problems} warnings")
-    return 1 if problems else 0
-
-
-def _found(args: argparse.Namespace) -> Iterator[str | DataError]:
+    """`data check` under a model's or a run's settings."""
     config, paths = _config(args)
-    processor = _processor(args.model, config) if args.model else None
-    if args.part and args.format is None:
-        raise ConfigError("--split chooses among raw files: it goes with --format")
-    if args.format is None:
-        for path in paths:
-            if not os.path.isdir(path):
-                what = "is no folder of shards: say what it is with --format"
-                raise ConfigError(f"{path} {what if os.path.lexists(path) else 'does not exist'}")
-            yield from check_folder(path, processor)
-        return
-    settings = {"root": args.image_root or ".", "prepend": args.missing_placeholder == "prepend"}
-    yield from check_sources(open_sources(args.format, paths, part=args.part, **settings), processor)
+    args.paths = paths or [str(getattr(source, "path", source)) for source in config.train]
+    return data_check.check(args, _processor(args.model, config) if args.model else None)
 
 
 def stats(args: argparse.Namespace) -> int:

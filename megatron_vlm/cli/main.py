@@ -21,6 +21,10 @@ COMMANDS = {
     "generate": ("megatron_vlm.cli.generate", "answer prompts with a checkpoint of any kind"),
     "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf, merge, pth2hf and verify"),
     "recipe": ("megatron_vlm.cli.recipe", "list, show and copy the packaged recipes"),
+    "completion": (
+        "megatron_vlm.cli.completion",
+        'commands and flags at the tab key: eval "$(megatron-vlm completion bash)"',
+    ),
 }
 
 
@@ -32,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: megatron-vlm COMMAND ...\n")
-        print("\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()))
+        print("\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()))
         return 0 if argv else 1
     if argv[0] == "--version":
         print(__version__)

@@ -11,7 +11,8 @@ USAGE = """usage: megatron-vlm train [--config FILE] [section.key=value ...] [--
 
 Runs alone on one process, or under torchrun. Sections: model, data, parallel, optimizer, training,
 peft, checkpoint, logging, evaluate.
-A later setting wins. Exit code: 0 done, 1 error, 143 saved and stopped by SIGTERM or SIGUSR1.
+A later setting wins. Exit code: 0 done, 1 error, 143 saved and stopped by Ctrl-C, SIGTERM or SIGUSR1;
+a second Ctrl-C stops at once.
 
 """
 

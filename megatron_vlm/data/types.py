@@ -4,18 +4,22 @@ RawSample (data/sample.py)   one record as a user wrote it: turns of text, image
   --Processor.encode--> EncodedSample --row_from_samples--> Row (data/row.py)
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
-from torch import Tensor
-
-from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.sample import Turn
-from megatron_vlm.data.text.chat import FastTokenizer
 from megatron_vlm.errors import Reason
+
+if TYPE_CHECKING:  # loads torch, which a look at raw records does without
+    from PIL import Image
+    from torch import Tensor
+
+    from megatron_vlm.data.row import EncodedSample
+    from megatron_vlm.data.text.chat import FastTokenizer
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 

@@ -20,8 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.processes import signal_with_parent
+from megatron_vlm.training.stop import StopSignal
 
 SAVE_SECONDS = 120
 """What a run may take to finish its step and save after a signal, before torchrun kills it; torchrun's own 30 are few."""
@@ -154,7 +157,7 @@ class RunProcess:
     """The child, in a session of its own: Ctrl-C reaches this process alone, which asks the child to save and stop."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str]):
-        self._stops = 0
+        self._stops, self._asked = 0, 0.0
         self._previous: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             self._previous[number] = signal.signal(number, self._forward)
@@ -183,12 +186,16 @@ class RunProcess:
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self._stops += 1
         if self._stops == 1:
-            print("stopping: the run finishes its step and saves; once more to kill it", flush=True)
-        with contextlib.suppress(ProcessLookupError):
-            if self._stops < 3 or number != signal.SIGINT:  # torchrun and srun may repeat themselves
+            self._asked = time.monotonic()
+            print("stopping: the run finishes its step and saves; Ctrl-C once more stops it at once", flush=True)
+        again = number == signal.SIGINT and time.monotonic() - self._asked > StopSignal.AGAIN_SECONDS
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if not again:  # torchrun and srun may repeat themselves
                 self.process.send_signal(signal.SIGTERM)
-            else:
-                os.killpg(self.process.pid, signal.SIGKILL)
+                return
+            child = psutil.Process(self.process.pid)
+            for process in [*child.children(recursive=True), child]:  # ranks are in sessions of their own
+                process.kill()
 
 
 def _end_with_parent() -> None:

@@ -23,6 +23,7 @@ from megatron_vlm.parallel.batch import any_rank, share_rows, together
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import build_topology, init_process_group
+from megatron_vlm.progress import WarmUp
 from megatron_vlm.training.answers import SamplingConfig, answer, check_length
 from megatron_vlm.training.balance import balanced
 from megatron_vlm.training.checkpoint.load import find_checkpoint, load_checkpoint
@@ -112,7 +113,7 @@ class Trainer:
             self.show_answers()
             return 0
         self.show_answers()
-        stopping = False
+        stopping, warm_up = False, WarmUp()
         while not stopping and not self._due.finished:
             started = time.monotonic()
             self.heartbeat.at("data", self.iteration + 1)
@@ -121,7 +122,8 @@ class Trainer:
             seed_step(self.topology, self.seed, self.iteration)
             rates = self.schedule.at(self.iteration - self.num_skipped)
             set_learning_rates(self.optimizer, rates, self.config.optimizer.weight_decay)
-            result = train_step(self.model, self.optimizer, rows)
+            with warm_up:
+                result = train_step(self.model, self.optimizer, rows)
             self._commit(result)
             self._report(result, rates, time.monotonic() - started)
             if self._due.evaluation:

@@ -1,6 +1,7 @@
 """The package as installed: entry point, versions, docker's pins, and the commands that the docs give."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from megatron_vlm import __version__
+from megatron_vlm.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,13 +53,29 @@ def test_console_script():
         assert command in done.stdout
 
 
-def test_command_line_starts_quickly():
-    """--help must not load megatron-core or transformers' models: that costs seconds."""
-    code = (
-        "import megatron_vlm.cli.main, sys; print([m for m in sys.modules if m in ('megatron.core', 'transformers')])"
-    )
+def test_command_line_starts_quickly(tmp_path):
+    """Help, recipes and a look at raw records load no framework: that costs seconds."""
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": talk}]))
+    code = f"""
+import sys
+from megatron_vlm.cli.main import main
+for words in ("--help", "recipe list", "recipe show lora_idefics2", "completion bash", "completion words -- data preview --",
+              "train --help", "launch --help", "data check {tmp_path}/a.json --format llava"):
+    assert main(words.split()) == 0, words
+    loaded = [name for name in ("torch", "megatron", "transformers", "tokenizers", "matplotlib") if name in sys.modules]
+    assert not loaded, (words, loaded)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 sound samples, 0 problems" in done.stdout
+
+
+def test_the_module_is_the_command():
+    """`python -m megatron_vlm` and the script call the same function."""
+    assert metadata.entry_points(group="console_scripts")["megatron-vlm"].load() is main
+    done = subprocess.run([sys.executable, "-m", "megatron_vlm", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, __version__)
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda p: p.name)

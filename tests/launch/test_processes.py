@@ -1,16 +1,19 @@
 """Processes: told by the environment, started once, stopped with their work saved."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.launch import processes
+from megatron_vlm.training.stop import StopSignal
 from tests.examples.shell import free_port
 
 SLURM = {"SLURM_JOB_ID": "71234", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "gpu[03-05,09],login"}
@@ -83,6 +86,33 @@ def test_a_signal_lets_the_run_save(number, capfd):
     assert code == 143 and run.stopped
     assert "saved" in capfd.readouterr().out
     assert signal.getsignal(number) is not run._forward and previous is not None
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if len(sys.argv) == 1:
+    subprocess.Popen([sys.executable, __file__, "rank"], start_new_session=True)
+else:
+    print("rank", os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_once_more_stops_at_once(tmp_path, capfd, monkeypatch):
+    """Also a rank, which torchrun puts in a session of its own."""
+    monkeypatch.setattr(StopSignal, "AGAIN_SECONDS", 0.0)
+    (tmp_path / "run.py").write_text(STUBBORN)
+    run, ranks = processes.RunProcess([sys.executable, str(tmp_path / "run.py")], os.environ), []
+
+    def look() -> None:
+        ranks.extend(int(word) for word in re.findall(r"rank (\d+)", capfd.readouterr().out))
+        if ranks:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    assert run.wait(look) == 128 + signal.SIGKILL
+    assert not psutil.pid_exists(ranks[0]) or psutil.Process(ranks[0]).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_killed_launch_leaves_no_run_behind(tmp_path):

@@ -3,6 +3,8 @@
 import os
 import signal
 
+import pytest
+
 from megatron_vlm.training.stop import STOPPED, StopSignal
 
 
@@ -35,5 +37,18 @@ def test_a_forked_child_ends_and_asks_nothing():
             os.kill(os.getpid(), signal.SIGTERM)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143 and not stop.requested
+    finally:
+        stop.close()
+
+
+def test_ctrl_c_once_saves_and_twice_stops(monkeypatch):
+    stop = StopSignal()
+    try:
+        for _ in range(2):  # of the terminal, and of torchrun
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.requested
+        monkeypatch.setattr(StopSignal, "AGAIN_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
     finally:
         stop.close()

@@ -20,7 +20,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import write_synced, writing
 from megatron_vlm.line_files import LineFile
 from megatron_vlm.log import get_logger
-from megatron_vlm.progress import LINE, Bar
+from megatron_vlm.progress import Bar
 from megatron_vlm.training.evaluate import EvalResult
 from megatron_vlm.training.metrics.config import LoggingConfig
 from megatron_vlm.training.metrics.wandb_writer import WandbWriter
@@ -124,7 +124,7 @@ class Metrics:
             self.bar.show(iteration, f"loss {result.loss:.4f} | {_rates(record)}")
         if iteration % self.config.log_interval and iteration not in (1, self.total):
             return
-        log.info(self._progress(record, result), extra=LINE)
+        log.info(self._progress(record, result))
         for writer in self.writers:
             for key, value in record.items():
                 if key not in ("iteration", "consumed_samples"):

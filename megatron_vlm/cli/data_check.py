@@ -1,0 +1,46 @@
+"""``megatron-vlm data check``: every record read, each problem named; without a model no framework is loaded."""
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+from megatron_vlm.data.formats import open_sources
+from megatron_vlm.data.types import Processor
+from megatron_vlm.data.view.check import check_folder, check_sources
+from megatron_vlm.errors import ConfigError, DataError
+
+
+def check(args: argparse.Namespace, processor: Processor | None = None) -> int:
+    """Prints every problem of ``args.paths``, and counts by kind; exit code 1 if there is one."""
+    kinds: Counter[str] = Counter()
+    sound = problems = 0
+    for found in _found(args, processor):
+        if isinstance(found, str):
+            sound += 1
+            continue
+        kind = found.reason.words
+        kinds[kind] += 1
+        warning = found.reason.is_warning
+        problems += not warning
+        print(f"{'warning' if warning else kind}: {found}")
+    for kind, number in kinds.most_common():
+        print(f"{number:8d}  {kind}")
+    print(f"{sound} sound samples, {problems} problems, {sum(kinds.values()) - problems} warnings")
+    return 1 if problems else 0
+
+
+def _found(args: argparse.Namespace, processor: Processor | None) -> Iterator[str | DataError]:
+    if not args.paths:
+        raise ConfigError("no data: name a folder, or a --config whose data.train does")
+    if args.part and args.format is None:
+        raise ConfigError("--split chooses among raw files: it goes with --format")
+    if args.format is None:
+        for path in args.paths:
+            if not os.path.isdir(path):
+                what = "is no folder of shards: say what it is with --format"
+                raise ConfigError(f"{path} {what if os.path.lexists(path) else 'does not exist'}")
+            yield from check_folder(path, processor)
+        return
+    settings = {"root": args.image_root or ".", "prepend": args.missing_placeholder == "prepend"}
+    yield from check_sources(open_sources(args.format, args.paths, part=args.part, **settings), processor)

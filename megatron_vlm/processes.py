@@ -113,6 +113,18 @@ def signal_with_parent(number: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
+def available_memory() -> int:
+    """Bytes that this process may still take, by the kernel's count and the control group's limit."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return min(free, int(limit) - used) if limit != "max" else free
+    except (OSError, ValueError):
+        return free
+
+
 def _stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat after the name, which may hold blanks and brackets itself: state, parent, ..."""
     try:

@@ -21,6 +21,7 @@ from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.report import Report, Row, module_of
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError, nearest
 from megatron_vlm.files import file_digest
+from megatron_vlm.processes import available_memory
 from megatron_vlm.sources.hf import HFSource
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.weights.hf_io import CONFIG_NAME, list_names, resolve_directory
@@ -106,18 +107,6 @@ def _choose_level(level: str | None, source: WeightSource) -> tuple[str, str]:
         if size < available:
             return name, f"the highest that fits: it needs about {size / 1e9:.2f} GB of {available / 1e9:.1f} GB free"
     return "weights", f"forward would need about {need['forward'] / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take, by the kernel's count and the control group's limit."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return min(free, int(limit) - used) if limit != "max" else free
-    except (OSError, ValueError):
-        return free
 
 
 def _compare_configs(expected: HFSource, source: WeightSource, report: Report) -> None:

@@ -173,6 +173,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "no-load-optim": ("checkpoint.no_load_optim", True),
     "no-load-rng": ("checkpoint.no_load_rng", True),
     **dict.fromkeys(("no-save-optim", "save-only-model"), ("checkpoint.no_save_optim", True)),
+    "async-save": ("checkpoint.async_save", True),
     "no-tensorboard": ("logging.tensorboard", False),
     "use-rslora": ("peft.rslora", True),
 }
@@ -308,7 +309,6 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "use-precision-aware-optimizer": ((), f"a precision-aware optimizer {_NOT_BUILT}; leave it out"),
     # In evaluation a row without images runs no module of the tower: ranks would gather parameters in different orders.
     "overlap-param-gather": ((), f"gathering parameters during the forward pass {_NOT_BUILT}; leave it out"),
-    "async-save": ((), f"asynchronous saving {_NOT_BUILT}; leave it out"),
     # of the original programs
     "unfreeze-vit-layers": (("0",), "a tower trains whole or not at all; set it to 0, or use --freeze_backbone False"),
     **dict.fromkeys(

@@ -8,7 +8,6 @@ Every rank runs the same code; the source rank of each replica reads the data, r
 import os
 import time
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,8 +28,8 @@ from megatron_vlm.training.balance import balanced
 from megatron_vlm.training.checkpoint.load import find_checkpoint, load_checkpoint
 from megatron_vlm.training.checkpoint.output_check import check_room, check_writable
 from megatron_vlm.training.checkpoint.run_lock import RunLocks
-from megatron_vlm.training.checkpoint.save import Origin, save_checkpoint
-from megatron_vlm.training.checkpoint.saving import save_persistently
+from megatron_vlm.training.checkpoint.save import Origin
+from megatron_vlm.training.checkpoint.saving import Saver
 from megatron_vlm.training.device import start_device
 from megatron_vlm.training.due import Due
 from megatron_vlm.training.evaluate import EvalResult, evaluate
@@ -92,6 +91,7 @@ class Trainer:
             self._build()
             check_room(config, self.model, trained_only=self.origin.peft is not None)
             self._restore()
+            self._start_saves()
             self._start_data()
             self._start_reports()
         except BaseException:
@@ -131,6 +131,7 @@ class Trainer:
             if self._due.answers:
                 self.show_answers()
             stopping = any_rank(self.stop.requested, self.device)
+            self.saver.advance()
             if stopping or self._due.save:
                 self.save(last=stopping or self._due.finished)
         done = f"{self.iteration} iterations, {self.consumed_samples} samples, {self.num_skipped} updates skipped"
@@ -177,19 +178,16 @@ class Trainer:
             self.metrics.answers(self.iteration, self.config.evaluate.questions, answers)
 
     def save(self, last: bool = False) -> None:
-        """Writes a checkpoint, where ``checkpoint.save`` says so; ``last``: of this run.
+        """Writes a checkpoint, or starts to, where ``checkpoint.save`` says so; ``last``: of this run.
 
         Raises:
             CheckpointError: on every rank: it cannot be written, and ``checkpoint.on_save_failure`` is to stop.
         """
-        checkpoint = self.config.checkpoint
-        if checkpoint.save is None:
+        if self.config.checkpoint.save is None:
             log.warning("checkpoint.save is not set: nothing is saved")
             return
         assert self.data_state is not None
         self.heartbeat.at("save")
-        with together(self.device):
-            self.locks.check()
         state = {
             "iteration": self.iteration,
             "num_skipped": self.num_skipped,
@@ -199,8 +197,7 @@ class Trainer:
             "data": self.data_state.to_dict(),
             "config": self.config.to_dict(),
         }
-        write = partial(save_checkpoint, checkpoint, self.model, self.optimizer, state, self.origin)
-        save_persistently(checkpoint, write, lambda: self.stop.requested, last)
+        self.saver.save(state, last)
 
     @property
     def consumed_samples(self) -> int:
@@ -283,6 +280,11 @@ class Trainer:
                 self.config.training.seed,
                 self.data_state.seed,
             )
+
+    def _start_saves(self) -> None:
+        checkpoint, stop = self.config.checkpoint, self.stop
+        self.saver = Saver(checkpoint, self.model, self.optimizer, self.origin, self.locks, lambda: stop.requested)
+        self.closing.callback(self.saver.close)
 
     def _start_data(self) -> None:
         """Starts the loader on source ranks and settles the length of the run on all."""
@@ -391,6 +393,7 @@ class Trainer:
 
     def _report(self, result: StepResult, rates: dict[str, float], seconds: float) -> None:
         if self.metrics is not None:
-            self.metrics.step(self.iteration, result, rates, seconds=seconds, consumed_samples=self.consumed_samples)
+            done, times = self.consumed_samples, self.saver.times()
+            self.metrics.step(self.iteration, result, rates, seconds=seconds, consumed_samples=done, **times)
         elif self.iteration % self.config.logging.log_interval == 0 or self.iteration in (1, self.num_iterations):
             log.info(progress_line(self.iteration, self.num_iterations, result, rates["llm"], seconds))

@@ -24,12 +24,14 @@ from megatron_vlm.weights.checkpoint_dir import (
     FORMAT,
     MANIFEST,
     SEQUENCE,
+    STATE,
     TRACKER,
     folder_name,
     iteration_of,
     iterations,
     next_sequence,
 )
+from megatron_vlm.weights.model_folder import CarriedFiles
 
 _LEFTOVER = re.compile(r"iter_\d{7,}\.(tmp|old)-[0-9a-f]+")
 
@@ -91,6 +93,39 @@ def commit(temporary: Path, records: Mapping[str, dict[str, Any]], facts: Mappin
     os.rename(temporary, final)
     sync_path(final.parent)
     write_synced(final.parent / TRACKER, f"{iteration_of(final)}\n".encode())
+    return final
+
+
+def finish(
+    temporary: Path,
+    records: Mapping[str, dict[str, Any]],
+    facts: Mapping[str, Any],
+    state: Mapping[str, Any],
+    hf_files: CarriedFiles | None,
+    keep_last: int | None,
+    protect: Iterable[Path],
+) -> Path:
+    """What rank 0 does once all rank files are there: the files beside them, the commit, and then the end of old checkpoints.
+
+    Args:
+        temporary, records: see ``commit``.
+        facts: of the manifest.
+        state: of state.json.
+        hf_files: for ``hf/``.
+        keep_last, protect: see ``purge``.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        CheckpointError, OSError: as ``commit``.
+    """
+    if hf_files is not None:
+        hf_files.write(temporary / "hf")
+    write_json(temporary / STATE, state)
+    final = commit(temporary, records, facts)
+    with contextlib.suppress(OSError):
+        purge(final.parent, iteration_of(final), keep_last, protect)
     return final
 
 

@@ -1,6 +1,6 @@
 """The tensors of a training checkpoint: one safetensors file per rank, each element in exactly one of them.
 
-    rank 0..N-1: [Piece + tensor] --write_rank_file--> rankR.safetensors --RankFiles--> full tensor | tp shard
+    rank 0..N-1: [Piece + tensor] --RankFile.write--> rankR.safetensors --RankFiles--> full tensor | tp shard
 
 Every kind of state is a fragment of a full tensor, told by one ``Piece``:
 
@@ -28,8 +28,10 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.errors import CheckpointError, ConversionError
+from megatron_vlm.weights.hashed_file import HashedFile
 from megatron_vlm.weights.mapping import Split
-from megatron_vlm.weights.safetensors_io import SafetensorsFile, SafetensorsWriter, TensorInfo, aligned_order
+from megatron_vlm.weights.safetensors_io import SafetensorsFile, TensorInfo, aligned_order, header_of
+from megatron_vlm.weights.save_process import HostImage
 
 Kind = Literal["model", "param", "exp_avg", "exp_avg_sq"]
 """Weights; fp32 main parameters (only where the weights are not fp32); AdamW's first and second moments."""
@@ -72,51 +74,73 @@ def rank_file_name(rank: int) -> str:
     return f"rank{rank}.safetensors"
 
 
-def rank_file_bytes(tensors: Mapping[tuple[Kind, str], Tensor]) -> int:
-    """Bytes of tensors in a file; the header adds little."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+@dataclass(frozen=True, kw_only=True)
+class RankFile:
+    """What one rank owns, as the file that it becomes.
 
-
-def write_rank_file(
-    directory: Path,
-    *,
-    rank: int,
-    world_size: int,
-    tp: int,
-    tp_rank: int,
-    pieces: Iterable[Piece],
-    tensors: Mapping[tuple[Kind, str], Tensor],
-) -> dict[str, Any]:
-    """Writes what one rank owns and flushes it to disk.
-
-    Args:
-        directory: of the checkpoint being written.
-        rank, world_size, tp, tp_rank: of the writing rank.
+    Attributes:
+        place: ``rank``, ``world_size``, ``tp`` and ``tp_rank`` of the writing rank.
         pieces: one per name in ``tensors``.
         tensors: (kind, name) -> tensor on any device, in the shard's shape or a flat fragment of it.
-
-    Returns:
-        ``{"size", "sha256"}`` of the file.
-
-    Raises:
-        ConversionError: the disk refuses.
     """
-    header = {piece.name: _fields(piece) for piece in pieces}
-    metadata = {
-        "format": FORMAT,
-        "place": json.dumps({"rank": rank, "world_size": world_size, "tp": tp, "tp_rank": tp_rank}),
-        "pieces": json.dumps(header, separators=(",", ":")),
-    }
-    named = {f"{kind}/{name}": tensor for (kind, name), tensor in tensors.items()}
-    infos = aligned_order({key: TensorInfo.of(tensor) for key, tensor in named.items()})
-    writer = SafetensorsWriter(directory / rank_file_name(rank), infos, metadata)
-    try:
-        for key in infos:
-            writer.write(key, named[key].detach().cpu())
-        return writer.close()
-    except BaseException:
-        writer.abort()
-        raise
+
+    place: Mapping[str, int]
+    pieces: Iterable[Piece]
+    tensors: Mapping[tuple[Kind, str], Tensor]
+
+    @property
+    def name(self) -> str:
+        return rank_file_name(self.place["rank"])
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors; the header adds little."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def parts(self) -> tuple[bytes, list[Tensor]]:
+        """The header, and the tensors that follow it end to end."""
+        metadata = {
+            "format": FORMAT,
+            "place": json.dumps(dict(self.place)),
+            "pieces": json.dumps({piece.name: _fields(piece) for piece in self.pieces}, separators=(",", ":")),
+        }
+        named = {f"{kind}/{name}": tensor for (kind, name), tensor in self.tensors.items()}
+        infos = aligned_order({key: TensorInfo.of(tensor) for key, tensor in named.items()})
+        return header_of(Path(self.name), infos, metadata), [named[key].detach() for key in infos]
+
+    def write(self, directory: Path) -> dict[str, Any]:
+        """Writes the file and flushes it to disk; returns its ``{"size", "sha256"}``.
+
+        Raises:
+            ConversionError, OSError: the disk refuses.
+        """
+        header, tensors = self.parts()
+        file = HashedFile(directory / self.name)
+        try:
+            file.put(memoryview(header))
+            for tensor in tensors:
+                file.put(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            return file.close()
+        except BaseException:
+            file.abort()
+            raise
+
+    def copy_to(self, image: HostImage) -> None:
+        """Fills ``image`` with the bytes that ``write`` would write.
+
+        Raises:
+            OSError: there is not so much memory.
+        """
+        header, tensors = self.parts()
+        at = len(header)
+        with image.resized(at + sum(tensor.nbytes for tensor in tensors)) as memory:
+            memory[:at] = header
+            for tensor in tensors:
+                if tensor.numel():
+                    target = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=at)
+                    target.view(tensor.shape).copy_(tensor)
+                    del target  # it holds the mapping
+                at += tensor.nbytes
 
 
 @dataclass(frozen=True)

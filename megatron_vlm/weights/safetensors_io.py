@@ -7,14 +7,12 @@ tells of a file that shrinks under us by an error instead of a SIGBUS.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +30,7 @@ from megatron_vlm.files import (
     sync_tree,
     unique_temporary,
 )
+from megatron_vlm.weights.hashed_file import HashedFile
 from megatron_vlm.weights.mapping import TensorInfo
 
 DTYPES = {
@@ -50,9 +49,6 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MADV_POPULATE_READ = 22  # linux/mman.h; not yet a name in mmap
-_O_DIRECT = getattr(os, "O_DIRECT", 0)
-_BLOCK = 4 << 20
-"""Bytes of one system call."""
 PARAMS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What ``--dtype`` takes."""
 
@@ -167,6 +163,28 @@ class SafetensorsFile:
         self._hashed = offset + count
 
 
+def header_of(path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
+    """What a file of these tensors, laid end to end behind it, starts with: a multiple of 8 bytes.
+
+    Raises:
+        ConversionError: a tensor would start unaligned; the message names it and ``path``.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, info in infos.items():
+        if offset % info.dtype.itemsize:
+            raise ConversionError(f"{name} would start unaligned in {path}: order tensors with aligned_order")
+        header[name] = {
+            "dtype": NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class SafetensorsWriter:
     """Writes one file front to back: the header first, then each tensor as it comes, hashed on the way.
 
@@ -182,24 +200,9 @@ class SafetensorsWriter:
         self.path = Path(path)
         self._infos = dict(infos)
         self._left = iter(self._infos)
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        offset = 0
-        for name, info in self._infos.items():
-            if offset % info.dtype.itemsize:
-                raise ConversionError(f"{name} would start unaligned in {self.path}: order tensors with aligned_order")
-            header[name] = {
-                "dtype": NAMES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [offset, offset + info.nbytes],
-            }
-            offset += info.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._hash = hashlib.sha256()
-        self._hashing = ThreadPoolExecutor(1)
-        self.size = 0
-        self._file = _Output(self.path)
-        self._put(memoryview(len(text).to_bytes(8, "little") + text))
+        header = header_of(self.path, self._infos, metadata)
+        self._file = HashedFile(self.path)
+        self._file.put(memoryview(header))
 
     def write(self, name: str, *pieces: Tensor) -> None:
         """Appends the next tensor, given whole or as pieces along its first dimension.
@@ -216,7 +219,7 @@ class SafetensorsWriter:
         if info != self._infos[name]:
             raise ConversionError(f"{name} is {info}, the header of {self.path} says {self._infos[name]}")
         for piece in pieces:
-            self._put(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._file.put(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> dict[str, Any]:
         """Flushes the file to disk and returns ``{"size", "sha256"}``.
@@ -229,86 +232,11 @@ class SafetensorsWriter:
             raise ConversionError(
                 f"{self.path}: {len(left)} announced tensors were not written: {', '.join(left[:10])}"
             )
-        try:
-            self._file.finish()
-        except OSError as error:
-            raise ConversionError(f"writing {self.path} failed at its end: {error.strerror}") from error
-        finally:
-            self.abort()
-        return {"size": self.size, "sha256": self._hash.hexdigest()}
+        return self._file.close()
 
     def abort(self) -> None:
         """Closes the file as it is."""
-        self._file.close()
-        self._hashing.shutdown()
-
-    def _put(self, view: memoryview) -> None:
-        hashing = self._hashing.submit(self._hash.update, view)  # both calls release the interpreter lock
-        try:
-            self._file.write(view)
-        except OSError as error:
-            raise ConversionError(f"writing {self.path} failed after {self.size:,} bytes: {error.strerror}") from error
-        finally:
-            hashing.result()
-        self.size += len(view)
-
-
-class _Output:
-    """A new file written past the page cache, where the file system allows it.
-
-    Of 17 GB that nobody reads soon, the page cache would cost more CPU time than everything else (1 to 3 s per GB measured
-    on ext4 against 0.1 s), push out the pages of the source, and be waited for in fsync all the same.
-    """
-
-    def __init__(self, path: Path):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        try:
-            self._descriptor = os.open(path, flags | _O_DIRECT, 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._descriptor = os.open(path, flags, 0o666)
-        self._block = mmap.mmap(-1, _BLOCK)  # direct writes start at page boundaries, in memory and in the file
-        self._filled = 0
-
-    def write(self, view: memoryview) -> None:
-        """Appends bytes."""
-        done = 0
-        while done < len(view):
-            count = min(_BLOCK - self._filled, len(view) - done)
-            self._block[self._filled : self._filled + count] = view[done : done + count]
-            self._filled += count
-            done += count
-            if self._filled == _BLOCK:
-                self._flush()
-
-    def finish(self) -> None:
-        """Writes what is left and flushes the file to disk."""
-        self._leave_direct()  # the last block is no whole number of pages
-        self._flush()
-        os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        """Closes the file as it is; a second call does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _flush(self) -> None:
-        done = 0
-        with memoryview(self._block) as block:
-            while done < self._filled:
-                try:
-                    done += os.write(self._descriptor, block[done : self._filled])
-                except OSError as error:
-                    if error.errno != errno.EINVAL or not self._leave_direct():
-                        raise
-        self._filled = 0
-
-    def _leave_direct(self) -> bool:
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
-        return bool(flags & _O_DIRECT)
+        self._file.abort()
 
 
 class Writers:

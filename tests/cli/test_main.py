@@ -137,7 +137,7 @@ def test_killed_run_resumes_bit_for_bit(run_argv, tmp_path):
 @pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_all_end_with_143(run_argv, tmp_path):
     out = tmp_path / "out"
-    ranks = start(run_argv(out, "--train-iters 100000"), tmp_path / "log")
+    ranks = start(run_argv(out, "--train-iters 100000 --save-interval 2 --async-save"), tmp_path / "log")
     wait_for_lines(out / "metrics.jsonl", 2, ranks)
     ranks[1].send_signal(signal.SIGTERM)
     assert finish(ranks) == [143, 143]

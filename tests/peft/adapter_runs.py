@@ -16,7 +16,7 @@ from megatron_vlm.peft.base_identity import describe_base
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.peft.select import make_plan
 from megatron_vlm.weights.checkpoint_write import begin, commit
-from megatron_vlm.weights.rank_files import Piece, write_rank_file
+from megatron_vlm.weights.rank_files import Piece, RankFile
 
 PREFIX = "base_model.model."
 
@@ -47,7 +47,7 @@ def checkpoint(folder: Path, base: Path, tp: int = 1, pp: int = 1, **settings: A
             pieces.append(Piece(name=entry.name, shape=shape, local_shape=tuple(shard.shape), split=entry.split))
             tensors["model", entry.name] = shard
         place = dict(rank=rank, world_size=tp * pp, tp=tp, tp_rank=rank % tp)
-        write_rank_file(writing, **place, pieces=pieces, tensors=tensors)  # type: ignore[arg-type]
+        RankFile(place=place, pieces=pieces, tensors=tensors).write(writing)  # type: ignore[arg-type]
     (writing / "state.json").write_text(json.dumps({"iteration": 1, "peft": record}))
     commit(writing, {}, {"iteration": 1})
     return folder

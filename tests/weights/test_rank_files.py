@@ -7,7 +7,7 @@ import torch
 
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.weights.mapping import COLUMN, GATED, REPLICATED, ROW, Split
-from megatron_vlm.weights.rank_files import Piece, RankFiles, rank_file_name, write_rank_file
+from megatron_vlm.weights.rank_files import Piece, RankFile, RankFiles, rank_file_name
 
 VOCAB = Split(dim=0, vocab_multiple=4)
 LAYOUTS = {"norm": REPLICATED, "fc1": GATED, "fc2": ROW, "qkv": COLUMN, "embedding": VOCAB}
@@ -52,9 +52,8 @@ def write(directory, full, tp, dp, change=lambda rank, pieces, tensors: None, cu
             for kind in MOMENTS:
                 tensors[kind, name] = split.shard(full[kind, name], tp, tp_rank).reshape(-1)[start:end]
         change(rank, pieces, tensors)
-        write_rank_file(
-            directory, rank=rank, world_size=tp * dp, tp=tp, tp_rank=tp_rank, pieces=pieces.values(), tensors=tensors
-        )
+        place = {"rank": rank, "world_size": tp * dp, "tp": tp, "tp_rank": tp_rank}
+        RankFile(place=place, pieces=pieces.values(), tensors=tensors).write(directory)
     return directory
 
 

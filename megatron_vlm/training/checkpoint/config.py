@@ -24,6 +24,8 @@ class CheckpointConfig(Config):
         no_load_rng: draw random numbers from this run's seed instead of the checkpoint's.
         no_save_optim: write weights only; such a checkpoint is smaller and resumes without moments.
         base: where the base of adapters is now, which ``load`` holds without it; None: where their checkpoint says.
+        async_save: go on training while a checkpoint is written: a step copies it to the host's memory, which must hold the
+            rank's part of it once more, and a process beside the rank writes it. The last save of a run is waited for.
         save_retries, save_retry_seconds: tries of a save that failed; before the first, each further wait is twice as long.
         on_save_failure: then: stop the run, or continue to the next save, if there is one. Older checkpoints are untouched.
         verify_hashes: read every file once more before loading and compare its sha256; sizes are compared in any case.
@@ -40,6 +42,7 @@ class CheckpointConfig(Config):
     no_load_rng: bool = False
     no_save_optim: bool = False
     base: PathText | None = None
+    async_save: bool = False
     save_retries: int = 2
     save_retry_seconds: float = 10.0
     on_save_failure: Literal["stop", "continue"] = "stop"
@@ -54,6 +57,8 @@ class CheckpointConfig(Config):
                 raise ConfigError(
                     f"checkpoint.{name} is {value}, but checkpoint.save is not set: name a folder (--save)"
                 )
+        if self.async_save and self.save is None:
+            raise ConfigError("checkpoint.async_save is on, but checkpoint.save is not set: name a folder (--save)")
         if self.save_retries < 0 or self.save_retry_seconds < 0:
             raise ConfigError("neither checkpoint.save_retries nor checkpoint.save_retry_seconds may be negative")
         if self.save_interval is not None and self.save_epochs is not None:

@@ -1,6 +1,6 @@
 """Saving a training checkpoint that any (tp, pp, dp) and any kind of optimizer can load.
 
-model, optimizer --owned--> rank file of each rank in iter_N.tmp-x/ --checkpoint_write.commit--> iter_N/
+model, optimizer --collect--> Content --RankFile.write--> rankR in iter_N.tmp-x/ --checkpoint_write.finish--> iter_N/
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.files import write_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.built import Model
 from megatron_vlm.peft.config import PeftConfig
@@ -21,7 +20,7 @@ from megatron_vlm.training.checkpoint.together import checkpoint_work, from_rank
 from megatron_vlm.training.optimizer.state import scaler_state
 from megatron_vlm.weights import checkpoint_dir, checkpoint_write
 from megatron_vlm.weights.model_folder import CarriedFiles
-from megatron_vlm.weights.rank_files import rank_file_bytes, rank_file_name, write_rank_file
+from megatron_vlm.weights.rank_files import RankFile, rank_file_name
 
 log = get_logger(__name__)
 
@@ -68,6 +67,41 @@ class Origin:
         return {"peft": {"config": self.peft.config.to_dict(), "base": self.peft.base}} if self.peft else {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a save writes.
+
+    Attributes:
+        root: ``checkpoint.save``.
+        iteration: of the checkpoint.
+        file: of this rank.
+        num_bytes: of all ranks' tensors.
+        facts: of the manifest.
+        state: of state.json.
+    """
+
+    root: Path
+    iteration: int
+    file: RankFile
+    num_bytes: int
+    facts: dict[str, Any]
+    state: dict[str, Any]
+
+    @property
+    def rank(self) -> int:
+        return self.file.place["rank"]
+
+    @property
+    def final(self) -> Path:
+        """Folder that it becomes."""
+        return self.root / checkpoint_dir.folder_name(self.iteration)
+
+    @property
+    def what(self) -> str:
+        """For messages."""
+        return f"saving iteration {self.iteration} to {self.root}"
+
+
 def save_checkpoint(
     config: CheckpointConfig, model: Model, optimizer: Any, state: dict[str, Any], origin: Origin
 ) -> Path:
@@ -88,52 +122,79 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank; earlier checkpoints are untouched.
     """
+    device = model.device
+    content = collect(config, model, optimizer, state, origin)
+    folder = open_folder(config, content, device)
+    try:
+        with checkpoint_work(content.what, device), torch.no_grad():
+            record = content.file.write(folder)
+        records = gather(record)
+        with checkpoint_work(content.what, device):
+            if content.rank == 0:
+                checkpoint_write.finish(*finishing(config, content, records, origin, folder))
+    except Exception:
+        if content.rank == 0:
+            checkpoint_write.discard(folder)
+        raise
+    log.info("saved %s (%.2f GB)", content.final, content.num_bytes / 1e9)
+    return content.final
+
+
+def collect(config: CheckpointConfig, model: Model, optimizer: Any, state: dict[str, Any], origin: Origin) -> Content:
+    """What ``save_checkpoint`` writes, as views of the live tensors. A collective; the arguments are the same.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
     if config.save is None:
         raise CheckpointError(
             "checkpoint.save is not set, so there is no place for a checkpoint: name a folder (--save)"
         )
-    topology, iteration = model.topology, state["iteration"]
-    root, rank, save_optim = Path(config.save), topology.rank, not config.no_save_optim
-    what = f"saving iteration {iteration} to {root}"
+    topology, iteration, save_optim = model.topology, state["iteration"], not config.no_save_optim
+    root = Path(config.save)
+    with checkpoint_work(f"saving iteration {iteration} to {root}", topology.device), torch.no_grad():
+        pieces, tensors = owned(model, optimizer if save_optim else None)
+    place = {"rank": topology.rank, "world_size": topology.world_size, "tp": topology.tp, "tp_rank": topology.tp_rank}
+    file = RankFile(place=place, pieces=pieces, tensors=tensors)
     facts = {"iteration": iteration, "layout": topology.name(), "optimizer": save_optim}
+    scaler = scaler_state(optimizer) if save_optim else None
+    return Content(
+        root=root,
+        iteration=iteration,
+        file=file,
+        num_bytes=sum(gather(file.num_bytes)),
+        facts={**facts, "versions": _versions()},
+        state={**facts, "loss_scale": scaler, "run": state, **origin.facts},
+    )
+
+
+def open_folder(config: CheckpointConfig, content: Content, device: torch.device) -> Path:
+    """Makes the temporary folder that all ranks write to. A collective.
+
+    Raises:
+        CheckpointError: on every rank: it cannot be made, or the disk is too small.
+    """
     temporary: Path | None = None
-    try:
-        with torch.no_grad():
-            with checkpoint_work(what, topology.device):
-                pieces, tensors = owned(model, optimizer if save_optim else None)
-            num_bytes = sum(gather(rank_file_bytes(tensors)))
-            with checkpoint_work(what, topology.device):
-                if rank == 0:
-                    temporary = checkpoint_write.begin(root, iteration, num_bytes + _MARGIN_BYTES)
-            folder = Path(from_rank_0(str(temporary)))
-            with checkpoint_work(what, topology.device):
-                record = write_rank_file(
-                    folder,
-                    rank=rank,
-                    world_size=topology.world_size,
-                    tp=topology.tp,
-                    tp_rank=topology.tp_rank,
-                    pieces=pieces,
-                    tensors=tensors,
-                )
-        records = {rank_file_name(writer): r for writer, r in enumerate(gather(record))}
-        with checkpoint_work(what, topology.device):
-            if rank == 0:
-                if origin.hf_files is not None:
-                    origin.hf_files.write(folder / "hf")
-                scaler = scaler_state(optimizer) if save_optim else None
-                content = {**facts, "loss_scale": scaler, "run": state, **origin.facts}
-                write_json(folder / checkpoint_dir.STATE, content)
-                checkpoint_write.commit(folder, records, {**facts, "versions": _versions()})
-    except Exception:
-        if temporary is not None:
-            checkpoint_write.discard(temporary)
-        raise
-    final = root / checkpoint_dir.folder_name(iteration)
-    if rank == 0:
-        checkpoint_write.purge(root, iteration, config.keep_last, origin.protected)
-        log.info("saved %s (%.2f GB)", final, num_bytes / 1e9)
-    return final
+    with checkpoint_work(content.what, device):
+        if content.rank == 0:
+            temporary = checkpoint_write.begin(content.root, content.iteration, content.num_bytes + _MARGIN_BYTES)
+    return Path(from_rank_0(str(temporary)))
+
+
+def finishing(
+    config: CheckpointConfig, content: Content, records: list[dict[str, Any]], origin: Origin, folder: Path
+) -> tuple[Any, ...]:
+    """Arguments of ``checkpoint_write.finish``, on rank 0.
+
+    Args:
+        config: what is kept.
+        content: what was written.
+        records: of the rank files, by rank.
+        origin: of the run.
+        folder: temporary, with the rank files in it.
+    """
+    named = {rank_file_name(writer): record for writer, record in enumerate(records)}
+    return folder, named, content.facts, content.state, origin.hf_files, config.keep_last, origin.protected
 
 
 def _versions() -> dict[str, str]:

@@ -96,9 +96,16 @@ class Metrics:
             raise ConfigError(f"the run cannot report to {output_dir}: {error} (logging.output_dir)") from error
 
     def step(
-        self, iteration: int, result: StepResult, rates: dict[str, float], *, seconds: float, consumed_samples: int
+        self,
+        iteration: int,
+        result: StepResult,
+        rates: dict[str, float],
+        *,
+        seconds: float,
+        consumed_samples: int,
+        **more: float,
     ) -> None:
-        """Records one step; ``seconds`` includes the wait for data."""
+        """Records one step; ``seconds`` includes the wait for data, ``more`` is recorded as it is."""
         record = {
             "iteration": iteration,
             "loss": result.loss,
@@ -117,6 +124,7 @@ class Metrics:
             "holes": result.holes,
             "truncated": result.truncated,
             "consumed_samples": consumed_samples,
+            **more,
         }
         self._write(record)
         self.seconds_per_step = seconds if not self.seconds_per_step else 0.9 * self.seconds_per_step + 0.1 * seconds

@@ -19,7 +19,7 @@ def train_on_a_full_disk(argv: list[str], refused: list[int], folder: str) -> tu
 
     from megatron_vlm.training.checkpoint import save as checkpoint
 
-    real, tries = checkpoint.write_rank_file, []
+    real, tries = checkpoint.RankFile.write, []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def write(*args, **kwargs):
@@ -31,11 +31,11 @@ def train_on_a_full_disk(argv: list[str], refused: list[int], folder: str) -> tu
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    checkpoint.write_rank_file = write
+    checkpoint.RankFile.write = write
     try:
         code, error = train(argv)
     finally:
-        checkpoint.write_rank_file = real
+        checkpoint.RankFile.write = real
     return code, error, Path(folder, "train.log").read_text()
 
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,17 +46,6 @@ def test_the_library_reads_what_we_write(tmp_path):
     data = (tmp_path / "a.safetensors").read_bytes()
     assert digest == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert file_digest(tmp_path / "a.safetensors") == digest
-
-
-@pytest.mark.parametrize("where", ["disk", "memory"])
-@pytest.mark.parametrize("numel", [(4 << 20) - 1, 4 << 20, (4 << 20) + 1, 9_999_999])
-def test_blocks_of_direct_writes_meet_without_a_gap(tmp_path, where, numel):
-    with tempfile.TemporaryDirectory(dir=tmp_path if where == "disk" else "/dev/shm") as directory:
-        path = Path(directory) / "a.safetensors"
-        tensors = {"a": torch.randint(0, 255, (numel,), dtype=torch.uint8), "b": torch.arange(5000, dtype=torch.int64)}
-        assert write(path, tensors) == file_digest(path)
-        loaded = load_file(path)
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_pieces_are_joined(tmp_path):

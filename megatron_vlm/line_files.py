@@ -1,9 +1,11 @@
 """Files of lines added as they come: a disk that refuses them is told of once, and they are written later."""
 
 import contextlib
+import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.files import reason_of
 
@@ -64,3 +66,18 @@ class LineFile:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         while self._waiting:  # a disk that fills up takes a part, and the rest comes after it
             del self._waiting[: os.write(self._descriptor, self._waiting)]
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The mappings of a file, one a line; none without a file. A line that a killed process left incomplete is left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append(value)
+    return found

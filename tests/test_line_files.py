@@ -2,7 +2,7 @@
 
 import logging
 
-from megatron_vlm.line_files import LineFile
+from megatron_vlm.line_files import LineFile, json_lines
 
 
 def test_lines_wait_for_a_place_and_it_is_told_once(tmp_path, caplog):
@@ -41,3 +41,8 @@ def test_two_writers_add_to_one_file_and_a_closed_one_opens_again(tmp_path):
     mine.close()
     mine.add("half a character: \ud800")
     assert (tmp_path / "lines.txt").read_text() == "one\ntwo\nhalf a character: \\ud800\n"
+
+
+def test_lines_are_read_back(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n[2]\n{"a": 3}\n{"a": \xff')
+    assert json_lines(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 3}] and json_lines(tmp_path / "no") == []

@@ -64,7 +64,7 @@ def _add_build(commands: Any) -> None:
 
 def _add_views(commands: Any) -> None:
     check = commands.add_parser("check", help="read every record and report each problem; exit 1 if any")
-    _add_common(check, "folder of shards, or with --format an input of `data build`", model_required=False)
+    _add_common(check, "folder of shards, or with --format an input of `data build`")
     check.add_argument(
         "--format", help="format of inputs that are not shards: llava, xcomposer, internvl, openai, parquet, webdataset"
     )
@@ -74,25 +74,34 @@ def _add_views(commands: Any) -> None:
     check.add_argument("--split", "--part", dest="part", default="", metavar="NAME", help="as for `data build`")
 
     stats = commands.add_parser("stats", help="lengths, images, supervised share, packing, steps; as text and PNG")
-    _add_common(stats, "folder of shards", model_required=True)
-    stats.add_argument("--global-batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    _add_common(stats, "folder of shards, or raw file")
+    stats.add_argument("--global-batch-size", type=int, metavar="N", help="(default: the config's, else 256)")
     add_path(stats, "--out", "histograms", metavar="FILE.png")
 
-    preview = commands.add_parser("preview", help="one HTML page: tokens, images and rows as the model gets them")
-    _add_common(preview, "folder of shards", model_required=True)
+    preview = commands.add_parser(
+        "preview", help="one HTML page: records, and with a model tokens, images and rows as it gets them"
+    )
+    _add_common(preview, "folder of shards, or raw file")
     add_path(preview, "--out", "", required=True, metavar="FILE.html")
     preview.add_argument("--samples", type=int, default=24, metavar="N", help="(default: %(default)s)")
-    preview.add_argument("--seed", type=int, default=1234, metavar="N", help="training.seed (default: %(default)s)")
+    preview.add_argument("--seed", type=int, metavar="N", help="training.seed (default: the config's, else 1234)")
+    preview.add_argument("--match", default="", metavar="TEXT", help="only samples whose name, id or texts hold this")
+    for parser in (stats, preview):
+        parser.add_argument(
+            "--format", metavar="NAME", help="of raw files, as for `data build` (default: by their content)"
+        )
+        add_path(parser, "--image-root", "folder that relative image paths start from (default: the file's own)")
 
 
-def _add_common(parser: argparse.ArgumentParser, what: str, *, model_required: bool) -> None:
+def _add_common(parser: argparse.ArgumentParser, what: str) -> None:
     add_path(parser, "paths", what, nargs="*", metavar="PATH")
     parser.add_argument("--set", action="append", default=[], metavar="data.KEY=VALUE",
         help="a setting as `train` takes it: data.answer_loss_only=true; may be given several times")  # fmt: skip
     add_path(
-        parser, "--model", "HF folder, converted weights or checkpoint whose processor is used", required=model_required
+        parser, "--model", "HF folder, converted weights or checkpoint whose processor is used; alone: with its recipe"
     )
-    add_path(parser, "--config", "YAML of a run: its data section is used, folders included", metavar="FILE")
+    parser.add_argument("--config", metavar="FILE | RECIPE | RUN",
+        help="settings of a YAML file, a packaged recipe or a run's folder, with the data and model that it names")  # fmt: skip
     parser.add_argument(
         "--seq-length", type=int, metavar="N", help="data.seq_length (default: the config's, else 4096)"
     )

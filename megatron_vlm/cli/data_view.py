@@ -1,40 +1,42 @@
-"""``megatron-vlm data stats`` and ``preview``: data as the model will see it, before a run starts."""
+"""``megatron-vlm data stats`` and ``preview``, and ``check`` with a model: data as a run will see it, before it starts."""
 
 import argparse
 import os
 from pathlib import Path
 
 from megatron_vlm.cli import data_check
-from megatron_vlm.config import apply_overrides, load_yaml
-from megatron_vlm.conversion.open_source import open_source
-from megatron_vlm.data.config import DataConfig
+from megatron_vlm.cli.data_settings import ViewSettings, settings_of
+from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.data.stream.loader import open_data
-from megatron_vlm.data.types import Processor
+from megatron_vlm.data.view.cards import read_records, read_shards, records_page
 from megatron_vlm.data.view.preview import preview_page
 from megatron_vlm.data.view.stats import collect, describe, plot
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.files import check_output, read_json, write_synced, writing
-from megatron_vlm.registry import family_of
+from megatron_vlm.files import check_output, write_synced, writing
 
 
 def check(args: argparse.Namespace) -> int:
     """`data check` under a model's or a run's settings."""
-    config, paths = _config(args)
-    args.paths = paths or [str(getattr(source, "path", source)) for source in config.train]
-    return data_check.check(args, _processor(args.model, config) if args.model else None)
+    settings = settings_of(args, recipe=False)
+    args.paths = [str(getattr(item, "path", item)) for item in settings.inputs]
+    args.model = settings.model
+    return data_check.check(args, settings.processor())
 
 
 def stats(args: argparse.Namespace) -> int:
     """Prints what a run makes of the data, and draws histograms."""
-    if args.global_batch_size < 1:
+    if args.global_batch_size is not None and args.global_batch_size < 1:
         raise ConfigError(f"--global-batch-size must be at least 1, got {args.global_batch_size}")
-    config, paths = _config(args)
+    settings = settings_of(args)
     if args.out:
-        _check_out(args, config)
-    config = config.replace(packing=True, group_by=None)
-    opened = open_data(config, _processor(args.model, config), paths or config.train, seed=1234)
-    found = collect(opened, config, args.global_batch_size)
-    print(describe(found))
+        _check_out(args, settings)
+    processor = settings.processor()
+    if processor is None:
+        raise ConfigError("stats counts tokens: name --model, or a --config that does (checkpoint.load)")
+    config = settings.data.replace(packing=True, group_by=None)
+    opened = open_data(config, processor, settings.shards(), seed=settings.seed)
+    found = collect(opened, config, args.global_batch_size or settings.global_batch_size or 256)
+    print(f"{settings.said}\n\n{describe(found)}")
     if args.out:
         plot(found, Path(args.out))
         print(f"\nhistograms: {args.out}")
@@ -42,57 +44,43 @@ def stats(args: argparse.Namespace) -> int:
 
 
 def preview(args: argparse.Namespace) -> int:
-    """Writes the page."""
+    """Writes the page; without a model, of the records as they are written."""
     if args.samples < 1:
         raise ConfigError(f"--samples must be at least 1, got {args.samples}")
-    config, paths = _config(args)
-    _check_out(args, config)
-    processor = _processor(args.model, config)
-    opened = open_data(config, processor, paths or config.train, seed=args.seed)
-    page = preview_page(opened, processor, config, seed=args.seed, num_samples=args.samples)
+    settings = settings_of(args)
+    _check_out(args, settings)
+    processor = settings.processor()
+    if processor is None:
+        inputs = settings.raw()
+        title = ", ".join(str(getattr(item, "path", item)) for item in settings.inputs)
+        records = read_shards(Dataset(inputs.folders)) if inputs.folders else read_records(inputs.sources)
+        page = records_page(records, title, num_samples=args.samples, wanted=args.match)
+    else:
+        print(settings.said)
+        seed = settings.seed if args.seed is None else args.seed
+        opened = open_data(settings.data, processor, settings.shards(), seed=seed)
+        page = preview_page(
+            opened, processor, settings.data, seed=seed, num_samples=args.samples, said=settings.said, wanted=args.match
+        )
     with writing(args.out):
         write_synced(Path(args.out), page.encode("utf-8", "backslashreplace"))
     print(f"{args.out}: {len(page) / 1e6:.1f} MB")
     return 0
 
 
-def _config(args: argparse.Namespace) -> tuple[DataConfig, list[str]]:
-    """Returns the DataConfig, and the paths that the command line names."""
-    if wrong := [word for word in args.set if not word.startswith("data.")]:
-        raise ConfigError(f"--set {wrong[0]}: only settings of the data section have a meaning here, data.KEY=VALUE")
-    plain = apply_overrides(load_yaml(args.config) if args.config else {}, args.set)
-    data = {"seq_length": 4096, "packing": True, "num_workers": os.cpu_count() or 1, **(plain.get("data") or {})}
-    if args.seq_length is not None:
-        data["seq_length"] = args.seq_length
-    # What a run would refuse is looked at here: exclusions are counted, not raised.
-    for name, value in (("on_too_long", "drop"), ("on_bad_sample", "skip")):
-        data[name] = value if data.get(name, "raise") == "raise" else data[name]
-    config = DataConfig.from_dict(data, "data")
-    if not args.paths and not config.train:
-        raise ConfigError("no data: name a folder, or a --config whose data.train does")
-    return config, args.paths
-
-
-def _processor(model: str, config: DataConfig) -> Processor:
-    """Returns the processor of a model, its files compared with the digests that were recorded of them.
-
-    A Hugging Face folder, of which none are recorded, needs no weights.
-    """
-    if os.path.isfile(Path(model, "config.json")):
-        return family_of(read_json(Path(model, "config.json"))).open_processor(Path(model), config)
-    with open_source(model) as source:
-        return source.spec.open_processor(source.hf_dir, config)
-
-
-def _check_out(args: argparse.Namespace, config: DataConfig) -> None:
+def _check_out(args: argparse.Namespace, settings: ViewSettings) -> None:
     """Refuses an output that would take the place of what it is made from, or that has no folder; before anything is read."""
     parent = Path(args.out).parent
     if not os.path.isdir(parent):
         raise ConfigError(f"{args.out} cannot be written: {parent} is no folder")
-    folders = [*args.paths, *(getattr(source, "path", source) for source in config.train), args.model]
+    inputs = [str(getattr(item, "path", item)) for item in settings.inputs]
+    folders = [item for item in inputs if os.path.isdir(item)] + ([settings.model] if settings.model else [])
     check_output(args.out, folders, "--out")
-    if args.config and os.path.exists(args.out) and os.path.samefile(args.out, args.config):
-        raise ConfigError(f"--out {args.out} is the file that --config names: choose another place")
+    files = [args.config, *(item for item in inputs if os.path.isfile(item))]
+    for file in filter(None, files):
+        if os.path.exists(args.out) and os.path.exists(file) and os.path.samefile(args.out, file):
+            what = "the file that --config names" if file == args.config else "the data"
+            raise ConfigError(f"--out {args.out} is {what}: choose another place")
 
 
 COMMANDS = {"check": check, "stats": stats, "preview": preview}

@@ -81,6 +81,7 @@ def describe(
 def rejected_line(problem: Problem) -> str:
     """The line of ``rejected.jsonl`` about a record."""
     where = {"file": problem.file, "record": problem.record, "key": problem.key, "reason": problem.message}
+    where["kind"] = Reason.numbered(problem.reason).words
     return json.dumps({name: value for name, value in where.items() if name != "key" or value})
 
 

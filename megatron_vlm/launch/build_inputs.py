@@ -24,6 +24,7 @@ from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.files import read_bytes, read_json, write_synced, writing
 from megatron_vlm.launch.checks import Report
 from megatron_vlm.launch.inputs import SNIFFED, Inputs
+from megatron_vlm.line_files import json_lines
 from megatron_vlm.progress import Bar
 
 _SHOWN = 3  # records left out that a line names
@@ -50,7 +51,7 @@ def build_data(report: Report, inputs: Inputs, config: DataConfig, processor: Pr
             if inputs.built and not (config.on_bad_sample == "raise" and _rejected(inputs)):
                 report.ok("data", f"{inputs.name}: shards of an earlier start, {inputs.shards}")
             else:
-                _build(inputs, config)
+                build(inputs, config)
                 seconds = time.monotonic() - start
                 report.ok("data", f"{inputs.name}: shards built in {seconds:.1f} s, {inputs.shards}")
         except (DataError, ConfigError) as error:
@@ -62,7 +63,12 @@ def build_data(report: Report, inputs: Inputs, config: DataConfig, processor: Pr
         _survey(report, inputs, config, processor)
 
 
-def _build(inputs: Inputs, config: DataConfig) -> None:
+def build(inputs: Inputs, config: DataConfig) -> None:
+    """Builds the shards of raw data in the cache; ``config`` says what is done to records that cannot be used.
+
+    Raises:
+        DataError: records that cannot be used, more than may be left out.
+    """
     assert inputs.shards is not None
     listing = inputs.shards.with_suffix(".images")
     inputs.shards.parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +148,7 @@ def _tell(report: Report, inputs: Inputs, config: DataConfig, found: Iterator[st
 def _rejected(inputs: Inputs) -> list[dict[str, Any]]:
     """Records that the build left out."""
     assert inputs.shards is not None
-    path = inputs.shards / REJECTED
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if os.path.isfile(path) else []
+    return json_lines(inputs.shards / REJECTED)
 
 
 def _tell_rejected(report: Report, inputs: Inputs, config: DataConfig) -> None:

@@ -10,7 +10,6 @@ Each folder appears at once: it is written beside its place and renamed.
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.errors import ConversionError, MegatronVLMError
 from megatron_vlm.files import read_json, remove_abandoned, sync_path, unique_temporary
+from megatron_vlm.line_files import json_lines
 from megatron_vlm.weights.checkpoint_dir import MANIFEST, iteration_of
 
 HF, MERGED, LOSS = "hf", "merged_model", "loss.png"
@@ -112,7 +112,7 @@ class EpochExports:
 def draw_loss(output: Path) -> str:
     """Draws training and evaluation loss of ``metrics.jsonl``; returns a line about it."""
     metrics, picture = output / "metrics.jsonl", output / LOSS
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
+    lines = json_lines(metrics)
     steps = [(line["iteration"], line["loss"]) for line in lines if line.get("loss") is not None]
     held_out = [(line["iteration"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     if not steps:

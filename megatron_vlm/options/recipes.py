@@ -95,12 +95,14 @@ def copy(name: str, directory: str | Path) -> Path:
 
 
 def load_config(config: str) -> dict[str, Any]:
-    """Reads what ``--config`` names: a file, or a packaged recipe.
+    """Reads what ``--config`` names: a file, the ``config.yaml`` of a run's folder, or a packaged recipe.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is none of them.
     """
     path = expand_path(config, "--config")
+    if path.is_dir() and (path / "config.yaml").is_file():
+        path /= "config.yaml"
     return load_yaml(path if path.exists() or path.suffix else path_of(config))
 
 

@@ -12,7 +12,8 @@ def test_a_problem_names_its_place():
     assert str(PROBLEM) == "a.json, record 3: no picture b.png"
     cut = Problem(source=0, record=-1, file="a.tar", message="cut short", key="x7")
     assert str(cut) == "a.tar, sample x7: cut short"
-    assert json.loads(rejected_line(PROBLEM)) == {"file": "a.json", "record": 3, "reason": "no picture b.png"}
+    line = {"file": "a.json", "record": 3, "reason": "no picture b.png", "kind": "missing image"}
+    assert json.loads(rejected_line(PROBLEM)) == line
     assert json.loads(rejected_line(cut))["key"] == "x7"
 
 

@@ -3,10 +3,9 @@
 Stream --rows--> RowReader.sample --EncodedSample--> tokens by colour, pixels de-normalised --> HTML
 """
 
-import base64
-import html
-import io
-from itertools import groupby, islice
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 from PIL import Image
@@ -15,39 +14,50 @@ from torch import Tensor
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample
+from megatron_vlm.data.sample import RawSample
 from megatron_vlm.data.stream.counts import sample_name
 from megatron_vlm.data.stream.loader import OpenedData
 from megatron_vlm.data.stream.reader import RowReader
 from megatron_vlm.data.stream.step_plan import Item
 from megatron_vlm.data.types import Processor
-from megatron_vlm.errors import DataError, Reason, printable
+from megatron_vlm.data.view import cards
+from megatron_vlm.errors import DataError, Reason
+from megatron_vlm.pages import escape, page, picture
 
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#edc948")
-_THUMBNAIL = 320
 _GAP = (128, 128, 128)  # between tiles
-# Nothing of a page may run or reach out, whatever its texts and names are.
-_POLICY = (
-    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-    "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
-)
-_LISTED = 50
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222;background:#fafafa}
-h1{font-size:1.4em}h2{font-size:1.1em;margin:2em 0 .4em}h3{font-size:1em;margin:0 0 .4em}
 .bar{display:flex;height:26px;border-radius:4px;overflow:hidden;
 background:repeating-linear-gradient(45deg,#ddd,#ddd 6px,#eee 6px,#eee 12px)}
 .bar a{color:#fff;font-size:12px;line-height:26px;text-align:center;overflow:hidden;text-decoration:none;
 border-right:1px solid #fff;box-sizing:border-box}
-.card{background:#fff;border:1px solid #ddd;border-left:6px solid;border-radius:4px;padding:.8em 1em;margin:.8em 0}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.6em;border-radius:4px}
 .s{background:#bfe8c2}.i{background:#cfdcf7;border-radius:8px;padding:0 .4em;white-space:nowrap}
-.images{display:flex;flex-wrap:wrap;gap:10px;align-items:flex-end;margin:.6em 0}
-figure{margin:0}figcaption{font-size:12px;color:#666}img{border:1px solid #888;display:block}img.own{border:2px dashed #aaa}
-.counts{color:#555}.bad{color:#b00020}
+.pair{display:flex;flex-wrap:wrap;gap:6px;align-items:flex-end;border:1px solid #eee;padding:6px}
 """
 
 
-def preview_page(opened: OpenedData, processor: Processor, config: DataConfig, *, seed: int, num_samples: int) -> str:
+@dataclass
+class _Page:
+    """What a page is made from, and how many cards of each kind it has."""
+
+    opened: OpenedData
+    reader: RowReader
+    processor: Processor
+    config: DataConfig
+    wanted: str
+    shown: Counter[str] = field(default_factory=Counter)
+
+
+def preview_page(
+    opened: OpenedData,
+    processor: Processor,
+    config: DataConfig,
+    *,
+    seed: int,
+    num_samples: int,
+    said: str = "",
+    wanted: str = "",
+) -> str:
     """Returns the page: the first rows of training until they hold ``num_samples`` samples.
 
     Args:
@@ -56,110 +66,119 @@ def preview_page(opened: OpenedData, processor: Processor, config: DataConfig, *
         config: packing, seq_length, what is done to bad samples is shown, not applied.
         seed: of the order and augmentation.
         num_samples: at least 1.
+        said: where the settings come from.
+        wanted: text that a sample must hold to be shown; empty: any.
     """
     reader = RowReader(opened.dataset, processor, config, seed=seed, multiple_of=1, fill_to=0)
-    body, shown, number = [], 0, 0
-    for epoch, window, item_number, item in islice(opened.stream.items(), num_samples):
-        if shown >= num_samples or epoch:  # what a second epoch reads is the same again
+    what = _Page(opened, reader, processor, config, wanted)
+    body, number = [], 0
+    for epoch, window, item_number, item in opened.stream.items():
+        if what.shown["all"] >= num_samples or epoch:  # what a second epoch reads is the same again
             break
-        body.append(_row(opened, reader, processor, config, (epoch, window, item_number), item, shown))
-        shown += len(item.ids)
-        number += 1
+        row = _row(what, (epoch, window, item_number), item)
+        body.append(row)
+        number += bool(row)
     kind = f"packed rows of {config.seq_length} tokens" if config.packing else "samples, not packed"
     sources = ", ".join(
         f"{source.name} x {float(source.per_epoch / source.samples):.4g}" for source in opened.mixture.sources
     )
+    chosen = f", those with {wanted!r}," if wanted else ""
     head = (
-        f"<h1>{html.escape(sources)}</h1><p>{len(opened.dataset):,} samples; here {_how_many(opened, shown)}, as {number} "
-        f'{kind}. <span class="s">Supervised tokens</span> are what the loss is taken on; <span class="i">image tokens</span> '
+        f"<h1>{escape(sources)}</h1><p>{escape(said)}</p><p>{len(opened.dataset):,} samples; here "
+        f"{_how_many(opened, what.shown['all'])}{escape(chosen)} as {number} {kind}. "
+        '<span class="s">Supervised tokens</span> are what the loss is taken on; <span class="i">image tokens</span> '
         "are replaced by image features. A dashed frame is an image as it is stored, the frames beside it are what the tower "
-        f"gets of the sample, tiles apart.</p>{_excluded(opened)}"
+        f"gets of it, tiles apart.</p>{_left_out(opened)}{cards.buttons(what.shown)}"
     )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8">{_POLICY}<title>Data preview</title><style>{_STYLE}</style>'
-        f"<body>{head}{''.join(body)}</body></html>\n"
-    )
+    return page("Data preview", head + "".join(body), style=_STYLE + cards.STYLE)
 
 
 def _how_many(opened: OpenedData, shown: int) -> str:
     total = sum(int((opened.counts.shard(shard)["reason"] == 0).sum()) for shard in range(len(opened.dataset.shards)))
     usual = all(source.per_epoch == source.samples for source in opened.mixture.sources)
     if usual and shown >= total:
-        return f"all {shown} that can be used" if total < len(opened.dataset) else f"all {shown}"
-    return f"the first {shown} of an epoch"
+        return f"all {shown} that can be used," if total < len(opened.dataset) else f"all {shown},"
+    return f"the first {shown} of an epoch,"
 
 
-def _excluded(opened: OpenedData) -> str:
-    """The samples that a run leaves out, with the reason of each: they stand in no row."""
-    lines, number = [], 0
+def _left_out(opened: OpenedData) -> str:
+    """What a run leaves out, with the reason of each: records that no shard holds, and samples that stand in no row."""
+    found = cards.rejected_of(dict.fromkeys(shard.folder for shard in opened.dataset.shards))
     for shard in range(len(opened.dataset.shards)):
         reasons = opened.counts.shard(shard)["reason"]
         for row in np.flatnonzero(reasons).tolist():
-            number += 1
-            if number <= _LISTED:
-                reason = Reason.numbered(int(reasons[row]))
-                lines.append(
-                    f"<li>{html.escape(sample_name(opened.dataset, shard, row))}: {html.escape(reason.words)}</li>"
-                )
-    if not number:
-        return ""
-    more = f"<li>and {number - _LISTED:,} more</li>" if number > _LISTED else ""
-    return f'<p class="bad">{number:,} samples are left out of training:</p><ul class="bad">{"".join(lines)}{more}</ul>'
+            reason = Reason.numbered(int(reasons[row])).words
+            found.add(reason, f"{sample_name(opened.dataset, shard, row)}: {reason}")
+    return found.html()
 
 
-def _row(
-    opened: OpenedData,
-    reader: RowReader,
-    processor: Processor,
-    config: DataConfig,
-    place: tuple[int, int, int],
-    item: Item,
-    start: int,
-) -> str:
+def _row(what: _Page, place: tuple[int, int, int], item: Item) -> str:
+    """A row: a bar of its samples, and the card of each that is wanted; empty where none is."""
     epoch, window, number = place
-    length = config.seq_length if config.packing else max(1, sum(item.tokens))
-    segments, cards = [], []
+    length = what.config.seq_length if what.config.packing else max(1, sum(item.tokens))
+    segments, found = [], []
     for index, (sample_id, tokens) in enumerate(zip(item.ids, item.tokens)):
         colour = _COLOURS[index % len(_COLOURS)]
-        name = f"sample-{start + index}"
+        name = f"sample-{what.shown['all']}"
+        card = _card(what, sample_id, tokens, epoch)
         segments.append(
-            f'<a href="#{name}" title="{tokens} tokens" style="width:{100 * tokens / length:.3f}%;'
+            f'<a href="#{name if card else ""}" title="{tokens} tokens" style="width:{100 * tokens / length:.3f}%;'
             f'background:{colour}">{tokens}</a>'
         )
-        cards.append(
-            f'<div class="card" id="{name}" style="border-left-color:{colour}">'
-            f"{_sample(opened, reader, processor, sample_id, tokens, epoch)}</div>"
-        )
+        if card is not None:
+            kinds, inside = card
+            what.shown.update(("all", *kinds))
+            found.append(
+                f'<div class="card {" ".join(kinds)}" id="{name}" style="border-left-color:{colour}">{inside}</div>'
+            )
+    if not found:
+        return ""
     used = sum(item.tokens)
     return (
-        f"<h2>Epoch {epoch}, window {window}, {'row' if config.packing else 'sample'} {number}: {len(item.ids)} samples, "
-        f'{used} of {length} tokens ({used / length:.1%})</h2><div class="bar">{"".join(segments)}</div>{"".join(cards)}'
+        f"<h2>Epoch {epoch}, window {window}, {'row' if what.config.packing else 'sample'} {number}: {len(item.ids)} samples, "
+        f'{used} of {length} tokens ({used / length:.1%})</h2><div class="bar">{"".join(segments)}</div>{"".join(found)}'
     )
 
 
-def _sample(
-    opened: OpenedData, reader: RowReader, processor: Processor, sample_id: int, tokens: int, epoch: int
-) -> str:
+def _card(what: _Page, sample_id: int, tokens: int, epoch: int) -> tuple[list[str], str] | None:
+    """Kinds and HTML of a sample; None where it is not wanted."""
+    opened = what.opened
     shard, row = opened.dataset.locate_one(sample_id)
-    where = html.escape(printable(f"{opened.dataset.shards[shard].path.name}, sample {row}"))
+    where = f"{opened.dataset.shards[shard].path.name}, sample {row}"
     try:
-        sample = reader.sample(sample_id, tokens, epoch)
         raw = opened.dataset.read(sample_id)
-        stored = [decode_image(data, name) for data, name in zip(raw.images, raw.image_names)]
+        if not cards.matches(raw, what.wanted):
+            return None
+        sample = what.reader.sample(sample_id, tokens, epoch)
+        images = [decode_image(data, name) for data, name in zip(raw.images, raw.image_names)]
     except DataError as error:
-        return f'<h3>{where}</h3><p class="bad">A hole: {html.escape(str(error))}</p>'
+        return (
+            None if what.wanted else (["hole"], f'<h3>{escape(where)}</h3><p class="bad">A hole: {escape(error)}</p>')
+        )
+    cut = bool(opened.counts.shard(shard)["truncated"][row])
     supervised = int((sample.labels[1:] != IGNORE_INDEX).sum())
     counts = (
         f"{len(sample.input_ids)} tokens, {supervised} supervised, {len(sample.image_positions)} for images; "
-        f"{len(stored)} images, {len(sample.pixels)} as the tower gets them"
+        f"{len(images)} images, {len(sample.pixels)} as the tower gets them{'; shortened' if cut else ''}"
     )
-    figures = [
-        _figure(image, f"{name}, {image.width} x {image.height}", "own") for image, name in zip(stored, raw.image_names)
-    ]
-    figures += [_figure(*_picture(pixels, processor), "") for pixels in sample.pixels]
     return (
-        f'<h3>{html.escape(sample.key)}</h3><p class="counts">{where}: {counts}</p>'
-        f'<div class="images">{"".join(figures)}</div><div class="text">{_text(sample, processor)}</div>'
+        [cards.kind_of(raw), *(["cut"] if cut else [])],
+        f'<h3>{escape(sample.key)}</h3><p class="counts">{escape(where)}: {counts}</p>'
+        f'<div class="images">{_pictures(what.processor, raw, images, sample)}</div>{cards.turns(raw.turns)}'
+        f'<div class="text">{_text(sample, what.processor)}</div>',
+    )
+
+
+def _pictures(processor: Processor, raw: RawSample, images: list[Image.Image], sample: EncodedSample) -> str:
+    """Each image as it is stored, beside what the tower gets of it."""
+    own = cards.stored(images, raw.image_names)
+    frames = [picture(*_picture(pixels, processor)) for pixels in sample.pixels]
+    if not own or len(frames) % len(own):
+        return "".join(own + frames)
+    views = len(frames) // len(own)  # Idefics2 sees five of each, all others one
+    return "".join(
+        f'<div class="pair">{figure}{"".join(frames[index * views : (index + 1) * views])}</div>'
+        for index, figure in enumerate(own)
     )
 
 
@@ -173,7 +192,7 @@ def _text(sample: EncodedSample, processor: Processor) -> str:
         zip(sample.input_ids.tolist(), learned), lambda item: (item[1], item[0] == image)
     ):
         ids = [token for token, _ in run]
-        text = html.escape(processor.tokenizer.decode(ids[:1] if is_image else ids))
+        text = escape(processor.tokenizer.decode(ids[:1] if is_image else ids))
         if is_image:
             parts.append(f'<span class="i">{text} x {len(ids)}</span>')
         else:
@@ -199,15 +218,3 @@ def _picture(pixels: Tensor, processor: Processor) -> tuple[Image.Image, str]:
         place = index % across * (side + gap) + gap, index // across * (side + gap) + gap
         sheet.paste(image.crop((left, top, left + side, top + side)), place)
     return sheet, f"{number} {'tile' if number == 1 else 'tiles'} of {side} x {side}"
-
-
-def _figure(image: Image.Image, caption: str, kind: str) -> str:
-    small = image.copy()
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    file = io.BytesIO()
-    small.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return (
-        f'<figure><img class="{kind}" alt="" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )

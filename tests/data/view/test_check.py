@@ -215,6 +215,7 @@ class Page(HTMLParser):
 
 def test_preview(digits_dir, idefics2_dir, tmp_path):
     words = ["preview", str(digits_dir), "--model", str(idefics2_dir), "--seq-length", "96", "--samples", "12"]
+    words += ["--set", "data.packing=true", "--set", "data.on_too_long=drop"]
     out = tmp_path / "page.html"
     assert run([*words, "--out", str(out), "--seed", "5", "--set", "data.answer_loss_only=true"]) == 0
     text = out.read_text()

@@ -37,7 +37,7 @@ def checked(text):
     """Fails on any element that could do something; returns what a reader sees."""
     tags = Tags(text)
     allowed = {"html", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "span", "div", "a", "figure", "figcaption",
-               "img", "ul", "li"}  # fmt: skip
+               "img", "ul", "li", "table", "tr", "td", "label", "input"}  # fmt: skip
     for tag, attributes in tags.tags:
         assert tag in allowed and not [name for name in attributes if name.startswith("on")], (tag, attributes)
         assert attributes.get("href", "#").startswith("#") and attributes.get("src", "data:image/png").startswith(
@@ -82,14 +82,74 @@ def folder(tmp_path):
 
 
 def test_what_training_leaves_out_is_listed(folder, idefics2_dir):
-    seen = checked(page_of(folder, idefics2_dir, str(folder / "out")))
-    assert "2 samples are left out of training" in seen
+    seen = checked(page_of(folder, idefics2_dir, str(folder / "out"), "--set", "data.on_too_long=drop"))
+    assert "2 samples are left out of training:2too long" in seen
     assert "a-000000001: too long" in seen and "a-000000003: too long" in seen
 
 
 def test_numbers_are_those_of_one_epoch(folder, idefics2_dir):
-    text = page_of(folder, idefics2_dir, str(folder / "out"), "--samples", "24")
+    words = ["--set", "data.on_too_long=drop", "--set", "data.packing=true"]
+    text = page_of(folder, idefics2_dir, str(folder / "out"), "--samples", "24", *words)
     assert "4 samples; here all 2 that can be used, as 1 packed rows" in checked(text)
-    assert len(re.findall('class="card"', text)) == 2 and "Epoch 1" not in text
-    text = page_of(folder, idefics2_dir, str(folder / "out"), "--samples", "1", "--set", "data.packing=false")
+    assert len(re.findall('class="card textonly"', text)) == 2 and "Epoch 1" not in text
+    text = page_of(folder, idefics2_dir, str(folder / "out"), "--samples", "1")
     assert "4 samples; here the first 1 of an epoch" in checked(text)
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    """A json with two small pictures in one record, a text alone, and a record whose picture is not there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (28, 20), "red" if name == "a.png" else "blue").save(tmp_path / name)
+
+    def record(text, *images):
+        talk = [{"from": "human", "value": "<image>" * len(images) + text}, {"from": "gpt", "value": f"回答 {text}"}]
+        return {"id": text, "conversations": talk, **({"image": list(images)} if images else {})}
+
+    return write_json(
+        tmp_path / "raw.json", [record("two", "a.png", "b.png"), record("none"), record("lost", "absent.png")]
+    )
+
+
+def test_raw_records_need_no_model(raw, tmp_path):
+    out = tmp_path / "page.html"
+    assert run(["preview", str(raw), "--out", str(out)]) == 0
+    text = out.read_text()
+    seen = checked(text)
+    assert "1 samples are left out of training:1missing image" in seen and "absent.png" in seen
+    assert text.count('class="turn assistant"') == 2 and "回答 two" in seen
+    assert '<html lang="en">' in text and "Noto Sans CJK SC" in text
+    assert (
+        re.findall(r'<img class="own" alt="" width="(\d+)" height="(\d+)"', text) == [("168", "120")] * 2
+    )  # six times
+    assert text.count('class="card images"') == text.count('class="card textonly"') == 1 and "with images (1)" in seen
+    assert run(["preview", str(raw), "--out", str(out), "--match", "NONE"]) == 0
+    assert out.read_text().count('class="card') == 1 and "回答 two" not in out.read_text()
+
+
+def test_raw_records_as_a_run_trains_them(raw, tmp_path, idefics2_dir, capsys):
+    """Under the recipe of the model, a recipe by name, and the folder of a run, which names data and model itself."""
+    text = page_of(tmp_path, idefics2_dir, str(raw))
+    assert "Settings of recipe finetune_idefics2" in checked(text) and "Settings of recipe" in capsys.readouterr().out
+    first, second = (text.split('class="pair"')[number] for number in (1, 2))  # each image beside its own frame
+    assert "a.png" in first and "b.png" not in first and "b.png" in second and first.count("<img") == 2
+    learned = re.findall(r'<span class="s" title="\d+ tokens">(.*?)</span>', text)
+    assert sorted(words.strip() for words in learned) == [
+        f"回答 {word}&lt;end_of_utterance&gt;" for word in ("none", "two")
+    ]
+    assert "1missing image" in checked(text) and list(
+        (tmp_path / ".cache" / "megatron_vlm" / "shards").glob("*/manifest.json")
+    )
+    text = page_of(tmp_path, idefics2_dir, str(raw), "--config", "pretrain_idefics2_llama3")
+    assert "Settings of pretrain_idefics2_llama3." in checked(text) and "packed rows of 256" in checked(text)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(
+        f"checkpoint: {{load: {idefics2_dir}}}\ndata: {{seq_length: 64, packing: true}}\n"
+        f"launch: {{train_json: [{raw}]}}\ntraining: {{seed: 7, global_batch_size: 2}}\n"
+    )
+    out = tmp_path / "page.html"
+    assert run(["preview", "--config", str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert "packed rows of 64 tokens" in checked(out.read_text())
+    assert run(["stats", "--config", str(tmp_path / "run")]) == 0
+    assert "of 2 rows packed" in capsys.readouterr().out

@@ -175,6 +175,8 @@ def _open_run(
     config = PeftConfig.from_checkpoint(peft["config"])
     source = open_base(peft["base"], None if base is None else str(base), directory, family, verify_hashes)
     try:
+        if (directory / "hf" / CONFIG_NAME).exists():  # the run's own: it may have stretched the positions
+            source.use_config(read_json(directory / "hf" / CONFIG_NAME, ConversionError))
         plan = make_plan(source.spec, source.config, config, source.infos)
         with RankFiles(directory) as files:
             stored = set(files.names())

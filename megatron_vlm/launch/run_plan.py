@@ -27,7 +27,7 @@ from megatron_vlm.parallel.grid import replica_size, replicas
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.memory.stages import table
 from megatron_vlm.training.optimizer.config import Schedule
-from megatron_vlm.training.run_config import RunConfig, folders_of
+from megatron_vlm.training.run_config import RunConfig, folders_of, scale_rope
 from megatron_vlm.weights.checkpoint_dir import holds_checkpoints
 
 CONFIG = "config.yaml"
@@ -123,6 +123,7 @@ def _plan(
 
     config, notes = _first_config(config_for, replicas(request.run.get("parallel") or {}, world))
     config.check_outputs(source.folders())
+    scale_rope(config, source)
     check_output(cache_folder(launch), source.folders(), "launch.shard_cache", around=True)
     for note in notes:
         print(f"note     {note}", flush=True)

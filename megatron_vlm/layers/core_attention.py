@@ -124,6 +124,9 @@ class CoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         self.recompute = config.recompute_granularity != "full"  # else the layer's own recomputation does it
+        # Of RoPE scaled by YaRN, which sharpens attention; scaled queries serve every kernel.
+        scale = getattr(config, "softmax_scale", None)
+        self.query_scale = None if scale is None else scale * config.kv_channels**0.5
         self.window = config.window_size[0] + 1 if config.window_size is not None and self.causal else None
 
     def forward(
@@ -139,6 +142,8 @@ class CoreAttention(MegatronModule):
         row = packed_seq_params
         if row is None:
             raise ValueError("rows are packed: pass packed_seq_params")
+        if self.query_scale is not None:
+            query = query * self.query_scale
         cache = getattr(row, "cache", None)
         if cache is not None:
             key, value = cache.extend(self.layer_number, key, value)

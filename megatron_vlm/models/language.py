@@ -238,6 +238,7 @@ class Decoder(GPTModel):
 def decoder_transformer_config(text: TextConfig, topology: Topology, options: ModelOptions) -> TransformerConfig:
     """megatron-core's config of a Llama-shaped decoder."""
     window = (text.sliding_window - 1, 0) if text.sliding_window is not None else None
+    sharper = text.rope_scaling.concentration**2 if text.rope_scaling is not None else 1.0
     return transformer_config(
         topology,
         options,
@@ -255,6 +256,7 @@ def decoder_transformer_config(text: TextConfig, topology: Topology, options: Mo
         add_bias_linear=False,
         add_qkv_bias=text.qkv_bias,
         window_size=window,
+        softmax_scale=None if sharper == 1.0 else sharper / text.head_dim**0.5,
     )
 
 

@@ -21,6 +21,8 @@ VALUES = _inverted(
         "model.family": "family",
         "model.make_vocab_size_divisible_by": "make-vocab-size-divisible-by",
         "model.drop_path_rate": "drop-path-rate",
+        "model.rope_scaling.rope_type": "rope-scaling",
+        "model.rope_scaling.factor": "rope-scaling-factor",
         # data
         "data.seq_length": """
             seq-length max-length max-seq-length model-max-length decoder-seq-length max-packed-tokens""",
@@ -207,6 +209,7 @@ _IGNORED = {
         img-h img-w num-channels sliding-window window-size use-checkpoint-args pad2square normalize-type
         apply-layernorm-1p language-model-type vision-model-type disable-vision-class-token pixel-shuffle
         use-tile-tags num-frames""",
+    "the checkpoint's config says how its RoPE is scaled; --rope-scaling yarn stretches it further": "use-rope-scaling",
     "padding rows of the vocabulary never train and are not exported; convert hf2mg takes it": "extra-vocab-size",
     "tokenizer and processor come with the checkpoint": """
         tokenizer-type tokenizer-model tokenizer-name-or-path tokenizer-path patch-tokenizer-type vocab-file merge-file
@@ -276,6 +279,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
             "--train-json FILE (launch)",
         ),
     ),
+    "rotary-seq-len-interpolation-factor": (("1",), "give --rope-scaling linear --rope-scaling-factor N instead"),
     "train-mode": (
         (),
         "what is supervised is a setting: --answer-loss-only for the answers alone (fine-tuning), without it all text; what is "

@@ -9,6 +9,7 @@ MergedSource --renamed (adapter.py)--> Adapter in the wanted naming --write_adap
 import copy
 import dataclasses
 import fnmatch
+import json
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from torch import Tensor
 from megatron_vlm.digests import write_listing
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import check_output, read_json
+from megatron_vlm.log import get_logger
 from megatron_vlm.peft.adapter import Adapter, Pair, hf_infos, renamed
 from megatron_vlm.peft.adapter_io import write_adapter
 from megatron_vlm.peft.base_identity import base_mark, marks_apart
@@ -73,6 +75,7 @@ def export_adapter(
     parts = export.adapters if export is not None else None
     if base is not None and Path(base).is_dir() and parts is None:
         adapter = _with_added_rows(adapter, source, mapping, Path(base))
+    _tell_of_positions(source)
     mark = base_mark(source.base.infos, source.base.read) if source.quantization is None else None
     adapter = _cast(dataclasses.replace(adapter, mark=mark, base=name), dtype)
     with atomic_directory(out) as directory, tempfile.TemporaryDirectory(prefix="megatron_vlm_") as work:
@@ -91,6 +94,20 @@ def export_adapter(
         copy_beside(files, directory)
         for listed in (directory, *(path for path in directory.iterdir() if path.is_dir())):
             write_listing(listed)
+
+
+def _tell_of_positions(source: MergedSource) -> None:
+    """The positions that a run stretched stand in no adapter's files."""
+    text = source.config.text
+    if text.rope_scaling is None or source.hf_config == read_json(source.hf_dir / CONFIG_NAME, ConversionError):
+        return
+    scaling = {key: value for key, value in text.rope_scaling.to_dict().items() if value is not None}
+    get_logger(__name__).warning(
+        "the adapter was trained with RoPE scaled to %d positions, which no adapter can say: load its base with rope_scaling %s "
+        "and that max_position_embeddings in config.json, or write the merged model (--merge)",
+        text.max_position_embeddings,
+        json.dumps(scaling),
+    )
 
 
 def copy_beside(source: Path, directory: Path) -> None:

@@ -55,6 +55,11 @@ class WeightSource(abc.ABC):
         self.mapping: Mapping = spec.mapping(self.config)
         self.entries: dict[str, Entry] = self.mapping.by_name()
 
+    def use_config(self, hf_config: dict[str, Any]) -> None:
+        """Takes another content of config.json from here on, of the same shapes: what is written from this has it."""
+        if hf_config != self.hf_config:
+            self.hf_config, self.config = hf_config, self.spec.read_config(hf_config, self.hf_dir / CONFIG_NAME)
+
     @abc.abstractmethod
     def read(self, name: str) -> Tensor:
         """Reads one full tensor: fused as Megatron holds it, with the true vocabulary."""

@@ -131,11 +131,11 @@ def _run(config: GenerateConfig, heartbeat: Heartbeat) -> int:
         )
         with together(device):
             processor = source.spec.open_processor(
-                source.hf_dir, DataConfig.from_dict({"seq_length": text.max_position_embeddings, **config.data}, "data")
+                source.hf_dir, DataConfig.from_dict({"seq_length": text.longest, **config.data}, "data")
             )
             model = load_model(source, topology, options)
     seed_step(topology, seed=config.sampling.seed, iteration=0)
-    questions, number = _questions(config, processor, text.max_position_embeddings), 0
+    questions, number = _questions(config, processor, text.longest), 0
     out: TextIO | None = None
     with together(device):
         if config.out is not None and rank == 0:

@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron_vlm.conversion.load import load_model
 from megatron_vlm.conversion.open_source import open_base, open_source
 from megatron_vlm.digests import check_records
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.built import Model
 from megatron_vlm.models.options import ModelOptions
@@ -35,7 +36,8 @@ from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.load import Checkpoint
 from megatron_vlm.training.checkpoint.output_check import check_kept
 from megatron_vlm.training.checkpoint.save import PeftRecord
-from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.training.run_config import RunConfig, scale_rope
+from megatron_vlm.weights.hf_io import CONFIG_NAME
 from megatron_vlm.weights.model_folder import CarriedFiles
 
 log = get_logger(__name__)
@@ -58,6 +60,20 @@ class PeftRun(PeftRecord):
 
 
 def open_run(config: RunConfig, found: Checkpoint | None) -> tuple[WeightSource, PeftRun | None, Checkpoint | None]:
+    """Opens the weights that a run starts from, with their positions stretched as the run says.
+
+    Args, returns and errors as of ``_open_run``.
+    """
+    opened = _open_run(config, found)
+    try:
+        scale_rope(config, opened[0])
+    except BaseException:
+        opened[0].close()
+        raise
+    return opened
+
+
+def _open_run(config: RunConfig, found: Checkpoint | None) -> tuple[WeightSource, PeftRun | None, Checkpoint | None]:
     """Opens the weights that a run starts from.
 
     Args:
@@ -134,7 +150,7 @@ def check_source(
     if config.checkpoint.verify_hashes:
         records = [record for record in source.records() if found is None or record.folder != found.folder]
         check_records(records, share=dist.get_rank(), shares=dist.get_world_size())
-    return CarriedFiles(source.hf_dir) if dist.get_rank() == 0 else None
+    return CarriedFiles(source.hf_dir, source.hf_config) if dist.get_rank() == 0 else None
 
 
 def _begin(config: RunConfig, source: WeightSource, path: str) -> tuple[WeightSource, PeftRun]:
@@ -166,6 +182,7 @@ def _go_on(config: RunConfig, found: Checkpoint, record: dict[str, Any]) -> tupl
     path = base_place(record["base"], config.checkpoint.base, found.folder)
     source = open_base(record["base"], config.checkpoint.base, found.folder, config.model.family, verifies(config))
     try:
+        source.use_config(read_json(found.hf_dir / CONFIG_NAME, ConversionError))
         plan = make_plan(source.spec, source.config, peft, source.infos)
     except BaseException:
         source.close()

@@ -15,14 +15,20 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import check_output
+from megatron_vlm.layers.rope import RopeScaling
+from megatron_vlm.log import get_logger
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
 from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.models.rope_scaling import scaled_config
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.peft.config import PeftConfig
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.metrics.config import LoggingConfig
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.prompts import EvaluateConfig
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,8 @@ class ModelConfig(Config):
         freeze_connector: keep projection and perceiver fixed.
         make_vocab_size_divisible_by: pad the vocabulary to a multiple of this times tp.
         drop_path_rate: stochastic depth of the vision tower: the rate of its last layer, growing from 0 at the first.
+        rope_scaling: stretches the positions beyond those of the checkpoint: transformers' ``rope_scaling``, which checkpoints
+            and exports then say; without a factor as far as ``data.seq_length`` needs. None: as the checkpoint says.
     """
 
     family: str | None = None
@@ -44,6 +52,7 @@ class ModelConfig(Config):
     freeze_connector: bool = False
     make_vocab_size_divisible_by: int = 128
     drop_path_rate: float = 0.0
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if self.make_vocab_size_divisible_by < 1:
@@ -282,11 +291,10 @@ class RunConfig(Config):
             ConfigError: samples could be longer than the model's positions, or a setting of a tower that a text model lacks.
         """
         text = model_config.text
-        positions, scaling = text.max_position_embeddings, text.rope_scaling
-        if self.data.seq_length > positions and not (scaling is not None and scaling.kind == "dynamic"):
+        if self.data.seq_length > text.longest:
             raise ConfigError(
-                f"data.seq_length {self.data.seq_length} is above the model's max_position_embeddings {positions}: set "
-                f"it to at most {positions}"
+                f"data.seq_length {self.data.seq_length} is above the model's max_position_embeddings {text.longest}: set it to "
+                f"at most {text.longest}, or stretch the positions (model.rope_scaling; --rope-scaling yarn)"
             )
         if not has_tower(model_config):
             settings = {
@@ -308,3 +316,19 @@ def folders_of(config: RunConfig) -> dict[str, Path]:
     if config.logging.tensorboard and config.logging.tensorboard_dir is not None:
         folders["logging.tensorboard_dir"] = config.logging.tensorboard_dir
     return folders
+
+
+def scale_rope(config: RunConfig, source: WeightSource) -> None:
+    """Has the source's config say what ``model.rope_scaling`` does.
+
+    Raises:
+        ConfigError: it has no effect, or cannot be said in this model's config.json.
+    """
+    setting, before = config.model.rope_scaling, source.config.text
+    if setting is None:
+        return
+    source.use_config(scaled_config(source.hf_config, before, setting, config.data.seq_length))
+    text = source.config.text
+    if text != before and text.rope_scaling is not None:
+        how, ends = text.rope_scaling, (before.max_position_embeddings, text.max_position_embeddings)
+        log.info("RoPE is scaled: %s, factor %g; positions: %d, before %d", how.rope_type, how.factor, *reversed(ends))

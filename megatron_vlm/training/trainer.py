@@ -235,7 +235,7 @@ class Trainer:
         with together(self.device):
             self.processor = self.source.spec.open_processor(self.source.hf_dir, config.data)
             self.prompts = [encode_prompt(self.processor, prompt) for prompt in config.evaluate.questions]
-            positions = self.source.config.text.max_position_embeddings
+            positions = self.source.config.text.longest
             sampling = SamplingConfig(max_new_tokens=config.evaluate.max_new_tokens)
             for number, sample in enumerate(self.prompts):
                 check_length(sample, positions, sampling, f"evaluate.prompts[{number}]")

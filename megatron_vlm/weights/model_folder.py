@@ -8,10 +8,12 @@ without end, and a link to a file elsewhere would carry that file into every exp
 """
 
 import fnmatch
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import describe, open_regular, read_bytes
@@ -26,6 +28,7 @@ _MODEL_FILES = (
     "*.json", "*.jinja", "*.model", "*.py", "*.txt", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "README*",
 )  # fmt: skip
 """Files that may be links to a file of the same name elsewhere, as users make them who keep one copy of a tokenizer."""
+_CONFIG = Path("config.json")
 _PARTS = ("config.json", "adapter_config.json")
 _MAX_DEPTH, _MAX_ENTRIES = 12, 100_000
 _MAX_FILE_BYTES, _MAX_CARRIED_BYTES = 4 << 30, 2 << 30
@@ -84,17 +87,23 @@ def copy_hf_files(source: str | os.PathLike, destination: str | os.PathLike) -> 
 class CarriedFiles:
     """The same files in memory: what a run's checkpoints carry, although the folder may vanish while it goes on.
 
+    Args:
+        source: the folder.
+        hf_config: what config.json is to say, where that is not what it says there.
+
     Raises:
         ConversionError: as ``copy_hf_files``, or they are too large to be kept.
     """
 
-    def __init__(self, source: Path):
+    def __init__(self, source: Path, hf_config: Mapping[str, Any] | None = None):
         self._files: dict[Path, bytes] = {}
         total = 0
         for path in hf_files(source):
             self._files[path] = read_bytes(source / path, ConversionError, _MAX_CARRIED_BYTES)
             total += len(self._files[path])
             _check_size(source, total, _MAX_CARRIED_BYTES)
+        if hf_config is not None and json.loads(self._files[_CONFIG]) != hf_config:
+            self._files[_CONFIG] = (json.dumps(hf_config, indent=2, ensure_ascii=False) + "\n").encode()
 
     def write(self, destination: Path) -> None:
         """Writes them all.

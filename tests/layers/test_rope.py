@@ -21,20 +21,20 @@ def angles(scaling=None, **more):
 def test_plain_and_linear():
     expected = POSITIONS[:, None] * 100.0**-EXPONENTS
     assert torch.allclose(angles(), expected, rtol=1e-6)
-    assert torch.allclose(angles(RopeScaling(kind="linear", factor=4.0)), expected / 4, rtol=1e-6)
+    assert torch.allclose(angles(RopeScaling(rope_type="linear", factor=4.0)), expected / 4, rtol=1e-6)
 
 
 def test_dynamic_stretches_the_segments_that_are_too_long_alone():
-    found = angles(RopeScaling(kind="dynamic", factor=2.0))
+    found = angles(RopeScaling(rope_type="dynamic", factor=2.0))
     assert torch.allclose(found[:4], angles()[:4], rtol=1e-6)
     base = 100.0 * (2.0 * 12 / 6 - 1) ** (8 / 6)
     assert torch.allclose(found[4:], torch.arange(12)[:, None] * base**-EXPONENTS, rtol=1e-5)
     of_tokens = torch.tensor([0] * 4 + [1] * 12)
-    assert torch.equal(found, angles(RopeScaling(kind="dynamic", factor=2.0), segments=of_tokens))
+    assert torch.equal(found, angles(RopeScaling(rope_type="dynamic", factor=2.0), segments=of_tokens))
 
 
 def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
-    scaling = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=64)
+    scaling = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=64)
     plain, found = angles(), angles(scaling)
     # wavelengths 6.3, 20, 63 and 199: kept below 64 / 4, stretched above 64, blended between
     assert torch.equal(found[:, 0], plain[:, 0]) and torch.allclose(found[:, 3], plain[:, 3] / 8, rtol=1e-6)
@@ -44,4 +44,4 @@ def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
 
 def test_a_factor_below_one_is_refused():
     with pytest.raises(ConfigError, match=r"at least 1, got 0\.5"):
-        RopeScaling(kind="linear", factor=0.5)
+        RopeScaling(rope_type="linear", factor=0.5)

@@ -1,5 +1,7 @@
 """The one table of flags."""
 
+import typing
+
 from megatron_vlm.options.aliases import (
     IGNORED,
     LAUNCH_LISTS,
@@ -19,8 +21,10 @@ def test_every_key_of_the_table_exists():
     fields = RunConfig.__dataclass_fields__
     keys = {*VALUES.values(), *LISTS.values(), *(key for key, _ in SWITCHES.values())}
     for key in keys:
-        section, name = key.split(".")
-        assert name in fields[section].type.__dataclass_fields__, key
+        section, name, *inside = key.split(".")
+        assert name in (known := fields[section].type.__dataclass_fields__), key
+        if inside:
+            assert inside[0] in typing.get_args(known[name].type)[0].__dataclass_fields__, key
 
 
 def test_a_flag_stands_in_one_table_only():

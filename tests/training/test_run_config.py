@@ -129,15 +129,13 @@ def test_packed_rows_must_divide_over_the_ranks_that_split_them():
 def test_sharing_images_has_no_effect_without_any():
     run = config(parallel={"context_parallel_size": 2, "vision_parallel": "tensor"})
     with pytest.raises(ConfigError, match="vision_parallel has no effect on a text model"):
-        run.check_model(SimpleNamespace(text=SimpleNamespace(max_position_embeddings=1024, rope_scaling=None)))
+        run.check_model(SimpleNamespace(text=SimpleNamespace(longest=1024)))
 
 
 def test_samples_must_fit_the_positions():
-    text = SimpleNamespace(max_position_embeddings=32, rope_scaling=None)
+    text = SimpleNamespace(longest=32)
     with pytest.raises(ConfigError, match="seq_length 64 is above the model's max_position_embeddings 32"):
         config().check_model(SimpleNamespace(text=text, vision=None))
-    dynamic = SimpleNamespace(max_position_embeddings=32, rope_scaling=SimpleNamespace(kind="dynamic"))
-    config().check_model(SimpleNamespace(text=dynamic, vision=None))  # its base grows with a sample's length
 
 
 @pytest.mark.parametrize(
@@ -150,7 +148,7 @@ def test_samples_must_fit_the_positions():
     ],
 )
 def test_settings_of_a_tower_are_refused_for_a_text_model(sections):
-    text = SimpleNamespace(max_position_embeddings=64, rope_scaling=None)
+    text = SimpleNamespace(longest=64)
     ((_, values),) = sections.items()
     (name,) = values
     config().check_model(SimpleNamespace(text=text))

@@ -10,6 +10,7 @@ from megatron_vlm.models.hf_config import require
 from megatron_vlm.weights.mapping import ROW, VOCAB, Entry, direct, gated, qkv
 
 _MAX_TP = 64
+_NO_BOUND = 1 << 30
 _TYPES = ("llama", "mistral", "qwen2")
 
 
@@ -40,6 +41,12 @@ class TextConfig(Config):
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     rope_scaling: RopeScaling | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample: the positions; under dynamic NTK, which grows with a sample, beyond any."""
+        dynamic = self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic"
+        return _NO_BOUND if dynamic else self.max_position_embeddings
 
 
 def text_config(hf: Any, tie_word_embeddings: bool | None = None) -> TextConfig:
@@ -80,26 +87,7 @@ def text_config(hf: Any, tie_word_embeddings: bool | None = None) -> TextConfig:
         sliding_window=window,
         tie_word_embeddings=bool(hf.tie_word_embeddings if tie_word_embeddings is None else tie_word_embeddings),
         qkv_bias=hf.model_type == "qwen2",
-        rope_scaling=rope_scaling(rope),
-    )
-
-
-def rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    """Reads transformers' ``rope_parameters``, or the ``rope_scaling`` of older files (``type`` for ``rope_type``).
-
-    Raises:
-        ConfigError: a kind that is not built.
-    """
-    kind: Any = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ("linear", "dynamic", "llama3"):
-        raise ConfigError(f"rope_type {kind!r} is not built: default, linear, dynamic and llama3 are")
-    if "factor" not in rope:
-        raise ConfigError(f"rope_type {kind!r} needs a factor, found {sorted(rope)}")
-    known = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"} if kind == "llama3" else set()
-    return RopeScaling(
-        kind=kind, factor=float(rope["factor"]), **{name: rope[name] for name in sorted(known) if name in rope}
+        rope_scaling=RopeScaling.read(rope),
     )
 
 

@@ -13,7 +13,7 @@ from megatron_vlm.peft.merge import continued
 from megatron_vlm.training.balance import balanced, describe
 from megatron_vlm.training.memory.estimate import estimate
 from megatron_vlm.training.memory.stages import RowShape, StageMemory, in_columns, table
-from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.training.run_config import RunConfig, scale_rope
 
 
 def dry_run(config: RunConfig) -> str:
@@ -27,6 +27,7 @@ def dry_run(config: RunConfig) -> str:
     world = training.dry_run_world_size or max(int(os.environ.get("WORLD_SIZE", "1")), parallel.replica_size)
     dp = config.check_world(world)
     with open_source(str(config.checkpoint.load), config.model.family) as source:
+        scale_rope(config, source)
         spec, model_config = source.spec, source.config
         if config.peft.adapter is not None:
             config = config.replace(peft=continued(config.peft, source)[1])

@@ -5,8 +5,9 @@ from typing import Any
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.layers.rope import RopeScaling
 from megatron_vlm.models.hf_config import require
-from megatron_vlm.models.parts.decoder import TextConfig, rope_scaling
+from megatron_vlm.models.parts.decoder import TextConfig
 
 _NEEDED = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
@@ -42,6 +43,11 @@ def internlm2_text_config(hf_config: dict[str, Any], model_types: tuple[str, ...
         raise ConfigError("InternLM2 with bias true is not built: config.json must say false")
     heads = hf_config["num_attention_heads"]
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    scaling = RopeScaling.read(rope)
+    if scaling is not None and scaling.rope_type not in ("linear", "dynamic"):
+        raise ConfigError(
+            f"rope_type {scaling.rope_type!r} is none that InternLM2's own code reads: linear and dynamic are"
+        )
     return TextConfig(
         model_type="internlm2",
         hidden_size=hf_config["hidden_size"],
@@ -55,5 +61,5 @@ def internlm2_text_config(hf_config: dict[str, Any], model_types: tuple[str, ...
         norm_epsilon=hf_config["rms_norm_eps"],
         rotary_base=float(rope.get("rope_theta") or hf_config.get("rope_theta", 10000.0)),
         tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
-        rope_scaling=rope_scaling(rope),
+        rope_scaling=scaling,
     )

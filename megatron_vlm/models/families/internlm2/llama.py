@@ -41,7 +41,8 @@ def llama_config(hf_config: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": text.max_position_embeddings,
         "rms_norm_eps": text.norm_epsilon,
         "rope_theta": text.rotary_base,
-        "rope_scaling": scaling and {"type": scaling.kind, "rope_type": scaling.kind, "factor": scaling.factor},
+        "rope_scaling": scaling
+        and {"type": scaling.rope_type, "rope_type": scaling.rope_type, "factor": scaling.factor},
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": text.tie_word_embeddings,

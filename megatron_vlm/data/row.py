@@ -74,6 +74,7 @@ class Row:
         deal: of a slice, the tokens of all ranks and how they meet (layers.context.attention.Deal).
         share: of a slice, who encodes which image (layers.context.images.ImageShare): ``pixels`` are this rank's images alone,
             and their features are exchanged for those of its image tokens; None: every rank encodes all.
+        features: [n, H], of a row whose images were encoded before (training/ahead.py), those of this rank's image tokens.
     """
 
     tokens: Mapping[str, Tensor]
@@ -90,6 +91,7 @@ class Row:
     part: tuple[Tensor, int] | None = None
     deal: Any = None
     share: Any = None
+    features: Tensor | None = None
 
     @classmethod
     def of(cls, tokens: Mapping[str, Tensor], segments: Sequence[int], **rest: Any) -> "Row":

@@ -96,6 +96,8 @@ def build_model(spec: FamilySpec, config: FamilyConfig, topology: Topology, opti
     if topology.exchange == "heads" and problem:
         raise ConfigError(f"parallel.context_parallel_exchange is heads, but {problem}: set gather or auto")
     mapping = spec.mapping(config, topology.tp).padded(options.make_vocab_size_divisible_by)
+    if topology.whole_tower:
+        mapping = mapping.whole("vision", "connector")
     stages = []
     for stage in range(topology.vp):
         chunk = spec.build(config, topology, options, vp_stage=stage if topology.vp > 1 else None)
@@ -168,10 +170,11 @@ def _global_name(model: VisionLanguageModel, name: str) -> str:
 
 
 def global_parameters(chunks: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
-    """All parameters of this rank by global name, copies of tied weights left out."""
+    """All parameters of this rank by global name, copies left out: tied weights', and towers' on later stages."""
     return {
         name: parameter
         for chunk in chunks
         for name, parameter in global_named_parameters(chunk)
         if not getattr(parameter, "tied_copy", False)
+        and not (unwrapped(chunk).holds_copies and group_of(name) != "llm")
     }

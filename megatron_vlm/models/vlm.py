@@ -2,7 +2,8 @@
 
     pixels --vision_model--> patches --connector--> features --fuse--> embeddings --(scatter)--> decoder stage --> hidden | loss
 
-The first stage owns tower and connector. Towers and connectors are given by the family:
+The first stage owns tower and connector; where images are encoded ahead (training/ahead.py), later ones hold copies. The family
+gives both:
     vision_model(pixels: tuple of [C, h, w]) -> (patches [P, Hv], number of patches of each image)
     connector(patches, counts) -> features [F, H]
 In training a row without images runs them on the smallest image of zeros, whose features go nowhere (models/fusion.py).
@@ -33,7 +34,12 @@ from megatron_vlm.parallel.topology import Topology
 
 
 class VisionLanguageModel(MegatronModule):
-    """One stage. ``vision_model`` and ``connector`` are None on stages that do not own them, and in a text model on all."""
+    """One stage. ``vision_model`` and ``connector`` are None on stages that do not own them, and in a text model on all.
+
+    Attributes:
+        trained: what trains of tower and connector, copies on later stages included (``optimizer.build.wrap_model``).
+        ahead: images of the step in work that were encoded before it (training.ahead.Ahead).
+    """
 
     def __init__(
         self,
@@ -42,6 +48,7 @@ class VisionLanguageModel(MegatronModule):
         connector: nn.Module | None,
         *,
         recompute_connector: bool = False,
+        encodes_ahead: bool = False,
     ):
         super().__init__(config=language_model.config)
         self.vision_model = vision_model
@@ -52,9 +59,17 @@ class VisionLanguageModel(MegatronModule):
         self.vp_stage = language_model.vp_stage
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
         self.recompute_connector = recompute_connector
+        self.encodes_ahead = encodes_ahead
+        self.trained: list[nn.Parameter] = []
+        self.ahead: Any = None
         self.filler = Filler()
         self.image_work: ImageWork | None = None
         self.model_type = language_model.model_type
+
+    @property
+    def holds_copies(self) -> bool:
+        """Tower and connector are copies of the first stage's, which neither optimizer nor checkpoint knows."""
+        return self.vision_model is not None and not self.pre_process
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         return self.language_model.shared_embedding_or_output_weight()
@@ -87,9 +102,10 @@ class VisionLanguageModel(MegatronModule):
     def image_features(self, pixels: Sequence[Tensor]) -> Tensor:
         """[F, H], features of all images [C, h, w] of a row in order (first stage)."""
         with alike_over_context_ranks():
-            return self._features(pixels)
+            return self.own_features(pixels)
 
-    def _features(self, pixels: Sequence[Tensor]) -> Tensor:
+    def own_features(self, pixels: Sequence[Tensor]) -> Tensor:
+        """The same of images that no other rank encodes: it draws its own random numbers."""
         vision, connector = self._vision_parts()
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(vision)):
             patches, counts = vision(pixels)
@@ -106,8 +122,10 @@ class VisionLanguageModel(MegatronModule):
 
     def _embeddings(self, batch: Row) -> Tensor:
         x = self.language_model.embed(batch.input_ids, batch.position_ids)
-        if batch.share is not None:
-            features = batch.share.exchange(self._own_features(batch))
+        if batch.features is not None:
+            x = fuse(x, batch.features, batch.image_positions, len(batch.pixels))
+        elif batch.share is not None:
+            features = batch.share.exchange(self._shared_features(batch))
             x = fuse(x, features, batch.image_positions, len(batch.pixels))
         elif batch.pixels:
             features = self.filler.real(self.image_features(batch.pixels))
@@ -122,16 +140,10 @@ class VisionLanguageModel(MegatronModule):
             x = x.detach().requires_grad_()
         return x
 
-    def _own_features(self, batch: Row) -> Tensor:
+    def _shared_features(self, batch: Row) -> Tensor:
         """[f, H], features of the images that this rank encodes of a row that ranks share; it may have none."""
         if batch.pixels:
-            features = self.filler.real(self._features(batch.pixels))
-            if len(features) != batch.share.features:
-                raise DataError(
-                    f"{len(batch.pixels)} images give {len(features)} image features in place of {batch.share.features}: the "
-                    "model and its config's image_cost disagree"
-                )
-            return features
+            return self.filler.real(self.own_features(batch.pixels))
         none = torch.empty(0, self.config.hidden_size, dtype=self.config.params_dtype, device=batch.input_ids.device)
         return self._beside_filler(none) if self._needs_filler() else none
 
@@ -143,9 +155,10 @@ class VisionLanguageModel(MegatronModule):
         return self.filler.beside(x, features, (p for part in parts for p in part.parameters()))
 
     def _needs_filler(self) -> bool:
-        """Tower or connector trains here: decided by what is equal on every rank, never by the row."""
+        """Tower or connector trains inside the schedule: decided by what is equal on every rank, never by the row."""
         parts = (self.vision_model, self.connector)
-        return torch.is_grad_enabled() and any(part is not None and _trains(part) for part in parts)
+        here = torch.is_grad_enabled() and not self.encodes_ahead
+        return here and any(part is not None and _trains(part) for part in parts)
 
     def _vision_parts(self) -> tuple[nn.Module, nn.Module]:
         if self.vision_model is None or self.connector is None:
@@ -170,16 +183,18 @@ def build_stage(
         text: the decoder.
         topology, options: of the run.
         vp_stage: number of the virtual stage on this rank; None: there is one.
-        tower, connector: build these parts, called on the stage that owns them; None: a text model.
+        tower, connector: build these parts, called on the stages that hold them; None: a text model.
         layer: of the decoder, where it is not the plain one.
     """
     first = topology.first_stage and vp_stage in (None, 0)
     last = topology.last_stage and vp_stage in (None, topology.vp - 1)
+    encodes = first or (topology.encodes_ahead and vp_stage in (None, 0))
     return VisionLanguageModel(
         Decoder(text, topology, options, vp_stage, first, last, layer=layer),
-        tower(topology, options) if tower and first else None,
-        connector(topology, options) if connector and first else None,
+        tower(topology, options) if tower and encodes else None,
+        connector(topology, options) if connector and encodes else None,
         recompute_connector=options.recompute_granularity is not None,
+        encodes_ahead=topology.encodes_ahead,
     )
 
 

@@ -2,7 +2,7 @@
 
 source rank (tp 0, stage 0): loader --> rows --did any replica fail?--> every rank raises the same error, or
     texts   one int64 tensor, broadcast over the replica at the start of a step: every stage needs positions and labels
-    pixels  to the first stage's tp x cp ranks that encode them, row by row inside the forward step: no later stage holds them
+    pixels  to the ranks that encode them: of a row, inside the forward step, or of all rows before it (training/ahead.py)
     tokens  under context parallelism each rank takes its own of the row (layers/context/), when it moves to the device
 
 Rows on ranks without the pixels carry meta tensors of the right shapes, so the number and sizes of images are known
@@ -12,7 +12,7 @@ everywhere.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ import torch.distributed as dist
 from megatron_vlm.data.row import Row, pack_pixels, unpack_pixels
 from megatron_vlm.errors import DataError, MegatronVLMError
 from megatron_vlm.layers.context.attention import Deal, all_to_all
-from megatron_vlm.layers.context.images import share_images
+from megatron_vlm.layers.context.images import ImageShare, holders, share_images
 from megatron_vlm.parallel.topology import Topology
 
-ImageWork = Callable[[tuple[int, ...]], tuple[int, float]]
-"""Shape of an image -> (features that it gives, operations that it takes)."""
+ImageWork = Callable[[tuple[int, ...]], tuple[int, int, float]]
+"""Shape of an image -> (parts along its height that are encoded apart; features that each gives, operations that it takes)."""
 
 
 def raise_together(error: BaseException | None, device: torch.device) -> None:
@@ -128,51 +128,123 @@ def device_batch(
         row: one of ``share_rows``.
         pixels: the model chunk holds the vision tower.
         dtype: of the tower's parameters, in which pixels travel.
-        work: of images, where context parallel ranks may share them.
+        work: of images, where ranks may share them.
         whole: every context parallel rank takes the whole row (generation, where a row has one token per answer).
     """
+    pixels = pixels and row.features is None
     if not whole:
         row = own_tokens(topology, row, work if pixels else None)
-    if pixels and topology.grid.size("tp", "cp") > 1 and row.pixels:
-        send = _send_pixels if row.share else _share_pixels
-        row = replace(row, pixels=send(topology, row, dtype))
+    if row.share is not None:
+        row = replace(row, pixels=send_images(topology, row.pixels, row.share.owners, dtype))
+    elif pixels and topology.grid.size("tp", "cp") > 1 and row.pixels:
+        row = replace(row, pixels=_share_pixels(topology, row, dtype))
     return row.to(topology.device, dtype, pixels=pixels)
 
 
 def own_tokens(topology: Topology, row: Row, work: ImageWork | None = None) -> Row:
     """This context parallel rank's tokens of a row; the row itself without context parallelism.
 
-    With ``work`` and images it also says which of them each rank encodes; its pixels are still all of the row's.
+    With ``work`` and images it also says which of them each rank encodes; its pixels are still all of the row's, in parts.
 
     Raises:
         DataError: images have other numbers of features than the row has tokens for them.
     """
-    if topology.cp == 1:
-        return row
-    deal = Deal(row.starts, topology.cp, topology.cp_rank, topology.cp_group, topology.device, topology.exchange)
-    own = row.slice(deal.index, deal)
+    own = row
+    if topology.cp > 1:
+        deal = _deal(topology, row)
+        own = row.slice(deal.index, deal)
     if work is None or not topology.shares_images or not row.pixels:
         return own
-    counts, costs = zip(*(work(tuple(image.shape)) for image in row.pixels))
-    try:
-        return replace(own, share=share_images(deal, row.image_positions, counts, costs))
-    except ValueError as error:
-        raise DataError(f"{error}: the processor and the model disagree on the tokens of an image") from None
+    dealt = deal_images(topology, [row], work)
+    return replace(own, pixels=tuple(dealt.images), share=dealt.share)
 
 
-def _send_pixels(topology: Topology, row: Row, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """The images that this rank encodes: from the source to the first tensor parallel rank of each owner, and to the rest."""
-    shapes = [image.shape for image in row.pixels]
-    sizes = [sum(shapes[i].numel() for i in images) for images in row.share.owners]
-    mine = [shapes[i] for i in row.share.mine]
-    flat = torch.empty(sizes[topology.cp_rank], dtype=dtype, device=topology.device)
-    if topology.tp_rank == 0:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DealtImages:
+    """Images of rows over the ranks of ``Topology.image_group``.
+
+    Attributes:
+        images: of all rows, in the parts that are dealt; meta tensors where the rows' are.
+        costs: work of each.
+        held: features of each row whose tokens this rank's context parallel rank holds.
+        share: who encodes which.
+    """
+
+    images: list[torch.Tensor]
+    costs: list[float]
+    held: list[int]
+    share: ImageShare
+
+
+def deal_images(topology: Topology, rows: Sequence[Row], work: ImageWork) -> DealtImages:
+    """Deals the images of rows, which every rank of the replica knows alike.
+
+    Raises:
+        DataError: images have other numbers of features than the rows have tokens for them.
+    """
+    images: list[torch.Tensor] = []
+    counts: list[int] = []
+    costs: list[float] = []
+    holder: list[torch.Tensor] = []
+    for row in rows:
+        before = len(counts)
+        for image in row.pixels:
+            number, features, cost = work(tuple(image.shape))
+            images += image.chunk(number, 1)
+            counts += [features] * number
+            costs += [cost] * number
+        if sum(counts[before:]) != len(row.image_positions):
+            raise DataError(
+                f"a row of {len(row.pixels)} images gives {sum(counts[before:])} image features for "
+                f"{len(row.image_positions)} image tokens: the processor and the model disagree on the tokens of an image "
+                f"(samples {', '.join(row.keys[:20])})"
+            )
+        cp_rank = torch.zeros(len(row.image_positions), dtype=torch.int64)
+        holder.append(holders(_deal(topology, row), row.image_positions) if topology.cp > 1 else cp_rank)
+    share = share_images(
+        counts,
+        costs,
+        torch.cat(holder),
+        size=topology.grid.size(*topology.image_axes),
+        rank=topology.grid.number(topology.rank, *topology.image_axes),
+        group=topology.image_group,
+        device=topology.device,
+        copies=topology.tp if "tp" in topology.image_axes else 1,
+    )
+    held = [int((ranks == topology.cp_rank).sum()) for ranks in holder]
+    return DealtImages(images=images, costs=costs, held=held, share=share)
+
+
+def _deal(topology: Topology, row: Row) -> Deal:
+    return Deal(row.starts, topology.cp, topology.cp_rank, topology.cp_group, topology.device, topology.exchange)
+
+
+def send_images(
+    topology: Topology, images: Sequence[torch.Tensor], owners: Sequence[Sequence[int]], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """The images that this rank encodes, each sent by the source to who encodes it alone. A collective of who may.
+
+    Args:
+        topology: the layout.
+        images: [C, h, w] each on the source; elsewhere meta tensors of these shapes.
+        owners: which of them each rank of ``topology.image_group`` encodes.
+        dtype: in which they travel.
+    """
+    axes = topology.image_axes
+    sizes = [sum(images[i].numel() for i in numbers) for numbers in owners]
+    rank = topology.grid.number(topology.rank, *axes)
+    mine = [images[i].shape for i in owners[rank]]
+    flat = torch.empty(sizes[rank], dtype=dtype, device=topology.device)
+    split = (
+        "tp" not in axes and topology.tp > 1
+    )  # tensor parallel ranks encode the same images, each its part of the tower
+    if not split or topology.tp_rank == 0:
         reads = topology.is_source
-        order = [i for images in row.share.owners for i in images]
-        packed = pack_pixels([row.pixels[i] for i in order] if reads else (), dtype).to(topology.device)
-        receives = [len(flat) if rank == 0 else 0 for rank in range(topology.cp)]
-        flat = all_to_all(packed, sizes if reads else [0] * topology.cp, receives, topology.cp_group)
-    if topology.tp > 1 and mine:
+        order = [i for numbers in owners for i in numbers]
+        packed = pack_pixels([images[i] for i in order] if reads else (), dtype).to(topology.device)
+        receives = [len(flat) if number == 0 else 0 for number in range(len(owners))]
+        flat = all_to_all(packed, sizes if reads else [0] * len(owners), receives, topology.image_group)
+    if split and mine:
         dist.broadcast(flat, topology.grid.source(topology.rank, "tp"), group=topology.tp_group)
     return unpack_pixels(flat, mine)
 

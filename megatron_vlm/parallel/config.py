@@ -3,13 +3,14 @@
 section ``parallel`` --grid--> Grid of the ranks; --stage_layers--> decoder layers of each stage
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.context.attention import Exchange
-from megatron_vlm.parallel.grid import SETTINGS, Grid
+from megatron_vlm.parallel.grid import REPLICA, SETTINGS, Axis, Grid
 from megatron_vlm.parallel.heartbeat import TIMEOUT
 from megatron_vlm.parallel.place import START_TIMEOUT
 from megatron_vlm.weights.stages import spread
@@ -30,8 +31,9 @@ class ParallelConfig(Config):
         context_parallel_size: ranks that split the tokens of each row (cp); attention still sees all of them.
         context_parallel_exchange: what these ranks exchange for it: ``gather``, the keys and values that each one's queries see;
             ``heads``, all tokens of some heads, where heads divide by tp x cp; ``auto``, heads from cp 8 on where they do.
-        vision_parallel: who runs the tower for the images of a row: ``share``, each context parallel rank for some of them;
-            ``tensor``, all of these ranks for all images, split over tensor parallel ranks alone; ``auto``, share where cp > 1.
+        vision_parallel: who runs the tower: ``tensor``, all ranks of the first stage for all images, split over tensor parallel
+            ranks; ``share``, each of these ranks for some images of a row, the tower whole; ``ahead``, all ranks of the replica,
+            later stages too, each for some images of a step, before its rows run; ``auto``, dealt over cp ranks, split over tp.
         use_distributed_optimizer: shard optimizer state over data parallel ranks.
         overlap_grad_reduce: reduce gradients while the backward pass runs.
         accumulate_allreduce_grads_in_fp32: keep and reduce gradients in fp32.
@@ -51,7 +53,7 @@ class ParallelConfig(Config):
     sequence_parallel: bool = False
     context_parallel_size: int = 1
     context_parallel_exchange: Exchange = "auto"
-    vision_parallel: Literal["auto", "tensor", "share"] = "auto"
+    vision_parallel: Literal["auto", "tensor", "share", "ahead"] = "auto"
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     accumulate_allreduce_grads_in_fp32: bool = True
@@ -78,9 +80,11 @@ class ParallelConfig(Config):
                 "drop it or raise context_parallel_size"
             )
         self._check_stages()
-        if self.vision_parallel == "share" and self.context_parallel_size == 1:
+        if self.vision_parallel in ("share", "ahead") and self.image_ranks == 1:
+            more = "" if self.vision_parallel == "share" else " or pipeline_model_parallel_size"
             raise ConfigError(
-                "parallel.vision_parallel share has no effect at context_parallel_size 1: drop it or raise context_parallel_size"
+                f"parallel.vision_parallel {self.vision_parallel} has no effect on one rank: drop it, or raise "
+                f"tensor_model_parallel_size, context_parallel_size{more}"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
@@ -104,6 +108,17 @@ class ParallelConfig(Config):
     def replica_size(self) -> int:
         """Ranks of one replica of the model."""
         return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def image_axes(self) -> tuple[Axis, ...]:
+        """Axes of the ranks that images are dealt over; over tp only where the tower is whole on each of these ranks."""
+        dealt: dict[str, tuple[Axis, ...]] = {"tensor": (), "share": ("tp", "cp"), "ahead": REPLICA}
+        return dealt.get(self.vision_parallel, ("cp",) if self.context_parallel_size > 1 else ())
+
+    @property
+    def image_ranks(self) -> int:
+        """Ranks of a replica that images are dealt over; 1: they are not."""
+        return math.prod(getattr(self, SETTINGS[axis]) for axis in self.image_axes)
 
     def _check_stages(self) -> None:
         given, pp = self.decoder_layers_per_stage, self.pipeline_model_parallel_size

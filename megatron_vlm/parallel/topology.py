@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_vlm.layers.context.attention import Exchange
 from megatron_vlm.parallel.config import ParallelConfig
-from megatron_vlm.parallel.grid import COPIES, REPLICA, Grid
+from megatron_vlm.parallel.grid import COPIES, REPLICA, Axis, Grid
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.place import START_TIMEOUT
 
@@ -43,7 +43,7 @@ class Topology:
         stage_group: ranks of this stage of this replica: tp x cp.
         replica_group: ranks of this replica of the model: tp x cp x pp.
         exchange: between the ranks of ``cp_group``.
-        shares_images: each rank of ``cp_group`` encodes some of a row's images.
+        image_axes: of the ranks that images are dealt over; none: every rank of the first stage encodes all.
     """
 
     grid: Grid
@@ -59,7 +59,7 @@ class Topology:
     copies_group: Any
     stage_group: Any
     exchange: Exchange = "auto"
-    shares_images: bool = False
+    image_axes: tuple[Axis, ...] = ()
 
     @property
     def tp(self) -> int:
@@ -124,6 +124,31 @@ class Topology:
     def is_source(self) -> bool:
         """This rank reads the data of its replica."""
         return self.rank == self.replica_source
+
+    @property
+    def encodes_ahead(self) -> bool:
+        """All images of a step are encoded before its schedule, on all ranks of the replica: each stage holds a tower."""
+        return "pp" in self.image_axes
+
+    @property
+    def shares_images(self) -> bool:
+        """Each rank of the first stage encodes some of a row's images."""
+        return bool(self.image_axes) and not self.encodes_ahead
+
+    @property
+    def whole_tower(self) -> bool:
+        """Tower and connector are whole on every tensor parallel rank, which encode other images each."""
+        return "tp" in self.image_axes and self.tp > 1
+
+    @property
+    def tower_group(self) -> Any:
+        """Ranks that tower and connector are split over."""
+        return SoloGroup() if self.whole_tower else self.tp_group
+
+    @property
+    def image_group(self) -> Any:
+        """Ranks that images are dealt over."""
+        return {1: self.cp_group, 2: self.stage_group, 3: self.replica_group}[len(self.image_axes)]
 
     @property
     def copies(self) -> int:
@@ -209,7 +234,7 @@ def build_topology(config: ParallelConfig, *, num_layers: int, device: torch.dev
         stage_group=parallel_state.get_tensor_and_context_parallel_group(),
         replica_group=_replica_group(grid, rank) if grid.cp > 1 else parallel_state.get_model_parallel_group(),
         exchange=config.context_parallel_exchange,
-        shares_images=grid.cp > 1 and config.vision_parallel != "tensor",
+        image_axes=config.image_axes,
     )
 
 

@@ -112,13 +112,23 @@ def whole_matrix(
     ] + [replace(case, twin=twin) for case in CONTEXT]
 
 
-def mapping_of(spec: registry.FamilySpec, config: Any, directory: str, peft: dict[str, Any] | None, tp: int) -> Mapping:
-    """Of what trains: the whole model, or with the section ``peft`` the adapters on it; on ``tp`` ranks."""
+def mapping_of(
+    spec: registry.FamilySpec,
+    config: Any,
+    directory: str,
+    peft: dict[str, Any] | None,
+    tp: int,
+    whole: Sequence[str] = (),
+) -> Mapping:
+    """Of what trains: the whole model, or with the section ``peft`` the adapters on it.
+
+    On ``tp`` ranks; the parts ``whole`` are not split over them.
+    """
     if peft is None:
-        return spec.mapping(config, tp=tp).padded(VOCAB_MULTIPLE)
+        return spec.mapping(config, tp=tp).padded(VOCAB_MULTIPLE).whole(*whole)
     settings = {key: value for key, value in peft.items() if key != "tensors"}
     with open_source(directory) as source:
-        return adapted_mapping(source, settings, tp)
+        return adapted_mapping(source, settings, tp, whole)
 
 
 @dataclass
@@ -202,6 +212,7 @@ class LayoutCheck:
             dp=case.dp,
             cp=case.cp,
         )
-        mapping = mapping_of(self.spec, self.config, self.directory, self.peft, case.tp)
+        whole = ("vision", "connector") if case.vision in ("share", "ahead") else ()
+        mapping = mapping_of(self.spec, self.config, self.directory, self.peft, case.tp, whole)
         loss, grads = merge_gradients(results, mapping, self.config.text.vocab_size)
         return loss, grads, results[0]["history"], results

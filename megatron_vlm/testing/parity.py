@@ -123,9 +123,9 @@ def adapted_plan(source: WeightSource, settings: dict[str, Any]) -> PeftPlan:
     return make_plan(source.spec, source.config, PeftConfig(**settings), source.infos)
 
 
-def adapted_mapping(source: WeightSource, settings: dict[str, Any], tp: int) -> Mapping:
-    """The weight map with pairs, vocabularies padded to 8."""
-    base = source.spec.mapping(source.config, tp=tp).padded(8)
+def adapted_mapping(source: WeightSource, settings: dict[str, Any], tp: int, whole: Sequence[str] = ()) -> Mapping:
+    """The weight map with pairs, vocabularies padded to 8, parts ``whole`` on every rank."""
+    base = source.spec.mapping(source.config, tp=tp).padded(8).whole(*whole)
     return adapter_mapping(base, adapted_plan(source, settings), tp)
 
 

@@ -23,6 +23,7 @@ from megatron_vlm.errors import TrainingError
 from megatron_vlm.models.built import Model, unwrapped
 from megatron_vlm.parallel.batch import device_batch
 from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.training.ahead import encode_ahead
 
 _COUNTS = ("tokens", "supervised_tokens", "images", "samples", "holes", "truncated")
 
@@ -124,6 +125,9 @@ def run_schedule(model: Model, rows: Sequence[Row], *, forward_only: bool) -> li
     no_grad: AbstractContextManager = torch.no_grad() if forward_only else nullcontext()
     try:
         with no_grad:
+            if model.topology.encodes_ahead:
+                rows = encode_ahead(model, rows)
+                cursors = [Cursor(rows) for _ in model]
             return get_forward_backward_func()(
                 forward_step_func=partial(forward_step, model.topology),
                 data_iterator=cursors if len(cursors) > 1 else cursors[0],

@@ -306,6 +306,11 @@ class Mapping:
         )
         return replace(self, entries=tuple(entries))
 
+    def whole(self, *groups: str) -> "Mapping":
+        """The same map, some parts of the model whole on every tensor parallel rank."""
+        entries = (replace(e, split=REPLICATED) if group_of(e.name) in groups else e for e in self.entries)
+        return replace(self, entries=tuple(entries))
+
     def by_name(self) -> dict[str, Entry]:
         return {entry.name: entry for entry in self.entries}
 

@@ -181,7 +181,7 @@ def count_images(*args: Any) -> Any:
     from megatron_vlm.parallel import batch as batch_module
 
     images, pixels = [], []
-    encode, send = VisionLanguageModel._own_features, batch_module._send_pixels
+    encode, send = VisionLanguageModel._shared_features, batch_module.send_images
 
     def encoded(self: Any, batch: Any) -> Any:
         images.append(len(batch.pixels))
@@ -193,8 +193,8 @@ def count_images(*args: Any) -> Any:
         return received
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VisionLanguageModel, "_own_features", encoded)
-        patch.setattr(batch_module, "_send_pixels", sent)
+        patch.setattr(VisionLanguageModel, "_shared_features", encoded)
+        patch.setattr(batch_module, "send_images", sent)
         return {**layout_run(*args), "images": images, "pixels": pixels}
 
 

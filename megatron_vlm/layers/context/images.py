@@ -1,20 +1,23 @@
-"""Images of a row shared over its context parallel ranks: each is encoded once, its features go where their tokens are.
+"""Images dealt over ranks: each is encoded once, its features go where their tokens are.
 
-    shapes of all images --share_images--> ImageShare: which rank encodes which, by cost, the largest first
+    shapes of images, who holds which token --share_images--> ImageShare: which rank encodes which, by cost, the largest first
     own features [f, H] --exchange--> features of this rank's image tokens, in order; gradients come back the same way
 
-A pure function of shapes and of who holds which token, which every rank knows. An image token lies on one rank, so that every
-feature goes to one: nothing is summed, and the gradients of tower and connector are sums over the ranks, as data parallel ones.
+The images of one row over its tp x cp ranks, or those of all rows of a step over a whole replica. A pure function of shapes and
+of who holds which token, which every rank knows. A token lies on one context parallel rank and, alike, on all of its tensor
+parallel ranks: each of these gets its features, and all hold the same gradient of them, of which one copy goes back. So nothing
+is summed on the way, and the gradients of tower and connector are sums over the ranks that encode, as data parallel ones.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from megatron_vlm.layers.context.attention import AllToAll, Deal
+from megatron_vlm.errors import DataError
+from megatron_vlm.layers.context.attention import Deal, all_to_all
 
 
 def assign(costs: Sequence[float], size: int) -> tuple[tuple[int, ...], ...]:
@@ -28,24 +31,50 @@ def assign(costs: Sequence[float], size: int) -> tuple[tuple[int, ...], ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageShare:
-    """The images of one row over a context parallel group, seen from one of its ranks.
+class Route:
+    """Rows of a tensor on their way between the ranks of a group, seen from one of them.
 
     Attributes:
-        owners: images that each rank encodes.
-        features: features of this rank's images, to be checked against what the connector gives.
-        sends: int64, of these, what rank 0, 1, ... needs, one after the other; ``sent`` how many each.
-        receives: features that come from each rank.
-        arrange: int64, from the order of arrival to that of this rank's image tokens.
-        rank, group: of the context parallel group.
+        sends: int64, of this rank's rows, those for rank 0, 1, ..., one after the other; ``sent`` how many each.
+        receives: rows that come from each rank.
+        arrange: int64, from the order of arrival to that of this rank.
     """
 
-    owners: tuple[tuple[int, ...], ...]
-    features: int
     sends: Tensor
     sent: list[int]
     receives: list[int]
     arrange: Tensor
+
+    @classmethod
+    def of(cls, sends: Sequence[Tensor], come_from: Tensor, device: torch.device) -> Self:
+        """``sends``: rows for each rank; ``come_from``: the rank that each row of the result comes from."""
+        return cls(
+            sends=torch.cat(list(sends)).to(device),
+            sent=[len(part) for part in sends],
+            receives=torch.bincount(come_from, minlength=len(sends)).tolist(),
+            arrange=torch.argsort(torch.argsort(come_from, stable=True)).to(device),
+        )
+
+    def carry(self, x: Tensor, group: Any) -> Tensor:
+        """x [n, ...] -> what comes to this rank, in its order. A collective of ``group``, without gradients."""
+        return all_to_all(x.index_select(0, self.sends), self.sent, self.receives, group).index_select(0, self.arrange)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageShare:
+    """Images over a group of ranks, seen from one of them.
+
+    Attributes:
+        owners: images that each rank encodes.
+        features: features of this rank's images, to be checked against what the connector gives.
+        there, back: the way of features to their tokens, and of their gradients to who encoded them.
+        rank, group: of the ranks that encode.
+    """
+
+    owners: tuple[tuple[int, ...], ...]
+    features: int
+    there: Route
+    back: Route
     rank: int
     group: Any
 
@@ -55,50 +84,78 @@ class ImageShare:
         return self.owners[self.rank]
 
     def exchange(self, features: Tensor) -> Tensor:
-        """Features of own images [f, H] -> those of this rank's image tokens [n, H]. A collective, backward too."""
-        received = AllToAll.apply(features.index_select(0, self.sends), self.sent, self.receives, self.group)
-        return received.index_select(0, self.arrange)
+        """Features of own images [f, H] -> those of this rank's image tokens [n, H]. A collective, backward too.
+
+        Raises:
+            DataError: they are not as many as was told when images were dealt.
+        """
+        if len(features) != self.features:
+            raise DataError(
+                f"{len(self.mine)} images give {len(features)} image features in place of {self.features}: the model and its "
+                "config's image_cost disagree"
+            )
+        return _Exchange.apply(features, self)
 
 
-def share_images(deal: Deal, image_positions: Tensor, counts: Sequence[int], costs: Sequence[float]) -> ImageShare:
-    """Deals the images of a row.
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, share: ImageShare) -> Tensor:
+        ctx.share = share
+        return share.there.carry(features, share.group)
 
-    Args:
-        deal: of the row's tokens.
-        image_positions: int64, the row's tokens that hold image features, in order of the images.
-        counts: features of each image.
-        costs: work of each image, in any unit.
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.share.back.carry(grad, ctx.share.group), None
 
-    Raises:
-        ValueError: the features of the images are not as many as their tokens.
-    """
-    if sum(counts) != len(image_positions):
-        raise ValueError(
-            f"{len(counts)} images give {sum(counts)} features for {len(image_positions)} image tokens of a row"
-        )
-    owners = assign(costs, deal.size)
+
+def holders(deal: Deal, image_positions: Tensor) -> Tensor:
+    """int64: the context parallel rank that holds each of a row's image tokens."""
     holder = torch.empty(deal.starts[-1], dtype=torch.int64)
     for rank, intervals in enumerate(deal.intervals):
         for a, b in intervals:
             holder[a:b] = rank
-    consumer = holder[image_positions]
+    return holder[image_positions]
+
+
+def share_images(
+    counts: Sequence[int],
+    costs: Sequence[float],
+    holder: Tensor,
+    *,
+    size: int,
+    rank: int,
+    group: Any,
+    device: torch.device,
+    copies: int = 1,
+) -> ImageShare:
+    """Deals images over the ranks of a group.
+
+    Args:
+        counts: features of each image.
+        costs: work of each image, in any unit.
+        holder: int64, the context parallel rank that holds the token of each feature.
+        size, rank, group: of the ranks that encode. Tokens of context parallel rank c lie on ranks c * copies and the next.
+        device: of the features.
+        copies: tensor parallel ranks, where these encode apart.
+    """
+    owners = assign(costs, size)
     owner_of_image = torch.empty(len(counts), dtype=torch.int64)
-    for rank, images in enumerate(owners):
-        owner_of_image[list(images)] = rank
-    owner = owner_of_image.repeat_interleave(torch.tensor(counts))
-    place = torch.empty(len(owner), dtype=torch.int64)  # of a feature among those of its owner
-    for rank in range(deal.size):
-        own = owner == rank
-        place[own] = torch.arange(int(own.sum()))
-    sends = [place[(owner == deal.rank) & (consumer == rank)] for rank in range(deal.size)]
-    come_from = owner[consumer == deal.rank]
+    for number, images in enumerate(owners):
+        owner_of_image[list(images)] = number
+    owner = owner_of_image.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    mine = owner == rank
+    held = holder == rank // copies  # by none of a later stage
+    wanted_by = holder[mine]  # of this rank's features, in order
+    sends = [(wanted_by == number // copies).nonzero()[:, 0] for number in range(size)]
+    # All copies of a token have the same gradient. That of the same place among its copies as the owner's returns it.
+    come_from = owner[held]
+    returns = [(come_from == number).nonzero()[:, 0] for number in range(size)]
+    returns = [part if number % copies == rank % copies else part[:0] for number, part in enumerate(returns)]
     return ImageShare(
         owners=owners,
-        features=int((owner == deal.rank).sum()),
-        sends=torch.cat(sends).to(deal.device),
-        sent=[len(part) for part in sends],
-        receives=torch.bincount(come_from, minlength=deal.size).tolist(),
-        arrange=torch.argsort(torch.argsort(come_from, stable=True)).to(deal.device),
-        rank=deal.rank,
-        group=deal.group,
+        features=int(mine.sum()),
+        there=Route.of(sends, come_from, device),
+        back=Route.of(returns, wanted_by * copies + rank % copies, device),
+        rank=rank,
+        group=group,
     )

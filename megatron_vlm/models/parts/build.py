@@ -50,7 +50,7 @@ def build_encoder(
         final_norm: a norm follows the last layer.
         layer: ``layer(index, config, tensor parallel group)``, where the layers are not plain ones.
     """
-    solo = not tower.sharded(topology.tp)
+    solo = topology.whole_tower or not tower.sharded(topology.tp)
     groups = process_groups(solo)
     mcore = transformer_config(
         topology,
@@ -170,9 +170,9 @@ def perceiver_transformer_config(
 
 def build_perceiver(perceiver: PerceiverConfig, mcore: TransformerConfig, topology: Topology) -> PerceiverResampler:
     """The resampler; its attention whole on every rank where its heads do not divide."""
-    group = topology.tp_group if perceiver.sharded(topology.tp) else SoloGroup()
+    group = topology.tower_group if perceiver.sharded(topology.tp) else SoloGroup()
     layers = [
-        PerceiverLayer(mcore, PerceiverAttention(mcore, group), topology.tp_group) for _ in range(perceiver.depth)
+        PerceiverLayer(mcore, PerceiverAttention(mcore, group), topology.tower_group) for _ in range(perceiver.depth)
     ]
     return PerceiverResampler(mcore, layers, perceiver.num_latents)
 
@@ -205,4 +205,4 @@ def build_projector(
         activation_func=F.gelu,
         add_bias_linear=True,
     )
-    return kind(mcore, width, topology.tp_group, norm_epsilon)
+    return kind(mcore, width, topology.tower_group, norm_epsilon)

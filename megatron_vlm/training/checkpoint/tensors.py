@@ -96,6 +96,7 @@ def fill(
     parts = {id(part.parameter): part for part in fragments(optimizer)} if optimizer is not None else {}
     fate: dict[str, str] = {}
     fresh: list[Fragment] = []
+    own = global_parameters(model)
     for name, parameter in model.named_parameters():
         source = weight_name(name, parameter)
         if source not in splits:  # of the base of adapters
@@ -105,7 +106,7 @@ def fill(
         _fill(_Shards(files, source, splits[source], topology), parameter, part, step, with_main)
         if part is not None and step is None:
             fresh.append(part)
-        if source != name:
+        if name not in own:
             continue
         if parameter.requires_grad and optimizer is not None:
             fate[name] = "reset" if step is None else "kept"

@@ -18,14 +18,25 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, ParamKey, ParamPredicate
 
-from megatron_vlm.models.built import Model
+from megatron_vlm.models.built import Model, unwrapped
 from megatron_vlm.parallel.config import ParallelConfig
+from megatron_vlm.training import ahead
+from megatron_vlm.training.ahead import main_gradients, sum_over
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.weights.mapping import GROUPS, group_of
 
 
 def wrap_model(model: Model, parallel: ParallelConfig) -> Model:
-    """Wraps stages into megatron-core's DistributedDataParallel: gradients in buffers reduced over dp ranks."""
+    """Wraps stages into megatron-core's DistributedDataParallel: gradients in buffers reduced over dp ranks.
+
+    Copies of tower and connector on later stages are left out: what trains of them is ``stage.trained`` (training/ahead.py).
+    """
+    for stage in model:
+        parts = (stage.vision_model, stage.connector)
+        stage.trained = [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
+        if stage.holds_copies:
+            for parameter in stage.trained:
+                parameter.requires_grad_(False)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -45,11 +56,23 @@ def connect(model: Model, optimizer: Any) -> None:
     """Tells megatron-core's schedules, through the model's config, how to scale the loss and finish gradients."""
     for stage in model:
         config = stage.config
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = partial(finish_gradients, model)
         config.grad_scale_func = optimizer.scale_loss if optimizer.config.fp16 else None
         if stage.ddp_config.overlap_grad_reduce:
             functions = [other.no_sync for other in model]
             config.no_sync_func = functions if len(functions) > 1 else functions[0]
+
+
+def finish_gradients(model: Model, chunks: Any, num_tokens: Any = None, **rest: Any) -> None:
+    """What megatron-core's schedules call at their end: gradients of the step, summed over all ranks that have a part in them."""
+    stage, topology = unwrapped(model.stages[0]), model.topology
+    if stage.encodes_ahead:
+        ahead.finish(model)
+    finalize_model_grads(chunks, num_tokens, **rest)
+    if topology.whole_tower and not stage.holds_copies:
+        # After the sum over data parallel ranks, which may have begun in the last backward pass: sums commute, and tensor
+        # parallel ranks hold the same shards of them.
+        sum_over(main_gradients(stage.trained), topology.tp_group)
 
 
 def build_optimizer(config: OptimizerConfig, model: Model) -> Any:

@@ -44,6 +44,6 @@ def _build_connector(config: Idefics2ModelConfig, topology: Topology, options: M
     text = config.text
     mcore = perceiver_transformer_config(config.perceiver, text.hidden_size, topology, options)
     return Idefics2Connector(
-        ParallelMLP(mcore, config.vision.hidden_size, text.ffn_hidden_size, topology.tp_group),
+        ParallelMLP(mcore, config.vision.hidden_size, text.ffn_hidden_size, topology.tower_group),
         build_perceiver(config.perceiver, mcore, topology),
     )

@@ -3,15 +3,20 @@
     TransformerConfig.transformer_impl --backend_of--> Backend --> layers, MLPs, connectors, and what adapters find in them
 
 ``local``: megatron-core's linears with the seams of ``linear.py``, torch's norms, attention over packed rows. Which kernel
-attends is chosen at run time, by device and dtype (``attention.py``).
+attends is chosen at run time, by device and dtype (``attention.py``). ``fused``: the same, with what lies between the products
+in fewer kernels (``fused.py``).
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 from torch import nn
 
 from megatron_vlm.layers.core_attention import CoreAttention
+from megatron_vlm.layers.fused import FusedMLP, FusedSelfAttention
 from megatron_vlm.layers.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
 from megatron_vlm.layers.norm import LayerNorm, RMSNorm
 
@@ -24,28 +29,38 @@ class Backend:
         column, row: linears.
         unbiased_column: a column parallel one that never has a bias.
         norms: by megatron-core's ``normalization``.
-        core_attention: between the linears of an attention.
+        mlp: two linears and what lies between them.
+        self_attention: linears, and core attention between them.
+        core_attention: over a row's segments.
+        rotates: ``self_attention`` applies RoPE itself, by ``RowParams.rotation``.
     """
 
     column: type[ColumnLinear]
     row: type[RowLinear]
     unbiased_column: type[ColumnLinear]
     norms: dict[str, type[nn.Module]]
+    mlp: type[MLP]
+    self_attention: type[SelfAttention]
     core_attention: type[nn.Module]
+    rotates: bool = False
 
     def norm(self, config: TransformerConfig) -> type[nn.Module]:
         """The norm of a part's layers."""
         return self.norms[config.normalization]
 
 
+_LOCAL = Backend(
+    column=ColumnLinear,
+    row=RowLinear,
+    unbiased_column=UnbiasedColumnLinear,
+    norms={"RMSNorm": RMSNorm, "LayerNorm": LayerNorm},
+    mlp=MLP,
+    self_attention=SelfAttention,
+    core_attention=CoreAttention,
+)
 BACKENDS = {
-    "local": Backend(
-        column=ColumnLinear,
-        row=RowLinear,
-        unbiased_column=UnbiasedColumnLinear,
-        norms={"RMSNorm": RMSNorm, "LayerNorm": LayerNorm},
-        core_attention=CoreAttention,
-    )
+    "local": _LOCAL,
+    "fused": dataclasses.replace(_LOCAL, mlp=FusedMLP, self_attention=FusedSelfAttention, rotates=True),
 }
 
 

@@ -29,12 +29,14 @@ class RowParams(PackedSeqParams):
 
     Attributes:
         image_positions: int64, tokens of the row that hold image features; None: not said, no layer needs to know.
+        rotation: cos and sin of this rank's tokens, where an attention applies RoPE itself (``layers/fused.py``).
         cache: keys and values of the tokens before these, while generating; ``cu_seqlens_kv`` then counts them too.
         deal: the row lies over context parallel ranks; ``cu_seqlens_q`` is the whole row's, all else this rank's.
     """
 
     image_positions: Tensor | None = None
     deal: Deal | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
     cache: "KVCache | None" = None
 
     @classmethod

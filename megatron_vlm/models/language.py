@@ -6,6 +6,7 @@ Legend: T tokens of the row (T / tp under sequence parallelism), H hidden size, 
 Everything that depends on the version of megatron-core (pinned to 0.16.1) stands here and in ``parallel/``.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -52,7 +53,7 @@ def layer_spec(config: TransformerConfig, causal: bool, layer: ModuleSpec | None
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                SelfAttention,
+                backend.self_attention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column, core_attention=backend.core_attention, linear_proj=row
@@ -60,7 +61,7 @@ def layer_spec(config: TransformerConfig, causal: bool, layer: ModuleSpec | None
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(backend.mlp, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -105,7 +106,7 @@ def transformer_config(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         calculate_per_token_loss=True,
-        transformer_impl="local",
+        transformer_impl=options.transformer_impl,
         deallocate_pipeline_outputs=decoder,
         # Rows differ in length; megatron-core asks for the alltoall dispatcher with this even in dense models.
         variable_seq_lengths=pp > 1 and vp == 1,
@@ -160,6 +161,7 @@ class Decoder(GPTModel):
             pg_collection=process_groups(),
             vp_stage=vp_stage,
         )
+        self.rotates = backend_of(config).rotates
         self.true_vocab_size = text.vocab_size
         self.tp_group = topology.tp_group
         self.rotary_angles = RotaryAngles(
@@ -185,10 +187,13 @@ class Decoder(GPTModel):
         """
         segments = None if row.deal is None else row.deal.segments
         angles = self.rotary_angles(position_ids, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_kv, segments)
+        if self.rotates:
+            half = angles[:, 0, :, : angles.shape[-1] // 2]
+            row = dataclasses.replace(row, rotation=(half.cos(), half.sin()))
         return self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
-            rotary_pos_emb=angles,
+            rotary_pos_emb=None if self.rotates else angles,
             packed_seq_params=row,
         )
 

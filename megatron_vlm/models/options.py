@@ -22,6 +22,7 @@ class ModelOptions(Config):
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
         freeze: parameter groups that do not train: llm, vision, connector.
         drop_path_rate: probability that the tower's last layer leaves out an image's update in training (stochastic depth).
+        transformer_impl: what layers are made of (``layers/backend.py``).
         build_on_cpu: parameters are made in the CPU's memory, which takes none before they are filled; the caller moves what
             it keeps to the device.
     """
@@ -32,6 +33,7 @@ class ModelOptions(Config):
     make_vocab_size_divisible_by: int = 128
     freeze: tuple[str, ...] = ()
     drop_path_rate: float = 0.0
+    transformer_impl: Literal["local", "fused"] = "local"
     build_on_cpu: bool = False
 
     def __post_init__(self) -> None:

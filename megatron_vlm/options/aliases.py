@@ -23,6 +23,7 @@ VALUES = _inverted(
         "model.drop_path_rate": "drop-path-rate",
         "model.rope_scaling.rope_type": "rope-scaling",
         "model.rope_scaling.factor": "rope-scaling-factor",
+        "model.transformer_impl": "transformer-impl",
         # data
         "data.seq_length": """
             seq-length max-length max-seq-length model-max-length decoder-seq-length max-packed-tokens""",
@@ -260,7 +261,6 @@ _NONE = ("None", "none", "")
 
 # flag -> (values that are accepted without effect, what to say about any other)
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "transformer-impl": (("local",), f"Transformer Engine layers: {_NOT_BUILT}; use --transformer-impl local"),
     "attention-dropout": (("0", "0.0"), f"dropout in attention {_NOT_BUILT}; set it to 0"),
     "hidden-dropout": (("0", "0.0"), f"dropout on hidden states {_NOT_BUILT}; set it to 0"),
     "recompute-method": (

@@ -44,6 +44,8 @@ class ModelConfig(Config):
         drop_path_rate: stochastic depth of the vision tower: the rate of its last layer, growing from 0 at the first.
         rope_scaling: stretches the positions beyond those of the checkpoint: transformers' ``rope_scaling``, which checkpoints
             and exports then say; without a factor as far as ``data.seq_length`` needs. None: as the checkpoint says.
+        transformer_impl: ``local``; or ``fused``: bias, activation and gate of an MLP, and RoPE, as one kernel each, compiled
+            at the first step (by torch.compile, which needs a C compiler).
     """
 
     family: str | None = None
@@ -53,6 +55,7 @@ class ModelConfig(Config):
     make_vocab_size_divisible_by: int = 128
     drop_path_rate: float = 0.0
     rope_scaling: RopeScaling | None = None
+    transformer_impl: Literal["local", "fused"] = "local"
 
     def __post_init__(self) -> None:
         if self.make_vocab_size_divisible_by < 1:
@@ -234,6 +237,7 @@ class RunConfig(Config):
             make_vocab_size_divisible_by=self.model.make_vocab_size_divisible_by,
             freeze=self.model.freeze,
             drop_path_rate=self.model.drop_path_rate,
+            transformer_impl=self.model.transformer_impl,
         )
 
     @property

@@ -64,7 +64,7 @@ def test_recipe_flags_without_effect_say_why():
         "--tokenizer-type HF --log-throughput --lr 1e-5"
     )
     parsed = parse_flags(line.split())
-    assert parsed.settings == [("optimizer.lr", "1e-5")]
+    assert parsed.settings == [("model.transformer_impl", "local"), ("optimizer.lr", "1e-5")]
     assert [note.split()[0] for note in parsed.notes] == [
         "--use-mcore-models", "--distributed-backend", "--num-layers", "--tokenizer-type", "--log-throughput",
     ]  # fmt: skip
@@ -74,7 +74,6 @@ def test_recipe_flags_without_effect_say_why():
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--transformer-impl", "transformer_engine"], "Transformer Engine"),
         (["--use-torch-fsdp2"], "FSDP"),
         (["--cpu-offload"], "offload"),
         (["--attention-dropout", "0.1"], "dropout"),

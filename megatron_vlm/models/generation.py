@@ -8,7 +8,7 @@ The rank that knows the logits chooses; the others of its replica are told.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,6 @@ class Answer:
     finished: bool
 
 
-@torch.no_grad()
 def generate(
     model: Model,
     prompts: Sequence[EncodedSample],
@@ -73,7 +72,30 @@ def generate(
     filler_token_id: int = 0,
     first_number: int = 0,
 ) -> list[Answer]:
-    """Answers some prompts together. A collective of one replica's ranks.
+    """Answers some prompts together; arguments as of ``stream``. A collective of one replica's ranks."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    given = dict(stop_ids=stop_ids, filler_token_id=filler_token_id, first_number=first_number)
+    for tokens in stream(model, prompts, sampling, **given):  # type: ignore[arg-type]
+        for prompt, token in tokens.items():
+            if token is None:
+                finished[prompt] = True
+            else:
+                answers[prompt].append(token)
+    return [Answer(ids=tuple(ids), finished=end) for ids, end in zip(answers, finished)]
+
+
+@torch.no_grad()
+def stream(
+    model: Model,
+    prompts: Sequence[EncodedSample],
+    sampling: SamplingConfig,
+    *,
+    stop_ids: Sequence[int],
+    filler_token_id: int = 0,
+    first_number: int = 0,
+) -> Iterator[dict[int, int | None]]:
+    """Answers some prompts together, token by token. A collective of one replica's ranks, which go equally far.
 
     Args:
         model: its stages wrapped in DDP or not.
@@ -82,12 +104,13 @@ def generate(
         stop_ids: tokens that end an answer.
         filler_token_id: of rows under sequence parallelism.
         first_number: of the first prompt among all, which keys its draws.
+
+    Yields:
+        {place of a prompt that is not finished: its next token, or None where the model ends its answer}.
     """
     topology, stages = model.topology, [unwrapped(stage) for stage in model]
     with model.evaluating():
         multiple = topology.tp if stages[0].config.sequence_parallel else 1
-        answers: list[list[int]] = [[] for _ in prompts]
-        finished = [False] * len(prompts)
         generators = [_generator(sampling.seed, first_number + i) for i in range(len(prompts))]
         active = list(range(len(prompts)))
         cache = KVCache()
@@ -97,21 +120,15 @@ def generate(
             params = cache.row(counts, row.num_filler, topology.device)
             logits = _forward(stages, row, params, topology)
             tokens = _choose(logits, sampling, [generators[i] for i in active], topology)
-            going = []
-            for place, (prompt, token) in enumerate(zip(active, tokens)):
-                if token in stop_ids:
-                    finished[prompt] = True
-                    continue
-                answers[prompt].append(token)
-                going.append(place)
+            yield {prompt: None if token in stop_ids else token for prompt, token in zip(active, tokens)}
+            going = [place for place, token in enumerate(tokens) if token not in stop_ids]
             active = [active[place] for place in going]
             if not active or number + 1 == sampling.max_new_tokens:
-                break
+                return
             if len(going) < len(tokens):
                 cache.keep(going)
-            row = _next_row([answers[i][-1] for i in active], cache.lengths, filler_token_id, multiple)
+            row = _next_row([tokens[place] for place in going], cache.lengths, filler_token_id, multiple)
             counts = [1] * len(active)
-        return [Answer(ids=tuple(ids), finished=end) for ids, end in zip(answers, finished)]
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

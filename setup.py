@@ -26,6 +26,7 @@ INSTALL = [
     "tensorboard==2.21.0",
     "psutil==7.2.2",
     "rich==15.0.0",
+    "prompt_toolkit==3.0.53",
 ]
 
 EXTRAS = {
@@ -52,6 +53,7 @@ EXTRAS = {
         "pillow-heif==1.8.1",
         "pyarrow==26.0.1",
         "bitsandbytes==0.50.2",
+        "pexpect==4.9.0",
     ],
 }
 

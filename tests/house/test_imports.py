@@ -36,9 +36,10 @@ LEVELS = {
     "training": 7,
     "options": 8,
     "launch": 9,
-    "cli": 10,
-    "__main__": 10,
-    "testing": 11,
+    "serve": 10,
+    "cli": 11,
+    "__main__": 11,
+    "testing": 12,
 }
 # Neighbours on one level that must stay apart all the same.
 APART = {

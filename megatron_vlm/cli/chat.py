@@ -1,0 +1,94 @@
+"""`megatron-vlm chat` and the arguments of models that are served, which `demo` shares."""
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_vlm.cli.arguments import add_path, add_verify_hashes
+from megatron_vlm.config import apply_overrides
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.serve.config import ServeConfig
+
+USAGE = """A conversation with a model in the terminal: pictures and videos by path, several turns, two models side by side.
+MODEL is a Hugging Face model, Megatron weights, a training checkpoint or an adapter; XTuner's flags work as in `xtuner chat`."""
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``serve_config`` reads."""
+    add = parser.add_argument
+    add_path(parser, "model", "what to talk to", metavar="MODEL")
+    add_path(parser, "--adapter", "an adapter of MODEL")
+    add_path(parser, "--base", "where MODEL is an adapter: its base (default: where its files say)")
+    add_path(parser, "--visual-encoder", "a tower, where MODEL is a language model; with --llava")
+    add_path(parser, "--llava", "XTuner's folder of a projector and adapters, which joins MODEL and --visual-encoder")
+    add_path(
+        parser,
+        "--compare",
+        "another model, such as the base, that answers beside this one; with --llava another folder like it",
+        metavar="BASE",
+    )
+    add_verify_hashes(parser)
+    add("--system", metavar="TEXT", help="a system turn before the conversation")
+    add("--prompt-template", metavar="NAME", help="as data.template=NAME (default: the model's own)")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="most of an answer (default: 512)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0 (default): the likeliest token each time")
+    add("--top-p", type=float, default=1.0, metavar="P")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--stop-words", nargs="+", default=[], metavar="TEXT", help="texts that end an answer")
+    add("--video-frames", type=int, default=32, metavar="N", help="most frames of a video (default: 32)")
+    add("--tp", "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks, which are started here")
+    add("--pp", "--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 on the CPU")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    add("data", nargs="*", metavar="data.key=value", help="how images are treated, as in the training config")
+
+
+def serve_config(args: argparse.Namespace) -> ServeConfig:
+    """Returns the models of a command line, the one to compare with first."""
+    if args.adapter is not None and args.base is not None:
+        raise ConfigError("--adapter is of MODEL, and --base where MODEL is itself an adapter: give one")
+    if args.llava is not None:
+        model = {
+            "load": args.model,
+            "base": args.base,
+            "llava": args.llava,
+            "vision": args.visual_encoder,
+            "llm_adapter": args.adapter,
+        }
+    else:
+        adapted = {"load": args.adapter, "base": args.model} if args.adapter is not None else {}
+        model = {"load": args.model, "base": args.base, "vision": args.visual_encoder, **adapted}
+    models = [model]
+    if args.compare is not None:
+        models.insert(0, {**model, "llava": args.compare} if args.llava is not None else {"load": args.compare})
+    data = apply_overrides({}, args.data).get("data", {})
+    if args.prompt_template is not None:
+        data["template"] = args.prompt_template
+    return ServeConfig.from_dict(
+        {
+            "models": models,
+            "data": data,
+            "sampling": {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")},
+            **{
+                name: getattr(args, name)
+                for name in ("tp", "pp", "precision", "device", "verify_hashes", "stop_words", "video_frames")
+            },
+        }
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Talks and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="megatron-vlm chat", description=USAGE)
+    add_models(parser)
+    add_path(parser, "--image", "pictures or videos of the first question, also after /reset", nargs="+", default=[])
+    args = parser.parse_args(argv)
+    config = serve_config(args)
+    from megatron_vlm.serve.conversation import Conversation  # numpy and Pillow
+    from megatron_vlm.serve.engine import Engine
+    from megatron_vlm.serve.terminal import chat
+
+    conversation = Conversation([model.name for model in config.models], args.system, args.image)
+    with Engine(config) as engine:
+        engine.ready()
+        chat(engine, conversation)
+    return 0

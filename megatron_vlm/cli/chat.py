@@ -7,6 +7,9 @@ from megatron_vlm.cli.arguments import add_path, add_verify_hashes
 from megatron_vlm.config import apply_overrides
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.serve.config import ServeConfig
+from megatron_vlm.serve.conversation import Conversation
+from megatron_vlm.serve.engine import Engine
+from megatron_vlm.serve.terminal import chat
 
 USAGE = """A conversation with a model in the terminal: pictures and videos by path, several turns, two models side by side.
 MODEL is a Hugging Face model, Megatron weights, a training checkpoint or an adapter; XTuner's flags work as in `xtuner chat`."""
@@ -83,10 +86,6 @@ def run(argv: Sequence[str]) -> int:
     add_path(parser, "--image", "pictures or videos of the first question, also after /reset", nargs="+", default=[])
     args = parser.parse_args(argv)
     config = serve_config(args)
-    from megatron_vlm.serve.conversation import Conversation  # numpy and Pillow
-    from megatron_vlm.serve.engine import Engine
-    from megatron_vlm.serve.terminal import chat
-
     conversation = Conversation([model.name for model in config.models], args.system, args.image)
     with Engine(config) as engine:
         engine.ready()

@@ -125,7 +125,9 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        self.recompute = config.recompute_granularity != "full"  # else the layer's own recomputation does it
+        # Else the recomputation of the layer, or of its core attention, does it.
+        recomputed = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        self.recompute = config.recompute_granularity != "full" and not recomputed
         # Of RoPE scaled by YaRN, which sharpens attention; scaled queries serve every kernel.
         scale = getattr(config, "softmax_scale", None)
         self.query_scale = None if scale is None else scale * config.kv_channels**0.5

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.linear import Place
 
 
@@ -82,6 +83,12 @@ class PartialLoraLayer(TransformerLayer):
 
     def __init__(self, *args: Any, rank: int, dropout: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.recompute_mlp and self.config.pipeline_model_parallel_size > 1:
+            # Computed again in the backward pass, an MLP alone would find the mask of the microbatch that came last.
+            raise ConfigError(
+                "parallel.recompute_modules mlp does not go with partial LoRA over pipeline stages: leave mlp out, or set "
+                "recompute_granularity full"
+            )
         attention, mlp = self.self_attention, self.mlp
         self._adapted: tuple[Any, ...] = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
         for linear in self._adapted:

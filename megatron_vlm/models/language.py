@@ -85,7 +85,6 @@ def transformer_config(
         stages[0].insert(0, "embedding")
         stages[-1].append("loss")
         fields["pipeline_model_parallel_layout"] = stages
-    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return TransformerConfig(
         tensor_model_parallel_size=topology.tp if tp is None else tp,
         pipeline_model_parallel_size=pp,
@@ -111,7 +110,7 @@ def transformer_config(
         # Rows differ in length; megatron-core asks for the alltoall dispatcher with this even in dense models.
         variable_seq_lengths=pp > 1 and vp == 1,
         moe_token_dispatcher_type="alltoall",
-        **(recompute if options.recompute_granularity else {}),
+        **options.recomputation(decoder=decoder),
         **fields,
     )
 

@@ -28,6 +28,7 @@ from megatron_vlm.models.fusion import Filler, filler_pixels, fuse
 from megatron_vlm.models.language import Decoder
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
+from megatron_vlm.models.saved_tensors import SavedTensors
 from megatron_vlm.parallel.batch import ImageWork
 from megatron_vlm.parallel.rng import alike_over_context_ranks, unchanged_generators
 from megatron_vlm.parallel.topology import Topology
@@ -46,8 +47,8 @@ class VisionLanguageModel(MegatronModule):
         language_model: Decoder,
         vision_model: nn.Module | None,
         connector: nn.Module | None,
+        options: ModelOptions,
         *,
-        recompute_connector: bool = False,
         encodes_ahead: bool = False,
     ):
         super().__init__(config=language_model.config)
@@ -58,7 +59,14 @@ class VisionLanguageModel(MegatronModule):
         self.post_process = language_model.post_process
         self.vp_stage = language_model.vp_stage
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
-        self.recompute_connector = recompute_connector
+        self.recompute_connector = options.recomputes("connector")
+        norms = options.recompute_granularity == "selective" and options.recomputes("norm")
+        layers = language_model.decoder.layers if norms else ()
+        self.saved = SavedTensors(
+            self,
+            offload=options.offload_activations,
+            norms=[norm for layer in layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)],
+        )
         self.encodes_ahead = encodes_ahead
         self.trained: list[nn.Parameter] = []
         self.ahead: Any = None
@@ -83,7 +91,8 @@ class VisionLanguageModel(MegatronModule):
         Returns:
             The last stage: fp32 scalar, the sum of token losses of the row. Other stages: hidden states [T(/tp), 1, H].
         """
-        hidden = self._hidden(batch)
+        with self.saved.of_a_pass():
+            hidden = self._hidden(batch)
         return self.language_model.loss(hidden, batch.labels, batch.loss_positions) if self.post_process else hidden
 
     def logits(self, batch: Row) -> Tensor:
@@ -193,7 +202,7 @@ def build_stage(
         Decoder(text, topology, options, vp_stage, first, last, layer=layer),
         tower(topology, options) if tower and encodes else None,
         connector(topology, options) if connector and encodes else None,
-        recompute_connector=options.recompute_granularity is not None,
+        options,
         encodes_ahead=topology.encodes_ahead,
     )
 

@@ -154,6 +154,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "dry-run": ("training.dry_run", True),
     "sequence-parallel": ("parallel.sequence_parallel", True),
     "use-distributed-optimizer": ("parallel.use_distributed_optimizer", True),
+    **dict.fromkeys(("offload-activations", "cpu-offloading"), ("parallel.offload_activations", True)),
     "overlap-grad-reduce": ("parallel.overlap_grad_reduce", True),
     "accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", True),
     "no-accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", False),
@@ -263,14 +264,6 @@ _NONE = ("None", "none", "")
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "attention-dropout": (("0", "0.0"), f"dropout in attention {_NOT_BUILT}; set it to 0"),
     "hidden-dropout": (("0", "0.0"), f"dropout on hidden states {_NOT_BUILT}; set it to 0"),
-    "recompute-method": (
-        ("uniform",),
-        f"only the method 'uniform' is built, which recomputes each layer; another {_NOT_BUILT}",
-    ),
-    "recompute-num-layers": (
-        ("1",),
-        f"recomputation goes layer by layer; chunks of several layers: {_NOT_BUILT}; set it to 1",
-    ),
     **dict.fromkeys(
         ("dataset", "dataset-name", "task"),
         (
@@ -302,14 +295,17 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ((), f"fully sharded data parallelism (FSDP) {_NOT_BUILT}; use --use-distributed-optimizer"),
     ),
     **dict.fromkeys(
-        ("cpu-offload", "cpu-offloading", "cpu-offloading-num-layers", "optimizer-cpu-offload"),
-        ((), f"offload to CPU memory {_NOT_BUILT}; use --use-distributed-optimizer or --recompute-granularity full"),
+        ("cpu-offload", "optimizer-cpu-offload"),
+        ((), f"offload of the optimizer to CPU memory {_NOT_BUILT}; use --use-distributed-optimizer"),
+    ),
+    "cpu-offloading-num-layers": (
+        (),
+        f"offload of some layers' activations {_NOT_BUILT}; --offload-activations is of all",
     ),
     **dict.fromkeys(
         ("fp8-format", "fp8", "fp8-recipe"),
         ((), "fp8 needs Transformer Engine layers, which are not built yet; use --bf16"),
     ),
-    "recompute-activations": ((), f"selective recomputation {_NOT_BUILT}; use --recompute-granularity full"),
     "use-precision-aware-optimizer": ((), f"a precision-aware optimizer {_NOT_BUILT}; leave it out"),
     # In evaluation a row without images runs no module of the tower: ranks would gather parameters in different orders.
     "overlap-param-gather": ((), f"gathering parameters during the forward pass {_NOT_BUILT}; leave it out"),

@@ -22,6 +22,7 @@ class FlagValues(Config):
         use_lora, lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_bias, load_in_4bit: of finetune.py, FT.py and PEFT.
         use_llm_lora, use_backbone_lora, unfreeze_lm_head: of InternVL: ranks of adapters in the language model and the tower.
         vision_select_layer, ps_version, down_sample_ratio: of InternVL: checked against the model's config.json.
+        recompute_activations, recompute_method, recompute_num_layers, recompute_modules: of Megatron.
         use_deepspeed, deepspeed: a DeepSpeed JSON.
         use_fsdp, fsdp, fsdp_policy, fsdp_wrap_cls, fsdp_config, fsdp_transformer_layer_cls_to_wrap: fully sharded data
             parallelism.
@@ -61,6 +62,10 @@ class FlagValues(Config):
     vision_select_layer: int | None = None
     ps_version: str | None = None
     down_sample_ratio: float | None = None
+    recompute_activations: bool | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: tuple[str, ...] = ()
     use_deepspeed: bool | None = None
     deepspeed: PathText | None = None
     use_fsdp: bool | None = None

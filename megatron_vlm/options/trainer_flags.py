@@ -1,4 +1,7 @@
-"""Flags of transformers' Trainer -> settings of a run, with the Trainer's own rules where two flags speak of one thing."""
+"""Flags of transformers' Trainer -> settings of a run, with the Trainer's own rules where two flags speak of one thing.
+
+So are Megatron's flags of recomputation, whose meaning depends on each other.
+"""
 
 import importlib.util
 from collections.abc import Mapping
@@ -12,6 +15,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "co
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_hf", "adamw_apex_fused")
 REPORTS = ("tensorboard", "wandb")
 STRATEGIES = ("no", "steps", "epoch")
+_MODULES = {"core_attn": "core_attention", "layernorm": "norm"}  # Megatron's name -> ours
 _SAVE_STEPS = 500
 """The Trainer's default."""
 
@@ -31,6 +35,7 @@ def settings(flags: FlagValues, run: Mapping[str, Any], *, has_valid: bool) -> t
     _evaluation(flags, run, made, notes, has_valid)
     if flags.gradient_checkpointing is not None:
         made["parallel.recompute_granularity"] = "full" if flags.gradient_checkpointing else None
+    _recomputation(flags, made)
     if flags.optim is not None and flags.optim.lower() not in ADAMW:
         raise ConfigError(
             f"--optim {flags.optim} is not built yet: AdamW is the only optimizer; use --optim adamw_torch"
@@ -60,6 +65,24 @@ def settle(flags: FlagValues, run: dict[str, Any], given: frozenset[str]) -> lis
     elif flags.group_by_length is not None and "data.group_by" not in given:
         data["group_by"] = "length" if flags.group_by_length else None
     return notes
+
+
+def _recomputation(flags: FlagValues, made: Settings) -> None:
+    """Megatron's flags; without a method ``recompute_num_layers`` is the setting of that name."""
+    method, count = flags.recompute_method, flags.recompute_num_layers
+    if method not in (None, "uniform", "block"):
+        raise ConfigError(f"--recompute-method must be uniform or block, got {method}")
+    if method == "uniform" and (count or 1) != 1:
+        raise ConfigError(
+            f"--recompute-method uniform --recompute-num-layers {count}: recomputation goes layer by layer; chunks of several "
+            "layers are not built yet: set it to 1"
+        )
+    if method != "uniform" and count is not None:
+        made["parallel.recompute_num_layers"] = count
+    if flags.recompute_activations:
+        made["parallel.recompute_granularity"] = "selective"
+    if flags.recompute_modules:
+        made["parallel.recompute_modules"] = [_MODULES.get(name, name) for name in flags.recompute_modules]
 
 
 def _length(flags: FlagValues, made: Settings, notes: list[str]) -> None:

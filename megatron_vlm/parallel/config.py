@@ -15,6 +15,28 @@ from megatron_vlm.parallel.heartbeat import TIMEOUT
 from megatron_vlm.parallel.place import START_TIMEOUT
 from megatron_vlm.weights.stages import spread
 
+Recomputed = Literal["core_attention", "mlp", "norm", "connector", "tower"]
+"""What ``recompute_granularity: selective`` can recompute: parts of a decoder layer, the connector, the tower's layers."""
+
+
+def check_recomputation(granularity: str | None, num_layers: int | None, modules: tuple[str, ...]) -> None:
+    """Refuses settings of section ``parallel`` that contradict each other.
+
+    Raises:
+        ConfigError: one has no effect beside the others.
+    """
+    if num_layers is not None and (granularity != "full" or num_layers < 1):
+        raise ConfigError(
+            f"parallel.recompute_num_layers {num_layers} must be at least 1, and goes with recompute_granularity full, got "
+            f"{granularity}: how many decoder layers of each stage are recomputed"
+        )
+    if modules and granularity != "selective":
+        raise ConfigError(
+            f"parallel.recompute_modules {', '.join(modules)} needs recompute_granularity selective, got {granularity}"
+        )
+    if len(set(modules)) < len(modules):
+        raise ConfigError(f"parallel.recompute_modules names one twice: {', '.join(modules)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Config):
@@ -38,7 +60,12 @@ class ParallelConfig(Config):
         overlap_grad_reduce: reduce gradients while the backward pass runs.
         accumulate_allreduce_grads_in_fp32: keep and reduce gradients in fp32.
         ddp_bucket_size: elements of one gradient bucket; None: megatron-core's choice.
-        recompute_granularity: None, or "full": recompute each layer's activations in the backward pass.
+        recompute_granularity: None; ``full``: each layer of decoder and tower, and the connector, keep their input alone and are
+            computed again in the backward pass; ``selective``: ``recompute_modules`` are.
+        recompute_num_layers: with ``full``, only so many decoder layers of each stage, the first; None: all.
+        recompute_modules: with ``selective``, of a decoder layer ``core_attention``, ``mlp``, ``norm``; ``connector``; ``tower``,
+            each layer of it. Empty: core_attention, as in Megatron.
+        offload_activations: what is kept of a forward pass waits in the host's memory, parameters and small tensors left out.
         distributed_timeout_minutes: a collective that waits longer ends the run.
         heartbeat_timeout_seconds: a rank whose process gives no sign of life for longer ends the run, with the stacks of all.
         start_timeout_seconds: a start ends where ranks are missing and none more came for longer.
@@ -58,7 +85,10 @@ class ParallelConfig(Config):
     overlap_grad_reduce: bool = False
     accumulate_allreduce_grads_in_fp32: bool = True
     ddp_bucket_size: int | None = None
-    recompute_granularity: Literal["full"] | None = None
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: tuple[Recomputed, ...] = ()
+    offload_activations: bool = False
     distributed_timeout_minutes: float = 30.0
     heartbeat_timeout_seconds: float = TIMEOUT
     start_timeout_seconds: float = START_TIMEOUT
@@ -80,6 +110,7 @@ class ParallelConfig(Config):
                 "drop it or raise context_parallel_size"
             )
         self._check_stages()
+        check_recomputation(self.recompute_granularity, self.recompute_num_layers, self.recompute_modules)
         if self.vision_parallel in ("share", "ahead") and self.image_ranks == 1:
             more = "" if self.vision_parallel == "share" else " or pipeline_model_parallel_size"
             raise ConfigError(

@@ -97,6 +97,9 @@ def build_for_test(
     model_options = ModelOptions(
         sequence_parallel=config.sequence_parallel,
         recompute_granularity=config.recompute_granularity,
+        recompute_num_layers=config.recompute_num_layers,
+        recompute_modules=config.recompute_modules,
+        offload_activations=config.offload_activations,
         **{"make_vocab_size_divisible_by": 8, **options},
     )
     model = load_model(source, topology, model_options, *_quantised(source, model_options, peft))

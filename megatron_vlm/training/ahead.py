@@ -71,7 +71,8 @@ def encode_ahead(model: Model, rows: Sequence[Row]) -> tuple[Row, ...]:
             turn = [images[number] if number < len(images) else [] for images in passes]
             pixels = send_images(topology, dealt.images, turn, stage.config.params_dtype)
             if pixels:
-                outputs.append(stage.own_features(pixels))
+                with stage.saved.of_a_pass():
+                    outputs.append(stage.own_features(pixels))
     with torch.no_grad():
         like = torch.empty(0, stage.config.hidden_size, dtype=stage.config.params_dtype, device=topology.device)
         received = share.exchange(torch.cat(outputs or [like]))

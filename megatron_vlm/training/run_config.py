@@ -234,6 +234,9 @@ class RunConfig(Config):
             params_dtype=self.training.precision,
             sequence_parallel=self.parallel.sequence_parallel,
             recompute_granularity=self.parallel.recompute_granularity,
+            recompute_num_layers=self.parallel.recompute_num_layers,
+            recompute_modules=self.parallel.recompute_modules,
+            offload_activations=self.parallel.offload_activations,
             make_vocab_size_divisible_by=self.model.make_vocab_size_divisible_by,
             freeze=self.model.freeze,
             drop_path_rate=self.model.drop_path_rate,
@@ -300,8 +303,17 @@ class RunConfig(Config):
                 f"data.seq_length {self.data.seq_length} is above the model's max_position_embeddings {text.longest}: set it to "
                 f"at most {text.longest}, or stretch the positions (model.rope_scaling; --rope-scaling yarn)"
             )
+        count = self.parallel.recompute_num_layers
+        if count is not None and count >= (most := max(self.parallel.stage_layers(text.num_layers))):
+            raise ConfigError(
+                f"parallel.recompute_num_layers {count} leaves no layer of a stage of {most} out: drop it, or set it below {most}"
+            )
         if not has_tower(model_config):
             settings = {
+                **{
+                    f"recompute_modules {part}": part in self.parallel.recompute_modules
+                    for part in ("tower", "connector")
+                },
                 "freeze_vision": self.model.freeze_vision,
                 "freeze_connector": self.model.freeze_connector,
                 "vision_lr": self.optimizer.vision_lr,

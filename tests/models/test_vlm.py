@@ -1,6 +1,8 @@
 """The model as a whole: freezing, rows without images, recomputation behind frozen parts, counts, and its borders."""
 
+import collections
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -60,6 +62,60 @@ def test_recompute_of_the_tower_and_of_a_connector_behind_a_frozen_tower(twin):
         for name in trained:
             assert plain[name].abs().max() > 0 or name.endswith("linear_qkv.bias"), name
             torch.testing.assert_close(recomputed[name], plain[name], rtol=0, atol=0)
+
+
+RECOMPUTED = {
+    "core_attention": r"language_model\.decoder.*core_attention",
+    "mlp": r"language_model\.decoder.*\.mlp",
+    "norm": r"language_model\.decoder.*layernorm",
+    "connector": "connector",
+    "tower": r"vision_model.*layers\.\d+",
+}
+"""Module -> names of what runs twice where it is recomputed."""
+
+
+def counted(forward, name, runs):
+    """``forward``, counted in ``runs``: a norm that is made again runs none of its hooks."""
+
+    def run(*args, **kwargs):
+        runs.update([name])
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def recomputed_in_part(directory, row, settings):
+    """On a rank: of each setting, gradients by name, and how often each module ran."""
+    found = []
+    for parallel in settings:
+        _, _, (model,), _ = build_for_test(directory, parallel, {})
+        runs = collections.Counter()
+        for name, module in model.named_modules():
+            module.forward = counted(module.forward, name, runs)
+        model.train()
+        model(row).backward()
+        found.append(({name: p.grad for name, p in model.named_parameters()}, runs))
+    return found
+
+
+def test_recompute_in_part_gives_the_same_gradients(twin):
+    directory, config = twin
+    row = row_from_samples(random_samples(config, [([(24, 24), (40, 16)], 12)]))
+    sets = [[name] for name in RECOMPUTED] + [["core_attention", "norm", "mlp"]]
+    settings = [{}, *({"recompute_granularity": "selective", "recompute_modules": names} for names in sets)]
+    settings += [{"recompute_granularity": "full", "recompute_num_layers": 2}, {"recompute_granularity": "selective"}]
+    (found,) = run_distributed(recomputed_in_part, directory, row, settings)
+    (plain, once), *others = found
+    layers = r"language_model\.decoder\.layers\.[01]"
+    patterns = [[RECOMPUTED[name] for name in names] for names in sets]
+    patterns += [[layers, RECOMPUTED["connector"], RECOMPUTED["tower"]], [RECOMPUTED["core_attention"]]]
+    for (gradients, runs), wanted in zip(others, patterns, strict=True):
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in plain.items()), wanted
+        again = {name for name in runs if runs[name] > once[name]}
+        for pattern in wanted:
+            assert any(re.fullmatch(pattern, name) for name in again), (pattern, again)
+        assert all(any(re.match(pattern, name) for pattern in wanted) for name in again), (wanted, again)
+    assert config.text.num_layers > 2  # two recomputed layers are not all
 
 
 def test_a_row_without_images_gives_the_tower_zeros(twin):

@@ -77,7 +77,6 @@ def test_recipe_flags_without_effect_say_why():
         (["--use-torch-fsdp2"], "FSDP"),
         (["--cpu-offload"], "offload"),
         (["--attention-dropout", "0.1"], "dropout"),
-        (["--recompute-method", "block"], "uniform"),
         (["--learning-rat", "1"], "unknown flag --learning-rat .did you mean 'learning-rate'"),
         (["--micro-batch-sizes", "1"], "did you mean 'micro-batch-size'"),
         (["--modle-name-or-path", "x"], "did you mean 'model-name-or-path'"),

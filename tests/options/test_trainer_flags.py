@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_vlm import registry
+from megatron_vlm.errors import ConfigError
 from tests.launch.commands import VL, request_of, resolve
 
 
@@ -39,6 +40,14 @@ def test_the_trainers_flags_set_section_training(words, told):
         ("--report_to none", "logging.tensorboard", False),
         ("--gradient_checkpointing False", "parallel.recompute_granularity", None),
         ("--dataloader-num-workers 7", "data.num_workers", 7),
+        ("--recompute-activations", "parallel.recompute_granularity", "selective"),
+        (
+            "--recompute-modules core_attn layernorm mlp",
+            "parallel.recompute_modules",
+            ["core_attention", "norm", "mlp"],
+        ),
+        ("--recompute-method block --recompute-num-layers 3", "parallel.recompute_num_layers", 3),
+        ("--recompute-method uniform --recompute-num-layers 1", "parallel.recompute_num_layers", None),
         ("--load_in_4bit True --use_lora", "peft.quantize", "nf4"),
         ("--packing", "data.packing", True),
     ],
@@ -48,3 +57,15 @@ def test_the_trainers_flags_set_other_sections(words, key, value):
     request = request_of(f"--model_name_or_path M --output_dir o {words}")
     found = request.complete(VL, registry.get("xcomposer2"), 1).run[section].get(name)
     assert found == value or str(found) == str(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--recompute-method uniform --recompute-num-layers 2", "chunks of several layers are not built yet"),
+        ("--recompute-method other", "must be uniform or block, got other"),
+    ],
+)
+def test_ways_to_recompute_that_are_not_built(words, named):
+    with pytest.raises(ConfigError, match=named):
+        resolve(f"--model_name_or_path M {words}", VL)

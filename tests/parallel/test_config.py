@@ -44,3 +44,14 @@ def test_layers_of_each_stage(settings, layers):
 def test_what_does_not_give_the_layers_is_refused(settings, wanted):
     with pytest.raises(ConfigError, match=wanted):
         of(**settings).stage_layers(28)
+
+
+@pytest.mark.parametrize("settings, wanted", [
+    ({"recompute_num_layers": 2}, "recompute_num_layers 2 must be at least 1, and goes with .* full, got None"),
+    ({"recompute_granularity": "full", "recompute_num_layers": 0}, "must be at least 1"),
+    ({"recompute_granularity": "full", "recompute_modules": ("mlp",)}, "recompute_modules mlp needs .* selective"),
+    ({"recompute_granularity": "selective", "recompute_modules": ("mlp", "mlp")}, "names one twice: mlp, mlp"),
+])  # fmt: skip
+def test_recomputation_without_effect_is_refused(settings, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        of(pp=1, **settings)

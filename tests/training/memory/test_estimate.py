@@ -23,6 +23,7 @@ def make_case(family: str, name: str, **settings) -> Case:
 
 
 TP, PP = dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=("core_attention", "mlp", "norm", "connector"))
 CASES = [
     make_case(
         "idefics2",
@@ -38,6 +39,8 @@ CASES = [
         alone=True,
     ),
     make_case("idefics2", "cp 2", parallel=dict(context_parallel_size=2), alone=True),
+    make_case("idefics2", "recompute in part", parallel=SELECTIVE, alone=True),
+    make_case("internvl3", "activations on the host", parallel=dict(offload_activations=True), alone=True),
     # Tower and connector run on a few patches of zeros.
     replace(make_case("internvl3", "rows of text", alone=True), row=RowShape(segments=(100, 92))),
 ]
@@ -45,6 +48,22 @@ MORE = [
     *(make_case(family, "pp 2", parallel=PP) for family in IMAGES),
     *(make_case(family, "tp 2", parallel=TP) for family in IMAGES),
     make_case("internvl3", "fp32", precision="fp32"),
+    *(
+        make_case("internvl3", f"recompute {name}", parallel=dict(SELECTIVE, recompute_modules=(name,)), alone=True)
+        for name in ("core_attention", "mlp", "norm", "connector", "tower")
+    ),
+    make_case(
+        "llava_internlm2",
+        "recompute in part, activations on the host",
+        parallel=SELECTIVE | dict(offload_activations=True),
+        alone=True,
+    ),
+    make_case(
+        "internvl3",
+        "recompute 2 layers",
+        parallel=dict(recompute_granularity="full", recompute_num_layers=2),
+        alone=True,
+    ),
 ]
 CHECKED = [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE)]
 

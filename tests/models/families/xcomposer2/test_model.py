@@ -9,7 +9,7 @@ from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import DataError
 from megatron_vlm.layers.vision.hd import lay_out
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
-from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.distributed import RankError, run_distributed
 from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import build_for_test, layout_logits, layout_run
 from megatron_vlm.testing.twins.xcomposer2 import make_samples, write_tiny_xcomposer2
@@ -245,3 +245,14 @@ def test_wrong_eps_shows(tmp_path):
             tensor *= 0.02
     save_file(weights, tmp_path / "model.safetensors")
     check(str(tmp_path), make_samples(config, [([ONE], 14), ([], 23)]), EPS_MUTATIONS)
+
+
+def test_an_mlp_that_is_recomputed_alone_finds_its_own_mask(tmp_path):
+    """With several microbatches in flight it would find another's."""
+    config = write_tiny_xcomposer2(tmp_path, "4khd-7b")
+    rows = [row_from_samples(make_samples(config, SAMPLES, seed=i), multiple_of=2) for i in range(2)]
+    alone = dict(recompute_granularity="selective", recompute_modules=["mlp", "norm"])
+    (plain,), (recomputed,) = (run_distributed(layout_run, str(tmp_path), rows, way, {}) for way in ({}, alone))
+    assert all(torch.equal(recomputed["grads"][name], gradient) for name, gradient in plain["grads"].items())
+    with pytest.raises(RankError, match="mlp does not go with partial LoRA over pipeline stages"):
+        run_distributed(layout_run, str(tmp_path), rows, {**alone, "pipeline_model_parallel_size": 2}, {}, pp=2)

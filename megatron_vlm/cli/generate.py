@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
         what = "leave it out, as the records of --input name their own" if args.input else "add the question"
         raise ConfigError(f"{given} goes with --prompt TEXT, which is not given: {what}")
     setup_logging()
-    from megatron_vlm.training.generate import GenerateConfig, run_generate  # megatron-core
+    from megatron_vlm.training.answering.generate import GenerateConfig, run_generate  # megatron-core
 
     prompt = {"text": args.prompt, "images": args.image, "system": args.system}
     values = {

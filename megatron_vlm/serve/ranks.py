@@ -89,7 +89,7 @@ class Served:
             precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
             options = ModelOptions(params_dtype=precision, make_vocab_size_divisible_by=1)
             with together(device):
-                data = DataConfig.from_dict({"seq_length": text.max_position_embeddings, **config.data}, "data")
+                data = DataConfig.from_dict({"seq_length": text.longest, **config.data}, "data")
                 processor = source.spec.open_processor(source.hf_dir, data)
                 self._models.append((load_model(source, self.topology, options), processor))
 
@@ -125,7 +125,7 @@ class Served:
         model, processor = self._models[number]
         sample = processor.encode_prompt(turns, [decode_image(data, name) for name, data in files])
         sampling = SamplingConfig.from_dict({**self.config.sampling, **request.get("sampling", {})}, "sampling")
-        room = self._text(number).max_position_embeddings - len(sample.input_ids)
+        room = self._text(number).longest - len(sample.input_ids)
         if room < 1:
             raise ConfigError(
                 f"the conversation has {len(sample.input_ids)} tokens, the model {room + len(sample.input_ids)} positions: "

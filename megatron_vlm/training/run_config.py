@@ -23,10 +23,10 @@ from megatron_vlm.models.rope_scaling import scaled_config
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.training.answering.prompts import EvaluateConfig
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.metrics.config import LoggingConfig
 from megatron_vlm.training.optimizer.config import OptimizerConfig
-from megatron_vlm.training.prompts import EvaluateConfig
 
 log = get_logger(__name__)
 

@@ -23,7 +23,8 @@ from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.progress import WarmUp
-from megatron_vlm.training.answers import SamplingConfig, answer, check_length
+from megatron_vlm.training.answering.answers import SamplingConfig, answer, check_length
+from megatron_vlm.training.answering.prompts import encode_prompt
 from megatron_vlm.training.balance import balanced
 from megatron_vlm.training.checkpoint.load import find_checkpoint, load_checkpoint
 from megatron_vlm.training.checkpoint.output_check import check_room, check_writable
@@ -38,7 +39,6 @@ from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.optimizer.main_parameters import fill_main
 from megatron_vlm.training.peft_run import build_adapted, check_source, open_run
-from megatron_vlm.training.prompts import encode_prompt
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.training.step import StepResult, train_step
 from megatron_vlm.training.stop import STOPPED, StopSignal

@@ -42,7 +42,7 @@ ELSEWHERE = {
     "test_registry.py": "models/family_config",
     "training/checkpoint/test_load.py": "training/checkpoint/tensors training/checkpoint/together training/optimizer/state",
     "training/memory/test_estimate.py": "training/memory/stages training/memory/trace",
-    "training/test_answers.py": "training/generate",
+    "training/answering/test_answers.py": "training/answering/generate",
     "training/test_step.py": "training/optimizer/build",
     "training/test_trainer.py": "training/evaluate",
 }

@@ -127,7 +127,7 @@ def test_a_run_says_it_in_its_checkpoints_and_exports(twin, tmp_path, caplog):
     """On context parallel ranks; the next run goes on alone without the setting, an answer is longer than the positions."""
     from megatron_vlm.conversion.convert import mg2hf
     from megatron_vlm.testing.runs import train, write_shards
-    from megatron_vlm.training.generate import GenerateConfig, run_generate
+    from megatron_vlm.training.answering.generate import GenerateConfig, run_generate
 
     data, written = write_shards(tmp_path / "data", 8, 0), {"factor": 4.0, "original_max_position_embeddings": TRAINED}
     save = {name: tmp_path / name for name in ("full", "adapters")}

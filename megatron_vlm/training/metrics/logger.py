@@ -21,11 +21,11 @@ from megatron_vlm.files import write_synced, writing
 from megatron_vlm.line_files import LineFile
 from megatron_vlm.log import get_logger
 from megatron_vlm.progress import Bar
+from megatron_vlm.training.answering.prompts import Prompt
 from megatron_vlm.training.evaluate import EvalResult
 from megatron_vlm.training.metrics.config import LoggingConfig
 from megatron_vlm.training.metrics.wandb_writer import WandbWriter
 from megatron_vlm.training.metrics.writers import SafeWriter
-from megatron_vlm.training.prompts import Prompt
 from megatron_vlm.training.step import StepResult
 
 log = get_logger(__name__)

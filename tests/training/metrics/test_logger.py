@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.training.answering.prompts import Prompt
 from megatron_vlm.training.evaluate import EvalResult
 from megatron_vlm.training.metrics.config import LoggingConfig
 from megatron_vlm.training.metrics.logger import Metrics
-from megatron_vlm.training.prompts import Prompt
 from megatron_vlm.training.step import StepResult
 
 RATES = {"llm": 1e-3, "vision": 1e-4, "connector": 1e-3}

@@ -12,8 +12,8 @@ from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.testing import commands
 from megatron_vlm.testing.distributed import RankError, run_distributed
 from megatron_vlm.testing.runs import train
-from megatron_vlm.training.generate import GenerateConfig, run_generate
-from megatron_vlm.training.prompts import EvaluateConfig, Prompt
+from megatron_vlm.training.answering.generate import GenerateConfig, run_generate
+from megatron_vlm.training.answering.prompts import EvaluateConfig, Prompt
 from tests.data.formats.make import write_tar
 
 NEW = 8
@@ -215,6 +215,6 @@ def test_prompts_that_cannot_be(twin, picture):
     with pytest.raises(ConfigError, match=r"evaluate\.interval has no effect"):
         EvaluateConfig(interval=3)
     with pytest.raises(DataError, match=r"cannot read nowhere\.png"):
-        from megatron_vlm.training.prompts import encode_prompt
+        from megatron_vlm.training.answering.prompts import encode_prompt
 
         encode_prompt(None, Prompt(text="a", images=("nowhere.png",)))

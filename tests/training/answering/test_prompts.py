@@ -4,7 +4,7 @@ import pytest
 
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.training.prompts import EvaluateConfig, Prompt, encode_prompt
+from megatron_vlm.training.answering.prompts import EvaluateConfig, Prompt, encode_prompt
 
 
 def test_images_come_first_unless_the_text_places_them():

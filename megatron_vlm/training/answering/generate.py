@@ -34,9 +34,9 @@ from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import build_topology, init_process_group
-from megatron_vlm.training.answers import answer, check_length
+from megatron_vlm.training.answering.answers import answer, check_length
+from megatron_vlm.training.answering.prompts import Prompt, encode_prompt
 from megatron_vlm.training.device import start_device
-from megatron_vlm.training.prompts import Prompt, encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoProcessor, Idefics2ForConditionalGeneration
 
+from megatron_vlm.training.metrics.run_files import RunFiles, smoothed
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -64,35 +66,39 @@ def pixel_baseline() -> float:
 
 
 def draw_predictions(path: Path, images: list[Image.Image], given: list[str], truth: list[str]) -> None:
-    """Draws a grid of scans with the answers under them: every mistake first in red, then scans in order."""
+    """Draws a grid of scans with the answers over them: every mistake first, crossed and framed, then scans in order."""
     rows, columns = GRID
     wrong = [i for i in range(len(truth)) if given[i] != truth[i]][: rows * columns // 3]
     chosen = (wrong + [i for i in range(len(truth)) if i not in set(wrong)])[: rows * columns]
-    figure, axes = plt.subplots(rows, columns, figsize=(columns, 1.25 * rows))
+    figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.6 * rows), layout="constrained")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
     for axis, i in zip(axes.flat, chosen):
         axis.imshow(images[i])
         right = given[i] == truth[i]
-        axis.set_title(
-            given[i][:10] if right else f"{given[i][:10]}\n({truth[i]})", fontsize=8, color="green" if right else "red"
-        )
-    for axis in axes.flat:
-        axis.axis("off")
+        title = f"\N{CHECK MARK} {given[i][:10]}\n" if right else f"\N{BALLOT X} {given[i][:10]}\n({truth[i]})"
+        axis.set_title(title, fontsize=8, color="green" if right else "red", fontweight="normal" if right else "bold")
+        if not right:  # a frame too: green and red are one colour to many
+            axis.spines[:].set(visible=True, color="red", linewidth=2)
     figure.suptitle(
         f"Held-out scans and the model's answers: {exact(given, truth):.1%} right (mistakes first, truth in brackets)"
     )
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def draw_loss(path: Path, metrics: Path) -> None:
-    """Draws the training loss of metrics.jsonl."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [(line["iteration"], line["loss"]) for line in lines if "loss" in line]
-    figure, axis = plt.subplots(figsize=(7, 4))
-    axis.semilogy(*zip(*steps))
+    """Draws the loss of metrics.jsonl: each step, smoothed, and of held-out data where the run evaluated."""
+    run = RunFiles.read(metrics.parent)
+    steps, held_out = run.series("loss"), run.series("eval_loss")
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.semilogy(*zip(*steps), linewidth=0.6, alpha=0.35, color="C0", label="each step")
+    axis.semilogy([x for x, _ in steps], smoothed([y for _, y in steps]), linewidth=1.8, color="C0", label="smoothed")
+    if held_out:
+        axis.semilogy(*zip(*held_out), marker="D", linestyle="--", color="C1", label="held-out data")
     axis.set(xlabel="iteration", ylabel="loss per answer token", title="Quickstart: training loss")
     axis.grid(alpha=0.3)
-    figure.tight_layout()
+    axis.legend()
     figure.savefig(path, dpi=110)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.errors import ConversionError, MegatronVLMError
 from megatron_vlm.files import read_json, remove_abandoned, sync_path, unique_temporary
-from megatron_vlm.line_files import json_lines
+from megatron_vlm.training.metrics.run_files import RunFiles, smoothed
 from megatron_vlm.weights.checkpoint_dir import MANIFEST, iteration_of
 
 HF, MERGED, LOSS = "hf", "merged_model", "loss.png"
@@ -112,9 +112,8 @@ class EpochExports:
 def draw_loss(output: Path) -> str:
     """Draws training and evaluation loss of ``metrics.jsonl``; returns a line about it."""
     metrics, picture = output / "metrics.jsonl", output / LOSS
-    lines = json_lines(metrics)
-    steps = [(line["iteration"], line["loss"]) for line in lines if line.get("loss") is not None]
-    held_out = [(line["iteration"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+    run = RunFiles.read(output) if metrics.is_file() else None
+    steps, held_out = (run.series("loss"), run.series("eval_loss")) if run else ([], [])
     if not steps:
         return f"no {LOSS}: {metrics} has no step"
     try:
@@ -123,9 +122,12 @@ def draw_loss(output: Path) -> str:
         return f"no {LOSS}: matplotlib is not installed (pip install matplotlib); the numbers are in {metrics}"
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    axis.plot(*zip(*steps), linewidth=0.8, label="training")
+    axis.plot(*zip(*steps), linewidth=0.6, alpha=0.35, color="C0", label="each step")
+    axis.plot(
+        [x for x, _ in steps], smoothed([y for _, y in steps]), linewidth=1.8, color="C0", label="training, smoothed"
+    )
     if held_out:
-        axis.plot(*zip(*held_out), marker="o", label="held-out data")
+        axis.plot(*zip(*held_out), marker="D", linestyle="--", color="C1", label="held-out data")
     axis.set(xlabel="iteration", ylabel="loss per supervised token")
     axis.grid(alpha=0.3)
     axis.legend()

@@ -221,7 +221,7 @@ def batch_gradients(model: Model, rows: Sequence[Row]) -> dict:
     mine = rows[topology.dp_rank :: topology.dp]
     for stage in model:
         stage.zero_grad_buffer()
-    totals = reduce_over_job(run_schedule(model, mine, forward_only=False), mine, topology)
+    totals = reduce_over_job(run_schedule(model, mine, forward_only=False), mine, topology, model.config)
     if model.stages[0].ddp_config.use_distributed_optimizer:
         _gather_gradient_shards(model)
     return {

@@ -81,7 +81,7 @@ def train_with_signal(argv: list[str], rank: int, metrics: str, lines: int) -> t
 def metrics_of(out: Path, evaluations: bool = False) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what the clock decides."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    clock = ("tokens_per_second", "step_seconds", "memory_gib", "save_seconds", "save_wait_seconds")
+    clock = ("tokens_per_second", "step_seconds", "memory_gib", "save_seconds", "save_wait_seconds", "tflops")
     return [
         {key: value for key, value in line.items() if key not in clock}
         for line in lines

@@ -45,7 +45,7 @@ def evaluate(model: Model, rows: Iterator[Row] | None, *, fill_to: int = 0) -> E
             shared, _ = share_rows(topology, batch, None, error)
             if not shared:
                 break
-            part = reduce_over_job(run_schedule(model, shared, forward_only=True), shared, topology)
+            part = reduce_over_job(run_schedule(model, shared, forward_only=True), shared, topology, model.config)
             total = {key: value + part[key] for key, value in total.items()}
     supervised = int(total["supervised_tokens"])
     loss = total["loss_sum"] / supervised if supervised else float("nan")

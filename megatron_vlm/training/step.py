@@ -21,11 +21,14 @@ from torch import Tensor
 from megatron_vlm.data.row import Row
 from megatron_vlm.errors import TrainingError
 from megatron_vlm.models.built import Model, unwrapped
+from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.parallel.batch import device_batch
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.training.ahead import encode_ahead
+from megatron_vlm.training.memory.flops import forward_flops
 
 _COUNTS = ("tokens", "supervised_tokens", "images", "samples", "holes", "truncated")
+_FLOPS = ("vision", "connector", "llm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class StepResult:
         tokens: real tokens; filler does not count.
         supervised_tokens, images, samples, holes, truncated: sums over the global batch.
         memory_gib: largest over the ranks: peak allocated on a GPU, peak resident on the CPU.
+        forward_flops: operations of a forward pass over the global batch, of tower, connector and decoder.
     """
 
     loss: float
@@ -53,6 +57,7 @@ class StepResult:
     holes: int
     truncated: int
     memory_gib: float
+    forward_flops: tuple[float, ...] = (0.0, 0.0, 0.0)
 
 
 class Cursor:
@@ -92,7 +97,7 @@ def train_step(model: Model, optimizer: Any, rows: Sequence[Row]) -> StepResult:
     loss_scale = float(optimizer.get_loss_scale())
     losses = run_schedule(model, rows, forward_only=False)
     updated, grad_norm, _ = optimizer.step()
-    totals = reduce_over_job(losses, rows, topology)
+    totals = reduce_over_job(losses, rows, topology, model.config)
     supervised, loss_sum = int(totals["supervised_tokens"]), totals["loss_sum"]
     loss = loss_sum / supervised if supervised else 0.0
     norm = float(grad_norm or 0.0)
@@ -110,6 +115,7 @@ def train_step(model: Model, optimizer: Any, rows: Sequence[Row]) -> StepResult:
         loss_scale=loss_scale,
         memory_gib=_largest(peak_memory_gib(topology.device), topology.device),
         **{name: int(totals[name]) for name in _COUNTS},
+        forward_flops=tuple(totals[name] for name in _FLOPS),
     )
 
 
@@ -162,21 +168,27 @@ def _loss(row: Row, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]
     return loss_sum, count, {"loss_sum": loss_sum.detach()}
 
 
-def reduce_over_job(losses: list[dict[str, Tensor]], rows: Sequence[Row], topology: Topology) -> dict[str, float]:
-    """Sums loss and counts over the global batch; every rank gets the result. A collective of the whole job.
+def reduce_over_job(
+    losses: list[dict[str, Tensor]], rows: Sequence[Row], topology: Topology, model_config: FamilyConfig
+) -> dict[str, float]:
+    """Sums loss, counts and operations over the global batch; every rank gets the result. A collective of the whole job.
 
     Each row is counted once: by tensor and context parallel rank 0 of the last stage. Its loss is the sum of what all context
     parallel ranks there know.
     """
-    values = torch.zeros(1 + len(_COUNTS), dtype=torch.float64, device=topology.device)
+    values = torch.zeros(1 + len(_COUNTS) + len(_FLOPS), dtype=torch.float64, device=topology.device)
     if topology.last_stage and topology.tp_rank == 0:
         values[0] = torch.stack([loss["loss_sum"].double() for loss in losses]).sum()
     if topology.last_stage and topology.tp_rank == topology.cp_rank == 0:
         for row in rows:
-            counts = (row.num_tokens, row.num_supervised, len(row.pixels), len(row.keys))
-            values[1:] += torch.tensor([*counts, row.holes, row.truncated], dtype=torch.float64, device=topology.device)
+            counts = (row.num_tokens, row.num_supervised, len(row.pixels), len(row.keys), row.holes, row.truncated)
+            images = [(p.shape[0], p.shape[1], p.shape[2]) for p in row.pixels]
+            segments = row.segments[:-1] if row.num_filler else row.segments
+            flops = forward_flops(model_config, images=images, segments=segments, supervised=row.num_supervised)
+            sums = [*counts, *(getattr(flops, name) for name in _FLOPS)]
+            values[1:] += torch.tensor(sums, dtype=torch.float64, device=topology.device)
     dist.all_reduce(values)
-    return dict(zip(("loss_sum", *_COUNTS), values.tolist()))
+    return dict(zip(("loss_sum", *_COUNTS, *_FLOPS), values.tolist()))
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -34,6 +34,7 @@ from megatron_vlm.training.checkpoint.saving import Saver
 from megatron_vlm.training.device import start_device
 from megatron_vlm.training.due import Due
 from megatron_vlm.training.evaluate import EvalResult, evaluate
+from megatron_vlm.training.metrics.facts import Facts
 from megatron_vlm.training.metrics.logger import Metrics, progress_line, show_sample
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import Schedule
@@ -333,22 +334,9 @@ class Trainer:
 
     def _start_reports(self) -> None:
         config, topology = self.config, self.topology
-        trainable = torch.tensor(
-            [sum(p.numel() for stage in self.model for p in stage.parameters() if p.requires_grad)], device=self.device
-        )
-        dist.all_reduce(trainable)
-        log.info(
-            "%s on %d x %s, %s, %s; %s trainable parameters over all ranks; %d iterations from %d",
-            self.source.spec.name,
-            topology.world_size,
-            self.device.type,
-            topology.name(),
-            config.training.precision,
-            f"{int(trainable):,}",
-            self.num_iterations,
-            self.iteration,
-        )
-        if not int(trainable) and not config.training.skip_train:
+        self.facts = Facts(config, self.model, self.loader, adapts=self.peft is not None)
+        log.info("%s; %d iterations from %d", self.facts, self.num_iterations, self.iteration)
+        if not any(self.facts.trained.values()) and not config.training.skip_train:
             log.warning("every parameter is frozen: nothing will change")
         with together(self.device):
             if topology.rank == 0:
@@ -361,6 +349,8 @@ class Trainer:
                     evaluation_only=config.training.skip_train,
                 )
                 self.closing.callback(self.metrics.close)
+                if not config.training.skip_train:
+                    self.metrics.started(self.facts.of_start(self.iteration, self.num_iterations))
 
     # ---- one iteration ----
 
@@ -374,6 +364,7 @@ class Trainer:
             except Exception as caught:
                 error = caught
         extra = step.state.to_dict() if step else None
+        self.sample_ids = step.sample_ids if step else ()
         rows, extra = share_rows(self.topology, step.rows if step else None, extra, error)
         self.next_state = DataState.from_dict(extra)
         if step is not None and self.data_state is None and self.topology.rank == 0:
@@ -393,7 +384,8 @@ class Trainer:
 
     def _report(self, result: StepResult, rates: dict[str, float], seconds: float) -> None:
         if self.metrics is not None:
-            done, times = self.consumed_samples, self.saver.times()
-            self.metrics.step(self.iteration, result, rates, seconds=seconds, consumed_samples=done, **times)
+            done = self.consumed_samples
+            more = {**self.saver.times(), **self.facts.of_step(result, seconds, self.sample_ids)}
+            self.metrics.step(self.iteration, result, rates, seconds=seconds, consumed_samples=done, **more)
         elif self.iteration % self.config.logging.log_interval == 0 or self.iteration in (1, self.num_iterations):
             log.info(progress_line(self.iteration, self.num_iterations, result, rates["llm"], seconds))

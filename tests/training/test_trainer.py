@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from megatron_vlm.line_files import json_lines
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.runs import damage_one_image, metrics_of, samples_of, train, train_with_signal
 
@@ -46,6 +47,9 @@ def test_a_run_writes_what_it_says(command, tmp_path, valid_data):
     log = (tmp_path / "a" / "train.log").read_text()
     assert "<image> x 5" in log and "[[" in log and "<end_of_utterance>" in log
     assert "iteration 3/3 | loss" in log
+    (start,) = json_lines(tmp_path / "a" / "starts.jsonl")
+    assert (start["iteration"], start["total"], start["layout"]) == (0, 3, "tp 1 pp 1 dp 1")
+    assert start["data"]["samples"] == 40 and min(start["trained"].values()) > 0 and "torch" in start["versions"]
     assert (tmp_path / "a" / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
 
 
@@ -65,6 +69,9 @@ def test_layouts_train_and_evaluate_alike(command, tmp_path, valid_data, layout,
     more = ["--train-iters 3 --lr-warmup-iters 1 --lr-warmup-init 5e-4", f"{VALID} {valid_data}"]
     run(command("one", *more, "--global-batch-size 8"))
     run(command("many", *more, "--global-batch-size 8", layout), world)
+    one, many = (json_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
+    work = [[line["tflops"] * line["step_seconds"] for line in lines if "tflops" in line] for lines in (one, many)]
+    assert work[0] == pytest.approx(work[1], rel=1e-12) and len(work[0]) == 3  # every row once, whoever has it
     for evaluations in (False, True):
         pairs = zip(metrics_of(tmp_path / "one", evaluations), metrics_of(tmp_path / "many", evaluations), strict=True)
         for one, many in pairs:

@@ -150,6 +150,11 @@ class RowLoader:
         rows = tuple(item.row for item in fetched if item.row is not None)
         return StepRows(rows=rows, state=step.state, sample_ids=step.sample_ids, num_samples=len(step.sample_ids))
 
+    @property
+    def source_starts(self) -> list[int]:
+        """First sample id of each source, in the order of ``report()["mixture"]``."""
+        return [source.first for source in self._mixture.sources]
+
     def _count_samples(self) -> float:
         """Counts what an epoch reads of each source but the excluded ones.
 

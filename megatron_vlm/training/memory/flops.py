@@ -28,21 +28,22 @@ class Flops:
         """The whole forward pass."""
         return self.vision + self.connector + self.llm
 
-    def training(self, frozen: Collection[str] = ()) -> float:
+    def training(self, frozen: Collection[str] = (), adapted: Collection[str] = ()) -> float:
         """Forward and backward pass: each part costs its forward once more for the gradients of its activations, unless
         it and all before it are frozen, and once more for those of its weights, unless it is frozen.
 
         Args:
             frozen: names of frozen groups, out of ``vision``, ``connector``, ``llm``.
+            adapted: those of them that gradients flow to all the same, for adapters, whose own operations do not count.
         """
-        return self.of_groups(frozen, ("vision", "connector", "llm"))
+        return self.of_groups(frozen, ("vision", "connector", "llm"), adapted)
 
-    def of_groups(self, frozen: Collection[str], groups: Collection[str]) -> float:
+    def of_groups(self, frozen: Collection[str], groups: Collection[str], adapted: Collection[str] = ()) -> float:
         """As ``training``, of some parts of the model alone."""
         total, gradients_flow = 0.0, False
         for group in ("vision", "connector", "llm"):
             trains = group not in frozen
-            gradients_flow = gradients_flow or trains
+            gradients_flow = gradients_flow or trains or group in adapted
             total += getattr(self, group) * (1 + gradients_flow + trains) if group in groups else 0.0
         return total
 

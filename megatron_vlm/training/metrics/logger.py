@@ -1,6 +1,6 @@
 """What a run writes: metrics.jsonl (a line per step), TensorBoard, and the progress lines of train.log. Rank 0 alone.
 
-output_dir/config.yaml  metrics.jsonl  samples.jsonl  train.log  tensorboard/
+output_dir/config.yaml  metrics.jsonl  samples.jsonl  starts.jsonl  train.log  tensorboard/
 """
 
 import json
@@ -30,7 +30,7 @@ from megatron_vlm.training.step import StepResult
 
 log = get_logger(__name__)
 
-SAMPLES = "samples.jsonl"
+SAMPLES, STARTS = "samples.jsonl", "starts.jsonl"
 
 
 class Metrics:
@@ -68,6 +68,8 @@ class Metrics:
                     trim(old, start)
                 else:
                     keep_old(old)
+            if not start:
+                keep_old(output_dir / STARTS)
         self.file, self.samples = LineFile(path), LineFile(output_dir / SAMPLES)
         self.writers: list[SafeWriter] = []
         if config.tensorboard:
@@ -95,6 +97,12 @@ class Metrics:
         except OSError as error:
             raise ConfigError(f"the run cannot report to {output_dir}: {error} (logging.output_dir)") from error
 
+    def started(self, facts: Mapping[str, Any]) -> None:
+        """Adds a line about this start to ``starts.jsonl``: where it goes on from, and in what."""
+        file = LineFile(self.output_dir / STARTS)
+        file.add(json.dumps(facts, ensure_ascii=False))
+        file.close()
+
     def step(
         self,
         iteration: int,
@@ -103,7 +111,7 @@ class Metrics:
         *,
         seconds: float,
         consumed_samples: int,
-        **more: float,
+        **more: Any,
     ) -> None:
         """Records one step; ``seconds`` includes the wait for data, ``more`` is recorded as it is."""
         record = {
@@ -135,7 +143,7 @@ class Metrics:
         log.info(self._progress(record, result))
         for writer in self.writers:
             for key, value in record.items():
-                if key not in ("iteration", "consumed_samples"):
+                if key not in ("iteration", "consumed_samples", "sources"):
                     writer.add_scalar(f"train/{key}", value, iteration)
 
     def evaluation(self, iteration: int, result: EvalResult) -> None:

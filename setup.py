@@ -27,6 +27,7 @@ INSTALL = [
     "psutil==7.2.2",
     "rich==15.0.0",
     "prompt_toolkit==3.0.53",
+    "fsspec==2026.9.0",
 ]
 
 EXTRAS = {
@@ -40,6 +41,7 @@ EXTRAS = {
     "heif": ["pillow-heif==1.8.1"],  # HEIC pictures; AVIF is Pillow's own
     "qlora": ["bitsandbytes==0.50.2"],  # base weights in 4 bits
     "parquet": ["pyarrow==26.0.1"],  # data build --format parquet
+    "s3": ["s3fs==2026.9.0"],  # checkpoint.save and --load of s3://
     "wandb": ["wandb==0.31.0"],  # --report_to wandb
     "dev": [
         "pytest==9.2.0",
@@ -54,6 +56,10 @@ EXTRAS = {
         "pyarrow==26.0.1",
         "bitsandbytes==0.50.2",
         "pexpect==4.9.0",
+        "s3fs==2026.9.0",
+        "moto==5.2.5",  # a store that speaks S3, for tests; its server is flask
+        "flask==3.1.3",
+        "flask-cors==6.0.5",
     ],
 }
 

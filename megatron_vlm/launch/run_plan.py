@@ -25,6 +25,7 @@ from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.request import Request
 from megatron_vlm.parallel.grid import replica_size, replicas
 from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.memory.stages import table
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.run_config import RunConfig, folders_of, scale_rope
@@ -192,11 +193,12 @@ def _tell_missing_base(report: Report, launch: LaunchConfig, load: str, output: 
 def _start_from(request: Request, report: Report) -> str | None:
     """What the run loads: its own last checkpoint, where it goes on, else the model that was named."""
     section = request.run.setdefault("checkpoint", {})
-    load, output = section.get("load"), section.get("save")
+    places = CheckpointConfig(save=section.get("save"), staging=section.get("staging"))
+    load, output = section.get("load"), places.folder
     if load is None:
         report.fail("model", "no model is named", "--model_name_or_path DIR, or checkpoint.load in the config")
         return None
-    if output and holds_checkpoints(Path(output)) and not request.launch.overwrite_output_dir:
+    if output and holds_checkpoints(output) and not request.launch.overwrite_output_dir:
         if not section.get("finetune"):
             text = f"{output} holds checkpoints: the run goes on from the last one"
             report.warn("model", text, "--overwrite_output_dir True to start anew")

@@ -20,6 +20,8 @@ from megatron_vlm.options.flags import Command, parse_flags
 from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.sharding import Sharding, read_sharding
 from megatron_vlm.registry import FamilySpec
+from megatron_vlm.training.checkpoint.config import CheckpointConfig
+from megatron_vlm.weights.remote import fetch, is_url
 from megatron_vlm.yaml_values import spelling
 
 # Of each of these one at most holds: naming one drops what a file says of the others.
@@ -166,6 +168,7 @@ def read_request(
     _name_outputs(run, config, flags, given, command)
     if flags.model_name_or_path is not None:
         _put(run, "checkpoint.load", flags.model_name_or_path, given)
+    _fetch(run)
     derived, more = trainer_flags.settings(flags, run, has_valid=bool(_at(run, "data.valid") or config.valid_inputs))
     if command == "launch" and config.val_json and flags.eval_strategy is None and not _evaluates(run):
         derived["training.eval_epochs"] = 1.0  # FT.py evaluates its held-out file after each epoch
@@ -276,13 +279,27 @@ def _name_outputs(
     if command == "launch":
         folder = launch.output_dir or _at(run, "logging.output_dir") or _at(run, "checkpoint.save")
         folder = folder or f"runs/{_at(run, 'logging.name') or 'train'}"
-        for key in ("logging.output_dir", "checkpoint.save"):
+        here = CheckpointConfig(save=str(folder)).folder
+        places = {"checkpoint.save": str(folder), "logging.output_dir": str(here)}
+        if is_url(_at(run, "checkpoint.save") or folder):
+            places["checkpoint.staging"] = str(here)
+        for key, place in places.items():
             if _at(run, key) is None:
-                _put(run, key, spelling(folder), given)
+                _put(run, key, spelling(place), given)
     elif (flags.save_strategy or flags.save_steps) and _at(run, "checkpoint.save") is None:
         folder = _at(run, "logging.output_dir")
         if folder is not None:
             _put(run, "checkpoint.save", folder, given)
+
+
+def _fetch(run: dict[str, Any]) -> None:
+    """Brings what ``checkpoint.load`` names by a URL here; into its staging folder, if the run saves to that very URL."""
+    section = run.get("checkpoint") or {}
+    if is_url(section.get("load")):
+        load = str(section["load"])
+        places = CheckpointConfig(save=section.get("save"), staging=section.get("staging"))
+        own = places.url is not None and places.url.rstrip("/") == load.rstrip("/")
+        section["load"] = str(fetch(load, places.folder if own else None, section.get("ckpt_step")))
 
 
 def _batch(

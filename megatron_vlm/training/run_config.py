@@ -206,12 +206,12 @@ class RunConfig(Config):
     @property
     def output_dir(self) -> Path:
         """Where the run reports."""
-        return Path(self.logging.output_dir or self.checkpoint.save or Path("runs") / self.logging.name)
+        return Path(self.logging.output_dir or self.checkpoint.folder or Path("runs") / self.logging.name)
 
     @property
     def run_folders(self) -> tuple[Path, ...]:
         """Folders that one run at a time may write to."""
-        return (self.output_dir, *([Path(self.checkpoint.save)] if self.checkpoint.save else []))
+        return (self.output_dir, *([self.checkpoint.folder] if self.checkpoint.folder else []))
 
     def check_outputs(self, folders: Sequence[str | os.PathLike]) -> None:
         """Refuses outputs that lie in the model which the run starts from: its files are copied into every checkpoint.
@@ -222,7 +222,7 @@ class RunConfig(Config):
         Raises:
             ConfigError: an output lies in one.
         """
-        outputs = {"checkpoint.save": self.checkpoint.save, "logging.output_dir": self.output_dir}
+        outputs = {"checkpoint.save": self.checkpoint.folder, "logging.output_dir": self.output_dir}
         for name, output in outputs.items():
             if output is not None:
                 check_output(output, folders, name, around=True)
@@ -327,8 +327,8 @@ class RunConfig(Config):
 def folders_of(config: RunConfig) -> dict[str, Path]:
     """setting -> folder that the run writes to."""
     folders = {"logging.output_dir": config.output_dir}
-    if config.checkpoint.save is not None and not config.training.skip_train:
-        folders["checkpoint.save"] = Path(config.checkpoint.save)
+    if config.checkpoint.folder is not None and not config.training.skip_train:
+        folders["checkpoint.staging" if config.checkpoint.url else "checkpoint.save"] = config.checkpoint.folder
     if config.logging.tensorboard and config.logging.tensorboard_dir is not None:
         folders["logging.tensorboard_dir"] = config.logging.tensorboard_dir
     return folders

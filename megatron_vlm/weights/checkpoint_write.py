@@ -32,6 +32,7 @@ from megatron_vlm.weights.checkpoint_dir import (
     next_sequence,
 )
 from megatron_vlm.weights.model_folder import CarriedFiles
+from megatron_vlm.weights.remote import upload
 
 _LEFTOVER = re.compile(r"iter_\d{7,}\.(tmp|old)-[0-9a-f]+")
 
@@ -104,6 +105,7 @@ def finish(
     hf_files: CarriedFiles | None,
     keep_last: int | None,
     protect: Iterable[Path],
+    url: str | None = None,
 ) -> Path:
     """What rank 0 does once all rank files are there: the files beside them, the commit, and then the end of old checkpoints.
 
@@ -113,6 +115,7 @@ def finish(
         state: of state.json.
         hf_files: for ``hf/``.
         keep_last, protect: see ``purge``.
+        url: store that the checkpoint is copied to (remote.py), where ``keep_last`` counts; here the newest stays.
 
     Returns:
         The new folder.
@@ -124,8 +127,10 @@ def finish(
         hf_files.write(temporary / "hf")
     write_json(temporary / STATE, state)
     final = commit(temporary, records, facts)
+    if url is not None:
+        upload(final, url, keep_last)
     with contextlib.suppress(OSError):
-        purge(final.parent, iteration_of(final), keep_last, protect)
+        purge(final.parent, iteration_of(final), 1 if url is not None else keep_last, protect)
     return final
 
 

@@ -16,6 +16,7 @@ from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.files import read_json, sync_path, write_json
 from megatron_vlm.weights.mapping import TensorInfo
 from megatron_vlm.weights.model_folder import WEIGHT_PATTERNS
+from megatron_vlm.weights.remote import fetch, is_url
 from megatron_vlm.weights.safetensors_io import SafetensorsFile, SafetensorsWriter, aligned_order
 from megatron_vlm.weights.torch_files import TorchFile
 
@@ -28,17 +29,20 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve_directory(path_or_id: str | os.PathLike) -> Path:
-    """Returns the directory itself, or the local snapshot of a hub id (``org/name``), fetched where it is not cached.
+    """Returns the directory itself, or the local copy of a hub id (``org/name``) or a URL (remote.py), fetched where need be.
 
     huggingface_hub's own variables apply: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
 
     Raises:
         ConversionError: neither a directory nor a model that the hub or its cache has.
+        CheckpointError: nothing whole is at the URL.
     """
+    text = str(path_or_id)
+    if is_url(text):
+        return fetch(text)
     path = Path(path_or_id)
     if path.is_dir():
         return path
-    text = str(path_or_id)
     if path.exists() or not _HUB_ID.fullmatch(text):
         what = "is a file" if path.exists() else "does not exist"
         raise ConversionError(f"{path} {what}: give a model directory, or a hub id such as HuggingFaceM4/idefics2-8b")

@@ -182,13 +182,8 @@ class BackgroundSaves:
             self._failed(flight, error, last)
             return
         self._flight = None
-        seconds = time.monotonic() - flight.began
-        log.info(
-            "saved %s (%.2f GB) in the background, %.1f s after its step",
-            content.final,
-            content.num_bytes / 1e9,
-            seconds,
-        )
+        place, seconds = content.place(self._config), time.monotonic() - flight.began
+        log.info("saved %s (%.2f GB) in the background, %.1f s after its step", place, content.num_bytes / 1e9, seconds)
 
     def _failed(self, flight: _Flight, error: CheckpointError, last: bool) -> None:
         if flight.folder is not None and flight.content.rank == 0:

@@ -1,10 +1,12 @@
 """The section ``checkpoint`` of a run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from megatron_vlm.config import Config, PathText
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.weights.remote import is_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +15,9 @@ class CheckpointConfig(Config):
 
     Attributes:
         load: an HF directory or hub id, Megatron weights, or a training checkpoint (its folder or one iteration's).
-        save: folder for checkpoints; None: none are written.
+        save: folder for checkpoints, or a URL that fsspec knows (s3://bucket/run); None: none are written.
+        staging: folder here, seen by all ranks, where checkpoints for a URL are written before they are copied there; the
+            newest stays. None: ``runs/`` and the last part of the URL.
         ckpt_step: iteration to load, with no other in its place; None: the newest.
         save_interval: iterations between checkpoints; None: at the end (and on SIGTERM) only.
         save_epochs: epochs between checkpoints; excludes ``save_interval``.
@@ -33,6 +37,7 @@ class CheckpointConfig(Config):
 
     load: PathText | None = None
     save: PathText | None = None
+    staging: PathText | None = None
     ckpt_step: int | None = None
     save_interval: int | None = None
     save_epochs: float | None = None
@@ -57,6 +62,14 @@ class CheckpointConfig(Config):
                 raise ConfigError(
                     f"checkpoint.{name} is {value}, but checkpoint.save is not set: name a folder (--save)"
                 )
+        if self.staging is not None and self.url is None:
+            raise ConfigError(
+                f"checkpoint.staging has no effect without a URL in checkpoint.save, which is {self.save}"
+            )
+        if is_url(self.staging):
+            raise ConfigError(f"checkpoint.staging {self.staging} is a URL: name a folder here")
+        if self.async_save and str(self.url).startswith("memory:"):
+            raise ConfigError(f"checkpoint.async_save: another process cannot write to {self.url}: leave it out")
         if self.async_save and self.save is None:
             raise ConfigError("checkpoint.async_save is on, but checkpoint.save is not set: name a folder (--save)")
         if self.save_retries < 0 or self.save_retry_seconds < 0:
@@ -71,3 +84,15 @@ class CheckpointConfig(Config):
             raise ConfigError(f"checkpoint.ckpt_step {self.ckpt_step} needs checkpoint.load, and must not be negative")
         if self.base is not None and self.load is None:
             raise ConfigError(f"checkpoint.base {self.base}, but checkpoint.load names no adapters: set it (--load)")
+
+    @property
+    def url(self) -> str | None:
+        """Where checkpoints go from ``folder``; None: they stay there."""
+        return self.save if is_url(self.save) else None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where they are written on this host; None: nowhere."""
+        if self.url is None:
+            return Path(self.save) if self.save is not None else None
+        return Path(self.staging or Path("runs", self.url.rstrip("/").rpartition("/")[2]))

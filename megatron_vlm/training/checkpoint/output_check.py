@@ -8,7 +8,6 @@ model and optimizer built --check_room--> bytes of a checkpoint against what is 
 import contextlib
 import os
 import shutil
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from megatron_vlm.parallel.batch import together
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.checkpoint.load import Checkpoint
 from megatron_vlm.training.run_config import RunConfig, folders_of
+from megatron_vlm.weights import remote
 from megatron_vlm.weights.checkpoint_dir import TRACKER, iterations
 
 
@@ -51,18 +51,22 @@ def check_kept(checkpoint: CheckpointConfig, found: Checkpoint | None, start: in
     Raises:
         ConfigError: naming the folder, what it holds, and what the run starts from.
     """
-    if checkpoint.save is None or not os.path.isdir(checkpoint.save):
+    save = checkpoint.folder
+    if save is None or (found is not None and os.path.realpath(found.folder.parent) == os.path.realpath(save)):
         return
-    save = Path(checkpoint.save)
-    own = found is not None and os.path.realpath(found.folder.parent) == os.path.realpath(save)
-    later = [] if own else [number for number in iterations(save) if number > start]
+    there = [
+        *(iterations(save) if save.is_dir() else ()),
+        *(remote.iterations(checkpoint.url) if checkpoint.url else ()),
+    ]
+    later = sorted({number for number in there if number > start})
     if later:
         names = ", ".join(map(str, later[:5])) + (f" and {len(later) - 5} more" if len(later) > 5 else "")
+        place = checkpoint.save
+        known = checkpoint.url is not None or (save / TRACKER).exists()
         raise ConfigError(
-            f"checkpoint.save {save} holds checkpoints of another run (iterations {names}), and this one starts at {start} "
-            f"from {checkpoint.load}: it would replace them. Name another folder (--save), go on from them (--load {save}), "
-            "or remove them"
-            + ("" if (save / TRACKER).exists() else f". Its {TRACKER} is missing; --load {save} does without")
+            f"checkpoint.save {place} holds checkpoints of another run (iterations {names}), and this one starts at {start} "
+            f"from {checkpoint.load}: it would replace them. Name another folder (--save), go on from them (--load {place}), "
+            "or remove them" + ("" if known else f". Its {TRACKER} is missing; --load {place} does without")
         )
 
 
@@ -78,7 +82,7 @@ def check_room(config: RunConfig, model: Model, *, trained_only: bool) -> None:
         ConfigError: on every rank: too little space for one checkpoint.
     """
     checkpoint = config.checkpoint
-    if checkpoint.save is None or config.training.skip_train:
+    if checkpoint.folder is None or config.training.skip_train:
         return
     parameters = [parameter for stage in model for parameter in stage.parameters()]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -89,10 +93,10 @@ def check_room(config: RunConfig, model: Model, *, trained_only: bool) -> None:
     total = torch.tensor([size if topology.copy_number == 0 else 0], dtype=torch.int64, device=device)
     dist.all_reduce(total)
     with together(device):
-        free = shutil.disk_usage(checkpoint.save).free
+        free = shutil.disk_usage(checkpoint.folder).free
         if dist.get_rank() == 0 and int(total) > free:
             raise ConfigError(
-                f"a checkpoint takes about {int(total) / 1e9:.2f} GB, and checkpoint.save {checkpoint.save} has "
+                f"a checkpoint takes about {int(total) / 1e9:.2f} GB, and {checkpoint.folder} has "
                 f"{free / 1e9:.2f} GB free: make room or choose another folder (checkpoint.no_save_optim leaves the "
                 "optimizer out)"
             )

@@ -96,6 +96,10 @@ class Content:
         """Folder that it becomes."""
         return self.root / checkpoint_dir.folder_name(self.iteration)
 
+    def place(self, config: CheckpointConfig) -> str:
+        """Where it goes, for messages."""
+        return f"{config.url}/{self.final.name}" if config.url else str(self.final)
+
     @property
     def what(self) -> str:
         """For messages."""
@@ -136,7 +140,7 @@ def save_checkpoint(
         if content.rank == 0:
             checkpoint_write.discard(folder)
         raise
-    log.info("saved %s (%.2f GB)", content.final, content.num_bytes / 1e9)
+    log.info("saved %s (%.2f GB)", content.place(config), content.num_bytes / 1e9)
     return content.final
 
 
@@ -146,12 +150,12 @@ def collect(config: CheckpointConfig, model: Model, optimizer: Any, state: dict[
     Raises:
         CheckpointError: on every rank.
     """
-    if config.save is None:
+    if config.folder is None:
         raise CheckpointError(
             "checkpoint.save is not set, so there is no place for a checkpoint: name a folder (--save)"
         )
     topology, iteration, save_optim = model.topology, state["iteration"], not config.no_save_optim
-    root = Path(config.save)
+    root = config.folder
     with checkpoint_work(f"saving iteration {iteration} to {root}", topology.device), torch.no_grad():
         pieces, tensors = owned(model, optimizer if save_optim else None)
     place = {"rank": topology.rank, "world_size": topology.world_size, "tp": topology.tp, "tp_rank": topology.tp_rank}
@@ -194,7 +198,7 @@ def finishing(
         folder: temporary, with the rank files in it.
     """
     named = {rank_file_name(writer): record for writer, record in enumerate(records)}
-    return folder, named, content.facts, content.state, origin.hf_files, config.keep_last, origin.protected
+    return folder, named, content.facts, content.state, origin.hf_files, config.keep_last, origin.protected, config.url
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,59 @@
+"""A run that saves to a URL: the files of one that saves to a folder, gone on with from there, exported from there."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.cli.main import main
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.runs import metrics_of, train
+from megatron_vlm.training.checkpoint.config import CheckpointConfig
+from tests.weights.store import BUCKET, s3_store
+
+
+def train_with(argv: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    os.environ.update(environment)
+    return train(argv)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("rank*"))}
+
+
+def test_saved_to_s3_in_the_background_and_gone_on_with_elsewhere(command, tmp_path, monkeypatch):
+    url, whole = f"s3://{BUCKET}/run", tmp_path / "whole"
+    more = f"--save {url} --async-save --keep-last 2 --save-interval 1"
+    with s3_store() as environment:
+        environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+        words = command("whole", f"--save {whole} --train-iters 4")
+        assert run_distributed(train_with, words, environment) == [(0, "")]
+        first = command("first", more, f"checkpoint.staging={tmp_path / 'one'} --train-iters 2 --lr-decay-iters 4")
+        assert run_distributed(train_with, first, environment) == [(0, "")]
+        assert [path.name for path in sorted((tmp_path / "one").glob("iter_*"))] == ["iter_0000002"]
+        again = command("first", more, f"checkpoint.staging={tmp_path / 'two'} --train-iters 4", load=url)
+        assert run_distributed(train_with, again, environment) == [(0, "")]  # on another host
+        assert files_of(tmp_path / "two" / "iter_0000004") == files_of(whole / "iter_0000004") != {}
+        assert metrics_of(tmp_path / "first") == metrics_of(whole)
+        other = command("other", more, f"checkpoint.staging={tmp_path / 'three'} --train-iters 4")
+        code, error = run_distributed(train_with, other, environment)[0]
+        assert code == 1 and "holds checkpoints of another run (iterations 3, 4)" in error
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert main(["convert", "mg2hf", "--load", url, "--out", str(tmp_path / "hf")]) == 0
+        assert (tmp_path / "hf" / "config.json").exists()
+
+
+def test_settings():
+    assert CheckpointConfig(save="s3://b/x/run/").folder == Path("runs/run")
+    config = CheckpointConfig(save="s3://b/run", staging="here")
+    assert (config.url, config.folder) == ("s3://b/run", Path("here"))
+    assert (CheckpointConfig(save="d").url, CheckpointConfig(save="d").folder) == (None, Path("d"))
+    for fields, message in (
+        ({"save": "d", "staging": "e"}, "checkpoint.staging has no effect"),
+        ({"save": "s3://b/run", "staging": "s3://c"}, "is a URL: name a folder"),
+        ({"save": "memory://x", "async_save": True}, "another process cannot write"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            CheckpointConfig(**fields)

@@ -100,15 +100,17 @@ class Run:
 
     def snapshot(self) -> dict[str, Any]:
         """This rank's share of everything that a checkpoint must hold, as plain tensors."""
+        from megatron_vlm.models.built import global_parameters
         from megatron_vlm.training.optimizer.state import fragments
 
         named = list(self.model.named_parameters())
         names = {id(parameter): name for name, parameter in named}
         tied = {id(parameter) for _, parameter in named if getattr(parameter, "tied_copy", False)}
+        own = {id(parameter) for parameter in global_parameters(self.model).values()}
         return {
             "place": (self.topology.tp_rank, self.topology.pp_rank, self.topology.dp_rank),
             "tp": self.topology.tp,
-            "weights": {n: p.detach().clone() for n, p in named if id(p) not in tied},
+            "weights": {n: p.detach().clone() for n, p in named if id(p) in own},
             "tied": {n: p.detach().clone() for n, p in named if id(p) in tied},
             "state": [
                 (

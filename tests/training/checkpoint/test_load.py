@@ -13,11 +13,14 @@ from tests.training.checkpoint.ranks import VOCAB_MULTIPLE, leg, merge, same_bit
 CONTINUED = 1e-5  # fp32; measured 4e-7. bf16: as far as transformers in bf16 is from fp32 on this processor (``calm``)
 
 
-def at(tp=1, pp=1, dp=1, *, cp=1, vp=None, layers=None, do=False, overlap=False, sp=False, **options):
+def at(
+    tp=1, pp=1, dp=1, *, cp=1, vision="auto", vp=None, layers=None, do=False, overlap=False, sp=False, **options
+):
     parallel = dict(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
+        vision_parallel=vision,
         num_layers_per_virtual_pipeline_stage=vp,
         decoder_layers_per_stage=layers,
         sequence_parallel=sp,
@@ -42,6 +45,17 @@ CHAINS = {
     ),
     "virtual_tied": ("tied", [at(1, 2, vp=1), at(2, 2, vp=1), at(1, 2, 2, **SHARDED), at(), at(1, 4)]),
     "context": ("mistral", [at(), at(cp=2), at(cp=2, dp=2, **SHARDED), at(), at(2, cp=2, sp=True), at(2)]),
+    "shared_tower": (
+        "mistral",
+        [
+            at(2, cp=2, sp=True, vision="share"),
+            at(2),
+            at(1, 2, 2, vision="ahead", **SHARDED),
+            at(2, 2, vision="ahead", do=True, vp=1),
+            at(do=True),
+        ],
+    ),
+    "ahead_bf16": ("calm", [at(1, 2, 2, vision="ahead", **SHARDED, **BF16), at(2, 2, vision="ahead", **BF16), at(**BF16)]),
     "uneven": ("tied", [at(1, 2), at(1, 2, layers=(0, 4)), at(1, 3), at(1, 2, layers=(0, 1, 1, 2), do=True), at()]),
     "frozen_stage": (
         "mistral",
@@ -64,19 +78,21 @@ CHAINS = {
     ),
 }
 
-BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context")
+BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context", "shared_tower")
 
 
-def mapping_of(hf_dir, tp):
+def mapping_of(hf_dir, tp, whole=()):
     spec = registry.get("idefics2")
-    return spec.mapping(spec.config(read_json(Path(hf_dir) / "config.json")), tp=tp).padded(VOCAB_MULTIPLE)
+    mapping = spec.mapping(spec.config(read_json(Path(hf_dir) / "config.json")), tp=tp)
+    return mapping.padded(VOCAB_MULTIPLE).whole(*whole)
 
 
 def run_leg(hf_dir, where, checkpoint):
     """Results by rank; the full tensors of both snapshots with the first."""
     (tp, pp, dp, cp), parallel, options = where
     results = run_distributed(leg, hf_dir, parallel, options, checkpoint, tp=tp, pp=pp, dp=dp, cp=cp)
-    mapping = mapping_of(hf_dir, tp)
+    dealt = parallel["vision_parallel"] != "auto"
+    mapping = mapping_of(hf_dir, tp, ("vision", "connector") if dealt else ())
     for moment in ("loaded", "saved"):
         results[0][f"{moment}_full"] = merge([r[moment] for r in results], mapping)
     return results

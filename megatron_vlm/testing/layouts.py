@@ -94,6 +94,15 @@ CONTEXT = [
 ]
 """Context parallelism beside each other axis, part of the whole matrix."""
 
+DEALT = [
+    Case(tp=2, pp=2, sp=True, vision="ahead"),
+    Case(pp=2, cp=2, vp=1, vision="ahead", recompute=True),
+    Case(pp=2, dp=2, do=True, overlap=True, vision="ahead", freeze=("vision",)),
+    Case(tp=2, cp=2, sp=True, vision="share"),
+    Case(tp=2, dp=2, do=True, overlap=True, vision="share"),
+]
+"""Towers whole on tensor parallel ranks and on later stages, part of the whole matrix."""
+
 SIZES = [(1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
 
 
@@ -109,7 +118,7 @@ def whole_matrix(
         for do in ([False, True] if dp > 1 else [False])
         for recompute in recomputes
         for freeze in freezes
-    ] + [replace(case, twin=twin) for case in CONTEXT]
+    ] + [replace(case, twin=twin) for case in (*CONTEXT, *DEALT)]
 
 
 def mapping_of(

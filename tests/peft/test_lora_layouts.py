@@ -80,12 +80,15 @@ PAIRWISE = [
     Case(pp=4, twin="last", updates=2),
     Case(cp=2, dp=2, do=True, twin="nf4", updates=2),
     Case(tp=2, cp=2, sp=True, recompute=True, twin="mixed", updates=2),
+    Case(tp=2, pp=2, vision="ahead", updates=2),
 ]
 OTHERS = [
     dict(tp=4, sp=True, recompute=True),
     dict(tp=2, dp=2, do=True, overlap=True),
     dict(tp=2, pp=2, vp=1, sp=True, recompute=True),
     dict(pp=2, dp=2, overlap=True, recompute=True),
+    dict(pp=2, cp=2, vp=1, vision="ahead", recompute=True),
+    dict(tp=2, dp=2, vision="share", do=True, overlap=True),
 ]
 WHOLE = [
     *whole_matrix(recomputes=(False, True)),

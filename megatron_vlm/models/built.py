@@ -19,7 +19,8 @@ from torch import nn
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.context.attention import check_heads
-from megatron_vlm.models.family_config import FamilyConfig, has_tower, image_work
+from megatron_vlm.layers.context.images import ImageParts
+from megatron_vlm.models.family_config import FamilyConfig, ImageConfig, ImageShape, has_tower, image_work
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.topology import Topology
@@ -103,12 +104,20 @@ def build_model(spec: FamilySpec, config: FamilyConfig, topology: Topology, opti
         chunk = spec.build(config, topology, options, vp_stage=stage if topology.vp > 1 else None)
         mark_sharding(chunk, mapping)
         freeze(chunk, options.freeze)
-        if has_tower(config):
-            chunk.image_work = partial(image_work, config)
+        if has_tower(config) and chunk.vision_model is not None:
+            chunk.image_work = partial(image_parts, config, chunk.vision_model)
         stages.append(chunk)
     return Model(
         spec=spec, config=config, options=options, topology=topology, mapping=mapping, saved=mapping, stages=stages
     )
+
+
+def image_parts(config: ImageConfig, tower: Any, image: ImageShape) -> ImageParts:
+    """How an image is dealt: in the parts that its tower names (``tower.parts``), or whole."""
+    features, work = image_work(config, image)
+    if hasattr(tower, "parts"):
+        return tower.parts(image, features, work)
+    return ImageParts(number=1, cut=lambda pixels: (pixels,), features=features, work=work)
 
 
 def mark_sharding(chunk: nn.Module, mapping: Mapping) -> None:

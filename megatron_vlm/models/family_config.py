@@ -39,11 +39,10 @@ class ImageConfig(FamilyConfig, Protocol):
         """What one image costs."""
 
 
-def image_work(config: ImageConfig, image: ImageShape) -> tuple[int, int, float]:
-    """Parts of an image that are encoded apart; features of each, and operations of tower and connector on it."""
+def image_work(config: ImageConfig, image: ImageShape) -> tuple[int, float]:
+    """Features of an image, and operations of tower and connector on it."""
     cost = config.image_cost(image)
-    work = tower_flops(config.vision, [cost]) + cost.connector
-    return cost.parts, cost.features // cost.parts, work / cost.parts
+    return cost.features, tower_flops(config.vision, [cost]) + cost.connector
 
 
 def has_tower(config: FamilyConfig) -> TypeGuard[ImageConfig]:

@@ -50,6 +50,7 @@ class VisionLanguageModel(MegatronModule):
         options: ModelOptions,
         *,
         encodes_ahead: bool = False,
+        shares_images: bool = False,
     ):
         super().__init__(config=language_model.config)
         self.vision_model = vision_model
@@ -67,7 +68,7 @@ class VisionLanguageModel(MegatronModule):
             offload=options.offload_activations,
             norms=[norm for layer in layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)],
         )
-        self.encodes_ahead = encodes_ahead
+        self.encodes_ahead, self.shares_images = encodes_ahead, shares_images
         self.trained: list[nn.Parameter] = []
         self.ahead: Any = None
         self.filler = Filler()
@@ -111,12 +112,17 @@ class VisionLanguageModel(MegatronModule):
     def image_features(self, pixels: Sequence[Tensor]) -> Tensor:
         """[F, H], features of all images [C, h, w] of a row in order (first stage)."""
         with alike_over_context_ranks():
-            return self.own_features(pixels)
+            return self._features(pixels, *self._vision_parts())
 
     def own_features(self, pixels: Sequence[Tensor]) -> Tensor:
-        """The same of images that no other rank encodes: it draws its own random numbers."""
+        """The same of parts of images (layers.context.images.ImageParts) that no other rank encodes: it draws its own numbers."""
         vision, connector = self._vision_parts()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(vision)):
+        return self._features(
+            pixels, getattr(vision, "encode_parts", vision), getattr(connector, "of_parts", connector)
+        )
+
+    def _features(self, pixels: Sequence[Tensor], vision: Any, connector: Any) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.vision_model)):
             patches, counts = vision(pixels)
         if self.recompute_connector and self.training and _trains(self):
             # Non-reentrant: a frozen tower gives an input without gradient, which a reentrant one would answer with zeros.
@@ -159,8 +165,9 @@ class VisionLanguageModel(MegatronModule):
     def _beside_filler(self, x: Tensor) -> Tensor:
         """``x`` as it is; tower and connector ran on filler, and autograd passes through them."""
         parts = self._vision_parts()
+        encode = self.own_features if self.shares_images else self.image_features
         with unchanged_generators():
-            features = self.image_features(filler_pixels(parts[0]))
+            features = encode(filler_pixels(parts[0]))
         return self.filler.beside(x, features, (p for part in parts for p in part.parameters()))
 
     def _needs_filler(self) -> bool:
@@ -204,6 +211,7 @@ def build_stage(
         connector(topology, options) if connector and encodes else None,
         options,
         encodes_ahead=topology.encodes_ahead,
+        shares_images=topology.shares_images,
     )
 
 
@@ -227,5 +235,5 @@ def _same_numbers() -> tuple[AbstractContextManager, AbstractContextManager]:
     return nullcontext(), again()
 
 
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+def _trains(module: nn.Module | None) -> bool:
+    return module is not None and any(parameter.requires_grad for parameter in module.parameters())

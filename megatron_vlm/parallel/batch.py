@@ -21,11 +21,11 @@ import torch.distributed as dist
 from megatron_vlm.data.row import Row, pack_pixels, unpack_pixels
 from megatron_vlm.errors import DataError, MegatronVLMError
 from megatron_vlm.layers.context.attention import Deal, all_to_all
-from megatron_vlm.layers.context.images import ImageShare, holders, share_images
+from megatron_vlm.layers.context.images import ImageParts, ImageShare, holders, share_images
 from megatron_vlm.parallel.topology import Topology
 
-ImageWork = Callable[[tuple[int, ...]], tuple[int, int, float]]
-"""Shape of an image -> (parts along its height that are encoded apart; features that each gives, operations that it takes)."""
+ImageWork = Callable[[tuple[int, ...]], ImageParts]
+"""Shape of an image -> how it is dealt."""
 
 
 def raise_together(error: BaseException | None, device: torch.device) -> None:
@@ -186,16 +186,22 @@ def deal_images(topology: Topology, rows: Sequence[Row], work: ImageWork) -> Dea
     counts: list[int] = []
     costs: list[float] = []
     holder: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
+    ordered = True
     for row in rows:
-        before = len(counts)
+        tokens = 0
         for image in row.pixels:
-            number, features, cost = work(tuple(image.shape))
-            images += image.chunk(number, 1)
-            counts += [features] * number
-            costs += [cost] * number
-        if sum(counts[before:]) != len(row.image_positions):
+            parts = work(tuple(image.shape))
+            features = parts.number * parts.features
+            order = torch.arange(features) if parts.tokens is None else parts.tokens
+            sources.append(order + sum(counts))
+            tokens, ordered = tokens + len(order), ordered and parts.tokens is None
+            images += parts.cut(image)
+            counts += [parts.features] * parts.number
+            costs += [parts.work] * parts.number
+        if tokens != len(row.image_positions):
             raise DataError(
-                f"a row of {len(row.pixels)} images gives {sum(counts[before:])} image features for "
+                f"a row of {len(row.pixels)} images gives {tokens} image features for "
                 f"{len(row.image_positions)} image tokens: the processor and the model disagree on the tokens of an image "
                 f"(samples {', '.join(row.keys[:20])})"
             )
@@ -210,6 +216,7 @@ def deal_images(topology: Topology, rows: Sequence[Row], work: ImageWork) -> Dea
         group=topology.image_group,
         device=topology.device,
         copies=topology.tp if "tp" in topology.image_axes else 1,
+        source=None if ordered else torch.cat(sources),
     )
     held = [int((ranks == topology.cp_rank).sum()) for ranks in holder]
     return DealtImages(images=images, costs=costs, held=held, share=share)

@@ -94,7 +94,7 @@ def finish(model: Model) -> None:
     if ahead is not None:
         gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in ahead.features]
         none = torch.empty(0, stage.config.hidden_size, dtype=stage.config.params_dtype, device=topology.device)
-        gradient = ahead.share.back.carry(torch.cat(gradients or [none]), ahead.share.group)
+        gradient = ahead.share.bring_back(torch.cat(gradients or [none]))
         wide = torch.float32 if ddp.ddp_config.grad_reduce_in_fp32 else None
         sums = [torch.zeros_like(p, dtype=wide) for p in stage.trained] if stage.holds_copies else []
         with _training(stage), ddp.no_sync():

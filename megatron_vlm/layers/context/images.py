@@ -9,7 +9,7 @@ parallel ranks: each of these gets its features, and all hold the same gradient 
 is summed on the way, and the gradients of tower and connector are sums over the ranks that encode, as data parallel ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,6 +28,24 @@ def assign(costs: Sequence[float], size: int) -> tuple[tuple[int, ...], ...]:
         loads[rank] += costs[image]
         found[rank].append(image)
     return tuple(tuple(sorted(images)) for images in found)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageParts:
+    """What of an image is dealt: parts that tower and connector take for images of their own.
+
+    Attributes:
+        number: parts.
+        cut: the image [C, h, w], on meta too -> its parts.
+        features, work: of each part.
+        tokens: int64, which of the parts' features, end to end, each image token takes; None: all in order.
+    """
+
+    number: int
+    cut: Callable[[Tensor], Sequence[Tensor]]
+    features: int
+    work: float
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +86,7 @@ class ImageShare:
         owners: images that each rank encodes.
         features: features of this rank's images, to be checked against what the connector gives.
         there, back: the way of features to their tokens, and of their gradients to who encoded them.
+        takes: int64, which of this rank's features each gradient that comes back is of; None: all in order.
         rank, group: of the ranks that encode.
     """
 
@@ -75,6 +94,7 @@ class ImageShare:
     features: int
     there: Route
     back: Route
+    takes: Tensor | None
     rank: int
     group: Any
 
@@ -96,6 +116,16 @@ class ImageShare:
             )
         return _Exchange.apply(features, self)
 
+    def bring_back(self, gradient: Tensor) -> Tensor:
+        """Gradients of this rank's image tokens [n, H] -> those of own features [f, H]. A collective."""
+        gradient = self.back.carry(gradient, self.group)
+        if self.takes is None:
+            return gradient
+        total = gradient.new_zeros(
+            self.features, *gradient.shape[1:], dtype=torch.promote_types(gradient.dtype, torch.float32)
+        )
+        return total.index_put_((self.takes,), gradient.to(total.dtype), accumulate=True).to(gradient.dtype)
+
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
@@ -105,7 +135,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.share.back.carry(grad, ctx.share.group), None
+        return ctx.share.bring_back(grad), None
 
 
 def holders(deal: Deal, image_positions: Tensor) -> Tensor:
@@ -127,35 +157,42 @@ def share_images(
     group: Any,
     device: torch.device,
     copies: int = 1,
+    source: Tensor | None = None,
 ) -> ImageShare:
     """Deals images over the ranks of a group.
 
     Args:
         counts: features of each image.
         costs: work of each image, in any unit.
-        holder: int64, the context parallel rank that holds the token of each feature.
+        holder: int64, the context parallel rank that holds each image token.
         size, rank, group: of the ranks that encode. Tokens of context parallel rank c lie on ranks c * copies and the next.
         device: of the features.
         copies: tensor parallel ranks, where these encode apart.
+        source: int64, which feature each image token takes; None: all in order.
     """
     owners = assign(costs, size)
     owner_of_image = torch.empty(len(counts), dtype=torch.int64)
     for number, images in enumerate(owners):
         owner_of_image[list(images)] = number
-    owner = owner_of_image.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    owner_of_feature = owner_of_image.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    own = owner_of_feature == rank
+    every = torch.arange(len(own)) if source is None else source
+    owner = owner_of_feature[every]
     mine = owner == rank
     held = holder == rank // copies  # by none of a later stage
-    wanted_by = holder[mine]  # of this rank's features, in order
-    sends = [(wanted_by == number // copies).nonzero()[:, 0] for number in range(size)]
+    wanted_by = holder[mine]  # of the tokens of this rank's features, in order
+    takes = (own.cumsum(0) - 1)[every[mine]]
+    sends = [takes[wanted_by == number // copies] for number in range(size)]
     # All copies of a token have the same gradient. That of the same place among its copies as the owner's returns it.
     come_from = owner[held]
     returns = [(come_from == number).nonzero()[:, 0] for number in range(size)]
     returns = [part if number % copies == rank % copies else part[:0] for number, part in enumerate(returns)]
     return ImageShare(
         owners=owners,
-        features=int(mine.sum()),
+        features=int(own.sum()),
         there=Route.of(sends, come_from, device),
         back=Route.of(returns, wanted_by * copies + rank % copies, device),
+        takes=None if source is None else takes.to(device),
         rank=rank,
         group=group,
     )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_vlm.errors import DataError
+from megatron_vlm.layers.context.images import ImageParts
 from megatron_vlm.layers.projector import Projector
 from megatron_vlm.layers.vision.clip import ClipVisionModel
 
@@ -35,17 +36,43 @@ class HdClipVisionModel(ClipVisionModel):
             DataError: an image that is not whole tiles.
         """
         size = self.side_of(pixels) * self.patch_size
-        tiles, grids = [], []
-        for image in pixels:
-            channels, height, width = image.shape
-            rows, columns = height // size, width // size
-            if (rows * size, columns * size) != (height, width) or not rows * columns:
-                raise DataError(f"an image of {width}x{height} pixels is not whole tiles of {size}x{size}")
-            view = F.interpolate(image[None].float(), size=(size, size), mode="bicubic", align_corners=False)
-            cut = image.view(channels, rows, size, columns, size).permute(1, 3, 0, 2, 4)
-            tiles += [view[0].to(image.dtype), *cut.reshape(rows * columns, channels, size, size)]
-            grids.append((rows, columns))
-        return super().forward(tiles)[0], grids
+        views = [view for image in pixels for view in cut_views(image, size)]
+        return super().forward(views)[0], [(image.shape[1] // size, image.shape[2] // size) for image in pixels]
+
+    def encode_parts(self, pixels: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """Encodes views [C, S, S] of any images: as of a tower of squares."""
+        return super().forward(pixels)
+
+    def parts(self, image: tuple[int, ...], features: int, work: float) -> ImageParts:
+        """Views are dealt one by one, each with a newline and a separator of its own: of an image of ``work``."""
+        size, half = self.side * self.patch_size, self.side // 2
+        rows, columns = image[1] // size, image[2] // size
+        width = half * half + 2
+        raster = (torch.arange(1 + rows * columns) * width)[:, None, None] + torch.arange(half * half).view(half, half)
+        ends = raster[:, :, -1:] + width - 2 - torch.arange(half)[:, None] * half - (half - 1)  # each view's newline
+        whole = raster[1:].view(rows, columns, half, half).transpose(1, 2).reshape(rows * half, columns * half)
+        last = ends[1:].view(rows, columns, half, 1)[:, -1].reshape(rows * half, 1)
+        view, separator = torch.cat([raster[0], ends[0]], 1).flatten(), torch.tensor([width - 1])
+        tokens = torch.cat([view, separator, torch.cat([whole, last], 1).flatten()])
+        number = 1 + rows * columns
+        return ImageParts(
+            number=number, cut=lambda pixels: cut_views(pixels, size), features=width, work=work / number, tokens=tokens
+        )
+
+
+def cut_views(image: Tensor, size: int) -> list[Tensor]:
+    """[C, rows * S, columns * S] -> its global view and its tiles row by row, [C, S, S] each.
+
+    Raises:
+        DataError: it is not whole tiles.
+    """
+    channels, height, width = image.shape
+    rows, columns = height // size, width // size
+    if (rows * size, columns * size) != (height, width) or not rows * columns:
+        raise DataError(f"an image of {width}x{height} pixels is not whole tiles of {size}x{size}")
+    view = F.interpolate(image[None].float(), size=(size, size), mode="bicubic", align_corners=False)
+    cut = image.view(channels, rows, size, columns, size).permute(1, 3, 0, 2, 4)
+    return [view[0].to(image.dtype), *cut.reshape(rows * columns, channels, size, size)]
 
 
 class HdConnector(nn.Module):
@@ -70,6 +97,15 @@ class HdConnector(nn.Module):
             patches = lay_out(patches, grids, self.newline[0, 0], self.separator[0])
         return self.projection(patches)
 
+    def of_parts(self, patches: Tensor, counts: Sequence[int]) -> Tensor:
+        """Patch states of views -> features [views * (n * n / 4 + 2), H], of each view those of its patches, of newline and of
+        separator; of squares as ``forward``."""
+        if not hasattr(self, "newline"):
+            return self.forward(patches, counts)
+        joined = _join(patches, len(counts)).flatten(1, 2)
+        ends = torch.cat([self.newline[0], self.separator], 1)
+        return self.projection(torch.cat([joined, ends.expand(len(joined), -1, -1)], 1).flatten(0, 1))
+
 
 def lay_out(patches: Tensor, grids: Sequence[tuple[int, int]], newline: Tensor, separator: Tensor) -> Tensor:
     """Orders the views of images as the decoder reads them: lines of the global view, a separator, lines of the whole.
@@ -84,10 +120,8 @@ def lay_out(patches: Tensor, grids: Sequence[tuple[int, int]], newline: Tensor, 
         [F, 4 Hv]; 2 x 2 neighbouring patches are one feature, upper left, upper right, lower left, lower right.
     """
     views = [1 + rows * columns for rows, columns in grids]
-    count = len(patches) // sum(views)
-    half = int(count**0.5) // 2
-    width = 4 * patches.shape[1]
-    joined = patches.view(-1, half, 2, half, 2, patches.shape[1]).transpose(2, 3).reshape(-1, half, half, width)
+    joined = _join(patches, sum(views))
+    half, width = joined.shape[2:]
     parts = []
     for (rows, columns), tiles in zip(grids, joined.split(views)):
         whole = (
@@ -95,6 +129,13 @@ def lay_out(patches: Tensor, grids: Sequence[tuple[int, int]], newline: Tensor, 
         )
         parts += [_lines(tiles[0], newline), separator, _lines(whole, newline)]
     return torch.cat(parts)
+
+
+def _join(patches: Tensor, views: int) -> Tensor:
+    """[views * n * n, Hv] -> [views, n / 2, n / 2, 4 Hv], blocks of 2 x 2 patches."""
+    half = int((len(patches) // views) ** 0.5) // 2
+    blocks = patches.view(views, half, 2, half, 2, patches.shape[1]).transpose(2, 3)
+    return blocks.reshape(views, half, half, 4 * patches.shape[1])
 
 
 def _lines(raster: Tensor, newline: Tensor) -> Tensor:

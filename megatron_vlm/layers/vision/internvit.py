@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_vlm.errors import DataError
+from megatron_vlm.layers.context.images import ImageParts
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.layers.norm import make_parameter
 from megatron_vlm.layers.vision.siglip import cumulative, patchify
@@ -87,6 +88,13 @@ class InternVisionModel(nn.Module):
         row = RowParams.of(cumulative([tokens] * tiles, x.device), tokens, tiles * tokens)
         x = self.encoder(x.flatten(0, 1)[:, None], attention_mask=None, packed_seq_params=row)
         return x[:, 0].unflatten(0, (tiles, tokens))[:, 1:].flatten(0, 1), [side * side] * tiles
+
+    def parts(self, image: tuple[int, ...], features: int, work: float) -> ImageParts:
+        """Tiles are dealt one by one: of an image of ``features`` and ``work``."""
+        tiles = image[1] // image[2]
+        return ImageParts(
+            number=tiles, cut=lambda pixels: pixels.chunk(tiles, 1), features=features // tiles, work=work / tiles
+        )
 
     def positions(self, side: int) -> Tensor:
         """Position table [1, 1 + side * side, Hv]; bicubic interpolation where ``side`` is not the learned one."""

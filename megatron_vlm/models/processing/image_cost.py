@@ -14,14 +14,12 @@ class ImageCost:
         segments: tokens of each stretch that the tower attends within; with their class token, where it has one.
         features: tokens of the row that hold its features.
         connector: operations of the connector's matrix products, two per multiply-add.
-        parts: equal parts along its height that tower and connector take for images of their own (InternVL: tiles).
     """
 
     patches: int
     segments: tuple[int, ...]
     features: int
     connector: float
-    parts: int = 1
 
 
 def projector_flops(features: int, width: int, hidden: int) -> float:

@@ -13,9 +13,7 @@ from tests.training.checkpoint.ranks import VOCAB_MULTIPLE, leg, merge, same_bit
 CONTINUED = 1e-5  # fp32; measured 4e-7. bf16: as far as transformers in bf16 is from fp32 on this processor (``calm``)
 
 
-def at(
-    tp=1, pp=1, dp=1, *, cp=1, vision="auto", vp=None, layers=None, do=False, overlap=False, sp=False, **options
-):
+def at(tp=1, pp=1, dp=1, *, cp=1, vision="auto", vp=None, layers=None, do=False, overlap=False, sp=False, **options):
     parallel = dict(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -55,7 +53,10 @@ CHAINS = {
             at(do=True),
         ],
     ),
-    "ahead_bf16": ("calm", [at(1, 2, 2, vision="ahead", **SHARDED, **BF16), at(2, 2, vision="ahead", **BF16), at(**BF16)]),
+    "ahead_bf16": (
+        "calm",
+        [at(1, 2, 2, vision="ahead", **SHARDED, **BF16), at(2, 2, vision="ahead", **BF16), at(**BF16)],
+    ),
     "uneven": ("tied", [at(1, 2), at(1, 2, layers=(0, 4)), at(1, 3), at(1, 2, layers=(0, 1, 1, 2), do=True), at()]),
     "frozen_stage": (
         "mistral",

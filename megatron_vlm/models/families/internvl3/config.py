@@ -53,7 +53,6 @@ class InternVL3ModelConfig(Config):
             segments=(side**2 + 1,) * tiles,
             features=features,
             connector=projector_flops(features, width, self.text.hidden_size),
-            parts=tiles,
         )
 
     @classmethod

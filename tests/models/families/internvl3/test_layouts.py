@@ -37,7 +37,9 @@ def checks(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("case", [*PAIRWISE_SMALL, Case(tp=2, twin="odd_heads")], ids=str)
+@pytest.mark.parametrize(
+    "case", [*PAIRWISE_SMALL, Case(tp=2, twin="odd_heads"), Case(tp=2, cp=2, vision="share", updates=2)], ids=str
+)
 def test_layout_equals_one_process(checks, case):
     checks(case.twin).check(case)
 

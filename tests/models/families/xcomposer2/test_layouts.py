@@ -6,7 +6,7 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, LayoutCheck, whole_matrix
+from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, Case, LayoutCheck, whole_matrix
 from megatron_vlm.testing.parity import layout_run, merge_gradients
 from megatron_vlm.testing.twins.xcomposer2 import make_samples, write_tiny_xcomposer2
 
@@ -44,7 +44,7 @@ def checks(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("case", PAIRWISE_SMALL, ids=str)
+@pytest.mark.parametrize("case", [*PAIRWISE_SMALL, Case(pp=2, cp=2, vision="ahead", updates=2)], ids=str)
 def test_layout_equals_one_process(checks, case):
     checks(case.twin).check(case)
 

@@ -28,6 +28,7 @@ INSTALL = [
     "rich==15.0.0",
     "prompt_toolkit==3.0.53",
     "fsspec==2026.9.0",
+    "rapidfuzz==3.14.6",
 ]
 
 EXTRAS = {

@@ -1,7 +1,8 @@
-"""`megatron-vlm generate`: arguments -> GenerateConfig -> answers."""
+"""`megatron-vlm generate`: arguments -> GenerateConfig -> answers; and the arguments that it shares with `evaluate`."""
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_vlm.cli.arguments import add_path, add_verify_hashes
 from megatron_vlm.config import apply_overrides
@@ -12,21 +13,16 @@ USAGE = """Answers of a model: to --prompt (with --image) on standard output, or
 Runs alone on one process, or under torchrun with --tp and --pp; further ranks share the records."""
 
 
-def run(argv: Sequence[str]) -> int:
-    """Answers and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="megatron-vlm generate", description=USAGE)
+def add_asking(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``asking`` reads."""
     add = parser.add_argument
     add_path(parser, "--load", "Hugging Face model, Megatron weights, a checkpoint or an adapter", required=True)
     add_path(parser, "--base", "the base of an adapter (default: where its files say)")
     add_verify_hashes(parser)
     add("--family", help="checked against what --load holds")
-    add("--prompt", metavar="TEXT", help="a question; <image> marks an image's place, else images come first")
-    add_path(parser, "--image", "images of --prompt, in order", nargs="+", default=[], metavar="FILE")
-    add("--system", metavar="TEXT", help="a system turn before --prompt")
     add_path(parser, "--input", "records with the last answer to be given again", nargs="+", default=[], metavar="FILE")
     add("--format", default="llava", help="format of --input, as of data build (default: llava)")
     add_path(parser, "--image-root", "folder that relative image paths of --input start from", default=".")
-    add_path(parser, "--out", "where JSON lines go (default: standard output)", metavar="FILE")
     add("--limit", type=int, metavar="N", help="answer the first N records of each input")
     add("--max-new-tokens", type=int, default=128, metavar="N")
     add("--temperature", type=float, default=0.0, metavar="X", help="0 (default): the likeliest token each time")
@@ -38,6 +34,29 @@ def run(argv: Sequence[str]) -> int:
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="dtype of the weights (default: fp32)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     add("data", nargs="*", metavar="data.key=value", help="how images are treated, as in the training config")
+
+
+def asking(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what AskConfig is made of."""
+    names = ("load", "base", "verify_hashes", "family", "input", "format", "image_root", "limit", "precision", "device")
+    sampling = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")
+    return {
+        **{name: getattr(args, name) for name in names},
+        "sampling": {name: getattr(args, name) for name in sampling},
+        "parallel": {"tensor_model_parallel_size": args.tp, "pipeline_model_parallel_size": args.pp},
+        "data": apply_overrides({}, args.data).get("data", {}),
+    }
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answers and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="megatron-vlm generate", description=USAGE)
+    add = parser.add_argument
+    add("--prompt", metavar="TEXT", help="a question; <image> marks an image's place, else images come first")
+    add_path(parser, "--image", "images of --prompt, in order", nargs="+", default=[], metavar="FILE")
+    add("--system", metavar="TEXT", help="a system turn before --prompt")
+    add_path(parser, "--out", "where JSON lines go (default: standard output)", metavar="FILE")
+    add_asking(parser)
     args = parser.parse_args(argv)
     if args.prompt is None and (args.image or args.system is not None):
         given = "--image" if args.image else "--system"
@@ -46,22 +65,6 @@ def run(argv: Sequence[str]) -> int:
     setup_logging()
     from megatron_vlm.training.answering.generate import GenerateConfig, run_generate  # megatron-core
 
-    prompt = {"text": args.prompt, "images": args.image, "system": args.system}
-    values = {
-        name: getattr(args, name)
-        for name in ("load", "base", "verify_hashes", "family", "format", "image_root", "out", "limit", "precision")
-    }
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")}
-    config = GenerateConfig.from_dict(
-        values
-        | {
-            "prompt": prompt if args.prompt is not None else None,
-            "input": args.input,
-            "device": args.device,
-            "sampling": sampling,
-            "parallel": {"tensor_model_parallel_size": args.tp, "pipeline_model_parallel_size": args.pp},
-            "data": apply_overrides({}, args.data).get("data", {}),
-        }
-    )
-    run_generate(config)
+    prompt = {"text": args.prompt, "images": args.image, "system": args.system} if args.prompt is not None else None
+    run_generate(GenerateConfig.from_dict({**asking(args), "prompt": prompt, "out": args.out}))
     return 0

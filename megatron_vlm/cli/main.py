@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("megatron_vlm.cli.train", "train, evaluate (--skip-train) or describe (--dry-run) a model"),
     "data": ("megatron_vlm.cli.data", "build, check and preview training data"),
     "generate": ("megatron_vlm.cli.generate", "answer prompts with a checkpoint of any kind"),
+    "evaluate": ("megatron_vlm.cli.evaluate", "answer held-out records and score the answers"),
     "chat": ("megatron_vlm.cli.chat", "talk to a model in the terminal, with pictures, beside another one"),
     "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf, merge, pth2hf and verify"),
     "report": ("megatron_vlm.cli.report", "one page about a run, or several: curves, data, answers, config, starts"),

@@ -26,6 +26,7 @@ LEVELS = {
     "progress": 0,
     "data": 1,
     "layers": 1,
+    "scoring": 1,
     "weights": 1,
     "parallel": 2,
     "models": 3,
@@ -53,6 +54,7 @@ APART = {
 NO_MEGATRON = (
     "data",
     "weights",
+    "scoring",
     "errors",
     "log",
     "config",

@@ -3,6 +3,8 @@
     python benchmarks/long_rows.py                 balance and bytes, of shapes of published decoders (no model is built)
     python benchmarks/long_rows.py --run           a small Idefics2 on this machine: CPU seconds of cp 1 and of each rank of cp 2
     python benchmarks/long_rows.py --run --tokens 512    the same, shorter
+    python benchmarks/long_rows.py --data          CPU seconds of build, count, plan and encode at 256k tokens a row: a document
+                                                   of 230k tokens, one of 200 exchanges, one of 512 images, and short ones
 
 Balance is the largest over the mean of the ranks: pairs of query and key that attention works on, and FLOPs of a decoder layer.
 Bytes are those of keys and values (gather) or of queries, keys, values and outputs (heads) that a rank and layer receives in
@@ -10,16 +12,21 @@ the forward pass, in bf16.
 """
 
 import argparse
+import json
 import random
+import resource
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from megatron_vlm.layers.context.attention import Deal, attention_work, check_heads
 
+Made = TypeVar("Made")
 DECODERS = {"Mistral 7B": (4096, 14336, 32, 8, 128), "Qwen2.5 7B": (3584, 18944, 28, 4, 128)}
 """Hidden size, ffn size, heads, key/value heads, dimension of a head."""
 
@@ -124,12 +131,91 @@ def run(tokens: int) -> None:
     )
 
 
+def data(scale: float) -> None:
+    """Prints what the data path costs on one process, of files in the page cache; ``scale`` shortens the samples."""
+    import numpy as np
+    from PIL import Image
+
+    from megatron_vlm import registry
+    from megatron_vlm.data.config import DataConfig
+    from megatron_vlm.data.formats import open_sources
+    from megatron_vlm.data.shards.build import build_shards
+    from megatron_vlm.data.stream.loader import RowLoader
+    from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+
+    draw, words = random.Random(0), ["zero", "one", "two", "three", "what", "is", "it", "a", "picture", "of", "number"]
+
+    def text(count: int) -> str:
+        return " ".join(draw.choices(words, k=max(1, count)))
+
+    def record(name: str, turns: list[str], images: int = 0) -> dict[str, Any]:
+        said = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+        return {
+            "id": name,
+            "conversations": said,
+            **({"image": [f"{i % 64}.jpg" for i in range(images)]} if images else {}),
+        }
+
+    with tempfile.TemporaryDirectory() as directory:
+        root, many = Path(directory), int(512 * scale)
+        noise = np.random.default_rng(0)
+        for i in range(64):
+            Image.fromarray(noise.integers(0, 255, (980, 720, 3), dtype=np.uint8)).save(root / f"{i}.jpg", quality=90)
+        marks = "".join("<image>\n" + text(30) for _ in range(many))
+        records = [
+            record("document", [text(int(135_000 * scale)), text(20)]),
+            record("dialogue", [text(int(300 * scale)) for _ in range(400)]),
+            record("album", [marks, text(50)], many),
+            *(
+                record(f"{i}", ["<image>\n" + text(100), text(draw.randint(20, 1500))], 1)
+                for i in range(int(400 * scale))
+            ),
+        ]
+        (root / "records.json").write_text(json.dumps(records))
+        write_tiny_idefics2(root / "twin", text="llama")
+        length = int(262_144 * scale)
+        config = DataConfig(train=(str(root / "shards"),), seq_length=length, packing=True, num_workers=0)
+        processor = registry.get("idefics2").open_processor(root / "twin", config)
+        print(f"| at {length:,} tokens a row | CPU seconds | most memory so far, MiB |\n| --- | --- | --- |")
+        sources = open_sources("llava", [root / "records.json"], root=str(root))
+        took("build", lambda: build_shards(sources, root / "shards"))
+        cut = config.replace(seq_length=int(100_000 * scale), on_too_long="truncate")
+        short = registry.get("idefics2").open_processor(root / "twin", cut)
+        sizes = dict(seed=1, global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1)
+        took("count, cut to 100k", lambda: RowLoader(cut, short, paths=cut.train, **sizes).close())  # type: ignore[arg-type]
+        loader = took("count", lambda: RowLoader(config, processor, paths=config.train, **sizes))  # type: ignore[arg-type]
+        rows = round(loader.steps_per_epoch())
+        found = took(f"plan, read and encode, {rows} rows", lambda: [loader.next_step().rows[0] for _ in range(rows)])
+        loader.close()
+        full = sum(row.num_tokens for row in found) / (rows * length)
+    images = sum(len(row.pixels) for row in found)
+    print(
+        f"\n{rows} rows, {full:.1%} full, {images} images; the longest sample {max(max(row.segments) for row in found):,} tokens"
+    )
+
+
+def took(what: str, work: Callable[[], Made]) -> Made:
+    """Prints a line of the table."""
+    began = time.process_time()
+    made = work()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"| {what} | {time.process_time() - began:.2f} | {most:.0f} |", flush=True)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="a small model on this machine's processors")
+    parser.add_argument("--data", action="store_true", help="what the data path costs at 256k tokens a row")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the samples of --data")
     parser.add_argument("--tokens", type=int, default=8192, help="of the row that runs")
     arguments = parser.parse_args()
-    run(arguments.tokens) if arguments.run else balance()
+    if arguments.data:
+        data(arguments.scale)
+    elif arguments.run:
+        run(arguments.tokens)
+    else:
+        balance()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +110,30 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
         return upright_rgb(image)
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise _unreadable(f"{name} cannot be decoded: {error}") from error
+
+
+class StoredImages(Sequence[Image.Image]):
+    """The images of a sample, each decoded when it is asked for: those of a long one fill no memory all at once.
+
+    Args:
+        files, names: encoded, and what each is called.
+        sizes: [(width, height)] of each upright, as its index says.
+
+    Indexing raises DataError as ``decode_image``, or where an image has another size.
+    """
+
+    def __init__(self, files: Sequence[bytes], names: Sequence[str], sizes: Sequence[tuple[int, int]]):
+        self.files, self.names, self.sizes = files, names, sizes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: Any) -> Any:
+        name = f"image {self.names[number]}"
+        image = decode_image(self.files[number], name)
+        if image.size != tuple(self.sizes[number]):
+            raise _unreadable(f"{name} is {image.size}, its index says {self.sizes[number]}: build the folder again")
+        return image
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

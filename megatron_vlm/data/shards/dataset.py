@@ -149,6 +149,11 @@ class Dataset:
         table = self._images(shard)
         return np.stack([table["width"], table["height"]], axis=1)
 
+    def sizes_of(self, shard: int, row: int) -> list[tuple[int, int]]:
+        """Returns width and height of the images of the sample in a row of a shard."""
+        first, number = (int(self.index(shard)[row][name]) for name in ("first_image", "num_images"))
+        return self._images(shard)[["width", "height"]][first : first + number].tolist()
+
     def read(self, sample_id: int) -> RawSample:
         """Reads one sample.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images.pictures import decode_image
+from megatron_vlm.data.images.pictures import StoredImages
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.data.stream.counts import digest_of
@@ -83,7 +83,7 @@ class RowReader:
         sample = self._dataset.read(sample_id)
         seed = int(digest_of(f"{self._seed}/{epoch}/{sample_id}")[:15], 16)
         try:
-            images = [decode_image(data, f"image {n}") for data, n in zip(sample.images, sample.image_names)]
+            images = StoredImages(sample.images, sample.image_names, self._dataset.sizes_of(shard, row))
             encoded = self._processor.encode(sample.key, sample.turns, images, seed, sample.options)
             if len(encoded.input_ids) != tokens:
                 raise DataError(

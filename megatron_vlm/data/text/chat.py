@@ -9,6 +9,7 @@ that join the ids of separately tokenised pieces get the ids of those.
 
 import dataclasses
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -218,11 +219,15 @@ def fit(
     if not truncate:
         return None
     ends = [i + 1 for i, turn in enumerate(turns) if turn.role == "assistant"] or [len(turns)]
-    for end in reversed(ends):
-        if end < len(turns):
-            tokens = encode(turns[:end])
-        if len(tokens.ids) <= limit:
-            return dataclasses.replace(tokens, truncated=True)
+    encoded = {len(turns): tokens}
+
+    def too_long(end: int) -> bool:
+        encoded[end] = encoded.get(end) or encode(turns[:end])
+        return len(encoded[end].ids) > limit
+
+    if whole := bisect_left(ends, True, key=too_long):  # exchanges that fit; a long conversation has hundreds
+        return dataclasses.replace(encoded[ends[whole - 1]], truncated=True)
+    tokens = encoded[ends[0]]
     if limit <= tokens.answer_start or np.isin(tokens.ids[limit:], np.array(keep, dtype=np.int64)).any():
         return None
     return dataclasses.replace(tokens, ids=tokens.ids[:limit], supervised=tokens.supervised[:limit], truncated=True)

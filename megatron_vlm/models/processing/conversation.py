@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images.pictures import upright_rgb
+from megatron_vlm.data.images.pictures import StoredImages, upright_rgb
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards.writer import num_placeholders
@@ -119,8 +119,9 @@ class ConversationProcessor:
         options: Mapping[str, Any] = NO_OPTIONS,
     ) -> EncodedSample:
         """See data.types.Processor. ``seed`` keys the augmentation that the option ``data_augment`` asks for."""
-        images = [upright_rgb(image) for image in images]
-        count, tokens, plans = self._count(turns, [image.size for image in images], options)
+        images = images if isinstance(images, StoredImages) else [upright_rgb(image) for image in images]
+        sizes = images.sizes if isinstance(images, StoredImages) else [image.size for image in images]
+        count, tokens, plans = self._count(turns, sizes, options)
         if tokens is None or count.reason:
             limits = f"{count.tokens} tokens, seq_length {self.seq_length}, {len(images)} images"
             raise DataError(f"cannot be trained on: {count.reason} ({limits})", reason=count.reason, key=key)

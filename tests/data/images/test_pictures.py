@@ -2,6 +2,7 @@
 
 import io
 import struct
+import weakref
 import zlib
 
 import numpy as np
@@ -9,7 +10,17 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from megatron_vlm.data.images.pictures import decode_image, normalise_table, open_image, pad_to_square, probe_image
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.images import pictures
+from megatron_vlm.data.images.pictures import (
+    StoredImages,
+    decode_image,
+    normalise_table,
+    open_image,
+    pad_to_square,
+    probe_image,
+)
+from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import DataError, Reason
 
 CHINA = Image.fromarray(load_sample_image("china.jpg"))
@@ -120,3 +131,23 @@ def test_what_is_no_picture_is_called_by_its_name(monkeypatch):
         open_image(heic)
     with pytest.raises(DataError, match="not a readable PNG or JPEG image"):
         open_image(b"what")
+
+
+def test_images_of_a_sample_are_decoded_one_at_a_time(make_processor, monkeypatch):
+    """A sample of a thousand frames would fill the memory of a worker."""
+    seen: list[weakref.ref] = []
+
+    def decoded(data, name):
+        assert sum(image() is not None for image in seen) < 2, "images are held while the next is decoded"
+        image = decode_image(data, name)
+        seen.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(pictures, "decode_image", decoded)
+    file = encoded(CHINA.resize((20, 10)), "PNG")
+    processor = make_processor(DataConfig(seq_length=100))
+    turns = [Turn(role="user", text="<image>" * 5), Turn(role="assistant", text="ok")]
+    sample = processor.encode("a", turns, StoredImages([file] * 5, list("abcde"), [(20, 10)] * 5))
+    assert len(sample.pixels) == len(seen) == 5
+    with pytest.raises(DataError, match=r"image b is \(20, 10\), its index says \(9, 9\): build the folder again"):
+        StoredImages([file] * 2, list("ab"), [(20, 10), (9, 9)])[1]

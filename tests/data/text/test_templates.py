@@ -1,8 +1,10 @@
 """Prompt templates: pieces worked out by hand, and the chat template of transformers that writes the same text."""
 
+import numpy as np
 import pytest
 
 from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.text.chat import Tokens, fit
 from megatron_vlm.data.text.templates import TEMPLATES
 
 SYSTEM, USER, ANSWER = "Be {brief}.", "Hi {}\n", "ok"
@@ -54,3 +56,19 @@ def test_chat_template_writes_the_same(name):
     image = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     rendered, _ = render_jinja_template(conversations=[image], chat_template=template)
     assert rendered[0] == TEMPLATES[name].user.replace("{}", "<image>\nWhat?")
+
+
+@pytest.mark.parametrize("limit", [3, 7, 8, 500, 1999, 2000, 2400, 3999])
+def test_a_long_dialogue_is_cut_in_few_tries(limit):
+    """Exchanges of 8 tokens: as many as fit, found without encoding the dialogue once for each of its 500."""
+    turns, asked = [Turn(role=role, text="words") for _ in range(500) for role in ("user", "assistant")], []
+
+    def encode(some):
+        asked.append(len(some))
+        return Tokens(
+            ids=np.arange(4 * len(some)), supervised=np.ones(4 * len(some), bool), answer_start=2, num_turns=len(some)
+        )
+
+    found = fit(encode, turns, limit, truncate=True, keep=[])
+    assert found.truncated and len(found.ids) == (limit // 8 * 8 or limit) and found.num_turns == max(2, limit // 8 * 2)
+    assert len(asked) <= 11

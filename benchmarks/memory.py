@@ -72,7 +72,7 @@ def cases(small: bool, only: str) -> list[Case]:
             replace(two, name="tp 2, sequence parallel", parallel=tp | dict(sequence_parallel=True), alone=True),
             replace(two, name="pp 2", parallel=pp),
             replace(two, name="pp 2, virtual stages", parallel=pp | dict(num_layers_per_virtual_pipeline_stage=1)),
-            replace(two, name="dp 2, distributed optimizer", parallel=dict(use_distributed_optimizer=True)),
+            replace(two, name="dp 2, distributed optimizer", parallel=dict(data_parallel_sharding="optimizer")),
         ]
     return [case for case in found if only in f"{case.family} {case.name}"]
 

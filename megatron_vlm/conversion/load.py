@@ -12,6 +12,7 @@ from torch import nn
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.built import Model, build_model, weight_name
 from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.parallel.shards import put
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.peft.qlora import fill, take_weights
 from megatron_vlm.sources.quantised import agree
@@ -79,4 +80,4 @@ def load_into(source: WeightSource, model: Model) -> None:
         for name, parameters in jobs.items():
             shard = source.read_shard(name, splits[name], tp, tp_rank)
             for parameter in parameters:
-                parameter.copy_(shard)
+                put(parameter, shard)

@@ -16,6 +16,7 @@ from megatron_vlm.launch.checks import GIB
 from megatron_vlm.launch.devices import Devices
 from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.grid import SETTINGS, Grid
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.sources.source import WeightSource
@@ -31,7 +32,7 @@ _MAX_TP = 8  # GPUs that share fast links
 _SHOWN = 4  # reasons
 
 
-_KEPT = ("recompute_granularity", "use_distributed_optimizer")
+_KEPT = ("recompute_granularity", "data_parallel_sharding")
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 
@@ -93,7 +94,7 @@ class Layout:
             num_layers_per_virtual_pipeline_stage=None,
             sequence_parallel=self.sequence_parallel,
             recompute_granularity="full" if self.recompute else None,
-            use_distributed_optimizer=self.distributed_optimizer,
+            data_parallel_sharding="optimizer" if self.distributed_optimizer else "none",
         )
         training = replace(config.training, micro_batch_size=self.micro_batch_size)
         return replace(config, parallel=parallel, training=training)
@@ -283,7 +284,8 @@ def lay_out(
         micro_batch_sizes=() if fixed_micro or config.data.packing else _MICRO_BATCHES,
     )
     chosen = layout.apply(config_for(layout.dp))
-    asked = {name: parallel[name] for name in _KEPT if parallel.get(name)}  # it costs no memory to do as told
+    default = ParallelConfig()  # what is asked for costs no memory
+    asked = {name: value for name in _KEPT if (value := getattr(config.parallel, name)) != getattr(default, name)}
     if any(getattr(chosen.parallel, name) != value for name, value in asked.items()):
         chosen = chosen.replace(parallel=chosen.parallel.replace(**asked))
         return chosen, _estimate(chosen, source.spec, source.config, world, devices.kind), layout.reason
@@ -294,6 +296,6 @@ def as_flags(config: RunConfig, reason: str) -> str:
     """The layout of a run as a command line says it, and why it was taken."""
     sizes = [getattr(config.parallel, SETTINGS[axis]) for axis in ("tp", "pp")]
     words = ["--tensor-model-parallel-size {} --pipeline-model-parallel-size {}".format(*sizes)]
-    words += ["--use-distributed-optimizer"] if config.parallel.use_distributed_optimizer else []
+    words += ["--use-distributed-optimizer"] if config.parallel.data_parallel_sharding == "optimizer" else []
     words += ["--recompute-granularity full"] if config.parallel.recompute_granularity else []
     return f"{' '.join(words)} ({reason})"

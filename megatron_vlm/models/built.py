@@ -71,6 +71,11 @@ class Model:
         for stage in self.stages:
             yield from global_named_parameters(stage)
 
+    @property
+    def lockstep(self) -> bool:
+        """All ranks must run the same passes: each needs the weights that others hold."""
+        return any(unwrapped(stage).lockstep for stage in self.stages)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Runs a block in evaluation mode; each stage's own mode comes back after it."""

@@ -70,19 +70,21 @@ class Filler:
         self.passing = False
         self._guarded: set[nn.Parameter] = set()
 
-    def beside(self, x: Tensor, features: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def beside(self, x: Tensor, features: Tensor) -> Tensor:
         """Returns ``x`` [T, 1, H] as it is, its gradient going on to ``features`` [F, H] as zeros.
 
         Args:
             x: embeddings of a row without images.
-            features: of filler.
-            parameters: all that had a part in ``features``.
+            features: of filler, made by parameters that are guarded.
         """
+        return _Beside.apply(x, features, self)
+
+    def guard(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Has each receive zeros while filler's gradient passes: all that have a part in features of filler."""
         for parameter in parameters:
             if parameter.requires_grad and parameter not in self._guarded:
                 self._guarded.add(parameter)
                 parameter.register_hook(self._zeros)
-        return _Beside.apply(x, features, self)
 
     def real(self, features: Tensor) -> Tensor:
         """Returns features of images as they are; their gradient is none of filler's."""

@@ -119,7 +119,7 @@ def stream(
         for number in range(sampling.max_new_tokens):
             params = cache.row(counts, row.num_filler, topology.device)
             logits = _forward(stages, row, params, topology)
-            tokens = _choose(logits, sampling, [generators[i] for i in active], topology)
+            tokens = _choose(logits, sampling, [generators[i] for i in active], model)
             yield {prompt: None if token in stop_ids else token for prompt, token in zip(active, tokens)}
             going = [place for place, token in enumerate(tokens) if token not in stop_ids]
             active = [active[place] for place in going]
@@ -166,15 +166,17 @@ def _forward(stages: Sequence[Any], row: Row, params: RowParams, topology: Topol
 
 
 def _choose(
-    logits: Tensor | None, sampling: SamplingConfig, generators: Sequence[torch.Generator], topology: Topology
+    logits: Tensor | None, sampling: SamplingConfig, generators: Sequence[torch.Generator], model: Model
 ) -> list[int]:
-    """The next token of each answer, on every rank of the replica."""
+    """The next token of each answer, on every rank of the replica, or in lockstep of the job."""
+    topology = model.topology
+    source, group = (0, None) if model.lockstep else (topology.last_stage_source, topology.replica_group)
     tokens = torch.zeros(len(generators), dtype=torch.int64, device=topology.device)
-    if topology.rank == topology.last_stage_source:
+    if topology.rank == source:
         assert logits is not None
         tokens = logits.argmax(-1) if not sampling.temperature else _draw(logits, sampling, generators)
-    if topology.replica_size > 1:
-        dist.broadcast(tokens, topology.last_stage_source, group=topology.replica_group)
+    if topology.replica_size > 1 or group is None:
+        dist.broadcast(tokens, source, group=group)
     return tokens.tolist()
 
 

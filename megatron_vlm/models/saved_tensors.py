@@ -8,7 +8,7 @@ saved last is wanted first: it waits on the device. Source of the hooks: torch.a
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -129,6 +129,11 @@ class SavedTensors:
         finally:
             self._active = False
             self._known.clear()
+
+    def keep(self, parameters: Iterable[Tensor]) -> None:
+        """Leaves more parameters of the pass in work where they are."""
+        if self._active:
+            self._own |= {x.untyped_storage()._cdata for x in parameters}
 
     def _made(self, norm: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if self._active and torch.is_grad_enabled():

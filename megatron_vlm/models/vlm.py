@@ -40,7 +40,10 @@ class VisionLanguageModel(MegatronModule):
     Attributes:
         trained: what trains of tower and connector, copies on later stages included (``optimizer.build.wrap_model``).
         ahead: images of the step in work that were encoded before it (training.ahead.Ahead).
+        lockstep: parameters are cut over ranks (training/optimizer/sharded.py): every row must gather the same ones.
     """
+
+    lockstep = False
 
     def __init__(
         self,
@@ -168,13 +171,15 @@ class VisionLanguageModel(MegatronModule):
         encode = self.own_features if self.shares_images else self.image_features
         with unchanged_generators():
             features = encode(filler_pixels(parts[0]))
-        return self.filler.beside(x, features, (p for part in parts for p in part.parameters()))
+        self.filler.guard(p for part in parts for p in part.parameters())
+        return self.filler.beside(x, features)
 
     def _needs_filler(self) -> bool:
-        """Tower or connector trains inside the schedule: decided by what is equal on every rank, never by the row."""
-        parts = (self.vision_model, self.connector)
+        """Tower or connector trains inside the schedule, or is cut over ranks: decided by what is equal on every rank, never by
+        the row."""
+        parts = [part for part in (self.vision_model, self.connector) if part is not None]
         here = torch.is_grad_enabled() and not self.encodes_ahead
-        return here and any(part is not None and _trains(part) for part in parts)
+        return bool(parts) and (self.lockstep or (here and any(map(_trains, parts))))
 
     def _vision_parts(self) -> tuple[nn.Module, nn.Module]:
         if self.vision_model is None or self.connector is None:

@@ -153,7 +153,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "skip-train": ("training.skip_train", True),
     "dry-run": ("training.dry_run", True),
     "sequence-parallel": ("parallel.sequence_parallel", True),
-    "use-distributed-optimizer": ("parallel.use_distributed_optimizer", True),
+    "use-distributed-optimizer": ("parallel.data_parallel_sharding", "optimizer"),
     **dict.fromkeys(("offload-activations", "cpu-offloading"), ("parallel.offload_activations", True)),
     "overlap-grad-reduce": ("parallel.overlap_grad_reduce", True),
     "accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", True),

@@ -84,7 +84,7 @@ class DeepSpeedFile:
             self.offload.append("optimizer state")
         self._refuse_changes(zero)
         if stage:
-            self.set("parallel.use_distributed_optimizer", True, f"zero_optimization.stage {self.stage}")
+            self.set("parallel.data_parallel_sharding", "optimizer", f"zero_optimization.stage {self.stage}")
         if stage and zero.get("overlap_comm") is True:
             self.settings.setdefault("parallel.overlap_grad_reduce", True)
         self.without += [f"zero_optimization.{key}" for key in sorted(zero.keys() - _ZERO_READ)]

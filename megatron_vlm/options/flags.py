@@ -148,9 +148,10 @@ def _flag_value(flag: str, name: str, values: list[str]) -> tuple[str, Any]:
 def _switch(flag: str, values: list[str], table: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
     key, value = table[flag]
     said = " ".join(values).lower()
-    if said and (said not in ("true", "false") or not isinstance(value, bool)):
+    off = "none" if value == "optimizer" else (not value if isinstance(value, bool) else None)
+    if said and (said not in ("true", "false") or off is None):
         raise ConfigError(f"--{flag} stands alone or says True or False, got {' '.join(values)!r}")
-    return key, not value if said == "false" else value
+    return key, off if said == "false" else value
 
 
 def flags_help(command: Command = "train") -> str:

@@ -121,7 +121,7 @@ def _fsdp(flags: FlagValues, words: list[str], notes: list[str]) -> Sharding:
     elif "no_shard" in asked:
         stage = 0
         notes = [*notes, f"{source}: plain data parallel replicas, which is what runs here without any option"]
-    settings = {"parallel.use_distributed_optimizer": True} if stage == 2 else {}
+    settings = {"parallel.data_parallel_sharding": "optimizer"} if stage == 2 else {}
     if stage == 2:
         notes = [*notes, f"{source} becomes the distributed optimizer"]
     return Sharding(stage=stage, offload=offload, source=source, settings=settings, notes=tuple(notes))

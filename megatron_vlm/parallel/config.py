@@ -4,8 +4,9 @@ section ``parallel`` --grid--> Grid of the ranks; --stage_layers--> decoder laye
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
@@ -14,6 +15,7 @@ from megatron_vlm.parallel.grid import REPLICA, SETTINGS, Axis, Grid
 from megatron_vlm.parallel.heartbeat import TIMEOUT
 from megatron_vlm.parallel.place import START_TIMEOUT
 from megatron_vlm.weights.stages import spread
+from megatron_vlm.yaml_values import as_bool
 
 Recomputed = Literal["core_attention", "mlp", "norm", "connector", "tower"]
 """What ``recompute_granularity: selective`` can recompute: parts of a decoder layer, the connector, the tower's layers."""
@@ -56,7 +58,9 @@ class ParallelConfig(Config):
         vision_parallel: who runs the tower: ``tensor``, all ranks of the first stage for all images, split over tensor parallel
             ranks; ``share``, each of these ranks for some images of a row, the tower whole; ``ahead``, all ranks of the replica,
             later stages too, each for some images of a step, before its rows run; ``auto``, dealt over cp ranks, split over tp.
-        use_distributed_optimizer: shard optimizer state over data parallel ranks.
+        data_parallel_sharding: what data parallel (and context parallel) ranks share among them in place of holding all of it:
+            ``none``; ``optimizer``, its state (ZeRO-1); ``gradients``, weights and gradients as well, weights whole from a
+            forward pass to its backward pass (ZeRO-2); ``parameters``, weights whole for a layer's pass alone (ZeRO-3).
         overlap_grad_reduce: reduce gradients while the backward pass runs.
         accumulate_allreduce_grads_in_fp32: keep and reduce gradients in fp32.
         ddp_bucket_size: elements of one gradient bucket; None: megatron-core's choice.
@@ -81,7 +85,7 @@ class ParallelConfig(Config):
     context_parallel_size: int = 1
     context_parallel_exchange: Exchange = "auto"
     vision_parallel: Literal["auto", "tensor", "share", "ahead"] = "auto"
-    use_distributed_optimizer: bool = False
+    data_parallel_sharding: Literal["none", "optimizer", "gradients", "parameters"] = "none"
     overlap_grad_reduce: bool = False
     accumulate_allreduce_grads_in_fp32: bool = True
     ddp_bucket_size: int | None = None
@@ -111,6 +115,7 @@ class ParallelConfig(Config):
             )
         self._check_stages()
         check_recomputation(self.recompute_granularity, self.recompute_num_layers, self.recompute_modules)
+        self._check_sharding()
         if self.vision_parallel in ("share", "ahead") and self.image_ranks == 1:
             more = "" if self.vision_parallel == "share" else " or pipeline_model_parallel_size"
             raise ConfigError(
@@ -124,6 +129,47 @@ class ParallelConfig(Config):
         if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size == 1:
             raise ConfigError(
                 "parallel.num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2, got 1"
+            )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None, where: str = "") -> Self:
+        """As of any config; ``use_distributed_optimizer`` is the name that ``data_parallel_sharding: optimizer`` had before."""
+        if not isinstance(data, Mapping) or "use_distributed_optimizer" not in data:
+            return super().from_dict(data, where)
+        old = as_bool(data["use_distributed_optimizer"])
+        data = {key: value for key, value in data.items() if key != "use_distributed_optimizer"}
+        given = data.get("data_parallel_sharding")
+        if old is None or (old and given == "none"):
+            raise ConfigError(
+                f"{where or 'parallel'}.use_distributed_optimizer true is data_parallel_sharding optimizer, and must be true or "
+                f"false; got {old} beside {given}: leave it out"
+            )
+        return super().from_dict({"data_parallel_sharding": "optimizer" if old else "none"} | data, where)
+
+    @property
+    def fully_sharded(self) -> bool:
+        """Weights are cut over data parallel ranks."""
+        return self.data_parallel_sharding in ("gradients", "parameters")
+
+    def _check_sharding(self) -> None:
+        if not self.fully_sharded:
+            return
+        what = f"parallel.data_parallel_sharding {self.data_parallel_sharding}"
+        if self.pipeline_model_parallel_size > 1:
+            raise ConfigError(
+                f"{what} with pipeline_model_parallel_size {self.pipeline_model_parallel_size} is not built: stages would gather "
+                "their layers for each microbatch. Set data_parallel_sharding optimizer, or pipeline_model_parallel_size 1 (with "
+                f"tensor_model_parallel_size {self.tensor_model_parallel_size * self.pipeline_model_parallel_size} where a layer "
+                "is too large for a rank)"
+            )
+        if self.vision_parallel == "ahead":
+            raise ConfigError(
+                f"{what} with vision_parallel ahead is not built: ranks would gather the tower at different times; "
+                "set vision_parallel share"
+            )
+        if self.ddp_bucket_size is not None:
+            raise ConfigError(
+                f"parallel.ddp_bucket_size has no effect with {what}: each layer is a bucket; leave it out"
             )
 
     def grid(self, world: int) -> Grid:

@@ -36,6 +36,7 @@ class Case:
     vp: int | None = None
     layers: tuple[int, ...] | None = None
     do: bool = False
+    shard: str = ""
     overlap: bool = False
     recompute: bool = False
     freeze: tuple[str, ...] = ()
@@ -47,7 +48,7 @@ class Case:
         parts = [*(name for name, on in flags.items() if on), *(f"no_{group}" for group in self.freeze)]
         sizes = f"tp{self.tp}pp{self.pp}dp{self.dp}" + (f"cp{self.cp}" if self.cp > 1 else "")
         parts += ["layers" + "_".join(map(str, self.layers))] if self.layers else []
-        parts += [word for word in (self.exchange, self.vision) if word != "auto"]
+        parts += [word for word in (self.exchange, self.vision, self.shard) if word not in ("auto", "")]
         return "-".join([*([self.twin] if self.twin else []), sizes, *parts])
 
     @property
@@ -62,7 +63,7 @@ class Case:
             sequence_parallel=self.sp,
             num_layers_per_virtual_pipeline_stage=self.vp,
             decoder_layers_per_stage=self.layers,
-            use_distributed_optimizer=self.do,
+            data_parallel_sharding=self.shard or ("optimizer" if self.do else "none"),
             overlap_grad_reduce=self.overlap,
             recompute_granularity="full" if self.recompute else None,
         )

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatron_vlm.conversion.load import load_model
 from megatron_vlm.conversion.open_source import open_source
@@ -21,6 +22,7 @@ from megatron_vlm.models.generation import SamplingConfig, generate
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import seed_step
+from megatron_vlm.parallel.shards import held
 from megatron_vlm.parallel.topology import Topology, build_topology
 from megatron_vlm.peft.adapter_map import PeftPlan, adapter_mapping
 from megatron_vlm.peft.config import PeftConfig
@@ -31,6 +33,7 @@ from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.testing.twins.common import noise_samples
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import OptimizerConfig
+from megatron_vlm.training.optimizer.sharded import FullySharded
 from megatron_vlm.training.step import reduce_over_job, run_schedule, train_step
 from megatron_vlm.weights.mapping import GROUPS, Mapping
 
@@ -185,7 +188,7 @@ def layout_run(
         set_learning_rates(optimizer, dict.fromkeys(GROUPS, lr), optimizer_config.weight_decay)
         result = train_step(model, optimizer, mine)
         history.append((result.loss, result.grad_norm))
-    dtypes = {buffer.grad_data.dtype for stage in model for buffer in stage.buffers}
+    dtypes = {buffer.grad_data.dtype for buffer in gradient_buffers(model)}
     return {**gradients, "history": history, "buffer_dtypes": dtypes}
 
 
@@ -224,17 +227,33 @@ def batch_gradients(model: Model, rows: Sequence[Row]) -> dict:
     totals = reduce_over_job(run_schedule(model, mine, forward_only=False), mine, topology, model.config)
     if model.stages[0].ddp_config.use_distributed_optimizer:
         _gather_gradient_shards(model)
+    sharded = isinstance(model.stages[0], FullySharded)
     return {
         "tp_rank": topology.tp_rank,
         "copy": topology.copy_number,
         "loss": totals["loss_sum"] / totals["supervised_tokens"],
-        "buckets": sum(len(buffer.buckets) for stage in model for buffer in stage.buffers),
+        "buckets": sum(len(buffer.buckets) for buffer in gradient_buffers(model)),
         "grads": {
-            name: getattr(parameter, "main_grad").detach().float().clone()  # noqa: B009 - DDP's attribute
+            name: whole(getattr(parameter, "grad" if sharded else "main_grad"), topology).float()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and not getattr(parameter, "tied_copy", False)
         },
     }
+
+
+def gradient_buffers(model: Model) -> list[Any]:
+    """megatron-core's, which a model in shards has none of."""
+    return [buffer for stage in model if not isinstance(stage, FullySharded) for buffer in stage.buffers]
+
+
+def whole(tensor: Tensor, topology: Topology) -> Tensor:
+    """All of a tensor that copies of the weights share among them. DTensor's own collectives keep groups of earlier layouts."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone()
+    rows: list[Any] = [None] * topology.copies
+    dist.all_gather_object(rows, held(tensor), group=topology.copies_group)
+    by_start = {start: part for part, start in rows if part.numel()}
+    return torch.cat([by_start[start] for start in sorted(by_start)])
 
 
 def _gather_gradient_shards(model: Model) -> None:

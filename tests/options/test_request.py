@@ -56,7 +56,7 @@ RECIPE = {
     "data.on_too_long": "truncate",
     "data.on_bad_sample": "skip",
     "data.num_workers": 4,
-    "parallel.use_distributed_optimizer": True,
+    "parallel.data_parallel_sharding": "optimizer",
     "parallel.overlap_grad_reduce": True,
 }
 """What FT.py and finetune.sh leave to themselves, and the packaged recipe of the family says."""
@@ -270,7 +270,7 @@ def test_the_megatron_scripts_of_idefics2():
         "parallel.tensor_model_parallel_size": 4,
         "parallel.pipeline_model_parallel_size": 2,
         "parallel.sequence_parallel": True,
-        "parallel.use_distributed_optimizer": True,
+        "parallel.data_parallel_sharding": "optimizer",
         "parallel.recompute_granularity": "full",
         "optimizer.lr": 1e-5,
         "optimizer.min_lr": 1e-6,

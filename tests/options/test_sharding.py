@@ -45,7 +45,7 @@ def ask(tmp_path):
 
 def test_stage_1_is_the_distributed_optimizer(ask):
     request = ask(INTERNVL_ZERO1)
-    assert request.run["parallel"] == {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+    assert request.run["parallel"] == {"data_parallel_sharding": "optimizer", "overlap_grad_reduce": True}
     assert request.run["optimizer"] == {"adam_eps": 1e-8, "adam_beta1": 0.9, "adam_beta2": 0.999}
     assert request.refused is None and "training" not in request.run
     (said, without) = request.notes
@@ -221,7 +221,7 @@ def test_train_refuses_in_words(tmp_path):
 def test_stage_2_has_nothing_to_shard_beside_adapters(ask):
     for flags, file in (("--use_lora True", None), ("", {"peft": {"target_modules": ["q_proj"]}})):
         request = ask(ZERO2, f"--deepspeed FILE {flags}", file)
-        assert request.refused is None and request.run["parallel"]["use_distributed_optimizer"]
+        assert request.refused is None and request.run["parallel"]["data_parallel_sharding"] == "optimizer"
     assert ask(ZERO3, "--deepspeed FILE --use_lora True").refused is not None
 
 

@@ -55,3 +55,33 @@ def test_what_does_not_give_the_layers_is_refused(settings, wanted):
 def test_recomputation_without_effect_is_refused(settings, wanted):
     with pytest.raises(ConfigError, match=wanted):
         of(pp=1, **settings)
+
+
+def test_the_old_name_of_the_distributed_optimizer():
+    def sharding(**data):
+        return ParallelConfig.from_dict(data, "parallel").data_parallel_sharding
+
+    assert [sharding(use_distributed_optimizer=value) for value in (True, "true", False)] == [
+        "optimizer",
+        "optimizer",
+        "none",
+    ]
+    assert sharding(use_distributed_optimizer=True, data_parallel_sharding="parameters") == "parameters"
+    assert sharding(use_distributed_optimizer=False, data_parallel_sharding="optimizer") == "optimizer"
+    with pytest.raises(ConfigError, match=r"use_distributed_optimizer true is .*got True beside none: leave it out"):
+        sharding(use_distributed_optimizer=True, data_parallel_sharding="none")
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (
+            dict(pipeline_model_parallel_size=2),
+            r"size 2 is not built: .*sharding optimizer, or .*parallel_size 2 where",
+        ),
+        (dict(ddp_bucket_size=100), "ddp_bucket_size has no effect"),
+    ],
+)
+def test_what_does_not_go_with_sharded_parameters(settings, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        ParallelConfig(data_parallel_sharding="parameters", **settings)

@@ -32,7 +32,7 @@ def steps(hf_dir: str, parallel: dict, options: dict, settings: dict, number: in
     return history
 
 
-@pytest.mark.parametrize("parallel", [{}, {"use_distributed_optimizer": True}])
+@pytest.mark.parametrize("parallel", [{}, {"data_parallel_sharding": "optimizer"}])
 def test_an_overflow_is_skipped_on_all_ranks_and_halves_the_scale(twin, parallel):
     """fp16 is refused by the command on a CPU, but megatron-core's loss scaling is the same code there."""
     settings = {"initial_loss_scale": 2.0**40, "hysteresis": 2}

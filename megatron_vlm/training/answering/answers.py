@@ -35,7 +35,7 @@ def answer(
     """Texts of the answers, on every rank. A collective of the whole job.
 
     Args:
-        model: its replicas share the prompts.
+        model: its replicas share the prompts; in lockstep each answers all.
         processor: of the family.
         prompts: the same on every rank.
         sampling: how tokens are chosen.
@@ -44,7 +44,8 @@ def answer(
     topology, size = model.topology, sampling.batch_size
     batches = [range(first, min(len(prompts), first + size)) for first in range(0, len(prompts), size)]
     texts: dict[int, str] = {}
-    for batch in batches[topology.dp_rank :: topology.dp]:
+    shares = 1 if model.lockstep else topology.dp
+    for batch in batches[topology.dp_rank % shares :: shares]:
         found = generate(
             model,
             [prompts[i] for i in batch],
@@ -54,7 +55,7 @@ def answer(
             first_number=first_number + batch[0],
         )
         texts |= {i: processor.decode(answer.ids) for i, answer in zip(batch, found)}
-    if topology.dp > 1:
+    if shares > 1:
         gathered: list[Any] = [None] * topology.dp
         dist.all_gather_object(gathered, texts, group=topology.dp_group)
         texts = {i: text for part in gathered for i, text in part.items()}

@@ -6,11 +6,11 @@ RankFiles --fill--> parameters + main parameters + moments + Adam's step
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.models.built import Model, global_parameters, weight_name
+from megatron_vlm.parallel.shards import held, put
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.training.optimizer.state import Fragment, fragments, warn_of_shared_steps
 from megatron_vlm.weights.mapping import Split
@@ -42,6 +42,7 @@ def owned(model: Model, optimizer: Any) -> tuple[list[Piece], dict[tuple[Kind, s
     parameters = {name: parameter for name, parameter in parameters.items() if name in splits}
     copies, copy_number = topology.copies, topology.copy_number
     total, before = sum(parameter.numel() for parameter in parameters.values()), 0
+    dtype = model.options.torch_dtype
     pieces: list[Piece] = []
     tensors: dict[tuple[Kind, str], Tensor] = {}
     for name, parameter in parameters.items():
@@ -52,7 +53,11 @@ def owned(model: Model, optimizer: Any) -> tuple[list[Piece], dict[tuple[Kind, s
             continue
         if part is not None and not (part.sharded or my_turn):
             part = None
-        mine: dict[Kind, Tensor] = {"model": parameter} if my_turn else {}
+        rows, start = held(parameter)
+        if len(rows) < len(parameter):
+            mine: dict[Kind, Tensor] = {"model": rows.view(-1).to(dtype)} if rows.numel() else {}
+        else:
+            mine = {"model": parameter} if my_turn else {}
         if part is not None:
             mine |= part.state()
         if not mine:
@@ -64,7 +69,7 @@ def owned(model: Model, optimizer: Any) -> tuple[list[Piece], dict[tuple[Kind, s
                 shape=_full_shape(parameter, split, topology.tp, mapping.vocab_size),
                 local_shape=tuple(parameter.shape),
                 split=split,
-                start=part.start if part else 0,
+                start=part.start if part else start,
                 step=part.step if part else None,
             )
         )
@@ -132,8 +137,9 @@ class _Shards:
 def _fill(shards: _Shards, parameter: nn.Parameter, part: Fragment | None, step: float | None, with_main: bool) -> None:
     stored_main = with_main and part is not None and shards.has("param")
     # fp32 weights are their own main parameters, and take the finer numbers where both are stored.
-    weight = shards.read("param" if stored_main and parameter.dtype == torch.float32 else "model")
-    parameter.copy_(weight)
+    own_main = part is not None and not part.separate
+    weight = shards.read("param" if stored_main and own_main else "model")
+    put(parameter, weight)
     if part is None:
         return
     if part.separate:

@@ -182,7 +182,7 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
                 )  # AdamW's moments, and fp32 main parameters beside 16-bit ones
                 copied += 4 * p.numel() if half and grad_width else 0  # the optimizer's own fp32 gradients
                 largest = max(largest, 4 * p.numel())
-    shards = topology.copies if parallel.use_distributed_optimizer else 1
+    shards = topology.copies if parallel.data_parallel_sharding == "optimizer" else 1
     optimizer_peak = -(-copied // shards) + largest * (1 if device_kind == "cuda" else 2)
     activations = peak = 0
     if row is not None:

@@ -26,6 +26,7 @@ class Fragment:
 
     Attributes:
         parameter: the model's parameter (a tensor parallel shard).
+        dtype: of the weights that the model computes with.
         main: what AdamW updates: the elements [start, end) of the flat parameter, in fp32. It shares memory with the
             parameter where that is fp32.
         start, end: place of ``main``.
@@ -35,6 +36,7 @@ class Fragment:
     """
 
     parameter: nn.Parameter
+    dtype: torch.dtype
     main: Tensor
     start: int
     end: int
@@ -45,7 +47,7 @@ class Fragment:
     @property
     def separate(self) -> bool:
         """The main parameter holds more than the weight does."""
-        return self.parameter.dtype != torch.float32
+        return self.dtype != torch.float32
 
     @property
     def step(self) -> float | None:
@@ -142,6 +144,7 @@ def _fragments(part: Any) -> Iterator[Fragment]:
             group = adam.param_groups[group_index]
             yield Fragment(
                 parameter=parameter,
+                dtype=parameter.dtype,
                 main=group["params"][order],
                 start=place.start,
                 end=place.end,
@@ -157,12 +160,14 @@ def _fragments(part: Any) -> Iterator[Fragment]:
         for parameters, mains in zip(part.float16_groups, part.fp32_from_float16_groups):
             pairs += list(zip(parameters, mains))
     for parameter, main in pairs:
+        owner, start = getattr(parameter, "shard_of", (parameter, 0))  # of training/optimizer/sharded.py
         yield Fragment(
-            parameter=parameter,
+            parameter=owner,
+            dtype=part.config.params_dtype if owner is not parameter else parameter.dtype,
             main=main,
-            start=0,
-            end=parameter.numel(),
-            sharded=False,
+            start=start,
+            end=start + parameter.numel(),
+            sharded=owner is not parameter,
             adam=adam,
             group=groups[id(main)],
         )

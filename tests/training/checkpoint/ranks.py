@@ -101,16 +101,19 @@ class Run:
     def snapshot(self) -> dict[str, Any]:
         """This rank's share of everything that a checkpoint must hold, as plain tensors."""
         from megatron_vlm.models.built import global_parameters
+        from megatron_vlm.testing.parity import gradient_buffers, whole
         from megatron_vlm.training.optimizer.state import fragments
 
+        dtype = self.model.options.torch_dtype
         named = list(self.model.named_parameters())
         names = {id(parameter): name for name, parameter in named}
         tied = {id(parameter) for _, parameter in named if getattr(parameter, "tied_copy", False)}
         own = {id(parameter) for parameter in global_parameters(self.model).values()}
+        weights = {n: whole(p, self.topology).to(dtype) for n, p in named if id(p) in own}
         return {
             "place": (self.topology.tp_rank, self.topology.pp_rank, self.topology.dp_rank),
             "tp": self.topology.tp,
-            "weights": {n: p.detach().clone() for n, p in named if id(p) in own},
+            "weights": weights,
             "tied": {n: p.detach().clone() for n, p in named if id(p) in tied},
             "state": [
                 (
@@ -126,15 +129,14 @@ class Run:
             "padded_rows": max(
                 (
                     float(p[max(0, self.model_config.text.vocab_size - self.topology.tp_rank * len(p)) :].abs().sum())
-                    for n, p in named
+                    for n, p in weights.items()
                     if "word_embeddings" in n or "output_layer" in n
                 ),
                 default=0.0,
             ),
             "buckets": [
                 (bucket.grad_data.numel(), bucket.numel_unpadded)
-                for chunk in self.model
-                for buffer in chunk.buffers
+                for buffer in gradient_buffers(self.model)
                 for bucket in buffer.buckets
             ],
         }

@@ -84,7 +84,7 @@ def troubled(hf_dir: str, root: str, fields: dict) -> list[str]:
     return [*told, *sorted(path.name for path in Path(root).iterdir())]
 
 
-@pytest.mark.parametrize("parallel", [{"use_distributed_optimizer": True}, {"tensor_model_parallel_size": 2}])
+@pytest.mark.parametrize("parallel", [{"data_parallel_sharding": "optimizer"}, {"tensor_model_parallel_size": 2}])
 def test_the_same_bytes_as_in_the_step(twins, tmp_path, parallel):
     sizes = {"tp": 2} if parallel.get("tensor_model_parallel_size") else {"dp": 2}
     assert run_distributed(in_step_and_in_background, twins("mistral"), str(tmp_path), parallel, **sizes) == [[], []]

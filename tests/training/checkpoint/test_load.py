@@ -13,7 +13,21 @@ from tests.training.checkpoint.ranks import VOCAB_MULTIPLE, leg, merge, same_bit
 CONTINUED = 1e-5  # fp32; measured 4e-7. bf16: as far as transformers in bf16 is from fp32 on this processor (``calm``)
 
 
-def at(tp=1, pp=1, dp=1, *, cp=1, vision="auto", vp=None, layers=None, do=False, overlap=False, sp=False, **options):
+def at(
+    tp=1,
+    pp=1,
+    dp=1,
+    *,
+    cp=1,
+    vision="auto",
+    vp=None,
+    layers=None,
+    do=False,
+    overlap=False,
+    sp=False,
+    shard="",
+    **options,
+):
     parallel = dict(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -22,7 +36,7 @@ def at(tp=1, pp=1, dp=1, *, cp=1, vision="auto", vp=None, layers=None, do=False,
         num_layers_per_virtual_pipeline_stage=vp,
         decoder_layers_per_stage=layers,
         sequence_parallel=sp,
-        use_distributed_optimizer=do,
+        data_parallel_sharding=shard or ("optimizer" if do else "none"),
         overlap_grad_reduce=overlap,
         ddp_bucket_size=3000 if overlap else None,
     )
@@ -40,6 +54,36 @@ CHAINS = {
     "buckets": (
         "mistral",
         [at(2, 1, 2, **SHARDED), at(1, 1, 4, **SHARDED), at(1, 1, 3, **SHARDED), at(2, sp=True)],
+    ),
+    "fully_sharded": (
+        "mistral",
+        [
+            at(),
+            at(1, 1, 2, do=True),
+            at(1, 1, 4, shard="parameters"),
+            at(2, 1, 2, sp=True, shard="gradients"),
+            at(),
+        ],
+    ),
+    "fully_sharded_bf16": (
+        "calm",
+        [
+            at(**BF16),
+            at(1, 1, 2, shard="gradients", **BF16),
+            at(2, cp=2, sp=True, shard="parameters", **BF16),
+            at(1, 1, 2, do=True, **BF16),
+            at(1, 1, 4, shard="parameters", **BF16),
+            at(2, **BF16),
+        ],
+    ),
+    "fully_sharded_frozen": (
+        "tied",
+        [
+            at(1, 1, 4, shard="parameters", freeze=("llm",)),
+            at(1, 2, freeze=("llm",)),
+            at(1, 1, 2, shard="parameters", freeze=("vision", "connector")),
+            at(1, 1, 2, shard="gradients"),
+        ],
     ),
     "virtual_tied": ("tied", [at(1, 2, vp=1), at(2, 2, vp=1), at(1, 2, 2, **SHARDED), at(), at(1, 4)]),
     "context": ("mistral", [at(), at(cp=2), at(cp=2, dp=2, **SHARDED), at(), at(2, cp=2, sp=True), at(2)]),
@@ -79,7 +123,7 @@ CHAINS = {
     ),
 }
 
-BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context", "shared_tower")
+BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context", "shared_tower", "fully_sharded")
 
 
 def mapping_of(hf_dir, tp, whole=()):

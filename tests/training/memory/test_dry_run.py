@@ -45,7 +45,7 @@ def test_stages_of_a_large_world_hold_the_whole_model(reports, twin):
     assert (first["weights"], first["gradients"]) == (2 * parameters, 4 * trainable)
     assert first["optimizer"] == -(-12 * trainable // 32)
     assert "world size 64 = tp 1 x pp 2 x dp 32, 2 virtual stages per rank" in text
-    assert "use_distributed_optimizer: true" in text
+    assert "data_parallel_sharding: optimizer" in text
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ CASES = [
     make_case(
         "llava_internlm2",
         "distributed optimizer, recompute",
-        parallel=dict(use_distributed_optimizer=True, recompute_granularity="full"),
+        parallel=dict(data_parallel_sharding="optimizer", recompute_granularity="full"),
         alone=True,
     ),
     make_case("idefics2", "cp 2", parallel=dict(context_parallel_size=2), alone=True),

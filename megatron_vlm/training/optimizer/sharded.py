@@ -1,0 +1,176 @@
+"""Weights, gradients and optimizer state in shards over data parallel ranks: torch's ``fully_shard`` (FSDP2) around a stage.
+
+    a layer's pass --all-gather--> its parameters whole, in the run's dtype --pass--> only this rank's rows again
+    its gradients  --reduce-scatter in fp32--> this rank's rows --finalise: tp sum, / tokens--> main_grad of the optimizer's
+
+Each decoder and tower layer is a unit; embeddings, connector, norms and head are the root's, whole from the start of the
+forward pass to the end of the backward pass. A parameter that trains lies in fp32, cut: it is its own main parameter, and the
+optimizer (megatron-core's) gets this rank's rows as plain tensors, so that norm, clipping, loss scale, AdamW and checkpoints
+see nothing of it.
+
+megatron-core 0.16.1's own wrappers do not serve: TorchFullyShardedDataParallel writes its mesh as "cuda", makes each column
+parallel linear a unit (our head's weight is read, never called) and raises TypeError in finish_grad_sync; Megatron-FSDP writes
+"cuda" in 50 places, so that nothing of it can be tested without a GPU. Both keep bf16 gradients.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from megatron_vlm.models.built import global_named_parameters
+from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.parallel.config import ParallelConfig
+from megatron_vlm.parallel.shards import held
+from megatron_vlm.parallel.topology import Topology
+from megatron_vlm.weights.mapping import group_of
+
+
+class FullySharded(nn.Module):
+    """A stage in shards, with what megatron-core's schedule and ours ask of its DDP.
+
+    Attributes:
+        module: the stage.
+        config: its own.
+        ddp_config: megatron-core's defaults, which its optimizer reads.
+        trained: (global name, parameter of the stage, this rank's rows of it as the optimizer updates them); ranks without a
+            row of it leave it out.
+        replicas: groups of ranks with all shards each.
+    """
+
+    def __init__(self, stage: VisionLanguageModel, parallel: ParallelConfig, topology: Topology):
+        super().__init__()
+        self.config, self.topology = stage.config, topology
+        self.ddp_config = DistributedDataParallelConfig()
+        self.keeps = parallel.data_parallel_sharding == "gradients"
+        mesh = _mesh(parallel, topology)
+        self.replicas = mesh.size(0) if mesh.ndim > 1 else 1
+        dtype = stage.config.params_dtype
+        reduced = torch.float32 if parallel.accumulate_allreduce_grads_in_fp32 else dtype
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
+        if dtype == torch.float32:
+            policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        layers = [module for module in stage.modules() if isinstance(module, TransformerLayer)]
+        for unit in (*layers, stage):
+            _shard(unit, mesh=mesh, reshard_after_forward=not self.keeps, mp_policy=policy)
+        for name in ("logits", "next_logits"):
+            register_fsdp_forward_method(stage, name)
+        stage.lockstep, decoder = True, set(stage.language_model.modules())
+        for layer in layers:
+            layer.register_forward_pre_hook(partial(_entering, stage, layer not in decoder))
+        self.module = stage
+        self.trained: list[tuple[str, nn.Parameter, Any]] = [
+            (name, parameter, _rows(parameter))
+            for name, parameter in global_named_parameters(stage)
+            if parameter.requires_grad and held(parameter)[0].numel()
+        ]
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.module(*args)
+
+    def train(self, mode: bool = True) -> "FullySharded":
+        """As of any module; what a pass without gradients left whole is let go of first."""
+        for unit in self._units():
+            unit.reshard()
+        return super().train(mode)
+
+    def zero_grad_buffer(self) -> None:
+        """Lets go of all gradients."""
+        for _, parameter, rows in self.trained:
+            parameter.grad = rows.grad = rows.main_grad = None
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Around all microbatches of a step but the last.
+
+        Parameters that stay whole after a forward pass stay so until the last one's backward pass, and replicas of all shards
+        sum theirs once. Gradients are scattered after each: kept whole, they would take what sharding saves.
+        """
+        self._between(True)
+        try:
+            yield
+        finally:
+            self._between(False)
+
+    def _between(self, more: bool) -> None:
+        for unit in self._units():
+            unit.set_reshard_after_backward(not (more and self.keeps), recurse=False)
+            unit.set_requires_all_reduce(not more, recurse=False)
+
+    def _units(self) -> Iterator[FSDPModule]:
+        return (module for module in self.modules() if isinstance(module, FSDPModule))
+
+    def finalise(self, num_tokens: Tensor | None) -> None:
+        """In place of megatron-core's ``finalize_model_grads``: the rest of the sum, and / tokens, into ``main_grad``."""
+        summed, whole_tower = [], self.topology.whole_tower
+        for name, parameter, rows in self.trained:
+            grad = cast(Any, parameter.grad)
+            rows.main_grad = torch.zeros_like(rows) if grad is None else grad.to_local()
+            part_of_sum = self.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+            if part_of_sum or (
+                whole_tower and group_of(name) != "llm"
+            ):  # tensor parallel ranks had images of their own
+                summed.append(rows.main_grad)
+        if summed and self.topology.tp > 1:
+            flat = _flatten_dense_tensors(summed)
+            dist.all_reduce(flat, group=self.topology.tp_group)
+            for grad, whole in zip(summed, _unflatten_dense_tensors(flat, summed)):
+                grad.copy_(whole)
+        if num_tokens is not None:
+            dist.all_reduce(num_tokens, group=self.topology.copies_group)
+            scale = 1.0 / num_tokens.clamp(min=1)
+            torch._foreach_mul_([rows.main_grad for _, _, rows in self.trained], scale)
+
+    def for_optimizer(self) -> Any:
+        """What megatron-core's optimizer reads of a model."""
+        rows = [(name, rows) for name, _, rows in self.trained]
+        return SimpleNamespace(named_parameters=lambda: rows, ddp_config=self.ddp_config, config=self.config)
+
+
+def finalise(stages: list[FullySharded], num_tokens: Tensor | None = None, **unused: Any) -> None:
+    """``finalize_model_grads_func`` of a model in shards."""
+    for stage in stages:
+        stage.finalise(num_tokens)
+
+
+def _mesh(parallel: ParallelConfig, topology: Topology) -> DeviceMesh:
+    return DeviceMesh.from_group(topology.copies_group, topology.device.type)
+
+
+def _shard(unit: nn.Module, **how: Any) -> None:
+    """Cuts what is not in another unit yet; what trains is made fp32 first, so that no more than a unit is whole in fp32."""
+    before = {name: vars(parameter) for name, parameter in unit.named_parameters()}
+    for parameter in unit.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    fully_shard(unit, **how)
+    for name, parameter in unit.named_parameters():
+        vars(parameter).update(before[name])  # fully_shard makes new parameters, without megatron-core's marks
+    for_sums = cast(FSDPModule, unit)
+    for_sums.set_gradient_divide_factor(1.0)  # losses are sums over tokens
+    for_sums.set_force_sum_reduction_for_comms(True)
+
+
+def _entering(stage: VisionLanguageModel, sees_filler: bool, layer: nn.Module, args: Any) -> None:
+    """What is to know the parameters of a unit, which are whole inside it and nowhere else."""
+    stage.saved.keep(layer.parameters())
+    if sees_filler:
+        stage.filler.guard(layer.parameters())
+
+
+def _rows(parameter: nn.Parameter) -> nn.Parameter:
+    """This rank's rows as a parameter of their own, of the same memory, with the marks that megatron-core reads."""
+    mine, start = held(parameter)
+    rows = nn.Parameter(mine)
+    vars(rows).update(vars(parameter))
+    rows.shard_of = (parameter, start)  # type: ignore[attr-defined]
+    return rows

@@ -15,6 +15,7 @@ parallel linear a unit (our head's weight is read, never called) and raises Type
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 

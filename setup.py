@@ -44,6 +44,8 @@ EXTRAS = {
     "parquet": ["pyarrow==26.0.1"],  # data build --format parquet
     "s3": ["s3fs==2026.9.0"],  # checkpoint.save and --load of s3://
     "wandb": ["wandb==0.31.0"],  # --report_to wandb
+    "mlflow": ["mlflow==3.18.0"],  # --report_to mlflow
+    "swanlab": ["swanlab==0.10.3"],  # --report_to swanlab; wants protobuf below 7, which nothing else here minds
     "dev": [
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",

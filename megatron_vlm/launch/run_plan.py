@@ -27,6 +27,7 @@ from megatron_vlm.parallel.grid import replica_size, replicas
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.memory.stages import table
+from megatron_vlm.training.metrics.trackers import TRACKERS
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.run_config import RunConfig, folders_of, scale_rope
 from megatron_vlm.weights.checkpoint_dir import holds_checkpoints
@@ -217,8 +218,7 @@ def _packages(run: dict[str, Any], adapts: bool) -> tuple[dict[str, str], dict[s
     logging, asked = run.get("logging") or {}, {}
     if logging.get("tensorboard", True):
         asked["tensorboard"] = "logging.tensorboard (--report_to tensorboard)"
-    if logging.get("wandb"):
-        asked["wandb"] = "logging.wandb (--report_to wandb)"
+    asked |= {name: f"logging.{name} (--report_to {name})" for name in TRACKERS if logging.get(name)}
     if adapts:
         asked["peft"] = "section peft (--use_lora)"
     return asked, {"matplotlib": f"{LOSS} is left out"}

@@ -9,11 +9,12 @@ from typing import Any
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.options.flag_values import FlagValues
+from megatron_vlm.training.metrics.trackers import TRACKERS
 
 # lr_scheduler_type -> optimizer.lr_decay_style
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_hf", "adamw_apex_fused")
-REPORTS = ("tensorboard", "wandb")
+REPORTS = ("tensorboard", *TRACKERS)
 STRATEGIES = ("no", "steps", "epoch")
 _MODULES = {"core_attn": "core_attention", "layernorm": "norm"}  # Megatron's name -> ours
 _SAVE_STEPS = 500
@@ -192,6 +193,8 @@ def _reports(flags: FlagValues, made: Settings, notes: list[str]) -> None:
         wanted = set()
     unknown = sorted(wanted - set(REPORTS))
     if unknown:
-        raise ConfigError(f"--report_to {' '.join(unknown)}: reports go to tensorboard, wandb, both (all), or none")
+        raise ConfigError(
+            f"--report_to {' '.join(unknown)}: reports go to {', '.join(REPORTS)}, all that are installed (all), or none"
+        )
     made["logging.tensorboard"] = "tensorboard" in wanted
-    made["logging.wandb"] = "wandb" in wanted
+    made |= {f"logging.{name}": name in wanted for name in TRACKERS}

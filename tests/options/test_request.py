@@ -316,7 +316,7 @@ def test_the_megatron_scripts_of_idefics2():
         ("--lr_scheduler_type polynomial", "use one of cosine, linear, constant, constant_with_warmup"),
         ("--save_strategy best", "--save_strategy best is not built yet: use one of no, steps, epoch"),
         ("--save_steps 0.1", "--save_steps 0.1: a share of the run"),
-        ("--report_to mlflow", "--report_to mlflow: reports go to tensorboard, wandb"),
+        ("--report_to comet_ml", "--report_to comet_ml: reports go to tensorboard, wandb, mlflow, swanlab"),
         ("--do_train False", "--do_train False leaves nothing to do"),
         ("--warmup_ratio 3", "--warmup_ratio must be at least 0 and below 1, got 3"),
         ("--max_steps ten", "--max_steps must be int.*ten"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.training.metrics.wandb_writer import check_wandb
+from megatron_vlm.training.metrics.trackers import TRACKERS, check_tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,8 @@ class LoggingConfig(Config):
         tensorboard: write TensorBoard events.
         tensorboard_dir: where; None: ``tensorboard`` in the output directory.
         wandb: report to Weights & Biases, too (package wandb; WANDB_MODE=offline and its other variables hold).
+        mlflow: report to MLflow, too (package mlflow): to MLFLOW_TRACKING_URI, else to ``mlflow.db`` in the output directory.
+        swanlab: report to SwanLab, too (package swanlab; SWANLAB_MODE=offline and its other variables hold).
     """
 
     name: str = "train"
@@ -28,11 +30,18 @@ class LoggingConfig(Config):
     tensorboard: bool = True
     tensorboard_dir: Path | None = None
     wandb: bool = False
+    mlflow: bool = False
+    swanlab: bool = False
 
     def __post_init__(self) -> None:
         if self.log_interval < 1:
             raise ConfigError(f"logging.log_interval must be at least 1, got {self.log_interval}")
         if self.tensorboard_dir is not None and not self.tensorboard:
             raise ConfigError("logging.tensorboard_dir has no effect while logging.tensorboard is false")
-        if self.wandb:
-            check_wandb()
+        for name in self.trackers:
+            check_tracker(name)
+
+    @property
+    def trackers(self) -> list[str]:
+        """Services that the run reports to, by their packages."""
+        return [name for name in TRACKERS if getattr(self, name)]

@@ -24,7 +24,7 @@ from megatron_vlm.progress import Bar
 from megatron_vlm.training.answering.prompts import Prompt
 from megatron_vlm.training.evaluate import EvalResult
 from megatron_vlm.training.metrics.config import LoggingConfig
-from megatron_vlm.training.metrics.wandb_writer import WandbWriter
+from megatron_vlm.training.metrics.trackers import TRACKERS
 from megatron_vlm.training.metrics.writers import SafeWriter
 from megatron_vlm.training.step import StepResult
 
@@ -78,10 +78,10 @@ class Metrics:
             where = config.tensorboard_dir or output_dir / "tensorboard"
             purge = start + 1 if start and not evaluation_only else None
             self.writers.append(SafeWriter("TensorBoard", lambda: SummaryWriter(str(where), purge_step=purge)))
-        if config.wandb:
-            resumed = bool(start) or evaluation_only
-            make = partial(WandbWriter, output_dir, config.name, resolved, resumed=resumed)
-            self.writers.append(SafeWriter("Weights & Biases", make))
+        for name in config.trackers:
+            tracker, resumed = TRACKERS[name], bool(start) or evaluation_only
+            make = partial(tracker, output_dir, config.name, resolved, resumed=resumed)
+            self.writers.append(SafeWriter(tracker.title, make))
         self.seconds_per_step = 0.0
         self.bar = Bar("training", total, done=start) if not evaluation_only else None
 

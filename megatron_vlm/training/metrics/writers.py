@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases: writers of others' making, which never end a run.
+"""TensorBoard and trackers: writers of others' making, which never end a run.
 
 add_scalar, add_text --> the writer --fails--> told once; a new one is made a minute later, and again
 """

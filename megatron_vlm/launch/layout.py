@@ -2,14 +2,16 @@
 
     RunConfig, model config, number and size of GPUs --candidates, fastest first--> estimate --> the first that fits
 
-What a layout costs in speed is told by a few numbers that only order the candidates: a doubling of tensor parallel ranks,
-recomputation (a second forward pass), the bubble of a pipeline, and what a microbatch costs however short it is.
+A candidate is the run itself in that layout. How long a step of it takes is training/balance.py's to tell, what memory it needs
+training/memory/estimate.py's: nothing here knows what a layout costs.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from numpy.typing import NDArray
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.launch.checks import GIB
@@ -17,22 +19,19 @@ from megatron_vlm.launch.devices import Devices
 from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel
 from megatron_vlm.parallel.config import ParallelConfig
-from megatron_vlm.parallel.grid import SETTINGS, Grid
+from megatron_vlm.parallel.grid import COPIES, SETTINGS, Grid
+from megatron_vlm.peft.select import make_plan
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.training.balance import NODE, StepWork, planned
 from megatron_vlm.training.memory.stages import RowShape, StageMemory, table
 from megatron_vlm.training.run_config import RunConfig
 
 USABLE = 0.94
 """Share of a GPU's memory that a run may plan with: the rest is fragmentation and rows larger than expected."""
-_TENSOR_DOUBLING = 1.1  # time of a step, relative
-_RECOMPUTE = 4 / 3  # three passes of work become four
-_MICROBATCH_TOKENS = 512  # that a microbatch costs beside its own
-_MAX_TP = 8  # GPUs that share fast links
+CONTEXT_TOKENS = 4096
+"""Tokens of a row that are left to a rank, at least, where the search splits rows: shorter ones start kernels for nothing."""
 _SHOWN = 4  # reasons
-
-
-_KEPT = ("recompute_granularity", "data_parallel_sharding")
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 
@@ -45,59 +44,32 @@ class Layout:
     """A way to lay a run over GPUs, and why it was taken.
 
     Attributes:
-        tp, pp, dp: parallel sizes.
-        sequence_parallel, recompute, distributed_optimizer: settings of section ``parallel``.
-        micro_batch_size: samples of a row while packing is off.
-        accumulation: microbatches of a rank in a step.
-        tokens: of a microbatch, at most.
-        stages: the estimate, of the first and the last stage; of a layout that cannot fit, without activations.
+        config: the run in this layout; ``auto`` replaced by layers of each stage.
+        grid: of its ranks.
+        step: its time, as predicted.
+        stages: the estimate, of those stages that can be the fullest; of a layout that cannot fit, without activations.
         reason: one line.
     """
 
-    tp: int
-    pp: int
-    dp: int
-    sequence_parallel: bool
-    recompute: bool
-    distributed_optimizer: bool
-    micro_batch_size: int
-    accumulation: int
-    tokens: int
+    config: RunConfig
+    grid: Grid
+    step: StepWork
     stages: tuple[StageMemory, ...] = ()
     reason: str = ""
 
     @property
     def name(self) -> str:
         """Sizes above 1, recomputation, and samples of a row where there are several."""
-        sizes = [f"{axis} {size}" for axis in ("tp", "pp", "dp") if (size := getattr(self, axis)) > 1]
-        rows = f", micro-batch {self.micro_batch_size}" if self.micro_batch_size > 1 else ""
-        return " ".join(sizes or ["one rank"]) + (", recomputing" if self.recompute else "") + rows
+        micro = self.config.training.micro_batch_size
+        sizes = [f"{axis} {size}" for axis in ("tp", "cp", "pp", "dp") if (size := getattr(self.grid, axis)) > 1]
+        rows = f", micro-batch {micro}" if micro > 1 else ""
+        recomputing = ", recomputing" if self.config.parallel.recompute_granularity else ""
+        return " ".join(sizes or ["one rank"]) + recomputing + rows
 
     @property
     def need(self) -> int:
         """Bytes that the fullest GPU must have."""
         return max(stage.total for stage in self.stages)
-
-    @property
-    def slowness(self) -> float:
-        """Time of a step, relative to one of endless rows without tensor parallelism, pipeline and recomputation."""
-        cost = _TENSOR_DOUBLING ** (self.tp.bit_length() - 1) * (_RECOMPUTE if self.recompute else 1.0)
-        cost *= 1 + _MICROBATCH_TOKENS / self.tokens
-        return cost * (1 + (self.pp - 1) / self.accumulation)
-
-    def apply(self, config: RunConfig) -> RunConfig:
-        """``config`` with this layout."""
-        parallel = replace(
-            config.parallel,
-            tensor_model_parallel_size=self.tp,
-            pipeline_model_parallel_size=self.pp,
-            num_layers_per_virtual_pipeline_stage=None,
-            sequence_parallel=self.sequence_parallel,
-            recompute_granularity="full" if self.recompute else None,
-            data_parallel_sharding="optimizer" if self.distributed_optimizer else "none",
-        )
-        training = replace(config.training, micro_batch_size=self.micro_batch_size)
-        return replace(config, parallel=parallel, training=training)
 
 
 def choose_layout(
@@ -109,17 +81,19 @@ def choose_layout(
     *,
     device_kind: Literal["cpu", "cuda"] = "cuda",
     row: RowShape | None = None,
+    counts: NDArray[Any] | None = None,
     config_for: Callable[[int], RunConfig] | None = None,
     micro_batch_sizes: Sequence[int] = (),
 ) -> Layout:
-    """Returns the first candidate, in order of speed, that fits by the estimate.
+    """Returns the first candidate, in order of predicted time, that fits by the estimate.
 
     Args:
-        config: the run; the sizes of its layout are not looked at.
+        config: the run; the sizes of its layout are not looked at, recomputation and a distributed optimizer that are on stay.
         spec, model_config: the model.
         gpus, bytes_per_gpu: what there is.
         device_kind: what a "GPU" is.
-        row: a microbatch; None: ``RowShape.expected``.
+        row: a microbatch, for memory; None: ``RowShape.expected``.
+        counts: of samples of the data (``COUNT_DTYPE``), for time; None: ``row``.
         config_for: the run at a data parallel size, where its global batch depends on it; None: ``config``.
         micro_batch_sizes: sizes to choose among; empty: the config's own.
 
@@ -130,14 +104,32 @@ def choose_layout(
 
     refused: list[Layout] = []
     found_out: dict[str, str] = {}
-    there = candidates(config, model_config, gpus, config_for, micro_batch_sizes, left_out=found_out)
+    there = candidates(
+        config,
+        model_config,
+        gpus,
+        config_for,
+        micro_batch_sizes,
+        row=row,
+        counts=counts,
+        adapted=adapted_groups(config, spec, model_config),
+        left_out=found_out,
+    )
     if not there:
         raise ConfigError(_none_divides(config, gpus, found_out))
+    lasting: dict[Any, list[StageMemory]] = {}  # cp and recomputation change nothing of what stays between steps
     for candidate in there:
-        tried = candidate.apply(config_for(candidate.dp) if config_for else config)
-        ends = sorted({0, candidate.pp - 1})
+        # In flight are most rows on the first stage, most layers on the second, and on the last is the head.
+        fullest = sorted({0, min(1, candidate.grid.pp - 1), candidate.grid.pp - 1})
+        parallel = candidate.config.parallel
+        same = (candidate.grid.tp, candidate.grid.pp, candidate.step.layers, parallel.data_parallel_sharding)
         for trace in (False, True):  # what stays between steps is known at once, and often enough
-            stages = _estimate(tried, spec, model_config, gpus, device_kind, row=row, stages=ends, trace=trace)
+            stages = lasting.get(same) if not trace else None
+            if stages is None:
+                tried = candidate.config
+                stages = _estimate(tried, spec, model_config, gpus, device_kind, row=row, stages=fullest, trace=trace)
+            if not trace:
+                lasting[same] = stages
             found = replace(candidate, stages=tuple(stages))
             if found.need > USABLE * bytes_per_gpu:
                 refused.append(found)
@@ -154,42 +146,66 @@ def candidates(
     config_for: Callable[[int], RunConfig] | None = None,
     micro_batch_sizes: Sequence[int] = (),
     *,
+    row: RowShape | None = None,
+    counts: NDArray[Any] | None = None,
+    adapted: Collection[str] | None = None,
     left_out: dict[str, str] | None = None,
 ) -> list[Layout]:
     """All layouts of ``gpus`` ranks that the model and the batch divide over, fastest first.
 
     ``left_out`` gets the others, by name, with why: one that contradicts the batch per device, say, is no candidate.
+    ``adapted``: see ``PartWork.of``; the others as of ``choose_layout``.
     """
     left_out = {} if left_out is None else left_out
     found = []
-    for grid, recompute in itertools.product(Grid.all(gpus), (False, True)):
-        tp, pp, dp = grid.tp, grid.pp, grid.dp
-        if tp > _MAX_TP:
+    for grid in Grid.all(gpus):
+        if grid.tp > NODE:
             continue
         try:
-            run = config_for(dp) if config_for else config
+            run = config_for(grid.dp) if config_for else config
+            check_tensor_parallel(model_config.text, grid.tp)
+            ways = list(_ways(run.parallel, grid))
         except ConfigError as error:
-            left_out.setdefault(f"tp {tp} pp {pp} dp {dp}", str(error))
+            left_out.setdefault(grid.name(), str(error))
             continue
-        for micro in micro_batch_sizes or (run.training.micro_batch_size,):
-            layout = Layout(
-                tp=tp,
-                pp=pp,
-                dp=dp,
-                sequence_parallel=tp > 1,
-                recompute=recompute,
-                distributed_optimizer=dp > 1,
-                micro_batch_size=micro,
-                accumulation=max(1, run.training.global_batch_size // (micro * dp)),
-                tokens=run.data.seq_length * micro,
-            )
+        for micro, parallel in itertools.product(micro_batch_sizes or (run.training.micro_batch_size,), ways):
+            if grid.cp > 1 and run.data.seq_length * micro < CONTEXT_TOKENS * grid.cp:
+                continue
             try:
-                _check(layout, run, model_config, gpus)
+                tried = run.replace(parallel=parallel, training=run.training.replace(micro_batch_size=micro))
+                tried.check_world(gpus)
+                tried, step = planned(tried, model_config, grid, row=row, counts=counts, adapted=adapted)
             except ConfigError as error:
-                left_out.setdefault(layout.name, str(error))
+                left_out.setdefault(f"{grid.name()} micro-batch {micro}", str(error))
             else:
-                found.append(layout)
-    return sorted(found, key=lambda layout: (layout.slowness, layout.pp, layout.tp))
+                found.append(Layout(config=tried, grid=grid, step=step))
+    return sorted(found, key=lambda layout: (layout.step.time, layout.grid.pp, layout.grid.cp, layout.grid.tp))
+
+
+def _ways(parallel: ParallelConfig, grid: Grid) -> Iterator[ParallelConfig]:
+    """The settings of a grid's candidates: all that the search may decide, and what was asked for."""
+    asked = parallel.data_parallel_sharding
+    sharding = "optimizer" if asked == "none" and grid.size(*COPIES) > 1 else asked
+    for recompute in (None, "full") if parallel.recompute_granularity is None else (parallel.recompute_granularity,):
+        yield parallel.replace(
+            **{SETTINGS[axis]: getattr(grid, axis) for axis in SETTINGS},
+            decoder_layers_per_stage="auto" if grid.pp > 1 else None,
+            decoder_first_pipeline_num_layers=None,
+            decoder_last_pipeline_num_layers=None,
+            num_layers_per_virtual_pipeline_stage=None,
+            sequence_parallel=grid.tp > 1,
+            recompute_granularity=recompute,
+            data_parallel_sharding=sharding,
+        )
+
+
+def adapted_groups(config: RunConfig, spec: FamilySpec, model_config: FamilyConfig) -> Collection[str] | None:
+    """Groups of the model with adapters, all else frozen; None: there are no adapters."""
+    if not config.peft.active:
+        return None
+    from megatron_vlm.training.memory.estimate import full_shapes  # as _estimate
+
+    return make_plan(spec, model_config, config.peft, full_shapes(spec, model_config)).groups
 
 
 def _estimate(*args: Any, **kwargs: Any) -> list[StageMemory]:
@@ -201,18 +217,12 @@ def _estimate(*args: Any, **kwargs: Any) -> list[StageMemory]:
     return estimate(*args, **kwargs)
 
 
-def _check(layout: Layout, config: RunConfig, model_config: FamilyConfig, gpus: int) -> None:
-    """Raises ConfigError where model or batch do not divide over the layout."""
-    layout.apply(config).check_world(gpus)
-    check_tensor_parallel(model_config.text, layout.tp)
-    layout.apply(config).parallel.virtual_size(model_config.text.num_layers)
-
-
 def _reason(found: Layout, refused: Sequence[Layout], limit: int) -> str:
-    share = f"{found.need / GIB:.1f} of {limit / GIB:.0f} GiB"
+    idle = f", {found.step.idle:.0%} idle" if found.grid.pp > 1 else ""
+    share = f"{found.need / GIB:.1f} of {limit / GIB:.0f} GiB{idle}"
     if not refused:
         return f"{found.name}: the fastest, {share}"
-    faster = min(refused, key=lambda layout: layout.slowness)
+    faster = refused[0]
     most = max(faster.stages, key=lambda stage: stage.total)
     return (
         f"{found.name}: {share}; {faster.name} would need at least {faster.need / GIB:.1f} GiB, of which {most.largest} "
@@ -256,46 +266,52 @@ def lay_out(
     world: int,
     config_for: Callable[[int], RunConfig],
     fixed_micro: bool,
-) -> tuple[RunConfig, Sequence[StageMemory], str]:
-    """The run with a layout that fits, its estimate, and why: the sizes that are named, else the fastest that fits.
+    counts: NDArray[Any] | None = None,
+) -> tuple[RunConfig, Sequence[StageMemory], list[str], str]:
+    """The run in a layout that fits: the sizes that are named, else the fastest that fits; ``counts``: as of ``choose_layout``.
+
+    Returns:
+        The run, the estimate of every stage, a table of them, and why in a line.
 
     Raises:
         NothingFits: that, or no other layout, fits the memory.
         ConfigError: a setting that is wrong, or a batch that no layout divides.
     """
 
-    parallel = run.get("parallel") or {}
-    if any(name in parallel for name in SETTINGS.values()):
+    spec, model_config = source.spec, source.config
+    if any(name in (run.get("parallel") or {}) for name in SETTINGS.values()):
         config.check_world(world)
-        stages = _estimate(config, source.spec, source.config, world, devices.kind)
+        adapted, grid = adapted_groups(config, spec, model_config), config.parallel.grid(world)
+        config, step = planned(config, model_config, grid, counts=counts, adapted=adapted)
+        stages = _estimate(config, spec, model_config, world, devices.kind)
         need = max(stage.total for stage in stages)
         words = f"as named, {need / GIB:.2f} of {devices.memory / GIB:.1f} GiB"
         if need > USABLE * devices.memory:
-            raise NothingFits(f"too little memory: {words} a rank\n" + "\n".join(table(stages)))
-        return config, stages, words
+            raise NothingFits(f"too little memory: {words} a rank\n" + "\n".join(table(stages, step)))
+        return config, stages, table(stages, step), words
     layout = choose_layout(
         config,
-        source.spec,
-        source.config,
+        spec,
+        model_config,
         world,
         devices.memory,
         device_kind=devices.kind,
+        counts=counts,
         config_for=config_for,
         micro_batch_sizes=() if fixed_micro or config.data.packing else _MICRO_BATCHES,
     )
-    chosen = layout.apply(config_for(layout.dp))
-    default = ParallelConfig()  # what is asked for costs no memory
-    asked = {name: value for name in _KEPT if (value := getattr(config.parallel, name)) != getattr(default, name)}
-    if any(getattr(chosen.parallel, name) != value for name, value in asked.items()):
-        chosen = chosen.replace(parallel=chosen.parallel.replace(**asked))
-        return chosen, _estimate(chosen, source.spec, source.config, world, devices.kind), layout.reason
-    return chosen, layout.stages, layout.reason
+    stages = list(layout.stages)
+    if len(stages) < layout.grid.pp:
+        stages = _estimate(layout.config, spec, model_config, world, devices.kind)
+    return layout.config, stages, table(stages, layout.step), layout.reason
 
 
 def as_flags(config: RunConfig, reason: str) -> str:
     """The layout of a run as a command line says it, and why it was taken."""
     sizes = [getattr(config.parallel, SETTINGS[axis]) for axis in ("tp", "pp")]
     words = ["--tensor-model-parallel-size {} --pipeline-model-parallel-size {}".format(*sizes)]
+    cp = config.parallel.context_parallel_size
+    words += [f"--context-parallel-size {cp}"] if cp > 1 else []
     words += ["--use-distributed-optimizer"] if config.parallel.data_parallel_sharding == "optimizer" else []
     words += ["--recompute-granularity full"] if config.parallel.recompute_granularity else []
     return f"{' '.join(words)} ({reason})"

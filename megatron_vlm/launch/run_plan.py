@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.data.stream.glance import glance
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, ConversionError, DataError, MegatronVLMError
 from megatron_vlm.files import check_output
@@ -26,7 +27,6 @@ from megatron_vlm.options.request import Request
 from megatron_vlm.parallel.grid import replica_size, replicas
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
-from megatron_vlm.training.memory.stages import table
 from megatron_vlm.training.metrics.trackers import TRACKERS
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.run_config import RunConfig, folders_of, scale_rope
@@ -133,21 +133,24 @@ def _plan(
     try:
         fixed = bool(launch.per_device_train_batch_size or launch.batch_size)
         fixed = fixed or bool((request.run.get("training") or {}).get("micro_batch_size"))
-        laid = lay_out(request.run, config, source, devices, world, lambda dp: config_for(dp)[0], fixed)
+        counts = None
+        if processor is not None and world > 1 and train.paths:
+            counts = glance(config.data, processor, train.paths, config.training.seed)
+        laid = lay_out(request.run, config, source, devices, world, lambda dp: config_for(dp)[0], fixed, counts)
     except NothingFits as error:
         advice = (
             "take more or larger GPUs, --use_lora (with --quantize nf4), a shorter --max_length, or fewer images a row"
         )
         report.fail("memory", _refusal(request, str(error)) or str(error), advice)
         return None
-    config, stages, reason = laid
+    config, stages, rows, reason = laid
     refused = request.sharding.refusal(adapts=adapts, nearest=as_flags(config, reason))
     if refused is not None:
         report.fail("sharding", refused, "")
     config.check_model(source.config)
     if config.training.train_iters is not None:
         Schedule.of(config.optimizer, config.training.train_iters)  # raises where warm-up and length do not go together
-    report.ok("memory", f"{reason}\n" + "\n".join(table(stages)))
+    report.ok("memory", f"{reason}\n" + "\n".join(rows))
     writes = folders_of(config)
     if train.sources or valid.sources:
         writes["launch.shard_cache"] = cache_folder(launch)

@@ -241,6 +241,12 @@ class ParallelConfig(Config):
                 raise ConfigError(
                     f"parallel.decoder_layers_per_stage {list(given)} are {sum(given)} layers, but the decoder has {num_layers}"
                 )
+            if idle := [rank for rank in range(1, pp - 1) if not sum(given[rank::pp])]:
+                raise ConfigError(
+                    f"parallel.decoder_layers_per_stage {list(given)} leaves stage {idle[0]} nothing to do: beside layers there are "
+                    "tower and connector, whole on the first stage, and the head on the last. Where the first is too small for the "
+                    "tower, split it over tensor parallel ranks, or its images over ranks (parallel.vision_parallel)"
+                )
             return given
         if per is not None:
             if num_layers % (pp * per):

@@ -71,11 +71,11 @@ class Grid:
 
     @classmethod
     def all(cls, world: int) -> Iterator[Self]:
-        """Every grid of ``world`` ranks without context parallelism, by tp and then pp."""
+        """Every grid of ``world`` ranks, by tp, cp and then pp."""
         sizes = [size for size in range(1, world + 1) if world % size == 0]
-        for tp, pp in itertools.product(sizes, sizes):
-            if world % (tp * pp) == 0:
-                yield cls.of(world, tp=tp, pp=pp)
+        for tp, cp, pp in itertools.product(sizes, sizes, sizes):
+            if world % (tp * cp * pp) == 0:
+                yield cls.of(world, tp=tp, cp=cp, pp=pp)
 
     @property
     def world(self) -> int:

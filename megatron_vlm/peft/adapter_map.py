@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, Mapping, Split, direct
+from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, Mapping, Split, direct, group_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +93,11 @@ class PeftPlan:
         """Global names of all parameters that the plan adds or trains."""
         pairs = {f"{target.name}.{part}" for target in self.targets for part in "ab"}
         return pairs | set(self.saved) | set(self.biases)
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """Parts of the model (llm, vision, connector) in which something trains."""
+        return frozenset(map(group_of, self.names))
 
 
 def adapter_mapping(base: Mapping, plan: PeftPlan, tp: int = 1) -> Mapping:

@@ -1,44 +1,127 @@
-"""Pipeline stages that take equally long: ``parallel.decoder_layers_per_stage=auto``, and what every stage has to do.
+"""What a step costs in time, stage by stage, and pipeline stages that take equally long.
 
-    config of the model, an expected row --FLOPs of tower, connector, layers, head--> layers of each stage, loads, idle share
+    samples of the data, or an expected row --RowWork: FLOPs of tower, connector, layers, head--> PartWork: of one rank
+        --layers of each stage--> StepWork: loads of the stages, time of a step, share of it in which ranks wait
 
-Work is counted in operations of a forward and backward pass (training/memory/flops.py): a frozen part costs its forward pass,
-and no gradient flows below the first part that trains. The row is the one that memory is estimated for: full, with images of
-the largest size that the data section lets through.
+Work is counted in operations of a rank (training/memory/flops.py): a frozen part costs its forward pass, and no gradient flows
+below the first part that trains. What ranks exchange counts as the operations that a GPU does meanwhile: few numbers, which
+only order layouts and weigh a stage against another.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_vlm.models.family_config import FamilyConfig
-from megatron_vlm.training.memory.flops import forward_flops
-from megatron_vlm.training.memory.stages import RowShape
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_vlm.data.stream.glance import glance
+from megatron_vlm.data.types import Processor
+from megatron_vlm.log import get_logger
+from megatron_vlm.models.family_config import FamilyConfig, has_tower
+from megatron_vlm.parallel.batch import together
+from megatron_vlm.parallel.grid import Grid
+from megatron_vlm.peft.adapter_map import PeftPlan
+from megatron_vlm.training.memory.flops import Flops, counted_flops, forward_flops, passes_of
+from megatron_vlm.training.memory.stages import RowShape, StepWork
 from megatron_vlm.training.run_config import RunConfig
-from megatron_vlm.weights.stages import idle_share, spread
+from megatron_vlm.weights.mapping import GROUPS
+from megatron_vlm.weights.stages import spread
+
+log = get_logger(__name__)
+
+NODE = 8
+"""GPUs that share fast links."""
+_PER_BYTE = 2000.0
+"""Operations of a GPU in the time that a byte takes to another of its node: 400 TFLOP/s, 200 GB/s. Between nodes 8 times that."""
+_MICROBATCH_TOKENS = 512
+"""Tokens whose work a microbatch costs a rank beside its own, however it is split: kernels are started one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowWork:
+    """A microbatch in the mean.
+
+    Attributes:
+        flops: of its forward pass.
+        tokens: of it.
+        source: what it is taken from, in words.
+    """
+
+    flops: Flops
+    tokens: float
+    source: str
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        model_config: FamilyConfig,
+        row: RowShape | None = None,
+        counts: NDArray[Any] | None = None,
+    ) -> "RowWork":
+        """Of rows of samples ``counts`` (``COUNT_DTYPE``), of ``row`` with a loss on every token, or of ``RowShape.expected``."""
+        if counts is not None and len(counts):
+            tokens = int(counts["tokens"].sum())
+            per_row = len(counts) / config.training.micro_batch_size
+            rows = tokens / config.data.seq_length if config.data.packing else per_row
+            flops = counted_flops(model_config, config.data, counts).mean(rows)
+            return cls(flops=flops, tokens=tokens / rows, source=f"{len(counts)} samples of the data")
+        row = row or RowShape.expected(config, model_config)
+        tokens = sum(row.segments)
+        flops = forward_flops(model_config, images=row.images, segments=row.segments, supervised=tokens)
+        return cls(flops=flops, tokens=tokens, source=f"rows of {row}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartWork:
-    """Operations of one microbatch, forward and backward.
+    """Of one rank, one microbatch, forward and backward.
 
     Attributes:
         before: of tower and connector, on the first stage.
         layer: of a decoder layer.
         after: of head and loss, on the last stage.
+        ahead: of tower and connector on every rank, where they run before the pipeline does.
     """
 
     before: float
     layer: float
     after: float
+    ahead: float = 0.0
 
     @classmethod
-    def of(cls, config: RunConfig, model_config: FamilyConfig, row: RowShape) -> "PartWork":
-        """Of ``row``, with a loss on every token."""
-        frozen, tokens = config.model.freeze, sum(row.segments)
-        flops = forward_flops(model_config, images=row.images, segments=row.segments, supervised=tokens)
-        head = 2.0 * tokens * model_config.text.hidden_size * model_config.text.vocab_size
-        before, whole = flops.of_groups(frozen, ("vision", "connector")), flops.of_groups(frozen, ("llm",))
-        layer = whole * (1 - head / flops.llm) / model_config.text.num_layers
-        return cls(before=before, layer=layer, after=whole * head / flops.llm)
+    def of(
+        cls, config: RunConfig, model_config: FamilyConfig, row: RowWork, adapted: Collection[str] | None = None
+    ) -> "PartWork":
+        """Of ``row`` in the layout of ``config``; ``adapted``: groups with adapters, None where there are none."""
+        parallel, text, flops = config.parallel, model_config.text, row.flops
+        tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+        passes = passes_of(config.model.freeze) if adapted is None else passes_of(GROUPS, adapted)
+        recomputes, layers = config.model_options.recomputes, flops.llm - flops.head
+        images = sum(
+            (passes[group] + (recomputes(module) and passes[group] > 1)) * getattr(flops, group)
+            for group, module in (("vision", "tower"), ("connector", "connector"))
+        )
+        whole = "tp" in parallel.image_axes or not has_tower(model_config)
+        images *= (1.0 if whole else _tensor_parallel(tp, model_config.vision.hidden_size)) / parallel.image_ranks
+        again = _recomputed(config, model_config, flops) if passes["llm"] > 1 else 0.0
+        per_layer, exchanged = layers * passes["llm"] + again, 0.0
+        if cp > 1:  # keys and values come to every rank, again in the backward pass, and their gradients go back
+            if passes["llm"] > 1 and not recomputes("core_attention"):
+                per_layer += flops.attention
+            width = 2 if config.training.precision != "fp32" else 4
+            tokens = row.tokens * (cp - 1) / cp * text.num_layers
+            exchanged = 3 * tokens * 2 * text.num_query_groups * text.head_dim * width / tp * _link(tp * cp)
+        split = _tensor_parallel(tp, text.hidden_size) / cp
+        started = _MICROBATCH_TOKENS / row.tokens * (layers * passes["llm"] + again)
+        first = parallel.vision_parallel != "ahead"
+        return cls(
+            before=images if first else 0.0,
+            layer=(per_layer * split + exchanged + started) / text.num_layers,
+            after=flops.head * passes["llm"] * split,
+            ahead=0.0 if first else images,
+        )
 
     def loads(self, layers: tuple[int, ...], pp: int) -> list[float]:
         """Work of each pipeline rank; ``layers`` of each virtual stage."""
@@ -48,31 +131,77 @@ class PartWork:
         return found
 
 
-def balanced(config: RunConfig, model_config: FamilyConfig) -> RunConfig:
-    """The run with ``auto`` replaced by the layers of each stage."""
-    parallel = config.parallel
-    if parallel.decoder_layers_per_stage != "auto":
-        return config
-    work = PartWork.of(config, model_config, RowShape.expected(config, model_config))
-    pp = parallel.pipeline_model_parallel_size
-    counts = spread(model_config.text.num_layers, [work.before, *[0.0] * (pp - 2), work.after], work.layer)
-    return config.replace(parallel=parallel.replace(decoder_layers_per_stage=counts))
+def _recomputed(config: RunConfig, model_config: FamilyConfig, flops: Flops) -> float:
+    """Operations of the decoder's layers that are done again in the backward pass; of a stage's first layers, in the mean."""
+    parallel, text, options = config.parallel, model_config.text, config.model_options
+    layers = flops.llm - flops.head
+    if parallel.recompute_granularity == "full":
+        most = (parallel.recompute_num_layers or text.num_layers) * parallel.pipeline_model_parallel_size
+        return layers * min(1.0, most / text.num_layers)
+    mlp = 3 * text.ffn_hidden_size
+    linears = mlp + 2 * (text.num_attention_heads + text.num_query_groups) * text.head_dim
+    found = flops.attention if options.recomputes("core_attention") else 0.0
+    return found + ((layers - flops.attention) * mlp / linears if options.recomputes("mlp") else 0.0)
 
 
-def describe(config: RunConfig, model_config: FamilyConfig, row: RowShape, microbatches: int) -> str:
-    """Layers and share of work of each pipeline rank, and the predicted idle share, in one line.
+def _link(ranks: int) -> float:
+    """Operations in the time of a byte between ``ranks`` neighbours."""
+    return _PER_BYTE * (1 if ranks <= NODE else 8)
 
-    Args:
-        config: of the run, ``auto`` replaced.
-        model_config: of the model.
-        row: a microbatch.
-        microbatches: of a step, on a rank.
-    """
-    pp = config.parallel.pipeline_model_parallel_size
+
+def _tensor_parallel(tp: int, hidden: int) -> float:
+    """Time of layers split over ``tp`` ranks, of that on one: a token's 16 ``hidden`` bytes go through four sums over the ranks
+    for 72 ``hidden``^2 operations."""
+    return (1 + 16 * _link(tp) / 72 * (tp - 1) / hidden) / tp
+
+
+def planned(
+    config: RunConfig,
+    model_config: FamilyConfig,
+    grid: Grid,
+    *,
+    row: RowShape | None = None,
+    counts: NDArray[Any] | None = None,
+    adapted: Collection[str] | None = None,
+) -> tuple[RunConfig, StepWork]:
+    """The run with ``decoder_layers_per_stage=auto`` replaced by the numbers that make its slowest stage as fast as can be, and
+    its step; ``row`` and ``counts`` as of ``RowWork.of``, ``adapted`` as of ``PartWork.of``."""
+    parallel, work = config.parallel, RowWork.of(config, model_config, row, counts)
+    parts = PartWork.of(config, model_config, work, adapted)
+    if parallel.decoder_layers_per_stage == "auto":
+        beside = [parts.before, *[0.0] * (grid.pp - 2), parts.after]
+        found = spread(model_config.text.num_layers, beside, parts.layer)
+        config = config.replace(parallel=parallel.replace(decoder_layers_per_stage=found))
     layers = config.parallel.stage_layers(model_config.text.num_layers)
-    loads = PartWork.of(config, model_config, row).loads(layers, pp)
-    virtual = len(layers) // pp
-    idle = idle_share(loads, microbatches * virtual)
-    counts = ", ".join(str(sum(layers[rank::pp])) for rank in range(pp))
-    shares = ", ".join(f"{load / sum(loads):.1%}" for load in loads)
-    return f"decoder layers of each stage: {counts}; work: {shares}; idle in a step of {microbatches} microbatches: {idle:.1%}"
+    step = StepWork(
+        layers=tuple(sum(layers[rank :: grid.pp]) for rank in range(grid.pp)),
+        loads=tuple(parts.loads(layers, grid.pp)),
+        microbatches=max(1, config.num_microbatches_per_batch // grid.dp),
+        virtual=len(layers) // grid.pp,
+        ahead=parts.ahead,
+        source=work.source,
+    )
+    return config, step
+
+
+def balanced(
+    config: RunConfig, model_config: FamilyConfig, processor: Processor, plan: PeftPlan | None, device: torch.device
+) -> RunConfig:
+    """The run with ``auto`` settled by a few samples of the data, which rank 0 looks at for all. A collective where it is.
+
+    Raises:
+        MegatronVLMError: on every rank: the data cannot be read.
+    """
+    if config.parallel.decoder_layers_per_stage != "auto":
+        return config
+    found: list[Any] = [None]
+    with together(device):
+        if dist.get_rank() == 0:
+            data, grid = config.data, config.parallel.grid(dist.get_world_size())
+            counts = glance(data, processor, data.train or data.valid, config.training.seed)
+            adapted = plan.groups if plan else None
+            run, step = planned(config, model_config, grid, counts=counts, adapted=adapted)
+            log.info("decoder layers of each stage: %s; %s", ", ".join(map(str, step.layers)), step)
+            found = [run.parallel.decoder_layers_per_stage]
+    dist.broadcast_object_list(found, src=0, device=device)
+    return config.replace(parallel=config.parallel.replace(decoder_layers_per_stage=found[0]))

@@ -243,7 +243,8 @@ class Trainer:
 
     def _build(self) -> None:
         """Builds topology and stages (weights loaded unless a checkpoint has them; adapters added), buffers and optimizer."""
-        self.config, source = balanced(self.config, self.source.config), self.source
+        source, plan = self.source, self.peft.plan if self.peft else None
+        self.config = balanced(self.config, source.config, self.processor, plan, self.device)
         config, layers = self.config, source.config.text.num_layers
         self.topology = build_topology(config.parallel, num_layers=layers, device=self.device)
         options = config.model_options

@@ -100,8 +100,8 @@ def test_each_failure_keeps_its_own_name(launch, data, tmp_path):
     code, output = launch(f"--train_json {data} --max_steps 3 --use_lora True --lora_target_modules q_prooj")
     assert_not_started(code, output, tmp_path, "FAILED   settings", "q_prooj")
     assert "FAILED   memory" not in output and "take more or larger GPUs" not in output
-    code, output = launch(f"--train_json {data} --max_steps 3 --num_processes 3 --global-batch-size 4")
-    assert_not_started(code, output, tmp_path, "FAILED   settings", "no layout of 3 ranks divides", "multiple of")
+    code, output = launch(f"--train_json {data} --max_steps 3 --num_processes 5 --global-batch-size 4")
+    assert_not_started(code, output, tmp_path, "FAILED   settings", "no layout of 5 ranks divides", "multiple of")
     assert "larger GPUs" not in output
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_vlm import registry
 from megatron_vlm.launch.layout import GIB, USABLE, Layout, candidates, choose_layout
+from megatron_vlm.parallel.grid import Grid
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import RankError, run_alone
 from megatron_vlm.testing.memory import Case
@@ -16,14 +17,9 @@ FULL, QLORA = {}, dict(target_modules="all-linear", r=16, quantize="nf4")
 
 
 def make_case(family: str = "internvl3", **settings) -> Case:
-    return Case(
-        name="",
-        family=family,
-        model_config=shapes.small()[family],
-        row=RowShape(segments=(256,), images=((3, 112, 112),)),
-        microbatches=settings.pop("microbatches", 8),
-        **settings,
-    )
+    row = RowShape(segments=(256,), images=((3, 112, 112),))
+    common = {"name": "", "family": family, "model_config": shapes.small()[family], "row": row, "microbatches": 8}
+    return Case(**{**common, **settings})
 
 
 def choices(case: Case, gpus: int, shares: list[float]) -> list[Layout]:
@@ -38,16 +34,15 @@ def choices(case: Case, gpus: int, shares: list[float]) -> list[Layout]:
 
 def test_less_memory_gives_slower_layouts_that_fit():
     roomy, tight, tighter = run_alone(choices, make_case(), 4, [1.1, 0.6, 0.25])
-    assert (roomy.tp, roomy.pp, roomy.dp, roomy.recompute) == (1, 1, 4, False)
-    assert "dp 4: the fastest" in roomy.reason and roomy.distributed_optimizer and roomy.accumulation == 2
-    assert roomy.slowness < tight.slowness < tighter.slowness
-    assert tighter.tp * tighter.pp == 4 and tighter.sequence_parallel == (tighter.tp > 1)
+    assert roomy.grid == Grid(dp=4) and roomy.name == "dp 4" and roomy.reason.startswith("dp 4: the fastest, ")
+    assert roomy.config.parallel.data_parallel_sharding == "optimizer" and roomy.step.microbatches == 2
+    assert roomy.step.time < tight.step.time < tighter.step.time
+    assert tighter.grid.dp == 1 and tighter.config.parallel.sequence_parallel == (tighter.grid.tp > 1)
     assert "would need at least" in tight.reason and "\n" not in tight.reason
     for layout, share in zip((roomy, tight, tighter), (1.1, 0.6, 0.25)):
         limit = layout.need / share / USABLE
         assert layout.need <= USABLE * share * limit + 1
-        run = layout.apply(make_case().config())
-        assert run.check_world(4) == layout.dp and run.parallel.sequence_parallel == (layout.tp > 1)
+        assert layout.config.check_world(4) == layout.grid.dp
 
 
 def test_nothing_fits():
@@ -61,19 +56,49 @@ def test_nothing_fits():
 def test_candidates_divide_the_model_and_the_batch():
     case = make_case(microbatches=4)
     found = candidates(case.config(), case.model_config, 8)
-    assert {layout.dp for layout in found} == {1, 2, 4}  # 8 replicas have no whole row each
-    assert {layout.tp for layout in found} == {1, 2, 4, 8} and max(layout.pp for layout in found) == 4  # 4 layers
-    assert [layout.slowness for layout in found] == sorted(layout.slowness for layout in found)
+    assert {layout.grid.dp for layout in found} == {1, 2, 4}  # 8 replicas have no whole row each
+    assert {layout.grid.tp for layout in found} == {1, 2, 4, 8} and {layout.grid.cp for layout in found} == {1}
+    times = [layout.step.time for layout in found]
+    assert times == sorted(times)
     grown = candidates(case.config(), case.model_config, 8, lambda dp: replace(case, microbatches=4 * dp).config())
-    assert {layout.dp for layout in grown} == {1, 2, 4, 8} and {layout.accumulation for layout in grown} == {4}
+    assert {layout.grid.dp for layout in grown} == {1, 2, 4, 8} and {layout.step.microbatches for layout in grown} == {
+        4
+    }
+
+
+def test_stages_are_balanced_and_what_was_asked_for_stays():
+    case = make_case(microbatches=8, row=RowShape(segments=(256,), images=((3, 112, 112),) * 15))
+    found = candidates(case.config(), case.model_config, 2, row=case.row)
+    piped = next(layout for layout in found if layout.grid.pp == 2)
+    assert piped.config.parallel.decoder_layers_per_stage == piped.step.layers and sum(piped.step.layers) == 4
+    assert piped.step.layers[0] < piped.step.layers[1]  # the tower is on the first
+    asked = case.config()
+    asked = replace(asked, parallel=asked.parallel.replace(recompute_granularity="full", vision_parallel="tensor"))
+    for layout in candidates(asked, case.model_config, 2, row=case.row):
+        assert layout.config.parallel.recompute_granularity == "full" and layout.name.endswith(", recomputing")
+        assert layout.config.parallel.vision_parallel == "tensor"
+
+
+def test_long_rows_are_split_over_ranks():
+    """Few rows of many tokens: ranks that share one keep fewer activations, and need not wait as a pipeline's do."""
+    family, model_config = shapes.published()["InternVL3-8B"]
+    row = RowShape(segments=(65536,))
+    case = Case(name="", family=family, model_config=model_config, row=row, microbatches=2)
+    found = candidates(case.config(), model_config, 8, row=row)
+    assert {layout.grid.cp for layout in found} == {1, 2, 4, 8}
+    order = [layout.name for layout in found if not layout.config.parallel.recompute_granularity]
+    assert order.index("cp 4 dp 2") < order.index("tp 4 dp 2") < order.index("pp 4 dp 2")
+    short = replace(case, row=RowShape(segments=(4096,)))
+    assert {layout.grid.cp for layout in candidates(short.config(), model_config, 8, row=short.row)} == {1}
 
 
 def test_larger_microbatches_come_first():
     config = make_case(microbatches=8).config()
     config = replace(config, data=replace(config.data, packing=False))
     found = candidates(config, make_case().model_config, 2, micro_batch_sizes=(4, 2, 1, 3))
-    assert [layout.micro_batch_size for layout in found if layout.dp == 2 and not layout.recompute] == [4, 2, 1]
-    assert found[0].apply(config).training.micro_batch_size == 4 and found[0].accumulation == 1
+    plain = [x for x in found if x.grid.dp == 2 and not x.config.parallel.recompute_granularity]
+    assert [layout.config.training.micro_batch_size for layout in plain] == [4, 2, 1]
+    assert found[0].config.training.micro_batch_size == 4 and found[0].step.microbatches == 1
 
 
 def published(name: str, gpus: int, gib: int, peft: dict) -> Layout:
@@ -89,4 +114,4 @@ def published(name: str, gpus: int, gib: int, peft: dict) -> Layout:
 @pytest.mark.parametrize(("gpus", "gib", "peft"), [(8, 80, FULL), (1, 80, QLORA), (2, 48, QLORA)])
 def test_models_of_8b(name, gpus, gib, peft):
     layout = run_alone(published, name, gpus, gib, peft, timeout=900)
-    assert layout.need <= USABLE * gib * GIB and layout.tp * layout.pp * layout.dp == gpus
+    assert layout.need <= USABLE * gib * GIB and layout.grid.world == gpus

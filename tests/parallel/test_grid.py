@@ -80,9 +80,10 @@ def test_a_world_that_does_not_divide_is_refused(world, sizes, words):
 def test_all_grids_of_a_world():
     found = list(Grid.all(12))
     assert found[0] == Grid(dp=12) and found[-1] == Grid(tp=12)
-    assert sorted((grid.tp, grid.pp, grid.dp) for grid in found) == sorted(
-        (tp, pp, dp) for tp, pp, dp in itertools.product(range(1, 13), repeat=3) if tp * pp * dp == 12
-    )
+    sizes = [
+        (tp, cp, pp, dp) for tp, cp, pp, dp in itertools.product(range(1, 13), repeat=4) if tp * cp * pp * dp == 12
+    ]
+    assert [(grid.tp, grid.cp, grid.pp, grid.dp) for grid in found] == sizes
 
 
 def test_a_section_as_it_is_written():

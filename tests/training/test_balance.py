@@ -1,14 +1,16 @@
 """``decoder_layers_per_stage=auto``: against the best of all splits, and an emulated 1F1B pipeline."""
 
 import functools
-from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.stream.counts import COUNT_DTYPE
 from megatron_vlm.parallel.config import ParallelConfig
+from megatron_vlm.parallel.grid import Grid
 from megatron_vlm.testing import shapes
-from megatron_vlm.training.balance import PartWork, balanced, describe
+from megatron_vlm.training.balance import PartWork, RowWork, planned
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.memory.stages import RowShape
 from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
@@ -70,40 +72,71 @@ def test_auto_is_the_best_split(name, pp, frozen):
     image, count = IMAGES[name]
     for images in ((image,) * count, (image,) * (count // 4), ()):
         row = RowShape(segments=(1024,) * 16, images=images)
-        config = run_of(pp, frozen)
-        work = PartWork.of(config, model_config, row)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(RowShape, "expected", lambda config, model_config, row=row: row)
-            layers = balanced(config, model_config).parallel.stage_layers(model_config.text.num_layers)
-        loads = work.loads(layers, pp)
-        assert sum(layers) == model_config.text.num_layers
-        assert max(loads) == pytest.approx(best_split(work, model_config.text.num_layers, pp))
-        even = work.loads(
-            run_of(pp, decoder_layers_per_stage=None).parallel.stage_layers(model_config.text.num_layers), pp
-        )
+        config, grid = run_of(pp, frozen), Grid(pp=pp)
+        config, step = planned(config, model_config, grid, row=row)
+        loads, total = list(step.loads), model_config.text.num_layers
+        work = PartWork.of(config, model_config, RowWork.of(config, model_config, row))
+        assert sum(step.layers) == total and step.layers == config.parallel.decoder_layers_per_stage
+        assert max(loads) == pytest.approx(best_split(work, total, pp))
+        even = planned(run_of(pp, decoder_layers_per_stage=None), model_config, grid, row=row)[1]
+        even = work.loads(even.layers, pp)
         for microbatches in (16, 32):
             time, alike = simulate(loads, microbatches), simulate(even, microbatches)
             print(
-                f"{name}, {len(images)} images, pp {pp}, m {microbatches}: {layers}, even takes {alike / time:.2f} of its time"
+                f"{name}, {len(images)} images, pp {pp}, m {microbatches}: {step.layers}, even takes {alike / time:.2f} times it"
             )
             # The closed form is an upper bound; where the first stage is the slowest, its first microbatches do not wait.
             assert 0.88 <= time / step_work(loads, microbatches) <= 1.001 and time <= 1.001 * alike
 
 
+def work_of(config: RunConfig, model_config, row: RowShape, adapted=None) -> PartWork:
+    return PartWork.of(config, model_config, RowWork.of(config, model_config, row), adapted)
+
+
 def test_the_work_of_parts_adds_up_and_frozen_parts_cost_less():
     model_config = shapes.published()["Idefics2-8B"][1]
     row = RowShape(segments=(4096,), images=((3, 980, 980),) * 2)
-    trained, frozen = (PartWork.of(run_of(2, frozen), model_config, row) for frozen in (False, True))
+    trained, frozen = (work_of(run_of(2, frozen), model_config, row) for frozen in (False, True))
     assert trained.before > 1.5 * frozen.before and trained.layer == frozen.layer and trained.after == frozen.after
     loads = trained.loads((16, 16), 2)
     assert sum(loads) == pytest.approx(trained.before + 32 * trained.layer + trained.after)
     assert trained.loads((8, 8, 8, 8), 2) == pytest.approx(loads)
 
 
-def test_described_in_a_line():
+def test_layouts_and_adapters_change_what_a_part_costs():
+    """Ranks share the work, and what they exchange costs something; frozen weights beside adapters need no gradients."""
     model_config = shapes.published()["InternVL3-8B"][1]
-    config = balanced(run_of(8, frozen=True), model_config)
-    line = describe(config, model_config, RowShape(segments=(4096,) * 4), 16)
-    assert line.startswith("decoder layers of each stage: ") and "; idle in a step of 16 microbatches: " in line
-    untouched = replace(config, parallel=replace(config.parallel, decoder_layers_per_stage=None))
-    assert balanced(untouched, model_config) is untouched
+    row = RowShape(segments=(65536,), images=((3, 12 * 448, 448),) * 5)
+    alone = work_of(run_of(2), model_config, row)
+    tp, cp = (
+        work_of(
+            run_of(2, **{f"{axis}_model_parallel_size" if axis == "tensor" else f"{axis}_parallel_size": 4}),
+            model_config,
+            row,
+        )
+        for axis in ("tensor", "context")
+    )
+    for split in (tp, cp):
+        assert alone.layer / 4 < split.layer < alone.layer / 2
+    assert cp.before == pytest.approx(alone.before / 4) and tp.before < alone.before  # images are shared over cp
+    lora = work_of(run_of(2), model_config, row, {"llm"})
+    assert lora.before == pytest.approx(alone.before / 3) and lora.layer == pytest.approx(alone.layer * 2 / 3)
+    again = work_of(run_of(2, recompute_granularity="full"), model_config, row)
+    assert again.layer == pytest.approx(alone.layer * 4 / 3) and again.after == alone.after
+
+
+def test_images_of_the_data_decide_where_they_are_known():
+    model_config = shapes.published()["InternVL3-8B"][1]
+    config, grid = run_of(4), Grid(pp=4)
+    counts = np.zeros(40, dtype=COUNT_DTYPE)
+    counts["tokens"] = counts["supervised"] = 2000
+    text, step = planned(config, model_config, grid, counts=counts)
+    assert (
+        max(text.parallel.decoder_layers_per_stage) - min(text.parallel.decoder_layers_per_stage) <= 3
+    )  # but for the head
+    assert "40 samples of the data" in str(step) and "% of a step of 32 microbatches idle" in str(step)
+    counts["patches"], counts["image_tokens"] = 5 * 1024, 5 * 256
+    heavy, _ = planned(config, model_config, grid, counts=counts)
+    assert heavy.parallel.decoder_layers_per_stage[0] < text.parallel.decoder_layers_per_stage[0] - 1
+    untouched = run_of(4, decoder_layers_per_stage=None)
+    assert planned(untouched, model_config, grid)[0] is untouched

@@ -57,7 +57,7 @@ def test_a_run_writes_what_it_says(command, tmp_path, valid_data):
     ("layout", "world"),
     [
         pytest.param(f"{TP2} --sequence-parallel", 2, marks=pytest.mark.slow),
-        pytest.param(PP2, 2, marks=pytest.mark.slow),
+        pytest.param(f"{PP2} --decoder-layers-per-stage auto", 2, marks=pytest.mark.slow),
         (f"{PP2} --num-layers-per-virtual-pipeline-stage 1", 2),
         ("--use-distributed-optimizer --overlap-grad-reduce", 2),
         ("--context-parallel-size 2 --use-distributed-optimizer", 2),
@@ -72,6 +72,11 @@ def test_layouts_train_and_evaluate_alike(command, tmp_path, valid_data, layout,
     one, many = (json_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
     work = [[line["tflops"] * line["step_seconds"] for line in lines if "tflops" in line] for lines in (one, many)]
     assert work[0] == pytest.approx(work[1], rel=1e-12) and len(work[0]) == 3  # every row once, whoever has it
+    if "auto" in layout:
+        log, resolved = ((tmp_path / "many" / name).read_text() for name in ("train.log", "config.yaml"))
+        assert "samples of the data" in log and isinstance(
+            yaml.safe_load(resolved)["parallel"]["decoder_layers_per_stage"], list
+        )
     for evaluations in (False, True):
         pairs = zip(metrics_of(tmp_path / "one", evaluations), metrics_of(tmp_path / "many", evaluations), strict=True)
         for one, many in pairs:

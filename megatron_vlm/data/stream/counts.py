@@ -188,21 +188,24 @@ def _count_job(shard: int) -> NDArray[Any]:
     return count_shard(dataset, shard, processor)
 
 
-def count_shard(dataset: Dataset, shard: int, processor: Processor) -> NDArray[Any]:
-    """Counts the samples of one shard from their text and image sizes (``COUNT_DTYPE``)."""
-    index, sizes = dataset.index(shard), dataset.image_sizes(shard).tolist()
-    counts = np.zeros(len(index), dtype=COUNT_DTYPE)
-    for row, entry in enumerate(index):
-        first, number = int(entry["first_image"]), int(entry["num_images"])
+def count_shard(
+    dataset: Dataset, shard: int, processor: Processor, rows: NDArray[np.int64] | None = None
+) -> NDArray[Any]:
+    """Counts samples of one shard from their text and image sizes (``COUNT_DTYPE``); ``rows``: which, None: all."""
+    index, sizes = dataset.index(shard), dataset.image_sizes(shard)
+    rows = np.arange(len(index)) if rows is None else rows
+    counts = np.zeros(len(rows), dtype=COUNT_DTYPE)
+    for place, row in enumerate(rows.tolist()):
+        first, number = int(index[row]["first_image"]), int(index[row]["num_images"])
         try:
             sample = dataset.read_text(shard, row)
         except DataError as error:
             LOGGER.warning("%s", error)
-            counts[row]["reason"] = Reason.UNREADABLE.number
+            counts[place]["reason"] = Reason.UNREADABLE.number
             continue
-        of_images = [(width, height) for width, height in sizes[first : first + number]]
+        of_images = [(width, height) for width, height in sizes[first : first + number].tolist()]
         count = processor.count(sample.turns, of_images, sample.options)
-        counts[row] = (
+        counts[place] = (
             count.tokens, count.supervised, count.image_tokens, count.patches, count.reason.number, count.truncated
         )  # fmt: skip
     return counts

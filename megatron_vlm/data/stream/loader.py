@@ -288,6 +288,11 @@ class OpenedData:
     stream: Stream
 
 
+def settings_of(paths: Sequence[SourceConfig | str | Path]) -> list[SourceConfig]:
+    """Folders as settings, those that are named alone too."""
+    return [path if isinstance(path, SourceConfig) else SourceConfig(path=str(path)) for path in paths]
+
+
 def open_data(
     config: DataConfig,
     processor: Processor,
@@ -308,7 +313,7 @@ def open_data(
     Raises:
         DataError, ConfigError: as RowLoader.
     """
-    settings = [path if isinstance(path, SourceConfig) else SourceConfig(path=str(path)) for path in paths]
+    settings = settings_of(paths)
     dataset = Dataset([setting.path for setting in settings])
     counts = TokenCounts(
         dataset,

@@ -32,8 +32,13 @@ def tower_flops(vision: Any, costs: Sequence[ImageCost]) -> float:
 
     A layer is attention over all of a segment and a plain MLP of two linears.
     """
-    h, layers = vision.hidden_size, getattr(vision, "num_run_layers", vision.num_layers)
     segments = [tokens for cost in costs for tokens in cost.segments]
-    embedding = 2 * sum(cost.patches for cost in costs) * vision.num_channels * vision.patch_size**2 * h
-    linears = sum(segments) * (8 * h**2 + 4 * h * vision.ffn_hidden_size)
-    return embedding + layers * (linears + 4 * sum(n * n for n in segments) * h)
+    return tower_operations(vision, sum(cost.patches for cost in costs), sum(segments), sum(n * n for n in segments))
+
+
+def tower_operations(vision: Any, patches: Any, tokens: Any, pairs: Any) -> Any:
+    """As ``tower_flops``, of patches, tokens of all segments, and pairs of tokens that attend: numbers, or an array of each."""
+    h, layers = vision.hidden_size, getattr(vision, "num_run_layers", vision.num_layers)
+    embedding = 2 * patches * vision.num_channels * vision.patch_size**2 * h
+    linears = tokens * (8 * h**2 + 4 * h * vision.ffn_hidden_size)
+    return embedding + layers * (linears + 4 * pairs * h)

@@ -30,7 +30,7 @@ from megatron_vlm.peft import qlora
 from megatron_vlm.peft.lora import apply_lora
 from megatron_vlm.peft.select import make_plan
 from megatron_vlm.registry import FamilySpec
-from megatron_vlm.training.balance import balanced
+from megatron_vlm.training.balance import planned
 from megatron_vlm.training.memory.stages import RowShape, StageMemory
 from megatron_vlm.training.memory.trace import ChunkBytes, measure_chunk
 from megatron_vlm.training.run_config import RunConfig
@@ -73,10 +73,11 @@ def estimate(
         raise ConfigError("memory is estimated in a process without a process group: start it alone, without torchrun")
     cpu.install()
     config.check_world(world_size)
-    config = balanced(config, model_config)
     row = row or RowShape.expected(config, model_config)
+    grid = config.parallel.grid(world_size)
+    config, _ = planned(config, model_config, grid, row=row)
     infos = full_shapes(spec, model_config) if config.peft.active else {}
-    grid, reports = config.parallel.grid(world_size), []
+    reports = []
     for stage in range(grid.pp) if stages is None else stages:
         with _World(config.parallel, model_config, world_size, grid.rank(pp=stage)) as topology:
             model = build_on_meta(config, spec, model_config, topology, infos)

@@ -1,6 +1,7 @@
 """Floating point operations of a step of any family, for MFU: real tokens and the tower counted, padding and recompute not.
 
     images (sizes) --> tower, connector --> + segments (tokens each) --> decoder --> + supervised tokens --> head
+    what the index counts of samples --> the same, an entry for each, without looking at one
 
 Matrix products and attention only, two operations per multiply-add, as torch's FlopCounterMode counts; a test holds the
 two equal. The counter is no replacement: it counts the whole score matrix and no kernel for packed rows, and wants the model
@@ -10,42 +11,62 @@ is ``training(...) / step_seconds / peak``: what recomputing does twice counts o
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vlm.data.config import DataConfig
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
-from megatron_vlm.models.processing.image_cost import tower_flops
+from megatron_vlm.models.processing.image_cost import tower_flops, tower_operations
+
+Amount = Any
+"""A number, or float64 [samples]."""
+
+
+def passes_of(frozen: Collection[str] = (), adapted: Collection[str] = ()) -> dict[str, int]:
+    """Passes over each group in a step: its forward, once more for the gradients of its activations, unless it and all
+    before it are frozen, and once more for those of its weights, unless it is frozen.
+
+    Args:
+        frozen: names of frozen groups, out of ``vision``, ``connector``, ``llm``.
+        adapted: those of them that gradients flow to all the same, for adapters, whose own operations do not count.
+    """
+    found, gradients_flow = {}, False
+    for group in ("vision", "connector", "llm"):
+        trains = group not in frozen
+        gradients_flow = gradients_flow or trains or group in adapted
+        found[group] = 1 + gradients_flow + trains
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Operations of one forward pass, by trainable group."""
+    """Operations of one forward pass, by trainable group: numbers, or arrays with an entry for each sample.
 
-    vision: float
-    connector: float
-    llm: float
+    Attributes:
+        vision, connector, llm: of the whole group.
+        head, attention: of ``llm``, those of the head, and those of queries on keys.
+    """
+
+    vision: Amount
+    connector: Amount
+    llm: Amount
+    head: Amount = 0.0
+    attention: Amount = 0.0
 
     @property
-    def forward(self) -> float:
+    def forward(self) -> Amount:
         """The whole forward pass."""
         return self.vision + self.connector + self.llm
 
-    def training(self, frozen: Collection[str] = (), adapted: Collection[str] = ()) -> float:
-        """Forward and backward pass: each part costs its forward once more for the gradients of its activations, unless
-        it and all before it are frozen, and once more for those of its weights, unless it is frozen.
+    def training(self, frozen: Collection[str] = (), adapted: Collection[str] = ()) -> Amount:
+        """Forward and backward pass; ``frozen`` and ``adapted`` as of ``passes_of``."""
+        return sum(getattr(self, group) * passes for group, passes in passes_of(frozen, adapted).items())
 
-        Args:
-            frozen: names of frozen groups, out of ``vision``, ``connector``, ``llm``.
-            adapted: those of them that gradients flow to all the same, for adapters, whose own operations do not count.
-        """
-        return self.of_groups(frozen, ("vision", "connector", "llm"), adapted)
-
-    def of_groups(self, frozen: Collection[str], groups: Collection[str], adapted: Collection[str] = ()) -> float:
-        """As ``training``, of some parts of the model alone."""
-        total, gradients_flow = 0.0, False
-        for group in ("vision", "connector", "llm"):
-            trains = group not in frozen
-            gradients_flow = gradients_flow or trains or group in adapted
-            total += getattr(self, group) * (1 + gradients_flow + trains) if group in groups else 0.0
-        return total
+    def mean(self, rows: float) -> "Flops":
+        """Of one of ``rows`` rows that hold these samples."""
+        return Flops(**{name: float(np.sum(value)) / rows for name, value in vars(self).items()})
 
 
 def forward_flops(
@@ -65,21 +86,52 @@ def forward_flops(
         supervised: positions that the head is computed on.
         causal_half: count the half of the score matrix that causal attention needs; False: all of it.
     """
-    text, tokens = config.text, sum(segments)
     costs = [config.image_cost(image) for image in images] if has_tower(config) else []
-    h, q, kv = text.hidden_size, text.num_attention_heads * text.head_dim, text.num_query_groups * text.head_dim
-    window = text.sliding_window or max(segments, default=0)
+    window = config.text.sliding_window or max(segments, default=0)
     pairs = sum(_causal_pairs(s, window) if causal_half else s * s for s in segments)
-    decoder = text.num_layers * (2 * tokens * (2 * h * q + 2 * h * kv + 3 * h * text.ffn_hidden_size) + 4 * pairs * q)
-    branches = text.num_layers * _branches(config, tokens)
     return Flops(
         vision=tower_flops(config.vision, costs) if has_tower(config) else 0.0,
         connector=sum(cost.connector for cost in costs),
-        llm=decoder + branches + 2 * supervised * h * text.vocab_size,
+        **_decoder(config, sum(segments), pairs, supervised),
     )
 
 
-def _branches(config: FamilyConfig, tokens: int) -> float:
+def counted_flops(config: FamilyConfig, data: DataConfig, counts: NDArray[Any]) -> Flops:
+    """Counts one forward pass of each sample by what the index knows of it.
+
+    The images of a sample are taken to be equally large where the tower sees them whole: tokens of features tell how many
+    there are.
+
+    Args:
+        config: the model's configuration.
+        data: what is let through.
+        counts: ``COUNT_DTYPE`` [samples].
+    """
+    names = ("tokens", "supervised", "image_tokens", "patches")
+    tokens, supervised, features, patches = (counts[name].astype(np.float64) for name in names)
+    decoder = _decoder(config, tokens, _causal_pairs(tokens, config.text.sliding_window or np.inf), supervised)
+    if not has_tower(config):
+        return Flops(vision=0.0 * tokens, connector=0.0 * tokens, **decoder)
+    largest = config.image_cost(config.expected_image(data))
+    segments = features * (len(largest.segments) / largest.features)
+    seen = patches + segments * ((sum(largest.segments) - largest.patches) / len(largest.segments))  # class tokens
+    return Flops(
+        vision=tower_operations(config.vision, patches, seen, seen**2 / np.maximum(segments, 1e-9)),
+        connector=patches * (largest.connector / largest.patches),
+        **decoder,
+    )
+
+
+def _decoder(config: FamilyConfig, tokens: Amount, pairs: Amount, supervised: Amount) -> dict[str, Amount]:
+    """``llm`` and its parts, of tokens, pairs of query and key, and positions that the head is computed on."""
+    text = config.text
+    h, q, kv = text.hidden_size, text.num_attention_heads * text.head_dim, text.num_query_groups * text.head_dim
+    linears = 2 * tokens * (2 * h * q + 2 * h * kv + 3 * h * text.ffn_hidden_size) + _branches(config, tokens)
+    head, attention = 2 * supervised * h * text.vocab_size, text.num_layers * 4 * pairs * q
+    return {"llm": text.num_layers * linears + attention + head, "head": head, "attention": attention}
+
+
+def _branches(config: FamilyConfig, tokens: Amount) -> Amount:
     """Partial LoRA of a layer, where the family has it: every token goes through the branches, then the mask."""
     rank = getattr(config, "plora_rank", 0)
     text = config.text
@@ -89,7 +141,6 @@ def _branches(config: FamilyConfig, tokens: int) -> float:
     return 2.0 * tokens * rank * (qkv + projection + gate_up + down)
 
 
-def _causal_pairs(length: int, window: int) -> float:
+def _causal_pairs(length: Amount, window: float) -> Amount:
     """Query-key pairs of one causal segment: half of the square, as is the custom, less what the window leaves out."""
-    outside = max(0, length - window)
-    return (length**2 - outside**2) / 2
+    return (length**2 - np.maximum(0, length - window) ** 2) / 2

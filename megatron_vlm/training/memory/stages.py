@@ -1,10 +1,11 @@
-"""What memory is estimated for, and the estimate as a table. Imports no megatron-core."""
+"""What a stage is estimated to hold and to do: the row that is meant, memory, work, and a table of both. No megatron-core."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
 from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.weights.stages import step_work
 
 TEXT_PER_IMAGE = 512
 """Tokens of text that an expected row has for each image (LLaVA's instruction data: about 300)."""
@@ -89,14 +90,59 @@ class StageMemory:
 _SIZES = ("weights", "gradients", "optimizer", "activations", "temporary", "constant")
 
 
-def table(stages: Sequence[StageMemory]) -> list[str]:
-    """Lines of a table in GiB (MiB where all is small), one per stage."""
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """A step as it is predicted.
+
+    Attributes:
+        layers: decoder layers of each pipeline rank.
+        loads: work of each in the pipeline for one microbatch.
+        microbatches: of a rank.
+        virtual: stages of a rank.
+        ahead: of all ranks for one microbatch, before the pipeline.
+        source: what the microbatch is taken from.
+    """
+
+    layers: tuple[int, ...]
+    loads: tuple[float, ...]
+    microbatches: int
+    virtual: int
+    ahead: float
+    source: str
+
+    @property
+    def time(self) -> float:
+        """Of the step, in operations of a rank."""
+        pipeline = step_work(self.loads, self.microbatches * self.virtual) / self.virtual
+        return pipeline + self.microbatches * self.ahead
+
+    @property
+    def work(self) -> tuple[float, ...]:
+        """All of each pipeline rank for one microbatch."""
+        return tuple(load + self.ahead for load in self.loads)
+
+    @property
+    def idle(self) -> float:
+        """Share of it in which a rank waits, over all ranks."""
+        return 1 - self.microbatches * sum(self.work) / (len(self.work) * self.time)
+
+    def __str__(self) -> str:
+        return f"{self.idle:.1%} of a step of {self.microbatches} microbatches idle, by {self.source}"
+
+
+def table(stages: Sequence[StageMemory], step: StepWork) -> list[str]:
+    """Lines of a table, one per stage: what it does for a row, and what it holds in GiB (MiB where all is small)."""
     unit, name = (2**30, "GiB") if max(stage.total for stage in stages) > 2**29 else (2**20, "MiB")
-    rows: list[tuple[str, ...]] = [("stage", "ranks", *_SIZES, f"total {name}", "most")]
+    work, of_work = (10**12, "TFLOP") if max(step.work) > 10**11 else (10**9, "GFLOP")
+    rows: list[tuple[str, ...]] = [
+        ("stage", "ranks", "layers", f"{of_work} a row", "share", *_SIZES, f"total {name}", "most")
+    ]
     for stage in stages:
+        load = step.work[stage.stage]
+        does = (str(step.layers[stage.stage]), f"{load / work:.2f}", f"{load / sum(step.work):.1%}")
         sizes = [f"{getattr(stage, size) / unit:.2f}" for size in (*_SIZES, "total")]
-        rows.append((str(stage.stage), f"{stage.ranks[0]}-{stage.ranks[1]}", *sizes, stage.largest))
-    return in_columns(rows)
+        rows.append((str(stage.stage), f"{stage.ranks[0]}-{stage.ranks[1]}", *does, *sizes, stage.largest))
+    return [*in_columns(rows), *([str(step)] if len(step.loads) > 1 else [])]
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,13 +1,16 @@
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.stream.counts import COUNT_DTYPE
 from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins.idefics2 import tiny_idefics2_config, tiny_tokenizer
-from megatron_vlm.training.memory.flops import Flops, _causal_pairs, forward_flops
+from megatron_vlm.training.memory.flops import Flops, _causal_pairs, counted_flops, forward_flops
 
 # Of the small shapes: one of two sizes, columns of tiles, a grid of them, none.
 IMAGES: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -77,6 +80,28 @@ def test_frozen_groups():
     assert flops.training({"vision", "llm"}) == 1 + 30 + 200
     assert flops.training({"llm"}) == 33 + 200
     assert flops.training({"vision", "connector", "llm"}) == 111
+    everything = ("vision", "connector", "llm")
+    assert flops.training(everything, {"llm"}) == 11 + 200  # weights beside adapters need no gradients
+    assert flops.training(everything, {"vision"}) == 2 + 20 + 200
+
+
+@pytest.mark.parametrize("name", ["Idefics2-8B", "InternVL3-8B", "LLaVA-InternLM2-7B"])
+def test_what_the_index_counts_gives_the_same(name):
+    """Counts of a sample, without its images' sizes, against the images themselves."""
+    _, config = shapes.published()[name]
+    data = DataConfig(seq_length=16384)
+    _, high, wide = config.expected_image(data)
+    images = [(3, high, wide)] * 3
+    costs = [config.image_cost(image) for image in images]
+    counts = np.zeros(2, dtype=COUNT_DTYPE)
+    counts["tokens"], counts["supervised"] = [9000, 700], [300, 9]
+    counts["image_tokens"][0], counts["patches"][0] = sum(c.features for c in costs), sum(c.patches for c in costs)
+    found = counted_flops(config, data, counts)
+    exact = [forward_flops(config, images=images, segments=[9000], supervised=300)]
+    exact.append(forward_flops(config, segments=[700], supervised=9))
+    for part in vars(found):
+        assert getattr(found, part).tolist() == pytest.approx([getattr(one, part) for one in exact]), part
+    assert found.mean(2).llm == pytest.approx(sum(one.llm for one in exact) / 2)
 
 
 @pytest.mark.parametrize(("length", "window", "pairs"), [(8, 8, 32), (8, 100, 32), (8, 2, 14), (0, 4, 0)])

@@ -99,14 +99,12 @@ class PartWork:
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
         passes = passes_of(config.model.freeze) if adapted is None else passes_of(GROUPS, adapted)
         recomputes, layers = config.model_options.recomputes, flops.llm - flops.head
-        images = sum(
-            (passes[group] + (recomputes(module) and passes[group] > 1)) * getattr(flops, group)
-            for group, module in (("vision", "tower"), ("connector", "connector"))
-        )
-        whole = "tp" in parallel.image_axes or not has_tower(model_config)
-        images *= (1.0 if whole else _tensor_parallel(tp, model_config.vision.hidden_size)) / parallel.image_ranks
-        again = _recomputed(config, model_config, flops) if passes["llm"] > 1 else 0.0
-        per_layer, exchanged = layers * passes["llm"] + again, 0.0
+        images, tower = 0.0, model_config.vision.hidden_size if has_tower(model_config) else text.hidden_size
+        for group, again in (("vision", recomputes("tower")), ("connector", recomputes("connector"))):
+            images += (passes[group] + (again and passes[group] > 1)) * getattr(flops, group)
+        images *= (1.0 if "tp" in parallel.image_axes else _tensor_parallel(tp, tower)) / parallel.image_ranks
+        once_more = _recomputed(config, model_config, flops) if passes["llm"] > 1 else 0.0
+        per_layer, exchanged = layers * passes["llm"] + once_more, 0.0
         if cp > 1:  # keys and values come to every rank, again in the backward pass, and their gradients go back
             if passes["llm"] > 1 and not recomputes("core_attention"):
                 per_layer += flops.attention
@@ -114,7 +112,7 @@ class PartWork:
             tokens = row.tokens * (cp - 1) / cp * text.num_layers
             exchanged = 3 * tokens * 2 * text.num_query_groups * text.head_dim * width / tp * _link(tp * cp)
         split = _tensor_parallel(tp, text.hidden_size) / cp
-        started = _MICROBATCH_TOKENS / row.tokens * (layers * passes["llm"] + again)
+        started = _MICROBATCH_TOKENS / row.tokens * (layers * passes["llm"] + once_more)
         first = parallel.vision_parallel != "ahead"
         return cls(
             before=images if first else 0.0,

@@ -31,8 +31,3 @@ def spread(num_layers: int, beside: Sequence[float], layer: float = 1.0) -> tupl
 def step_work(loads: Sequence[float], microbatches: int) -> float:
     """Work of a step in the time of one rank: 1F1B in closed form."""
     return (microbatches - 1) * max(loads) + sum(loads)
-
-
-def idle_share(loads: Sequence[float], microbatches: int) -> float:
-    """Share of a step in which a rank waits, over all ranks."""
-    return 1 - microbatches * sum(loads) / (len(loads) * step_work(loads, microbatches))

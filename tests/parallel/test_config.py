@@ -31,7 +31,7 @@ def test_layers_of_each_stage(settings, layers):
 @pytest.mark.parametrize("settings, wanted", [
     ({"decoder_layers_per_stage": (7, 7, 7)}, "must be one number of layers, 0 or more, for each of 4 stages"),
     ({"decoder_layers_per_stage": (8, -1, 10, 11)}, "0 or more"),
-    ({"decoder_layers_per_stage": (0, 0, 14, 14)}, "stage 1 nothing to do: .* tower and connector, whole on the first stage"),
+    ({"decoder_layers_per_stage": (0, 0, 14, 14)}, "stage 1 nothing to do: tower and connector are whole on the first stage"),
     ({"decoder_layers_per_stage": (7, 7, 7, 8)}, r"\[7, 7, 7, 8\] are 29 layers, but the decoder has 28"),
     ({"pp": 1, "decoder_layers_per_stage": "auto"}, "no effect at pipeline_model_parallel_size 1"),
     ({"pp": 1, "decoder_last_pipeline_num_layers": 3}, "decoder_last_pipeline_num_layers has no effect"),

@@ -1,6 +1,7 @@
 """``decoder_layers_per_stage=auto``: against the best of all splits, and an emulated 1F1B pipeline."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from megatron_vlm.parallel.grid import Grid
 from megatron_vlm.testing import shapes
 from megatron_vlm.training.balance import PartWork, RowWork, planned
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
-from megatron_vlm.training.memory.stages import RowShape
+from megatron_vlm.training.memory.stages import RowShape, StepWork
 from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
 from megatron_vlm.weights.stages import step_work
 
@@ -123,6 +124,46 @@ def test_layouts_and_adapters_change_what_a_part_costs():
     assert lora.before == pytest.approx(alone.before / 3) and lora.layer == pytest.approx(alone.layer * 2 / 3)
     again = work_of(run_of(2, recompute_granularity="full"), model_config, row)
     assert again.layer == pytest.approx(alone.layer * 4 / 3) and again.after == alone.after
+
+
+def test_a_step_and_its_idle_share():
+    step = StepWork(layers=(1, 1), loads=(1.0, 1.0), microbatches=7, virtual=1, ahead=0.0, source="a row")
+    assert step.idle == pytest.approx(1 / 8) and step.time == 8  # (pp - 1) / (microbatches + pp - 1)
+    assert replace(step, virtual=2).time == 7.5 and replace(step, loads=(2.0,)).idle == 0.0
+    ahead = replace(step, ahead=1.0)  # no rank waits for another there
+    assert ahead.time == 15 and ahead.idle == pytest.approx(1 / 15) and ahead.work == (2.0, 2.0)
+
+
+def test_images_ahead_of_the_schedule_load_all_ranks_alike():
+    model_config = shapes.published()["Idefics2-8B"][1]
+    row = RowShape(segments=(16384,), images=((3, 980, 980),) * 16)
+    steps = {}
+    for how in ("auto", "ahead"):
+        steps[how] = planned(run_of(8, vision_parallel=how), model_config, Grid(pp=8), row=row)[1]
+    assert steps["ahead"].ahead == pytest.approx(work_of(run_of(8), model_config, row).before / 8)
+    assert max(steps["ahead"].layers) - min(steps["ahead"].layers) <= 1
+    assert steps["ahead"].time < 0.6 * steps["auto"].time and steps["ahead"].idle < steps["auto"].idle - 0.2
+
+
+def test_what_is_recomputed_in_part_costs_a_part():
+    model_config = shapes.published()["InternVL3-8B"][1]
+    row = RowShape(segments=(16384,), images=((3, 12 * 448, 448),))
+    plain = work_of(run_of(2), model_config, row)
+
+    def more(**parallel) -> tuple[float, float]:
+        found = work_of(run_of(2, **parallel), model_config, row)
+        return found.before / plain.before - 1, found.layer / plain.layer - 1
+
+    assert more(recompute_granularity="full") == pytest.approx((1 / 3, 1 / 3))
+    assert more(recompute_granularity="full", recompute_num_layers=7) == pytest.approx((1 / 3, 1 / 6))
+    selective = "selective"
+    of_tower, nothing = more(recompute_granularity=selective, recompute_modules=("tower",))
+    assert 0.2 < of_tower < 1 / 3 and nothing == 0
+    assert (
+        0
+        < more(recompute_granularity=selective)[1]
+        < more(recompute_granularity=selective, recompute_modules=("mlp",))[1]
+    )
 
 
 def test_images_of_the_data_decide_where_they_are_known():

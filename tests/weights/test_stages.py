@@ -6,7 +6,7 @@ import random
 import pytest
 
 from megatron_vlm.weights.megatron_dir import Stages
-from megatron_vlm.weights.stages import idle_share, spread, step_work
+from megatron_vlm.weights.stages import spread, step_work
 
 
 def largest(counts, beside, layer):
@@ -35,10 +35,8 @@ def test_a_heavy_tower_takes_the_first_stage_alone():
     assert spread(8, [20.0, 0.0, 0.0]) == (0, 4, 4)
 
 
-def test_a_step_and_its_idle_share():
+def test_the_work_of_a_step():
     assert step_work([2.0, 1.0], 5) == 4 * 2.0 + 3.0
-    assert idle_share([1.0, 1.0], 7) == pytest.approx(1 / 8)  # (pp - 1) / (microbatches + pp - 1)
-    assert idle_share([2.0], 3) == 0.0
 
 
 def test_files_of_stages_hold_any_number_of_layers():

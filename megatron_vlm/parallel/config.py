@@ -244,8 +244,8 @@ class ParallelConfig(Config):
             if idle := [rank for rank in range(1, pp - 1) if not sum(given[rank::pp])]:
                 raise ConfigError(
                     f"parallel.decoder_layers_per_stage {list(given)} leaves stage {idle[0]} nothing to do: tower and "
-                    "connector are whole on the first stage, the head is on the last. A tower too large for its stage is split over "
-                    "tensor parallel ranks, or its images run on all ranks (parallel.vision_parallel=ahead)"
+                    "connector are whole on the first stage, the head is on the last. A tower too large for its stage is split "
+                    "over tensor parallel ranks, or its images run on all ranks (parallel.vision_parallel=ahead)"
                 )
             return given
         if per is not None:

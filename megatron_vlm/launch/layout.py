@@ -9,6 +9,7 @@ training/memory/estimate.py's: nothing here knows what a layout costs.
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -127,7 +128,9 @@ def choose_layout(
             stages = lasting.get(same) if not trace else None
             if stages is None:
                 tried = candidate.config
-                stages = _estimate(tried, spec, model_config, gpus, device_kind, row=row, stages=fullest, trace=trace)
+                stages = _memory().estimate(
+                    tried, spec, model_config, gpus, device_kind, row=row, stages=fullest, trace=trace
+                )
             if not trace:
                 lasting[same] = stages
             found = replace(candidate, stages=tuple(stages))
@@ -203,18 +206,14 @@ def adapted_groups(config: RunConfig, spec: FamilySpec, model_config: FamilyConf
     """Groups of the model with adapters, all else frozen; None: there are no adapters."""
     if not config.peft.active:
         return None
-    from megatron_vlm.training.memory.estimate import full_shapes  # as _estimate
-
-    return make_plan(spec, model_config, config.peft, full_shapes(spec, model_config)).groups
+    return make_plan(spec, model_config, config.peft, _memory().full_shapes(spec, model_config)).groups
 
 
-def _estimate(*args: Any, **kwargs: Any) -> list[StageMemory]:
-    """``training.memory.estimate.estimate``."""
-    from megatron_vlm.training.memory.estimate import (
-        estimate,  # loads megatron-core: a wrong command need not wait for it
-    )
+def _memory() -> ModuleType:
+    """``training.memory.estimate``."""
+    from megatron_vlm.training.memory import estimate  # loads megatron-core: a wrong command need not wait for it
 
-    return estimate(*args, **kwargs)
+    return estimate
 
 
 def _reason(found: Layout, refused: Sequence[Layout], limit: int) -> str:
@@ -283,7 +282,7 @@ def lay_out(
         config.check_world(world)
         adapted, grid = adapted_groups(config, spec, model_config), config.parallel.grid(world)
         config, step = planned(config, model_config, grid, counts=counts, adapted=adapted)
-        stages = _estimate(config, spec, model_config, world, devices.kind)
+        stages = _memory().estimate(config, spec, model_config, world, devices.kind)
         need = max(stage.total for stage in stages)
         words = f"as named, {need / GIB:.2f} of {devices.memory / GIB:.1f} GiB"
         if need > USABLE * devices.memory:
@@ -302,7 +301,7 @@ def lay_out(
     )
     stages = list(layout.stages)
     if len(stages) < layout.grid.pp:
-        stages = _estimate(layout.config, spec, model_config, world, devices.kind)
+        stages = _memory().estimate(layout.config, spec, model_config, world, devices.kind)
     return layout.config, stages, table(stages, layout.step), layout.reason
 
 

@@ -110,7 +110,9 @@ class PartWork:
                 per_layer += flops.attention
             width = 2 if config.training.precision != "fp32" else 4
             tokens = row.tokens * (cp - 1) / cp * text.num_layers
-            exchanged = 3 * tokens * 2 * text.num_query_groups * text.head_dim * width / tp * _link(tp * cp)
+            exchanged = (
+                3 * tokens * 2 * text.num_query_groups * text.head_dim * width / tp * _link(Grid(tp=tp, cp=cp).world)
+            )
         split = _tensor_parallel(tp, text.hidden_size) / cp
         started = _MICROBATCH_TOKENS / row.tokens * (layers * passes["llm"] + once_more)
         first = parallel.vision_parallel != "ahead"

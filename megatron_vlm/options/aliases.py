@@ -96,6 +96,7 @@ VALUES = _inverted(
         "checkpoint.save_epochs": "save-epochs",
         "checkpoint.ckpt_step": "ckpt-step",
         "checkpoint.keep_last": "keep-last",
+        "checkpoint.keep_best": "keep-best",
         "checkpoint.base": "base",
         # logging
         "logging.log_interval": "log-interval logging-steps",
@@ -134,6 +135,8 @@ LISTS = _inverted(
         "data.train": "data-path train-data-path",
         "data.valid": "valid-data-path eval-data-path",
         "peft.modules_to_save": "modules-to-save",
+        "evaluate.file": "eval-file",
+        "evaluate.metrics": "eval-metrics",
     }
 )
 # What the flags say instead, and what comes on top, for `megatron-vlm launch`.

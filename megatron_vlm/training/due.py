@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_vlm.training.checkpoint.best import LOSS
 from megatron_vlm.training.run_config import RunConfig
 
 
@@ -33,14 +34,16 @@ class Due:
     @property
     def evaluation(self) -> bool:
         """``data.valid`` is evaluated now."""
-        return bool(self.config.data.valid) and (self.finished or self._evaluation_interval)
+        wanted = self.config.checkpoint.keep_best == LOSS and self.save
+        return bool(self.config.data.valid) and (self.finished or self._evaluation_interval or wanted)
 
     @property
     def answers(self) -> bool:
-        """``evaluate.prompts`` are answered now."""
+        """``evaluate.prompts`` and ``evaluate.file`` are answered now."""
         every = self.config.evaluate.interval
         due = self.iteration % every == 0 if every else self._evaluation_interval
-        return self.finished or due
+        wanted = self.config.checkpoint.keep_best not in (None, LOSS) and self.save
+        return self.finished or due or wanted
 
     @property
     def save(self) -> bool:

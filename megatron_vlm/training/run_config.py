@@ -24,6 +24,7 @@ from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.answering.prompts import EvaluateConfig
+from megatron_vlm.training.checkpoint.best import LOSS
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.metrics.config import LoggingConfig
 from megatron_vlm.training.optimizer.config import OptimizerConfig
@@ -195,6 +196,14 @@ class RunConfig(Config):
             raise ConfigError(
                 "data.valid is empty, but training.skip_train, eval_interval, eval_epochs or eval_iters is set: name held-out "
                 "folders (--valid-data-path) or leave these out"
+            )
+
+        best = self.checkpoint.keep_best
+        known = [*([LOSS] if data.valid else []), *(self.evaluate.metrics if self.evaluate.file else ())]
+        if best is not None and best not in known:
+            raise ConfigError(
+                f"checkpoint.keep_best {best} is not evaluated: it may be {' or '.join(known) or 'nothing here'}; loss needs "
+                "data.valid, a metric of evaluate.metrics needs evaluate.file"
             )
 
     def default_notes(self, said: Mapping[str, Any]) -> list[str]:

@@ -5,9 +5,11 @@
 Every rank runs the same code; the source rank of each replica reads the data, rank 0 writes the reports.
 """
 
+import dataclasses
 import os
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,9 +25,9 @@ from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.progress import WarmUp
-from megatron_vlm.training.answering.answers import SamplingConfig, answer, check_length
-from megatron_vlm.training.answering.prompts import encode_prompt
+from megatron_vlm.training.answering.during import Asking
 from megatron_vlm.training.balance import balanced
+from megatron_vlm.training.checkpoint.best import LOSS, Best
 from megatron_vlm.training.checkpoint.load import find_checkpoint, load_checkpoint
 from megatron_vlm.training.checkpoint.output_check import check_room, check_writable
 from megatron_vlm.training.checkpoint.run_lock import RunLocks
@@ -86,6 +88,7 @@ class Trainer:
         self.seed = config.training.seed
         self.data_state: DataState | None = None
         self.loader: RowLoader | None = None
+        self.scores: dict[str, float] = {}  # of this iteration
         self.metrics: Metrics | None = None
         try:
             self._open()
@@ -165,18 +168,15 @@ class Trainer:
         result = evaluate(self.model, rows, fill_to=config.row_fill)
         if self.metrics is not None:
             self.metrics.evaluation(self.iteration, result)
+        self.scores[LOSS] = result.loss
         return result
 
     def show_answers(self) -> None:
-        """Answers ``evaluate.prompts`` as the model now does."""
-        if not self.prompts:
-            return
-        self.heartbeat.at("answers")
-        seed_step(self.topology, self.seed, self.iteration)
-        sampling = SamplingConfig(max_new_tokens=self.config.evaluate.max_new_tokens)
-        answers = answer(self.model, self.processor, self.prompts, sampling)
-        if self.metrics is not None:
-            self.metrics.answers(self.iteration, self.config.evaluate.questions, answers)
+        """Answers ``evaluate.prompts`` and ``evaluate.file`` as the model now does."""
+        if self.asking:
+            self.heartbeat.at("answers")
+            seed_step(self.topology, self.seed, self.iteration)
+            self.scores |= self.asking.ask(self.model, self.iteration, self.metrics)
 
     def save(self, last: bool = False) -> None:
         """Writes a checkpoint, or starts to, where ``checkpoint.save`` says so; ``last``: of this run.
@@ -198,6 +198,9 @@ class Trainer:
             "data": self.data_state.to_dict(),
             "config": self.config.to_dict(),
         }
+        best = self.config.checkpoint.keep_best
+        if self.origin.best is not None and best in self.scores:
+            self.origin.best.saving(self.iteration, self.scores[best])
         self.saver.save(state, last)
 
     @property
@@ -235,11 +238,7 @@ class Trainer:
         config.check_model(self.source.config)
         with together(self.device):
             self.processor = self.source.spec.open_processor(self.source.hf_dir, config.data)
-            self.prompts = [encode_prompt(self.processor, prompt) for prompt in config.evaluate.questions]
-            positions = self.source.config.text.longest
-            sampling = SamplingConfig(max_new_tokens=config.evaluate.max_new_tokens)
-            for number, sample in enumerate(self.prompts):
-                check_length(sample, positions, sampling, f"evaluate.prompts[{number}]")
+            self.asking = Asking(config.evaluate, self.processor, self.source.config.text.longest)
 
     def _build(self) -> None:
         """Builds topology and stages (weights loaded unless a checkpoint has them; adapters added), buffers and optimizer."""
@@ -285,6 +284,9 @@ class Trainer:
 
     def _start_saves(self) -> None:
         checkpoint, stop = self.config.checkpoint, self.stop
+        if checkpoint.keep_best is not None:
+            best = Best(Path(str(checkpoint.save)), checkpoint.keep_best, self.iteration, dist.get_rank() == 0)
+            self.origin = dataclasses.replace(self.origin, best=best)
         self.saver = Saver(checkpoint, self.model, self.optimizer, self.origin, self.locks, lambda: stop.requested)
         self.closing.callback(self.saver.close)
 
@@ -376,6 +378,7 @@ class Trainer:
         self.previous_samples = self.consumed_samples
         self.iteration += 1
         self.num_skipped += result.skipped
+        self.scores = {}
         self.data_state = self.next_state
 
     @property

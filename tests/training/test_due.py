@@ -18,7 +18,9 @@ def due(
     config = SimpleNamespace(
         data=SimpleNamespace(valid=valid),
         evaluate=SimpleNamespace(interval=interval),
-        checkpoint=SimpleNamespace(save=save, save_interval=save_interval, save_epochs=save_epochs),
+        checkpoint=SimpleNamespace(
+            save=save, save_interval=save_interval, save_epochs=save_epochs, keep_best=training.pop("keep_best", None)
+        ),
         training=SimpleNamespace(**lengths | training),
     )
     return Due(config=config, iteration=iteration, consumed=consumed, samples_per_epoch=10)
@@ -48,3 +50,14 @@ def test_a_step_that_passes_an_epoch():
     )
     assert not due(3, (10, 14), train_epochs=9, save_epochs=1.0).save
     assert due(3, (4, 5), train_epochs=9, eval_epochs=0.5).evaluation
+
+
+def test_what_decides_which_checkpoint_is_best_is_known_when_one_is_saved():
+    saved = dict(train_iters=9, save_interval=2)
+    assert (
+        due(4, (0, 4), keep_best="loss", **saved).evaluation and not due(4, (0, 4), keep_best="loss", **saved).answers
+    )
+    assert (
+        due(4, (0, 4), keep_best="anls", **saved).answers and not due(4, (0, 4), keep_best="anls", **saved).evaluation
+    )
+    assert not due(5, (0, 4), keep_best="loss", **saved).evaluation and not due(4, (0, 4), **saved).evaluation

@@ -1,5 +1,6 @@
 """Questions to a model at hand, and the section ``evaluate`` of a run, which asks them while it trains."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from megatron_vlm.config import Config, PathText
@@ -9,6 +10,7 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.files import read_bytes
+from megatron_vlm.scoring.metrics import check_metrics
 
 PLACEHOLDER = "<image>"
 
@@ -38,26 +40,39 @@ class Prompt(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Config):
-    """Sample answers during training, greedy, to the log, TensorBoard and ``samples.jsonl``.
+    """Answers during training, greedy: of prompts to the log, TensorBoard and ``samples.jsonl``; of files scored in the metrics.
 
     Attributes:
         prompts: texts, or mappings with ``text``, ``images`` and ``system``.
         interval: iterations between them; they are also answered before the first and after the last. None: with each
             evaluation (``training.eval_interval``).
         max_new_tokens: most tokens of an answer.
+        file: held-out files of records, whose last answers are asked for and scored, as `megatron-vlm evaluate` does.
+        metrics: how; see scoring/metrics.py. They are ``eval_NAME`` in metrics.jsonl.
+        format, image_root, limit: of ``file``: as of `data build`; folder of relative image paths; most records of each.
     """
 
     prompts: tuple[str | Prompt, ...] = ()
     interval: int | None = None
     max_new_tokens: int = 64
+    file: tuple[PathText, ...] = ()
+    metrics: tuple[str, ...] = ("exact_match",)
+    format: str = "llava"
+    image_root: PathText = "."
+    limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("interval", "max_new_tokens"):
+        check_metrics(self.metrics)
+        for name in ("interval", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"evaluate.{name} must be at least 1, got {value}")
-        if self.interval is not None and not self.prompts:
-            raise ConfigError("evaluate.interval has no effect without evaluate.prompts")
+        if self.interval is not None and not self.prompts and not self.file:
+            raise ConfigError("evaluate.interval has no effect without evaluate.prompts or evaluate.file")
+        given = {name: getattr(self, name) for name in ("metrics", "format", "image_root", "limit")}
+        for field in dataclasses.fields(self) if not self.file else ():
+            if given.get(field.name, field.default) != field.default:
+                raise ConfigError(f"evaluate.{field.name} has no effect without evaluate.file: name held-out files")
 
     @property
     def questions(self) -> tuple[Prompt, ...]:

@@ -22,6 +22,8 @@ class CheckpointConfig(Config):
         save_interval: iterations between checkpoints; None: at the end (and on SIGTERM) only.
         save_epochs: epochs between checkpoints; excludes ``save_interval``.
         keep_last: checkpoints to keep, at least 2, so that one is left if the newest is damaged; None: all.
+        keep_best: keep the checkpoint with the best held-out ``loss``, or the best of ``evaluate.metrics``, beside those; every
+            iteration that is saved is evaluated, and ``best.json`` in ``save`` names it. None: the last ones alone.
         finetune: take weights only (fp32 main parameters, where there are any) and start at iteration 0 with fresh
             optimizer and data state.
         no_load_optim: leave main parameters, moments and Adam's step behind, but go on at the iteration.
@@ -42,6 +44,7 @@ class CheckpointConfig(Config):
     save_interval: int | None = None
     save_epochs: float | None = None
     keep_last: int | None = None
+    keep_best: str | None = None
     finetune: bool = False
     no_load_optim: bool = False
     no_load_rng: bool = False
@@ -72,6 +75,10 @@ class CheckpointConfig(Config):
             raise ConfigError(f"checkpoint.async_save: another process cannot write to {self.url}: leave it out")
         if self.async_save and self.save is None:
             raise ConfigError("checkpoint.async_save is on, but checkpoint.save is not set: name a folder (--save)")
+        if self.keep_best is not None and (self.save is None or is_url(self.save)):
+            raise ConfigError(
+                f"checkpoint.keep_best {self.keep_best} needs checkpoint.save to be a folder, got {self.save}"
+            )
         if self.save_retries < 0 or self.save_retry_seconds < 0:
             raise ConfigError("neither checkpoint.save_retries nor checkpoint.save_retry_seconds may be negative")
         if self.save_interval is not None and self.save_epochs is not None:

@@ -14,6 +14,7 @@ from megatron_vlm.errors import CheckpointError
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.built import Model
 from megatron_vlm.peft.config import PeftConfig
+from megatron_vlm.training.checkpoint.best import Best
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.checkpoint.tensors import owned
 from megatron_vlm.training.checkpoint.together import checkpoint_work, from_rank_0, gather
@@ -49,16 +50,22 @@ class Origin:
         hf_files: HF files of the model, which are carried along; None on ranks that write none.
         loaded_from: the checkpoint that it went on from.
         peft: of its adapters; None: it trains the model itself.
+        best: which checkpoint is, where ``checkpoint.keep_best`` asks; it grows with the run.
     """
 
     hf_files: CarriedFiles | None = None
     loaded_from: Path | None = None
     peft: PeftRecord | None = None
+    best: Best | None = None
 
     @property
     def protected(self) -> list[Path]:
         """Folders that are never removed."""
-        paths = (self.loaded_from, self.peft.base["path"] if self.peft else None)
+        paths = (
+            self.loaded_from,
+            self.peft.base["path"] if self.peft else None,
+            self.best.folder if self.best else None,
+        )
         return [Path(path) for path in paths if path]
 
     @property

@@ -21,6 +21,7 @@ from megatron_vlm.files import write_synced, writing
 from megatron_vlm.line_files import LineFile
 from megatron_vlm.log import get_logger
 from megatron_vlm.progress import Bar
+from megatron_vlm.scoring.metrics import Score
 from megatron_vlm.training.answering.prompts import Prompt
 from megatron_vlm.training.evaluate import EvalResult
 from megatron_vlm.training.metrics.config import LoggingConfig
@@ -155,6 +156,14 @@ class Metrics:
         )
         for writer in self.writers:
             writer.add_scalar("eval/loss", result.loss, iteration)
+
+    def scores(self, iteration: int, scores: Mapping[str, Score]) -> None:
+        """Records the scores of ``evaluate.file``."""
+        self._write({"iteration": iteration, **{f"eval_{name}": score.value for name, score in scores.items()}})
+        for name, score in scores.items():
+            log.info("iteration %d: eval_%s %s over %d answers", iteration, name, score, score.number)
+            for writer in self.writers:
+                writer.add_scalar(f"eval/{name}", score.value, iteration)
 
     def answers(self, iteration: int, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Records the answers to ``evaluate.prompts``: samples.jsonl, TensorBoard and the log."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.context.attention import Exchange
-from megatron_vlm.parallel.grid import REPLICA, SETTINGS, Axis, Grid
+from megatron_vlm.parallel.grid import COPIES, REPLICA, SETTINGS, Axis, Grid
 from megatron_vlm.parallel.heartbeat import TIMEOUT
 from megatron_vlm.parallel.place import START_TIMEOUT
 from megatron_vlm.weights.stages import spread
@@ -61,6 +61,8 @@ class ParallelConfig(Config):
         data_parallel_sharding: what data parallel (and context parallel) ranks share among them in place of holding all of it:
             ``none``; ``optimizer``, its state (ZeRO-1); ``gradients``, weights and gradients as well, weights whole from a
             forward pass to its backward pass (ZeRO-2); ``parameters``, weights whole for a layer's pass alone (ZeRO-3).
+        sharding_group_size: ranks that share one copy of weights and gradients, copies being equal (hybrid sharding: those of a
+            node); None: all of them.
         overlap_grad_reduce: reduce gradients while the backward pass runs.
         accumulate_allreduce_grads_in_fp32: keep and reduce gradients in fp32.
         ddp_bucket_size: elements of one gradient bucket; None: megatron-core's choice.
@@ -86,6 +88,7 @@ class ParallelConfig(Config):
     context_parallel_exchange: Exchange = "auto"
     vision_parallel: Literal["auto", "tensor", "share", "ahead"] = "auto"
     data_parallel_sharding: Literal["none", "optimizer", "gradients", "parameters"] = "none"
+    sharding_group_size: int | None = None
     overlap_grad_reduce: bool = False
     accumulate_allreduce_grads_in_fp32: bool = True
     ddp_bucket_size: int | None = None
@@ -152,9 +155,14 @@ class ParallelConfig(Config):
         return self.data_parallel_sharding in ("gradients", "parameters")
 
     def _check_sharding(self) -> None:
+        size, what = self.sharding_group_size, f"parallel.data_parallel_sharding {self.data_parallel_sharding}"
+        if size is not None and (size < 2 or not self.fully_sharded):
+            raise ConfigError(
+                f"parallel.sharding_group_size {size} must be at least 2, and goes with data_parallel_sharding gradients or "
+                f"parameters, got {self.data_parallel_sharding}"
+            )
         if not self.fully_sharded:
             return
-        what = f"parallel.data_parallel_sharding {self.data_parallel_sharding}"
         if self.pipeline_model_parallel_size > 1:
             raise ConfigError(
                 f"{what} with pipeline_model_parallel_size {self.pipeline_model_parallel_size} is not built: stages would gather "
@@ -176,10 +184,16 @@ class ParallelConfig(Config):
         """How ``world`` ranks stand.
 
         Raises:
-            ConfigError: they are not a multiple of a replica's.
+            ConfigError: they are not a multiple of a replica's, or sharding groups do not divide them.
         """
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        return Grid.of(world, tp=tp, cp=self.context_parallel_size, pp=pp)
+        grid = Grid.of(world, tp=tp, cp=self.context_parallel_size, pp=pp)
+        copies, size = grid.size(*COPIES), self.sharding_group_size
+        if size is not None and copies % size:
+            raise ConfigError(
+                f"parallel.sharding_group_size {size} does not divide the {copies} ranks (data x context parallel) that share"
+            )
+        return grid
 
     @property
     def replica_size(self) -> int:

@@ -22,6 +22,15 @@ def held(parameter: Tensor) -> tuple[Tensor, int]:
     return parameter.to_local().detach(), first * parameter.shape[1:].numel()
 
 
+def replica(parameter: Tensor) -> tuple[int, int] | None:
+    """(number of this rank's sharding group, number of such groups, which hold the same); None: the parameter is not cut."""
+    if not isinstance(parameter, DTensor):
+        return None
+    mesh, place = parameter.device_mesh, parameter.device_mesh.get_coordinate()
+    assert place is not None
+    return (place[0], mesh.size(0)) if mesh.ndim > 1 else (0, 1)
+
+
 def put(parameter: Tensor, whole: Tensor) -> None:
     """Copies what this rank holds out of ``whole``, the values of all of the parameter."""
     mine, start = held(parameter)

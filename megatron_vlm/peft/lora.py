@@ -215,3 +215,4 @@ def _train_parts(bias: Tensor, entry: Entry, split: Split, parts: Sequence[str],
     full = entry.to_full([torch.full((size,), float(hf in parts)) for hf, size in zip(entry.hf, sizes)])
     mask = split.shard(full, topology.tp, topology.tp_rank).to(bias.device, bias.dtype)
     bias.register_hook(lambda gradient: gradient * mask)
+    bias.trained_rows = mask  # type: ignore[attr-defined] # where the hook is lost: training/optimizer/sharded.py

@@ -37,6 +37,7 @@ class Case:
     layers: tuple[int, ...] | None = None
     do: bool = False
     shard: str = ""
+    group: int | None = None
     overlap: bool = False
     recompute: bool = False
     freeze: tuple[str, ...] = ()
@@ -44,7 +45,9 @@ class Case:
     updates: int = STEPS
 
     def __str__(self) -> str:
-        flags = dict(sp=self.sp, vp=self.vp, do=self.do, overlap=self.overlap, recompute=self.recompute)
+        flags = dict(
+            group=self.group, sp=self.sp, vp=self.vp, do=self.do, overlap=self.overlap, recompute=self.recompute
+        )
         parts = [*(name for name, on in flags.items() if on), *(f"no_{group}" for group in self.freeze)]
         sizes = f"tp{self.tp}pp{self.pp}dp{self.dp}" + (f"cp{self.cp}" if self.cp > 1 else "")
         parts += ["layers" + "_".join(map(str, self.layers))] if self.layers else []
@@ -64,6 +67,7 @@ class Case:
             num_layers_per_virtual_pipeline_stage=self.vp,
             decoder_layers_per_stage=self.layers,
             data_parallel_sharding=self.shard or ("optimizer" if self.do else "none"),
+            sharding_group_size=self.group,
             overlap_grad_reduce=self.overlap,
             recompute_granularity="full" if self.recompute else None,
         )
@@ -104,6 +108,19 @@ DEALT = [
 ]
 """Towers whole on tensor parallel ranks and on later stages, part of the whole matrix."""
 
+SHARDED = [
+    Case(dp=2, shard="gradients"),
+    Case(dp=4, shard="parameters", recompute=True),
+    Case(tp=2, dp=2, sp=True, shard="gradients", recompute=True),
+    Case(tp=2, dp=2, shard="parameters", vision="share"),
+    Case(cp=2, dp=2, shard="parameters", group=2),
+    Case(dp=4, shard="gradients", group=2),
+    Case(dp=2, shard="parameters", freeze=("vision",)),
+    Case(cp=2, shard="parameters", freeze=("vision", "connector"), recompute=True),
+    Case(dp=2, shard="gradients", freeze=("llm",)),
+]
+"""Parameters in shards beside each other axis, part of the whole matrix."""
+
 SIZES = [(1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
 
 
@@ -119,7 +136,7 @@ def whole_matrix(
         for do in ([False, True] if dp > 1 else [False])
         for recompute in recomputes
         for freeze in freezes
-    ] + [replace(case, twin=twin) for case in (*CONTEXT, *DEALT)]
+    ] + [replace(case, twin=twin) for case in (*CONTEXT, *DEALT, *SHARDED)]
 
 
 def mapping_of(

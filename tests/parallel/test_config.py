@@ -86,3 +86,12 @@ def test_the_old_name_of_the_distributed_optimizer():
 def test_what_does_not_go_with_sharded_parameters(settings, wanted):
     with pytest.raises(ConfigError, match=wanted):
         ParallelConfig(data_parallel_sharding="parameters", **settings)
+
+
+def test_sharding_groups_divide_the_ranks():
+    config = ParallelConfig(data_parallel_sharding="parameters", sharding_group_size=4, tensor_model_parallel_size=2)
+    assert config.grid(16).dp == 8
+    with pytest.raises(ConfigError, match=r"sharding_group_size 4 does not divide the 6 ranks"):
+        config.grid(12)
+    with pytest.raises(ConfigError, match=r"at least 2, and goes with .* got optimizer"):
+        ParallelConfig(data_parallel_sharding="optimizer", sharding_group_size=2)

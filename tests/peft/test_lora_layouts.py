@@ -81,6 +81,8 @@ PAIRWISE = [
     Case(cp=2, dp=2, do=True, twin="nf4", updates=2),
     Case(tp=2, cp=2, sp=True, recompute=True, twin="mixed", updates=2),
     Case(tp=2, pp=2, vision="ahead", updates=2),
+    Case(dp=4, shard="parameters", group=2, twin="nf4", updates=2),
+    Case(tp=2, dp=2, sp=True, shard="parameters", twin="mixed", recompute=True, updates=2),
 ]
 OTHERS = [
     dict(tp=4, sp=True, recompute=True),

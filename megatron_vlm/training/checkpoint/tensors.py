@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.models.built import Model, global_parameters, weight_name
-from megatron_vlm.parallel.shards import held, put
+from megatron_vlm.parallel.shards import held, put, replica
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.training.optimizer.state import Fragment, fragments, warn_of_shared_steps
 from megatron_vlm.weights.mapping import Split
@@ -23,7 +23,8 @@ def owned(model: Model, optimizer: Any) -> tuple[list[Piece], dict[tuple[Kind, s
     """What this rank writes, as views of the live tensors.
 
     Each element has one writer. Of tensor parallel replicas that is rank 0. Copies of a shard (weights, and states
-    of a plain optimizer) take turns, so that all ranks write about as much. Tied copies are not written.
+    of a plain optimizer; rows of sharded parameters in each sharding group) take turns, so that all ranks write about as much.
+    Tied copies are not written.
 
     Args:
         model: what its ``saved`` names is written.
@@ -40,13 +41,14 @@ def owned(model: Model, optimizer: Any) -> tuple[list[Piece], dict[tuple[Kind, s
     if lost:
         raise CheckpointError(f"parameters train that no checkpoint would hold: {', '.join(lost[:_MAX_LISTED])}")
     parameters = {name: parameter for name, parameter in parameters.items() if name in splits}
-    copies, copy_number = topology.copies, topology.copy_number
     total, before = sum(parameter.numel() for parameter in parameters.values()), 0
     dtype = model.options.torch_dtype
     pieces: list[Piece] = []
     tensors: dict[tuple[Kind, str], Tensor] = {}
     for name, parameter in parameters.items():
-        my_turn = before * copies // total == copy_number
+        cut = replica(parameter)
+        number, count = cut or (topology.copy_number, topology.copies)
+        my_turn = before * count // total == number
         before += parameter.numel()
         split, part = splits[name], parts.get(id(parameter))
         if split.dim is None and topology.tp_rank:
@@ -54,10 +56,9 @@ def owned(model: Model, optimizer: Any) -> tuple[list[Piece], dict[tuple[Kind, s
         if part is not None and not (part.sharded or my_turn):
             part = None
         rows, start = held(parameter)
-        if len(rows) < len(parameter):
-            mine: dict[Kind, Tensor] = {"model": rows.view(-1).to(dtype)} if rows.numel() else {}
-        else:
-            mine = {"model": parameter} if my_turn else {}
+        if cut and not (my_turn and rows.numel()):
+            continue
+        mine: dict[Kind, Tensor] = {"model": rows.view(-1).to(dtype) if cut else parameter} if my_turn else {}
         if part is not None:
             mine |= part.state()
         if not mine:

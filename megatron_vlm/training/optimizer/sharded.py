@@ -116,6 +116,8 @@ class FullySharded(nn.Module):
         for name, parameter, rows in self.trained:
             grad = cast(Any, parameter.grad)
             rows.main_grad = torch.zeros_like(rows) if grad is None else grad.to_local()
+            if hasattr(rows, "trained_rows"):
+                rows.main_grad *= rows.trained_rows
             part_of_sum = self.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
             if part_of_sum or (
                 whole_tower and group_of(name) != "llm"
@@ -144,11 +146,16 @@ def finalise(stages: list[FullySharded], num_tokens: Tensor | None = None, **unu
 
 
 def _mesh(parallel: ParallelConfig, topology: Topology) -> DeviceMesh:
-    return DeviceMesh.from_group(topology.copies_group, topology.device.type)
+    if parallel.sharding_group_size is None:
+        return DeviceMesh.from_group(topology.copies_group, topology.device.type)
+    # Ranks next to one another differ in tp (parallel/grid.py); those of a sharding group follow, so that it lies in a node.
+    ranks = torch.arange(topology.world_size).view(-1, parallel.sharding_group_size, topology.tp)
+    return DeviceMesh(topology.device.type, ranks, mesh_dim_names=("replicate", "shard", "tp"))["replicate", "shard"]
 
 
 def _shard(unit: nn.Module, **how: Any) -> None:
     """Cuts what is not in another unit yet; what trains is made fp32 first, so that no more than a unit is whole in fp32."""
+    _cut_nf4(unit)
     before = {name: vars(parameter) for name, parameter in unit.named_parameters()}
     for parameter in unit.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -159,6 +166,17 @@ def _shard(unit: nn.Module, **how: Any) -> None:
     for_sums = cast(FSDPModule, unit)
     for_sums.set_gradient_divide_factor(1.0)  # losses are sums over tokens
     for_sums.set_force_sum_reduction_for_comms(True)
+
+
+def _cut_nf4(unit: nn.Module) -> None:
+    """Makes parameters of codes and scales in 4 bits, which are buffers: whole numbers, as ``fully_shard`` casts all others."""
+    for linear in unit.modules():
+        weight = getattr(linear, "nf4", None)
+        for owner, name in ((linear, "weight"), (weight, "absmax")) if weight is not None else ():
+            buffer = owner._buffers.pop(name, None)
+            if buffer is not None:
+                numbers = buffer.view(torch.int32) if buffer.is_floating_point() else buffer
+                owner.register_parameter(name, nn.Parameter(numbers, requires_grad=False))
 
 
 def _entering(stage: VisionLanguageModel, sees_filler: bool, layer: nn.Module, args: Any) -> None:
@@ -174,4 +192,6 @@ def _rows(parameter: nn.Parameter) -> nn.Parameter:
     rows = nn.Parameter(mine)
     vars(rows).update(vars(parameter))
     rows.shard_of = (parameter, start)  # type: ignore[attr-defined]
+    if hasattr(rows, "trained_rows"):
+        rows.trained_rows = rows.trained_rows[start : start + len(mine)]
     return rows

@@ -78,7 +78,7 @@ class Nf4Weight(nn.Module):
     Attributes:
         shape: (rows, columns).
         dtype: of the values.
-        absmax: fp32 or, with double quantisation, uint8 [L * K].
+        absmax: fp32 (its bits as int32 where it is cut over ranks) or, with double quantisation, uint8 [L * K].
         group: int32 [L], number of a line's first block counting on over all groups; None without double quantisation.
         scales, offset: fp32 [G], of each group; None likewise.
         skip: int64 [L, 1], values of a line's first block that lie before it; None: the same for all (``skip_all``).
@@ -103,7 +103,7 @@ class Nf4Weight(nn.Module):
 
     def values(self, codes: Tensor) -> Tensor:
         """The shard [rows, columns], dequantised, from ``codes`` uint8 [L * K, 32]."""
-        absmax = self.absmax
+        absmax = self.absmax.view(torch.float32) if self.absmax.dtype == torch.int32 else self.absmax
         if self.group is not None and self.scales is not None and self.offset is not None:
             within = torch.arange(self.blocks_per_line, device=absmax.device, dtype=torch.int32)
             group = ((self.group[:, None] + within) // GROUP).view(-1).clamp_(max=len(self.scales) - 1)

@@ -47,6 +47,8 @@ PAIRWISE = [
     Case(cp=2, twin="mistral"),
     Case(tp=2, cp=2, sp=True, twin="mistral", updates=3),
     Case(dp=2, cp=2, do=True, overlap=True, twin="one_kv_head"),
+    Case(dp=4, shard="parameters", freeze=("vision",), recompute=True, twin="tied", updates=3),
+    Case(tp=2, dp=2, sp=True, shard="gradients", twin="mistral", updates=3),
 ]
 FREEZES = ((), ("llm",), ("vision",), ("vision", "connector"))
 WHOLE = [

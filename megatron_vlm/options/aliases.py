@@ -51,6 +51,8 @@ VALUES = _inverted(
         "parallel.context_parallel_exchange": "context-parallel-exchange",
         "parallel.vision_parallel": "vision-parallel",
         "parallel.recompute_granularity": "recompute-granularity",
+        "parallel.offload": "offload",
+        "parallel.offload_fraction": "offload-fraction optimizer-offload-fraction",
         "parallel.ddp_bucket_size": "ddp-bucket-size",
         "parallel.distributed_timeout_minutes": "distributed-timeout-minutes",
         # optimizer
@@ -158,6 +160,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "sequence-parallel": ("parallel.sequence_parallel", True),
     "use-distributed-optimizer": ("parallel.data_parallel_sharding", "optimizer"),
     **dict.fromkeys(("offload-activations", "cpu-offloading"), ("parallel.offload_activations", True)),
+    "optimizer-cpu-offload": ("parallel.offload", "optimizer"),
     "overlap-grad-reduce": ("parallel.overlap_grad_reduce", True),
     "accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", True),
     "no-accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", False),
@@ -253,6 +256,8 @@ _IGNORED = {
         save-on-each-node""",
     "the schedule is always the one of this run's config": """
         override-opt-param-scheduler use-checkpoint-opt-param-scheduler""",
+    "what travels between host and device is always page-locked, in streams of its own": """
+        overlap-cpu-optimizer-d2h-h2d no-pin-cpu-grads no-pin-cpu-params use-torch-optimizer-for-cpu-offload""",
     "a checkpoint that is missing is always an error": "exit-on-missing-checkpoint",
     "SIGTERM and SIGUSR1 always save and stop": "exit-signal-handler",
     "every generator and the data order are drawn from --seed": "data-seed full-determinism",
@@ -297,10 +302,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("use-torch-fsdp2", "use-megatron-fsdp", "use-custom-fsdp"),
         ((), f"fully sharded data parallelism (FSDP) {_NOT_BUILT}; use --use-distributed-optimizer"),
     ),
-    **dict.fromkeys(
-        ("cpu-offload", "optimizer-cpu-offload"),
-        ((), f"offload of the optimizer to CPU memory {_NOT_BUILT}; use --use-distributed-optimizer"),
-    ),
+    "cpu-offload": ((), "say of what: --offload optimizer, --offload-activations"),
     "cpu-offloading-num-layers": (
         (),
         f"offload of some layers' activations {_NOT_BUILT}; --offload-activations is of all",

@@ -71,6 +71,8 @@ class ParallelConfig(Config):
         recompute_num_layers: with ``full``, only so many decoder layers of each stage, the first; None: all.
         recompute_modules: with ``selective``, of a decoder layer ``core_attention``, ``mlp``, ``norm``; ``connector``; ``tower``,
             each layer of it. Empty: core_attention, as in Megatron.
+        offload: ``optimizer``: fp32 main parameters, AdamW's moments and its update are the host's.
+        offload_fraction: of the numbers that the optimizer holds, on the host.
         offload_activations: what is kept of a forward pass waits in the host's memory, parameters and small tensors left out.
         distributed_timeout_minutes: a collective that waits longer ends the run.
         heartbeat_timeout_seconds: a rank whose process gives no sign of life for longer ends the run, with the stacks of all.
@@ -95,6 +97,8 @@ class ParallelConfig(Config):
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_num_layers: int | None = None
     recompute_modules: tuple[Recomputed, ...] = ()
+    offload: Literal["none", "optimizer", "optimizer+parameters"] = "none"
+    offload_fraction: float = 1.0
     offload_activations: bool = False
     distributed_timeout_minutes: float = 30.0
     heartbeat_timeout_seconds: float = TIMEOUT
@@ -117,6 +121,16 @@ class ParallelConfig(Config):
                 "drop it or raise context_parallel_size"
             )
         self._check_stages()
+        if not 0 < self.offload_fraction <= 1 or (self.offload == "none" and self.offload_fraction != 1):
+            raise ConfigError(
+                f"parallel.offload_fraction must be above 0 and at most 1, and goes with offload optimizer, got "
+                f"{self.offload_fraction} and {self.offload}"
+            )
+        if self.offload == "optimizer+parameters":
+            raise ConfigError(
+                "parallel.offload optimizer+parameters: weights in the host's memory need data_parallel_sharding "
+                "parameters, which is not built yet: set offload optimizer"
+            )
         check_recomputation(self.recompute_granularity, self.recompute_num_layers, self.recompute_modules)
         self._check_sharding()
         if self.vision_parallel in ("share", "ahead") and self.image_ranks == 1:
@@ -179,6 +193,11 @@ class ParallelConfig(Config):
             raise ConfigError(
                 f"parallel.ddp_bucket_size has no effect with {what}: each layer is a bucket; leave it out"
             )
+
+    @property
+    def host_share(self) -> float:
+        """Of what the optimizer holds, in the host's memory."""
+        return 0.0 if self.offload == "none" else self.offload_fraction
 
     def grid(self, world: int) -> Grid:
         """How ``world`` ranks stand.

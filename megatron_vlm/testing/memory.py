@@ -112,7 +112,7 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
             infos = {name: TensorInfo.of(parameter) for name, parameter in global_parameters(model).items()}
             model = adapt(config, model, infos)
         model = wrap_model(model, config.parallel)
-        optimizer = build_optimizer(OptimizerConfig(lr=1e-5), model)
+        optimizer = build_optimizer(OptimizerConfig(lr=1e-5), model, config.parallel.host_share)
         rows = [make_row(case.row, model_config)] * (config.num_microbatches_per_batch // topology.dp)
         for step in range(2):
             seed_step(topology, 0, step)

@@ -209,7 +209,7 @@ def wrapped_for_test(
     """On a rank: the model of ``build_for_test`` wrapped and in training mode, and its optimizer."""
     _, _, model, config = build_for_test(hf_dir, parallel, options, peft)
     model = wrap_model(model, config)
-    optimizer = build_optimizer(optimizer_config, model)
+    optimizer = build_optimizer(optimizer_config, model, config.host_share)
     for stage in model:
         stage.train()
     return model, optimizer

@@ -257,7 +257,7 @@ class Trainer:
         self.optimizer = None
         if not config.training.skip_train:
             self.model = wrap_model(self.model, config.parallel)
-            self.optimizer = build_optimizer(config.optimizer, self.model)
+            self.optimizer = build_optimizer(config.optimizer, self.model, config.parallel.host_share)
             if self.found is None:
                 with together(self.device):
                     fill_main(source, self.model, self.optimizer, self.peft.tensors if self.peft else {})

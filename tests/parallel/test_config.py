@@ -52,8 +52,11 @@ def test_what_does_not_give_the_layers_is_refused(settings, wanted):
     ({"recompute_granularity": "full", "recompute_num_layers": 0}, "must be at least 1"),
     ({"recompute_granularity": "full", "recompute_modules": ("mlp",)}, "recompute_modules mlp needs .* selective"),
     ({"recompute_granularity": "selective", "recompute_modules": ("mlp", "mlp")}, "names one twice: mlp, mlp"),
+    ({"offload_fraction": 0.5}, "goes with offload optimizer, got 0.5 and none"),
+    ({"offload": "optimizer", "offload_fraction": 0.0}, "must be above 0 and at most 1"),
+    ({"offload": "optimizer+parameters"}, "need data_parallel_sharding parameters"),
 ])  # fmt: skip
-def test_recomputation_without_effect_is_refused(settings, wanted):
+def test_recomputation_and_offload_without_effect_is_refused(settings, wanted):
     with pytest.raises(ConfigError, match=wanted):
         of(pp=1, **settings)
 

@@ -143,7 +143,7 @@ def _fill(shards: _Shards, parameter: nn.Parameter, part: Fragment | None, step:
     put(parameter, weight)
     if part is None:
         return
-    if part.separate:
+    if part.separate or part.host:
         part.set_main(shards.read("param") if stored_main else weight)
     if step is not None:
         part.set_moments({"exp_avg": shards.read("exp_avg"), "exp_avg_sq": shards.read("exp_avg_sq")}, step)

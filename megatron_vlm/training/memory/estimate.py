@@ -33,6 +33,7 @@ from megatron_vlm.registry import FamilySpec
 from megatron_vlm.training.balance import planned
 from megatron_vlm.training.memory.stages import RowShape, StageMemory
 from megatron_vlm.training.memory.trace import ChunkBytes, measure_chunk
+from megatron_vlm.training.optimizer.host import PIECE, on_host
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.mapping import GROUPS, TensorInfo, group_of
 from megatron_vlm.weights.nf4.tensor import Quantization
@@ -167,7 +168,8 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
     topology = model.topology
     parallel = config.parallel
     held, trained = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0)
-    weights = gradients = states = copied = largest = 0
+    weights = gradients = 0
+    updated: list[Tensor] = []
     grad_width = None if parallel.accumulate_allreduce_grads_in_fp32 else "own"
     for chunk in model:
         weights += sum(buffer.nbytes for buffer in chunk.buffers())
@@ -176,15 +178,10 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
             weights += p.nbytes
             if p.requires_grad:
                 trained[group_of(name)] += p.numel()
-                half = p.dtype.itemsize < 4
                 gradients += p.numel() * (p.dtype.itemsize if grad_width else 4)
-                states += p.numel() * (
-                    12 if half else 8
-                )  # AdamW's moments, and fp32 main parameters beside 16-bit ones
-                copied += 4 * p.numel() if half and grad_width else 0  # the optimizer's own fp32 gradients
-                largest = max(largest, 4 * p.numel())
+                updated.append(p)
     shards = topology.copies if parallel.data_parallel_sharding == "optimizer" else 1
-    optimizer_peak = -(-copied // shards) + largest * (1 if device_kind == "cuda" else 2)
+    states, host, optimizer_peak = _optimizer(updated, parallel, device_kind, shards)
     activations = peak = 0
     if row is not None:
         bytes_of = [_chunk_bytes(config, model, chunk, row, device_kind) for chunk in model]
@@ -198,11 +195,33 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
         trainable=trained,
         weights=weights,
         gradients=gradients,
-        optimizer=-(-states // shards),
+        optimizer=states,
+        host=host,
         activations=activations,
         temporary=max(peak, optimizer_peak) - activations,
         constant=_constant(topology) if device_kind == "cuda" else 0,
     )
+
+
+def _optimizer(
+    parameters: Sequence[Tensor], parallel: ParallelConfig, device_kind: Any, shards: int
+) -> tuple[int, int, int]:
+    """Bytes of the optimizer's state on the device, on the host, and of its update's temporaries on the device."""
+    own_width = not parallel.accumulate_allreduce_grads_in_fp32
+    states = host = copied = largest = 0
+    for p, there in zip(parameters, on_host([p.numel() for p in parameters], parallel.host_share)):
+        half = p.dtype.itemsize < 4
+        # AdamW's moments, and fp32 main parameters beside 16-bit ones, and beside all that are on another side.
+        if there:
+            host += 12 * p.numel()
+            if device_kind == "cpu":  # where the update's temporaries are torch's
+                largest = max(largest, 4 * min(p.numel(), PIECE))
+            continue
+        states += (12 if half else 8) * p.numel()
+        copied += 4 * p.numel() if half and own_width else 0  # the optimizer's own fp32 gradients
+        largest = max(largest, 4 * p.numel())
+    peak = -(-copied // shards) + largest * (1 if device_kind == "cuda" else 2)
+    return -(-states // shards), -(-host // shards), peak
 
 
 def _chunk_bytes(config: RunConfig, model: Model, chunk: Any, row: RowShape, device_kind: Any) -> ChunkBytes:

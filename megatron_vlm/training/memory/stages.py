@@ -58,6 +58,7 @@ class StageMemory:
         activations: kept for the backward pass by all microbatches in flight.
         temporary: on top of these at the worst moment of a step.
         constant: of the device's context and libraries, outside the allocator.
+        host: of the optimizer, in the host's memory.
     """
 
     stage: int
@@ -70,6 +71,7 @@ class StageMemory:
     activations: int
     temporary: int
     constant: int
+    host: int = 0
 
     @property
     def allocated(self) -> int:
@@ -134,13 +136,14 @@ def table(stages: Sequence[StageMemory], step: StepWork) -> list[str]:
     """Lines of a table, one per stage: what it does for a row, and what it holds in GiB (MiB where all is small)."""
     unit, name = (2**30, "GiB") if max(stage.total for stage in stages) > 2**29 else (2**20, "MiB")
     work, of_work = (10**12, "TFLOP") if max(step.work) > 10**11 else (10**9, "GFLOP")
+    host = ("host",) if any(stage.host for stage in stages) else ()
     rows: list[tuple[str, ...]] = [
-        ("stage", "ranks", "layers", f"{of_work} a row", "share", *_SIZES, f"total {name}", "most")
+        ("stage", "ranks", "layers", f"{of_work} a row", "share", *_SIZES, f"total {name}", *host, "most")
     ]
     for stage in stages:
         load = step.work[stage.stage]
         does = (str(step.layers[stage.stage]), f"{load / work:.2f}", f"{load / sum(step.work):.1%}")
-        sizes = [f"{getattr(stage, size) / unit:.2f}" for size in (*_SIZES, "total")]
+        sizes = [f"{getattr(stage, size) / unit:.2f}" for size in (*_SIZES, "total", *host)]
         rows.append((str(stage.stage), f"{stage.ranks[0]}-{stage.ranks[1]}", *does, *sizes, stage.largest))
     return [*in_columns(rows), *([str(step)] if len(step.loads) > 1 else [])]
 

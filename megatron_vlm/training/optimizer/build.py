@@ -23,6 +23,7 @@ from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.training import ahead
 from megatron_vlm.training.ahead import main_gradients, sum_over
 from megatron_vlm.training.optimizer.config import OptimizerConfig
+from megatron_vlm.training.optimizer.host import HostOptimizer
 from megatron_vlm.training.optimizer.sharded import FullySharded, finalise
 from megatron_vlm.weights.mapping import GROUPS, group_of
 
@@ -80,8 +81,8 @@ def finish_gradients(model: Model, chunks: Any, num_tokens: Any = None, **rest: 
         sum_over(main_gradients(stage.trained), topology.tp_group)
 
 
-def build_optimizer(config: OptimizerConfig, model: Model) -> Any:
-    """Makes megatron-core's optimizer over the trainable parameters of this rank.
+def build_optimizer(config: OptimizerConfig, model: Model, host_share: float = 0.0) -> Any:
+    """Makes megatron-core's optimizer over the trainable parameters of this rank, or ours with its state on the host.
 
     megatron-core picks Transformer Engine's or apex's fused AdamW where installed, else torch's; all decouple the
     weight decay. A rank with nothing to train gets one that steps without effect and joins every collective.
@@ -89,6 +90,7 @@ def build_optimizer(config: OptimizerConfig, model: Model) -> Any:
     Args:
         config: AdamW's settings.
         model: of ``wrap_model``; bf16 and fp16 weights get fp32 main parameters.
+        host_share: of ``ParallelConfig``.
     """
     params_dtype = model.options.torch_dtype
     mcore_config = AdamOptimizerConfig(
@@ -121,7 +123,10 @@ def build_optimizer(config: OptimizerConfig, model: Model) -> Any:
     for group in GROUPS:
         belongs = ParamPredicate(name=group, fn=lambda p, group=group: groups[id(p)] == group)
         overrides[ParamKey(predicate=belongs)] = {"group": group}
-    optimizer = get_megatron_optimizer(mcore_config, stages, overrides, use_gloo_process_groups=False)
+    if host_share:
+        optimizer: Any = HostOptimizer(mcore_config, stages, overrides, host_share, model.topology.tp_group)
+    else:
+        optimizer = get_megatron_optimizer(mcore_config, stages, overrides, use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers if sharded else ():
         part.grad_stats_parallel_group = torch.distributed.group.WORLD  # all ranks hold parts of the gradients
     optimizer.get_grad_norm = partial(gradient_norm, optimizer, model.stages[0].replicas if sharded else 1)
@@ -143,7 +148,7 @@ def gradient_norm(optimizer: Any, replicas: int = 1) -> float:
     """
     grads = [grad for part in optimizer.chained_optimizers for grad in part.get_main_grads_for_grad_norm()]
     if grads:
-        square = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) ** 2
+        square = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32))) ** 2
     else:
         square = torch.zeros((), device=torch.cuda.current_device())
     torch.distributed.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())

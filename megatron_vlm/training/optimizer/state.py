@@ -1,6 +1,6 @@
 """megatron-core's optimizers seen as one thing: each parameter's fp32 main parameter and AdamW state on this rank.
 
-    FP32Optimizer | Float16OptimizerWithFloat16Params | DistributedOptimizer --fragments--> [Fragment]
+    FP32Optimizer | Float16OptimizerWithFloat16Params | DistributedOptimizer | our HostOptimizer --fragments--> [Fragment]
 
 The only file that reaches into the optimizers of megatron-core 0.16.1 (underscore names included), which differ in
 where main parameters live and in how much of each a data parallel rank holds. megatron-core's own load_state_dict is
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_vlm.log import get_logger
+from megatron_vlm.parallel.host import empty_beside
 from megatron_vlm.weights.rank_files import Kind
 
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
@@ -33,6 +34,7 @@ class Fragment:
         sharded: other data parallel ranks hold the rest; else they hold the same.
         adam: the inner AdamW.
         group: its parameter group of ``main``.
+        host: ``main`` and the moments lie in the host's memory, apart from the parameter of any dtype.
     """
 
     parameter: nn.Parameter
@@ -43,6 +45,7 @@ class Fragment:
     sharded: bool
     adam: torch.optim.Optimizer
     group: dict[str, Any]
+    host: bool = False
 
     @property
     def separate(self) -> bool:
@@ -77,7 +80,7 @@ class Fragment:
         else:
             self.group["step"] = max(int(step), self.group.get("step", 0))
         for kind, shard in shards.items():
-            state[kind] = torch.empty_like(self.main, dtype=torch.float32)
+            state[kind] = empty_beside(self.main, self.host)
             state[kind].view(-1).copy_(self._cut(shard))
 
     def _cut(self, shard: Tensor) -> Tensor:
@@ -133,6 +136,21 @@ def restore_scaler(optimizer: Any, state: dict[str, float] | None) -> bool:
 
 
 def _fragments(part: Any) -> Iterator[Fragment]:
+    if hasattr(part, "parts"):  # of training/optimizer/host.py
+        for piece in part.parts:
+            owner, start = _owner(piece.parameter)
+            yield Fragment(
+                parameter=owner,
+                dtype=part.config.params_dtype if owner is not piece.parameter else owner.dtype,
+                main=piece.main,
+                start=start + piece.start,
+                end=start + piece.end,
+                sharded=part.distributed or owner is not piece.parameter,
+                adam=part.optimizer,
+                group=piece.group,
+                host=piece.host,
+            )
+        return
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
@@ -160,7 +178,7 @@ def _fragments(part: Any) -> Iterator[Fragment]:
         for parameters, mains in zip(part.float16_groups, part.fp32_from_float16_groups):
             pairs += list(zip(parameters, mains))
     for parameter, main in pairs:
-        owner, start = getattr(parameter, "shard_of", (parameter, 0))  # of training/optimizer/sharded.py
+        owner, start = _owner(parameter)
         yield Fragment(
             parameter=owner,
             dtype=part.config.params_dtype if owner is not parameter else parameter.dtype,
@@ -171,6 +189,11 @@ def _fragments(part: Any) -> Iterator[Fragment]:
             adam=adam,
             group=groups[id(main)],
         )
+
+
+def _owner(parameter: nn.Parameter) -> tuple[nn.Parameter, int]:
+    """The parameter of the model that this is, or is some rows of (training/optimizer/sharded.py), and from which number on."""
+    return getattr(parameter, "shard_of", (parameter, 0))
 
 
 def _counts_per_parameter(adam: torch.optim.Optimizer) -> bool:

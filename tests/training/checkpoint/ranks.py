@@ -63,7 +63,7 @@ class Run:
             load_into(source, model)
         self.model = wrap_model(model, parallel_config)
         self.optimizer_config = OptimizerConfig(lr=1e-3)
-        self.optimizer = build_optimizer(self.optimizer_config, self.model)
+        self.optimizer = build_optimizer(self.optimizer_config, self.model, parallel_config.host_share)
         if self.found is None:
             fill_main(source, self.model, self.optimizer, {})
         else:

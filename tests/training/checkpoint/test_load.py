@@ -26,6 +26,7 @@ def at(
     overlap=False,
     sp=False,
     shard="",
+    host=0.0,
     **options,
 ):
     parallel = dict(
@@ -39,6 +40,8 @@ def at(
         data_parallel_sharding=shard or ("optimizer" if do else "none"),
         overlap_grad_reduce=overlap,
         ddp_bucket_size=3000 if overlap else None,
+        offload="optimizer" if host else "none",
+        offload_fraction=host or 1.0,
     )
     return (tp, pp, dp, cp), parallel, options
 
@@ -110,6 +113,10 @@ CHAINS = {
             at(1, 2, 2, freeze=("llm",), **SHARDED),
             at(2, 2, freeze=("llm",)),
         ],
+    ),
+    "host": (
+        "mistral",
+        [at(), at(host=1.0), at(1, 1, 2, host=0.5, **SHARDED), at(2, host=1.0), at(1, 2, host=1.0, do=True), at(2)],
     ),
     "bf16": (
         "calm",
@@ -186,7 +193,11 @@ def test_chain(twins, calm, tmp_path, name):
 
 
 def test_same_layout_continues_bit_for_bit(twins, tmp_path):
-    where = at(2, 1, 2, sp=True, **SHARDED, **BF16)
-    first = run_leg(twins("mistral"), where, {"save": str(tmp_path)})[0]
-    again = run_leg(twins("mistral"), where, {"load": str(tmp_path), "save": str(tmp_path)})[0]
-    assert again["resumed"] == first["uninterrupted"]
+    """With the optimizer on the host and without, in turn."""
+    plain, host = (at(2, 1, 2, sp=True, host=share, **SHARDED, **BF16) for share in (0.0, 1.0))
+    before = run_leg(twins("mistral"), plain, {"save": str(tmp_path)})[0]
+    for where in (host, plain):
+        again = run_leg(twins("mistral"), where, {"load": str(tmp_path), "save": str(tmp_path)})[0]
+        assert again["resumed"] == before["uninterrupted"]
+        assert_same(again["loaded_full"], before["saved_full"])
+        before = again

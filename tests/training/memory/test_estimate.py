@@ -24,6 +24,7 @@ def make_case(family: str, name: str, **settings) -> Case:
 
 TP, PP = dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=("core_attention", "mlp", "norm", "connector"))
+HOST = dict(offload="optimizer")
 CASES = [
     make_case(
         "idefics2",
@@ -40,6 +41,9 @@ CASES = [
     ),
     make_case("idefics2", "cp 2", parallel=dict(context_parallel_size=2), alone=True),
     make_case("idefics2", "recompute in part", parallel=SELECTIVE, alone=True),
+    make_case(
+        "llava_internlm2", "optimizer on the host", parallel=HOST | dict(data_parallel_sharding="optimizer"), alone=True
+    ),
     make_case("internvl3", "activations on the host", parallel=dict(offload_activations=True), alone=True),
     # Tower and connector run on a few patches of zeros.
     replace(make_case("internvl3", "rows of text", alone=True), row=RowShape(segments=(100, 92))),
@@ -51,6 +55,14 @@ MORE = [
     *(
         make_case("internvl3", f"recompute {name}", parallel=dict(SELECTIVE, recompute_modules=(name,)), alone=True)
         for name in ("core_attention", "mlp", "norm", "connector", "tower")
+    ),
+    make_case("idefics2", "half of the optimizer on the host", parallel=HOST | dict(offload_fraction=0.5), alone=True),
+    make_case("idefics2", "optimizer on the host, fp32", parallel=HOST, alone=True, precision="fp32"),
+    make_case(
+        "idefics2",
+        "optimizer on the host, bf16 gradients",
+        parallel=HOST | dict(accumulate_allreduce_grads_in_fp32=False),
+        alone=True,
     ),
     make_case(
         "llava_internlm2",
@@ -78,8 +90,9 @@ def test_as_measured(case):
         assert guesses[stage] == pytest.approx(peaks[stage], rel=bar), f"stage {stage}"
 
 
-def adapted(case: Case) -> list[tuple[int, int, int, int]]:
-    """(weights, gradients, optimizer, activations) in full, with LoRA, with QLoRA and on half as long rows."""
+def adapted(case: Case) -> list[tuple[int, ...]]:
+    """(weights, gradients, optimizer, activations, host) in full, with LoRA, with QLoRA, on half as long rows, and with half of
+    the optimizer on the host."""
     from megatron_vlm import registry
 
     lora = dict(target_modules="all-linear", r=4)
@@ -90,17 +103,19 @@ def adapted(case: Case) -> list[tuple[int, int, int, int]]:
         replace(case, peft=lora),
         replace(case, peft=lora | dict(quantize="nf4")),
         replace(case, row=short),
+        replace(case, parallel=HOST | dict(offload_fraction=0.5)),
     ):
         (stage,) = estimate(
             other.config(), registry.get(case.family), case.model_config, other.world, "cuda", row=other.row
         )
-        found.append((stage.weights, stage.gradients, stage.optimizer, stage.activations))
+        found.append((stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.host))
     return found
 
 
 def test_adapters_need_less_and_short_rows_keep_less():
     case = replace(make_case("internvl3", "full"), world=1, microbatches=1)
-    full, lora, qlora, short = run_alone(adapted, case)
+    full, lora, qlora, short, half = run_alone(adapted, case)
+    assert full[4] == 0 and half[2] + half[4] == full[2] and half[4] == pytest.approx(full[2] / 2, rel=0.05)
     text = case.model_config.text
     h, heads = text.hidden_size, (text.num_attention_heads + 2 * text.num_query_groups) * text.head_dim
     linears = text.num_layers * (h * heads + h * h + 3 * h * text.ffn_hidden_size)

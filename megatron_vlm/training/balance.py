@@ -17,6 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megatron_vlm.data.stream.glance import glance
+from megatron_vlm.data.stream.packing import Costs
 from megatron_vlm.data.types import Processor
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
@@ -205,3 +206,9 @@ def balanced(
             found = [run.parallel.decoder_layers_per_stage]
     dist.broadcast_object_list(found, src=0, device=device)
     return config.replace(parallel=config.parallel.replace(decoder_layers_per_stage=found[0]))
+
+
+def costs_of(config: RunConfig, model_config: FamilyConfig, plan: PeftPlan | None) -> Costs:
+    """What each sample costs a replica, tower and frozen parts as they are: operations of its step."""
+    frozen, adapted = (GROUPS, plan.groups) if plan else (config.model.freeze, ())
+    return lambda counts: counted_flops(model_config, config.data, counts).training(frozen, adapted)

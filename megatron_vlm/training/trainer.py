@@ -26,7 +26,7 @@ from megatron_vlm.parallel.rng import seed_step
 from megatron_vlm.parallel.topology import build_topology, init_process_group
 from megatron_vlm.progress import WarmUp
 from megatron_vlm.training.answering.during import Asking
-from megatron_vlm.training.balance import balanced
+from megatron_vlm.training.balance import balanced, costs_of
 from megatron_vlm.training.checkpoint.best import LOSS, Best
 from megatron_vlm.training.checkpoint.load import find_checkpoint, load_checkpoint
 from megatron_vlm.training.checkpoint.output_check import check_room, check_writable
@@ -312,6 +312,7 @@ class Trainer:
                     fill_to=config.row_fill,
                     state=self.data_state,
                     output_dir=config.output_dir,
+                    costs=costs_of(config, self.source.config, self.peft.plan if self.peft else None),
                 )
                 self.closing.callback(self.loader.close)
                 check_share(self.loader.report(), config.data, config.output_dir / "excluded.jsonl")

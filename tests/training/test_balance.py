@@ -8,10 +8,11 @@ import pytest
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.stream.counts import COUNT_DTYPE
+from megatron_vlm.data.stream.packing import deal, sample_costs
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.grid import Grid
 from megatron_vlm.testing import shapes
-from megatron_vlm.training.balance import PartWork, RowWork, planned
+from megatron_vlm.training.balance import PartWork, RowWork, costs_of, planned
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.memory.stages import RowShape, StepWork
 from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
@@ -164,6 +165,26 @@ def test_what_is_recomputed_in_part_costs_a_part():
         < more(recompute_granularity=selective)[1]
         < more(recompute_granularity=selective, recompute_modules=("mlp",))[1]
     )
+
+
+def test_rows_are_dealt_by_what_they_cost_this_model():
+    """Half of the rows hold images: dealt by the model's own operations no replica waits, by a 7B decoder's it would."""
+    model_config = shapes.published()["Idefics2-8B"][1]
+    counts = np.zeros(32, dtype=COUNT_DTYPE)
+    counts["tokens"] = counts["supervised"] = np.linspace(2000, 4000, 32)
+    counts["patches"][::2], counts["image_tokens"][::2] = 4 * 4900, 4 * 64
+    config = run_of(1, decoder_layers_per_stage=None)
+
+    def worst(dealt_by) -> float:
+        true = costs_of(config, model_config, None)(counts)
+        loads = [true[rank].sum() for rank in deal(dealt_by(counts).tolist(), 4)]
+        return max(loads) / (sum(loads) / 4)
+
+    assert worst(costs_of(config, model_config, None)) < 1.01 < 1.02 < worst(sample_costs)
+    frozen = costs_of(run_of(1, True, decoder_layers_per_stage=None), model_config, None)(counts)
+    row = RowShape(segments=(int(counts["tokens"][0]),), images=((3, 980, 980),) * 4)
+    flops = RowWork.of(config, model_config, row).flops
+    assert frozen[0] == pytest.approx(flops.training({"vision"})) and frozen[1] < frozen[0]
 
 
 def test_images_of_the_data_decide_where_they_are_known():

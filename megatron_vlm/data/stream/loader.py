@@ -17,6 +17,7 @@ from megatron_vlm.data.row import Row
 from megatron_vlm.data.shards.dataset import Dataset
 from megatron_vlm.data.stream.counts import TokenCounts, digest_of, survey
 from megatron_vlm.data.stream.mixture import Mixture, MixtureSource, resolve
+from megatron_vlm.data.stream.packing import Costs, sample_costs
 from megatron_vlm.data.stream.reader import Quarantine, RowReader
 from megatron_vlm.data.stream.step_plan import DataState, RowPlan, StepPlan, Stream, row_plan
 from megatron_vlm.data.stream.workers import RowWorkers
@@ -60,6 +61,7 @@ class RowLoader:
         state: continue after it; None: from the start.
         cache_dir: see ``DataConfig.cache_dir``, which it overrides.
         output_dir: gets ``excluded.jsonl`` and ``quarantine.jsonl``.
+        costs: see Stream.
 
     Attributes:
         samples_per_epoch: samples that an epoch trains on in the mean, excluded ones left out.
@@ -85,11 +87,13 @@ class RowLoader:
         state: DataState | None = None,
         cache_dir: str | Path | None = None,
         output_dir: str | Path | None = None,
+        costs: Costs = sample_costs,
     ):
         check_batch(config, global_batch_size, micro_batch_size, dp_size)
         check_rows(config, micro_batch_size, multiple_of, fill_to)
         self._config, self._batch = config, global_batch_size
-        opened = open_data(config, processor, paths, seed=seed, cache_dir=cache_dir, rank=dp_rank, num_ranks=dp_size)
+        whose = dict(rank=dp_rank, num_ranks=dp_size)
+        opened = open_data(config, processor, paths, seed=seed, cache_dir=cache_dir, costs=costs, **whose)
         self._dataset, self._mixture, self._stream = opened.dataset, opened.mixture, opened.stream
         report_dir = Path(output_dir) if output_dir and dp_rank == 0 else None
         self._report = survey(opened.counts, config, report_dir, self._mixture.sources)
@@ -302,6 +306,7 @@ def open_data(
     cache_dir: str | Path | None = None,
     rank: int = 0,
     num_ranks: int = 1,
+    costs: Costs = sample_costs,
 ) -> OpenedData:
     """Opens data folders, counts what is not counted yet and settles the order.
 
@@ -309,6 +314,7 @@ def open_data(
         config, processor, paths, cache_dir: see RowLoader.
         seed: of the order; None: every sample once, as they lie in the shards.
         rank, num_ranks: see TokenCounts.
+        costs: see Stream.
 
     Raises:
         DataError, ConfigError: as RowLoader.
@@ -332,7 +338,7 @@ def open_data(
         slice_size=config.slice_size,
         window_slices=config.window_slices,
     )
-    return OpenedData(dataset=dataset, counts=counts, mixture=mixture, stream=Stream(counts, mixture, config))
+    return OpenedData(dataset=dataset, counts=counts, mixture=mixture, stream=Stream(counts, mixture, config, costs))
 
 
 def check_batch(config: DataConfig, global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:

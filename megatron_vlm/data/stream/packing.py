@@ -7,16 +7,19 @@ A plan ends with its window: nothing is carried over, so a place in the data is 
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Cost of a row relative to one token through a decoder of about 7B parameters: attention grows with the square of a
-# sample's length (4 hidden per key against 24 hidden^2 per token), a patch goes through a tower of about 0.4B. It only
-# balances ranks; what is computed does not depend on it.
+# Where the model is not known (training/balance.py:costs_of): cost of a row relative to one token through a decoder of about
+# 7B parameters. Attention grows with the square of a sample's length (4 hidden per key against 24 hidden^2 per token), a patch
+# goes through a tower of about 0.4B. It only balances ranks; what is computed does not depend on it.
 COST_PER_SQUARED_TOKEN = 1 / 24_576
 COST_PER_PATCH = 0.06
+Costs = Callable[[NDArray[Any]], NDArray[np.float64]]
+"""Counts of samples (``COUNT_DTYPE``) -> what each costs a rank, in any unit."""
 ROW_BITS = 32
 ROW_MASK = (1 << ROW_BITS) - 1
 
@@ -75,8 +78,9 @@ def best_fit(
     return rows
 
 
-def sample_costs(lengths: NDArray[np.int64], patches: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Returns the cost of samples with these token and patch counts, in tokens of a 7B decoder; a row's is the sum."""
+def sample_costs(counts: NDArray[Any]) -> NDArray[np.float64]:
+    """Returns the cost of samples (``COUNT_DTYPE``) where no model is known: tokens of a 7B decoder; a row's is the sum."""
+    lengths, patches = counts["tokens"].astype(np.float64), counts["patches"]
     return lengths + lengths**2 * COST_PER_SQUARED_TOKEN + COST_PER_PATCH * patches
 
 

@@ -18,7 +18,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.stream.mixture import Mixture
 from megatron_vlm.data.stream.order import permute
-from megatron_vlm.data.stream.packing import best_fit, deal, sample_costs
+from megatron_vlm.data.stream.packing import Costs, best_fit, deal, sample_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,17 @@ class Stream:
         counts: of samples: ids -> COUNT_DTYPE.
         mixture: the order. Without a seed, rows are not shuffled and samples not grouped either (evaluation).
         config: packing, seq_length, group_by.
+        costs: of samples, by which rows are dealt to ranks: a pure function, of which neither the steps nor their state depend.
     """
 
-    def __init__(self, counts: Callable[[NDArray[np.int64]], NDArray[Any]], mixture: Mixture, config: DataConfig):
-        self._counts, self._mixture, self._config = counts, mixture, config
+    def __init__(
+        self,
+        counts: Callable[[NDArray[np.int64]], NDArray[Any]],
+        mixture: Mixture,
+        config: DataConfig,
+        costs: Costs = sample_costs,
+    ):
+        self._counts, self._mixture, self._config, self._costs = counts, mixture, config, costs
         self.num_windows = mixture.num_windows
         self.window = lru_cache(maxsize=2)(self._window)
 
@@ -105,7 +112,7 @@ class Stream:
         usable = counts["reason"] == 0
         ids, counts = ids[usable], counts[usable]
         tokens, patches = counts["tokens"].astype(np.int64), counts["patches"].astype(np.int64)
-        costs = sample_costs(tokens, patches)
+        costs = self._costs(counts)
         cut = counts["truncated"].astype(np.int64)
         key = f"{seed}/{epoch}/rows/{window}"
         if not config.packing:

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from megatron_vlm.data.stream.counts import COUNT_DTYPE
 from megatron_vlm.data.stream.packing import best_fit, deal, sample_costs
 
 
@@ -54,9 +55,15 @@ def _seconds(work):
     return time.perf_counter() - start
 
 
+def counts_of(tokens, patches=0):
+    counts = np.zeros(len(tokens), dtype=COUNT_DTYPE)
+    counts["tokens"], counts["patches"] = tokens, patches
+    return counts
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_deal_gives_equal_counts_and_near_equal_work(num_ranks):
-    costs = sample_costs(log_normal(64, 1), np.zeros(64, dtype=np.int64)).tolist()
+    costs = sample_costs(counts_of(log_normal(64, 1))).tolist()
     ranks = deal(costs, num_ranks)
     assert sorted(i for rank in ranks for i in rank) == list(range(64))
     assert {len(rank) for rank in ranks} == {64 // num_ranks}
@@ -70,5 +77,5 @@ def test_deal_refuses_uneven_counts():
 
 
 def test_cost_grows_with_length_and_patches():
-    short, long, image = sample_costs(np.array([100, 200, 200]), np.array([0, 0, 50]))
+    short, long, image = sample_costs(counts_of([100, 200, 200], [0, 0, 50]))
     assert 2 * short < long < image

@@ -9,6 +9,7 @@
 #   PER_DEVICE_BATCH_SIZE  1: one packed row at a time; above 1: packing off, that many samples at a time (default: the recipe's)
 #   PACKING                1: packed rows where the recipe takes samples one at a time
 #   TP, PP                 tensor and pipeline parallel size (default: TP the largest of 4, 2, 1 that GPUS allows, PP 1)
+#   CP                     context parallel ranks that a row lies over (default: the recipe's, else 1)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, GPUS_PER_NODE   several nodes: run the script on each
 #   DEVICE                 cpu or cuda (default: what is there)
 #   TORCHRUN               another torchrun than megatron_vlm.launch.agent, which is torchrun with a quiet end
@@ -82,21 +83,23 @@ settings() {
     GPUS_PER_NODE=${GPUS_PER_NODE:-${GPUS:-$(count_gpus)}}
     [ "$GPUS_PER_NODE" -gt 0 ] || die "GPUS is not set, and no GPU was found: set GPUS to the number of ranks on this node"
     NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+    CP=${CP:-$(recipe_says "${1:-}" context_parallel_size)}
+    CP=${CP:-1}
     if [ -z "${TP:-}" ]; then
-        for TP in 4 2 1; do [ $((GPUS_PER_NODE % TP)) -ne 0 ] || break; done
+        for TP in 4 2 1; do [ $((GPUS_PER_NODE % TP + GPUS_PER_NODE * NNODES % (TP * CP))) -ne 0 ] || break; done
     fi
     RECIPE_DEVICE_BATCH_SIZE=$(recipe_says "${1:-}" micro_batch_size)
     RECIPE_DEVICE_BATCH_SIZE=${RECIPE_DEVICE_BATCH_SIZE:-1}
     [ "${PACKING:-0}" != 1 ] || PER_DEVICE_BATCH_SIZE=1
     PP=${PP:-1} PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-$RECIPE_DEVICE_BATCH_SIZE}
     world=$((NNODES * GPUS_PER_NODE))
-    [ $((world % (TP * PP))) -eq 0 ] || die "$NNODES x $GPUS_PER_NODE ranks do not divide into TP $TP x PP $PP"
-    dp=$((world / (TP * PP)))
+    [ $((world % (TP * CP * PP))) -eq 0 ] || die "$NNODES x $GPUS_PER_NODE ranks do not divide into TP $TP x PP $PP x CP $CP"
+    dp=$((world / (TP * CP * PP)))
     BATCH_SIZE=${BATCH_SIZE:-$(recipe_says "${1:-}" global_batch_size)}
     BATCH_SIZE=${BATCH_SIZE:-$((dp * PER_DEVICE_BATCH_SIZE))}
     [ $((BATCH_SIZE % (dp * PER_DEVICE_BATCH_SIZE))) -eq 0 ] ||
         die "BATCH_SIZE $BATCH_SIZE is not a multiple of $dp data parallel ranks x PER_DEVICE_BATCH_SIZE $PER_DEVICE_BATCH_SIZE"
-    for name in MODEL LLM VISION DATA VAL_DATA OUTPUT DEVICE GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP \
+    for name in MODEL LLM VISION DATA VAL_DATA OUTPUT DEVICE GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP CP PP \
         PER_DEVICE_BATCH_SIZE BATCH_SIZE; do
         eval "value=\${$name:-}"
         [ -z "$value" ] || echo "$name=$value"
@@ -123,7 +126,7 @@ train() {
     config=$1
     shift
     set -- "training.global_batch_size=$BATCH_SIZE" "parallel.tensor_model_parallel_size=$TP" \
-        "parallel.pipeline_model_parallel_size=$PP" "$@"
+        "parallel.pipeline_model_parallel_size=$PP" "parallel.context_parallel_size=$CP" "$@"
     [ "$TP" -eq 1 ] || set -- parallel.sequence_parallel=true "$@"
     if [ "$PER_DEVICE_BATCH_SIZE" -gt 1 ]; then
         set -- data.packing=false "training.micro_batch_size=$PER_DEVICE_BATCH_SIZE" "$@"

@@ -3,9 +3,11 @@
 import pytest
 
 from megatron_vlm import registry
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
 from megatron_vlm.models.parts.clip import ClipConfig
+from megatron_vlm.models.rope_scaling import scaled_config
 from megatron_vlm.options import recipes
 from megatron_vlm.options.resolve import resolve
 from megatron_vlm.testing.shapes import published, text, tower
@@ -110,3 +112,12 @@ def test_a_familys_defaults():
 def test_the_recipe_names_what_the_flag_names():
     for name, family in (("internvl3/lora_internvl3", "internvl3"), ("xcomposer2/lora_xcomposer2", "xcomposer2")):
         assert config_of(name).peft.target_modules == registry.get(family).adapters.language
+
+
+@pytest.mark.parametrize("name, factor", [("documents_idefics2", 4.0), ("video_idefics2", 2.0)])
+def test_long_rows_reach_beyond_the_positions(name, factor):
+    config, model = config_of(name), IDEFICS2_8B[1]
+    with pytest.raises(ConfigError, match="above the model's max_position_embeddings 32768"):
+        config.check_model(model)
+    scaled = scaled_config({}, model.text, config.model.rope_scaling, config.data.seq_length)["text_config"]
+    assert scaled["rope_scaling"]["factor"] == factor and scaled["max_position_embeddings"] == config.data.seq_length

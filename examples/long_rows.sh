@@ -19,8 +19,8 @@ learn() {
     shift 3
     megatron-vlm data build --format llava --input "$OUTPUT/data/$input" --image-root "$OUTPUT/data" --video-frames 8 48 \
         --out "$OUTPUT/$name/data"
-    RECIPE=$recipe MODEL=$OUTPUT/hf DATA=$OUTPUT/$name/data OUTPUT=$OUTPUT/$name/run DEVICE=cpu GPUS=2 TP=1 CP=2 BATCH_SIZE=1 \
-        sh examples/long_rows/train.sh data.seq_length=4096 data.image_size=32 training.precision=fp32 training.train_epochs=null \
+    MODEL=$OUTPUT/hf DATA=$OUTPUT/$name/data OUTPUT=$OUTPUT/$name/run DEVICE=cpu GPUS=2 TP=1 CP=2 BATCH_SIZE=1 \
+        sh "examples/long_rows/$recipe.sh" data.seq_length=4096 data.image_size=32 training.precision=fp32 training.train_epochs=null \
         training.train_iters="$STEPS" optimizer.lr=1e-3 checkpoint.save_interval="$STEPS" logging.log_interval=1 "$@"
     megatron-vlm generate --load "$OUTPUT/$name/run" --input "$OUTPUT/data/$input" --image-root "$OUTPUT/data" --limit 1 \
         --max-new-tokens 24 --device cpu

@@ -164,7 +164,7 @@ BATCHES = {
     "llava_internlm2/pretrain_llava_internlm2": 256, "llava_internlm2/finetune_llava_internlm2": 128,
     "llava_internlm2/qlora_llava_internlm2": 128, "xcomposer2/finetune_xcomposer2": 64, "xcomposer2/lora_xcomposer2": 64,
     "xcomposer2/finetune_xcomposer2_4khd": 64, "xcomposer2/lora_xcomposer2_4khd": 64, "quickstart/train": 1,
-    "quickstart/lora": 1,
+    "quickstart/lora": 1, "long_rows/documents_idefics2": 8, "long_rows/video_idefics2": 16,
 }  # fmt: skip
 """Samples or packed rows of an update, as published."""
 
@@ -223,7 +223,7 @@ def test_a_recipe_is_the_same_run_through_every_door(name, tmp_path):
     launched = RunConfig.from_dict(request.complete({}, registry.get("idefics2"), 1).run)
     assert what_trains(launched) == what_trains(config)
     if "quickstart" not in name:
-        scripted, _ = resolve(words_of(f"{name}.sh", tmp_path))
+        scripted, _ = resolve(words_of(f"{name}.sh", tmp_path, CP=1))
         assert what_trains(scripted) == what_trains(config)
 
 

@@ -202,7 +202,8 @@ def _place(func: Any, args: Any, kwargs: Any) -> torch.device:
     What is made empty holds nothing to read: a buffer of a collective belongs to the large tensors, whatever its size.
     """
     like = next((x for x in args if isinstance(x, Tensor)), None)
-    dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
+    filled = torch.int64 if func is torch.ops.aten.full.default and isinstance(args[1], int) else None
+    dtype = kwargs.get("dtype") or filled or (torch.get_default_dtype() if like is None else like.dtype)
     size: Sequence[int] = next((x for x in args if isinstance(x, list | tuple)), () if like is None else like.shape)
     asked = kwargs["device"] is not None and torch.device(kwargs["device"]).type == "meta"
     asked = asked or func is torch.ops.aten.empty.memory_format

@@ -11,7 +11,7 @@ from megatron_vlm.testing.distributed import run_alone, run_distributed
 from megatron_vlm.testing.memory import Case, estimated, measured
 from megatron_vlm.training.memory.estimate import estimate, passes, step_peak
 from megatron_vlm.training.memory.stages import RowShape
-from megatron_vlm.training.memory.trace import ChunkBytes, Meter
+from megatron_vlm.training.memory.trace import SMALL, ChunkBytes, Meter
 
 IMAGES = {"idefics2": (3, 84, 112), "internvl3": (3, 2 * 112, 112), "llava_internlm2": (3, 112, 112)}
 
@@ -223,3 +223,11 @@ def test_expected_rows_respect_the_data_section():
     unpacked = replace(config, data=replace(config.data, packing=False, seq_length=4096))
     two = replace(unpacked, training=replace(unpacked.training, micro_batch_size=2, global_batch_size=4))
     assert len(RowShape.expected(two, model_config).images) == 2
+
+
+def test_whole_numbers_of_a_long_row_stay_readable():
+    """What is filled with a whole number has no float's dtype: the places of a row's tokens are indexed by it."""
+    with Meter():
+        place = torch.full((3 * SMALL,), -1)
+        place[torch.arange(2)] = 7
+        assert place.dtype == torch.int64 and int((place >= 0).nonzero().numel()) == 2

@@ -46,6 +46,7 @@ EXTRAS = {
     "wandb": ["wandb==0.31.0"],  # --report_to wandb
     "mlflow": ["mlflow==3.18.0"],  # --report_to mlflow
     "swanlab": ["swanlab==0.10.3"],  # --report_to swanlab; wants protobuf below 7, which nothing else here minds
+    "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2"],  # mkdocs build --strict
     "dev": [
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",
@@ -63,6 +64,9 @@ EXTRAS = {
         "moto==5.2.5",  # a store that speaks S3, for tests; its server is flask
         "flask==3.1.3",
         "flask-cors==6.0.5",
+        "mkdocs==1.6.1",
+        "mkdocs-material==9.8.2",
+        "kubernetes-validate==1.37.0",  # schemas of pods and jobs, for the manifests of examples/k8s
     ],
 }
 

@@ -104,7 +104,18 @@ def doc_commands() -> list[tuple[str, str]]:
     return commands
 
 
-@pytest.mark.parametrize(("page", "command"), doc_commands(), ids=lambda value: value[:60])
+def table_commands() -> list[tuple[str, str]]:
+    """(page, command) of what tables of the pages about other programs tell to type here."""
+    pages = [ROOT / "docs" / "coming-from.md", *sorted((ROOT / "docs" / "zh").glob("*.md"))]
+    rows = [(page, line) for page in pages for line in page.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    return [
+        (page.name, text)
+        for page, line in rows
+        for text in re.findall(r"`((?:megatron-vlm|toolkits/\w+) [^`]+)`", line)
+    ]
+
+
+@pytest.mark.parametrize(("page", "command"), [*doc_commands(), *table_commands()], ids=lambda value: value[:60])
 def test_documented_commands_exist(page, command):
     """Files named in a command exist, and megatron-vlm and convert know the flags that are given to them."""
     words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z_]+=.*", word)]
@@ -116,9 +127,11 @@ def test_documented_commands_exist(page, command):
         return
     program = ["megatron-vlm"] if words[tool] == "megatron-vlm" else [words[tool]]
     names = [word for word in words[tool + 1 :] if not word.startswith("-")]
-    depth = 2 if names[:1] == ["data"] else 1
+    depth = 2 if names[0] in ("data", "convert", "recipe") else 1
     usage = help_text(*program, *names[:depth])
     for flag in (word.split("=")[0] for word in words[tool + 1 :] if word.startswith("--")):
+        if names[0] in ("launch", "train"):  # hyphens equal underscores there
+            flag, usage = flag.replace("_", "-"), usage.replace("_", "-")
         assert flag in (*re.findall(r"--[\w-]+", usage), "--help"), (
             f"{page}: {command}: {flag} is not in {' '.join(program + names[:depth])} --help"
         )

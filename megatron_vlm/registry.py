@@ -107,6 +107,7 @@ class FamilySpec:
         assemble: ``assemble(llm, vision, files, options) -> HFModel`` makes one model out of two (HFModel) and writes its
             non-weight files to the folder ``files``; ``options`` is plain data. None: not offered. A family whose trained
             projector may come with them takes it as a fifth argument.
+        towers: beginnings of ``model_type`` of the vision towers that ``assemble`` takes.
         parts: ``parts(directory) -> {"llm", "vision", "projector": folder}`` of a folder that holds the parts to assemble, or
             None. It says that ``assemble`` takes a projector.
         add_end_of_utterance: ``(model, files, options) -> HFModel`` adds the token that ends a turn to a vocabulary without
@@ -129,6 +130,7 @@ class FamilySpec:
     stop_ids: Callable[[Path], tuple[int, ...]]
     mapping: Callable[..., Any]
     assemble: Callable[..., Any] | None = None
+    towers: tuple[str, ...] = ()
     parts: Callable[[Path], dict[str, Path] | None] | None = None
     add_end_of_utterance: Callable[..., Any] | None = None
     reference: Callable[[Any], Any] | None = None

@@ -22,9 +22,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     adapter.add_argument("--merge", action="store_true", help="write the model with the adapter merged into its base")
     add_path(adapter, "--base", "the base, where it has moved; with --adapter-only, what is named as the base")
     parser = commands.add_parser("merge", help="a model and an adapter of it -> the merged Hugging Face directory")
-    add_path(parser, "--base", "the model that the adapter was trained on", required=True)
-    add_path(parser, "--adapter", "PEFT's folder, or XTuner's with its adapters", required=True)
-    add_path(parser, "--out", "absent or an empty directory", required=True)
+    add_path(parser, "paths", "the three below, in XTuner's order", nargs="*", metavar="BASE ADAPTER OUT")
+    add_path(parser, "--base", "the model that the adapter was trained on")
+    add_path(parser, "--adapter", "PEFT's folder, or XTuner's with its adapters")
+    add_path(parser, "--out", "absent or an empty directory")
     _add_output(parser)
     parser = commands.add_parser(
         "pth2hf",

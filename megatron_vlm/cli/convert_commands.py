@@ -10,6 +10,7 @@ from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.verify import verify as compare
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import get_logger
+from megatron_vlm.options import xtuner
 
 
 def hf2mg(args: argparse.Namespace) -> int:
@@ -75,7 +76,11 @@ def mg2hf(args: argparse.Namespace) -> int:
 def merge(args: argparse.Namespace) -> int:
     """Model and adapter -> merged model."""
     settings = {name: getattr(args, name) for name in ("dtype", "max_shard_size", "naming", "verify_hashes")}
-    convert.merge(args.base, args.adapter, args.out, **settings)
+    named = [args.base, args.adapter, args.out]
+    if (len(args.paths), named.count(None)) not in ((3, 3), (0, 0)):
+        raise ConfigError("merge takes BASE ADAPTER OUT, or --base, --adapter and --out")
+    base, adapter, out = args.paths or named
+    convert.merge(base, adapter, out, **settings)
     return 0
 
 
@@ -84,9 +89,12 @@ def pth2hf(args: argparse.Namespace) -> int:
     if len(args.paths) not in (2, 3):
         raise ConfigError(f"pth2hf takes [CONFIG] CHECKPOINT OUT, got {len(args.paths)} arguments")
     *config, load, out = args.paths
+    base = args.base or (xtuner.base_of(str(config[0])) if config and xtuner.is_config(str(config[0])) else None)
     if config:
-        get_logger(__name__).info(f"{config[0]} is not read: {load} knows its model and settings")
-    if not Path(load).exists():
+        named = f"names the base, {base}; else it is not read" if base and not args.base else "is not read"
+        get_logger(__name__).info(f"{config[0]} {named}: {load} knows its model and settings")
+    load = xtuner.checkpoint_of(Path(load))
+    if not load.exists():
         raise ConfigError(f"{load} does not exist: name a checkpoint of megatron-vlm, its folder or one iteration's")
     if str(load).endswith((".pth", ".pt")):
         raise ConfigError(
@@ -97,8 +105,8 @@ def pth2hf(args: argparse.Namespace) -> int:
         adapted, naming = source.kind == "adapted", "xtuner" if "xtuner" in source.spec.exports else None
     if args.base is not None and not adapted:
         raise ConfigError(f"--base {args.base}: {load} is a whole model, which has no base: leave it out")
-    settings = {name: getattr(args, name) for name in ("dtype", "base", "verify_hashes")}
-    convert.mg2hf(load, out, naming=naming, adapter_only=adapted, **settings)
+    settings = {name: getattr(args, name) for name in ("dtype", "verify_hashes")}
+    convert.mg2hf(load, out, naming=naming, adapter_only=adapted, base=base if adapted else None, **settings)
     return 0
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from megatron_vlm.options.flags import flags_help
 from megatron_vlm.options.request import read_command
 
-USAGE = """usage: megatron-vlm launch [--config FILE | RECIPE] [section.key=value ...] [--flag VALUE ...]
+USAGE = """usage: megatron-vlm launch [CONFIG | --config FILE | RECIPE] [section.key=value ...] [--flag VALUE ...]
 
 Checks packages, model, data, GPUs, memory, disk and port; builds shards of raw data, once; picks a layout; starts the
 run (torchrun, or one process; none where RANK or Slurm's variables are set); leaves the adapter or hf/ and loss.png in

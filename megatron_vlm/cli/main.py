@@ -24,10 +24,37 @@ COMMANDS = {
     "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf, merge, pth2hf and verify"),
     "report": ("megatron_vlm.cli.report", "one page about a run, or several: curves, data, answers, config, starts"),
     "recipe": ("megatron_vlm.cli.recipe", "list, show and copy the packaged recipes"),
+    "list-cfg": ("megatron_vlm.cli.recipe", "recipes by XTuner's names too: list-cfg [-p PATTERN]"),
+    "copy-cfg": ("megatron_vlm.cli.recipe", "a recipe, or a config in XTuner's form, to a folder: copy-cfg NAME DIR"),
     "completion": (
         "megatron_vlm.cli.completion",
         'commands and flags at the tab key: eval "$(megatron-vlm completion bash)"',
     ),
+}
+
+INNER = {"list-cfg": ("list",), "copy-cfg": ("copy",)}
+"""XTuner's names of commands of ``recipe``."""
+
+# command -> what XTuner, ms-swift, LLaMA-Factory, InternVL and others call it
+MEANT = {
+    "launch": "sft pt pretrain finetune fine-tune ft run start rlhf lora qlora llamafactory-cli swift torchrun deepspeed",
+    "train --dry-run": "estimate memory plan dry-run",
+    "generate": "infer inference predict answer sample batch-infer",
+    "chat": "cli talk dialog conversation",
+    "demo": "app webui web-ui web-demo webchat serve deploy api gradio ui",
+    "evaluate": "eval eval-refcoco mmbench benchmark score test lmms-eval",
+    "convert mg2hf": "export save-hf to-hf mg2hf mcore2hf mcore2hg megatron2hf",
+    "convert hf2mg": "import from-hf hf2mg hf2mcore hf2megatron",
+    "convert merge": "merge merge-lora merge-peft-adapter fuse",
+    "convert pth_to_hf": "pth-to-hf pth2hf",
+    "convert verify": "verify compare",
+    "data build": "build preprocess preprocess-data prepare tokenize shard webdataset log-dataset",
+    "data check": "check check-custom-dataset validate lint doctor",
+    "data preview": "preview show-data view visualize",
+    "data stats": "stats statistics count",
+    "recipe list": "list recipes configs list-dataset-format",
+    "recipe copy": "copy init new",
+    "report": "plot curve tensorboard logs summary",
 }
 
 
@@ -47,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         if argv[0] not in COMMANDS:
-            raise MegatronVLMError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
-        code = importlib.import_module(COMMANDS[argv[0]][0]).run(argv[1:])
+            raise MegatronVLMError(f"unknown command {argv[0]!r}{_meant(argv[0]) or nearest(argv[0], COMMANDS)}")
+        code = importlib.import_module(COMMANDS[argv[0]][0]).run([*INNER.get(argv[0], ()), *argv[1:]])
         sys.stdout.flush()  # here, where who has left can be told quietly
         _close_group()
         return code
@@ -69,6 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         print(f"{_where()}{traceback.format_exc()}", file=sys.stderr, flush=True)
         return _leave(1)
+
+
+def _meant(word: str) -> str:
+    """The command that does what others call ``word``, as a message says it; empty: none is known."""
+    word = word.lower().replace("_", "-")
+    command = next((command for command, words in MEANT.items() if word in words.split()), "")
+    return f": `megatron-vlm {command}` does that" if command.partition(" ")[0] in COMMANDS else ""
 
 
 def _close_group() -> None:

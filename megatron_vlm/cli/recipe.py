@@ -1,6 +1,7 @@
 """``megatron-vlm recipe``: list, show and copy the packaged recipes."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from megatron_vlm.cli.arguments import add_path
@@ -24,6 +25,8 @@ def run(argv: Sequence[str]) -> int:
         width = max(map(len, found), default=0)
         for name in found:
             print(f"{name:<{width}}  {recipes.title_of(name)}")
+        if not found:
+            print(f"no recipe has {args.pattern!r} in its name; `megatron-vlm recipe list` shows all", file=sys.stderr)
         return 0 if found else 1
     if args.command == "show":
         print(recipes.path_of(args.name).read_text(encoding="utf-8"), end="")

@@ -21,6 +21,7 @@ from megatron_vlm.launch.disk import check_disk, check_outputs, disk_needs
 from megatron_vlm.launch.exports import ADAPTER, HF, LOSS, MERGED, adapter_command
 from megatron_vlm.launch.inputs import Inputs, cache_folder, open_inputs
 from megatron_vlm.launch.layout import NothingFits, as_flags, lay_out
+from megatron_vlm.launch.parts import assemble
 from megatron_vlm.launch.processes import JobRank, command
 from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.request import Request
@@ -199,19 +200,32 @@ def _start_from(request: Request, report: Report) -> str | None:
     section = request.run.setdefault("checkpoint", {})
     places = CheckpointConfig(save=section.get("save"), staging=section.get("staging"))
     load, output = section.get("load"), places.folder
-    if load is None:
-        report.fail("model", "no model is named", "--model_name_or_path DIR, or checkpoint.load in the config")
+    parts = request.launch.llm is not None
+    if parts and load is not None:
+        report.fail("model", f"{load} is named, and parts to make one of", "leave --model_name_or_path or --llm out")
         return None
-    if output and holds_checkpoints(output) and not request.launch.overwrite_output_dir:
+    if load is None and not parts:
+        advice = "--model_name_or_path DIR, checkpoint.load in the config, or its parts: --llm DIR --vision DIR"
+        report.fail("model", "no model is named", advice)
+        return None
+    there = output is not None and holds_checkpoints(output) and not request.launch.overwrite_output_dir
+    if there and output is not None:
         if not section.get("finetune"):
             text = f"{output} holds checkpoints: the run goes on from the last one"
             report.warn("model", text, "--overwrite_output_dir True to start anew")
             return str(output)
-        if not Path(os.path.realpath(load)).is_relative_to(os.path.realpath(output)):
+        if load is not None and not Path(os.path.realpath(load)).is_relative_to(os.path.realpath(output)):
             text = f"{output} holds checkpoints of another run than the one that checkpoint.finetune starts from {load}"
             advice = "leave checkpoint.finetune out to go on from them, --overwrite_output_dir True to replace them, or another"
             report.fail("output", text, f"{advice} --output_dir")
-    elif holds_checkpoints(Path(load)):
+    if load is None:
+        model, training = (request.run.get(key) or {} for key in ("model", "training"))
+        try:
+            load = assemble(request.launch, model.get("family"), output or Path("."), training.get("precision"))
+        except MegatronVLMError as error:
+            report.fail("model", str(error), "")
+            return None
+    if not there and holds_checkpoints(Path(load)):
         section.setdefault("finetune", True)  # another run's checkpoint gives its weights
     return str(load)
 

@@ -26,14 +26,15 @@ VALUES = _inverted(
         "model.transformer_impl": "transformer-impl",
         # data
         "data.seq_length": """
-            seq-length max-length max-seq-length model-max-length decoder-seq-length max-packed-tokens""",
+            seq-length max-length max-seq-length model-max-length decoder-seq-length max-packed-tokens
+            cutoff-len""",
         "data.image_size": "image-size img-size force-image-size",
         "data.shortest_edge": "shortest-edge",
         "data.max_image_num": "max-image-num",
         "data.hd_num": "hd-num",
         "data.min_dynamic_patch": "min-dynamic-patch",
         "data.max_dynamic_patch": "max-dynamic-patch max-num-tiles",
-        "data.template": "conv-style",
+        "data.template": "conv-style template",
         "data.num_workers": "num-workers dataloader-num-workers",
         "data.prefetch_mb": "prefetch-mb",
         "data.max_patches_per_row": "max-patches-per-row",
@@ -114,8 +115,11 @@ LAUNCH_VALUES = _inverted(
         "launch.per_device_train_batch_size": "per-device-train-batch-size",
         "launch.batch_size": "batch-size",
         "launch.gradient_accumulation_steps": "gradient-accumulation-steps",
+        "launch.llm": "llm",
+        "launch.vision": "vision visual-encoder",
+        "launch.projector": "projector",
         "launch.meta_path": "meta-path",
-        "launch.image_root": "image-root",
+        "launch.image_root": "image-root media-dir",
         "launch.data_format": "data-format",
         "launch.missing_placeholder": "missing-placeholder",
         "launch.given_num": "given-num",
@@ -146,8 +150,8 @@ LAUNCH_LISTS = _inverted(
     {
         "launch.train_json": "train-json",
         "launch.val_json": "val-json",
-        "launch.data_path": "data-path train-data-path",
-        "launch.eval_data_path": "valid-data-path eval-data-path",
+        "launch.data_path": "data-path train-data-path dataset",
+        "launch.eval_data_path": "valid-data-path eval-data-path val-dataset eval-dataset",
     }
 )
 OUTPUT_DIR = "launch.output_dir"
@@ -164,13 +168,29 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "overlap-grad-reduce": ("parallel.overlap_grad_reduce", True),
     "accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", True),
     "no-accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", False),
-    **dict.fromkeys(("freeze-llm", "freeze-LM"), ("model.freeze_llm", True)),
+    **dict.fromkeys(("freeze-llm", "freeze-LM", "freeze-language-model"), ("model.freeze_llm", True)),
     **dict.fromkeys(
-        ("freeze-vision", "freeze-clip-vision-tower", "freeze-backbone", "freeze-ViT", "fix-vit"),
+        (
+            "freeze-vision",
+            "freeze-clip-vision-tower",
+            "freeze-backbone",
+            "freeze-ViT",
+            "freeze-vit",
+            "freeze-vision-tower",
+            "fix-vit",
+        ),
         ("model.freeze_vision", True),
     ),
     **dict.fromkeys(
-        ("freeze-connector", "freeze-perceiver", "freeze-mlp", "fix-sampler"), ("model.freeze_connector", True)
+        (
+            "freeze-connector",
+            "freeze-perceiver",
+            "freeze-mlp",
+            "freeze-aligner",
+            "freeze-multi-modal-projector",
+            "fix-sampler",
+        ),
+        ("model.freeze_connector", True),
     ),
     **dict.fromkeys(("dynamic-image-size", "use-tiling"), ("data.dynamic_image_size", True)),
     "use-thumbnail": ("data.use_thumbnail", True),
@@ -202,9 +222,28 @@ FLAG_ALIASES = {
     "model": "model_name_or_path",
     "deepspeed-config": "deepspeed",
     "lora-rank": "lora_r",
-    "lora-target": "lora_target_modules",
+    **dict.fromkeys(("lora-target", "target-modules"), "lora_target_modules"),
     "q-lora": "load_in_4bit",
     "use-qlora": "load_in_4bit",
+}
+
+# flag of ms-swift or LLaMA-Factory -> its value in small letters -> the setting that it is; None: what runs here anyhow. A value
+# that is not here is read as the flag of that name, or refused.
+_KINDS: dict[str, tuple[str, Any] | None] = {"lora": ("--use_lora", True), "full": ("--use_lora", False)}
+_DTYPES: dict[str, tuple[str, Any] | None] = {
+    "bfloat16": ("--bf16", True),
+    "float16": ("--fp16", True),
+    "float32": ("training.precision", "fp32"),
+    "auto": None,
+}
+TRANSLATED: dict[str, dict[str, tuple[str, Any] | None]] = {
+    **dict.fromkeys(("train-type", "tuner-type", "sft-type", "finetuning-type"), _KINDS),
+    **{key: {"4": ("--load_in_4bit", True)} for key in ("quantization-bit", "quant-bits")},
+    **dict.fromkeys(("torch-dtype", "dtype"), _DTYPES),
+    **{key: {"all": ("--lora_target_modules", ["all-linear"])} for key in ("lora-target", "target-modules")},
+    "template": {"intern2": ("data.template", "internlm2_chat")},
+    "stage": {"sft": None},
+    "task-type": {"causal_lm": None},
 }
 
 # why it means nothing here -> flags; whatever values follow are dropped
@@ -228,7 +267,7 @@ _IGNORED = {
         no-bias-swiglu-fusion no-bias-dropout-fusion bias-gelu-fusion no-gradient-accumulation-fusion no-rope-fusion
         no-async-tensor-model-parallel-allreduce no-persist-layer-norm apply-query-key-layer-scaling
         no-query-key-layer-scaling use-fused-rmsnorm use-fused-swiglu tp-comm-overlap flash-attn
-        use-liger half-precision-backend fp16-opt-level""",
+        attn-impl attn-implementation use-liger half-precision-backend fp16-opt-level""",
     "there is one implementation here, which needs no switch": """
         use-mcore-models use-legacy-models distributed-backend local-rank use-cpu-initialization dataloader-type
         eod-mask-loss reset-position-ids reset-attention-mask
@@ -237,10 +276,10 @@ _IGNORED = {
         no-delay-grad-reduce overlap-p2p-communication no-overlap-p2p-communication deallocate-pipeline-outputs
         dataloader-save allow-missing-vision-projection-checkpoint use-custom-trainer use-loss-scale
         gradient-checkpointing-kwargs ddp-find-unused-parameters ddp-backend ddp-bucket-cap-mb ddp-broadcast-buffers
-        remove-unused-columns label-names lazy-preprocess trust-remote-code ddp-timeout""",
+        use-hf check-model model-type remove-unused-columns label-names lazy-preprocess trust-remote-code ddp-timeout""",
     "workers, prefetching and pinning are chosen here; their settings are data.num_workers and data.prefetch_mb": """
         dataloader-pin-memory dataloader-persistent-workers dataloader-prefetch-factor dataloader-drop-last
-        preprocessing-num-workers overwrite-cache num-images-expected max-buffer-size log-freq strict-mode
+        preprocessing-num-workers dataset-num-proc overwrite-cache num-images-expected max-buffer-size log-freq strict-mode
         replacement allow-overflow""",
     "an evaluation lays held-out samples into rows as training does, which does not change its loss": """
         per-device-eval-batch-size eval-accumulation-steps bf16-full-eval fp16-full-eval""",
@@ -273,7 +312,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "attention-dropout": (("0", "0.0"), f"dropout in attention {_NOT_BUILT}; set it to 0"),
     "hidden-dropout": (("0", "0.0"), f"dropout on hidden states {_NOT_BUILT}; set it to 0"),
     **dict.fromkeys(
-        ("dataset", "dataset-name", "task"),
+        ("dataset-name", "task"),
         (
             (),
             "data is named by its files or folders, whose content tells what it is: --data-path DIR (train), "
@@ -318,7 +357,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "unfreeze-vit-layers": (("0",), "a tower trains whole or not at all; set it to 0, or use --freeze_backbone False"),
     **dict.fromkeys(
         ("vision-path", "llm-path", "mlp-path"),
-        (_NONE, "make one model of the parts first: toolkits/convert hf2mg --llm DIR --vision DIR --projector DIR"),
+        (
+            _NONE,
+            "a model of parts: --llm DIR --vision DIR [--projector DIR], LLaVA's and Idefics2's; InternVL's is taken whole",
+        ),
     ),
     "use-data-resampling": (
         _FALSE,

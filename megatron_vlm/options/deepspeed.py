@@ -10,6 +10,7 @@ Source of formulas and defaults: deepspeed/runtime/lr_schedules.py. DeepSpeed st
 runs have every rate one update later than the formula says; here the update after n others has the rate of n.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,8 +51,22 @@ _SCHEDULE_PARAMS = {
 _COSINE_PARAMS = {"warmup_min_ratio", "cos_min_ratio"} | _SCHEDULE_PARAMS - {"warmup_min_lr", "warmup_max_lr"}
 
 
+def preset(name: str) -> dict[str, Any] | None:
+    """What XTuner's and ms-swift's names of such files stand for (deepspeed_zero2_offload, zero3); None: it is no such name."""
+    match = re.fullmatch(r"(?:deepspeed_)?zero([0-3])(_offload)?", name)
+    if match is None:
+        return None
+    stage = int(match[1])
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True}
+    if match[2]:
+        parts = ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",)
+        zero |= {part: {"device": "cpu", "pin_memory": True} for part in parts}
+    auto = ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {**dict.fromkeys(auto, "auto"), "zero_optimization": zero}
+
+
 class DeepSpeedFile:
-    """What a DeepSpeed JSON asks for.
+    """What a DeepSpeed JSON, or a ``preset``, asks for.
 
     Attributes:
         stage: of ZeRO.
@@ -66,7 +81,7 @@ class DeepSpeedFile:
 
     def __init__(self, path: str, given: Mapping[str, Any], launch: LaunchConfig):
         self.path, self.given, self.launch = path, given, launch
-        self.data = read_json(path)
+        self.data = preset(path) or read_json(path)
         self.settings: dict[str, Any] = {}
         self.batch: dict[str, int] = {}
         self.offload: list[str] = []

@@ -10,7 +10,7 @@ asks for something that is not built is refused by name; an unknown one is an er
 import dataclasses
 import textwrap
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,9 +27,11 @@ from megatron_vlm.options.aliases import (
     OUTPUT_DIR,
     REFUSED,
     SWITCHES,
+    TRANSLATED,
     VALUES,
 )
 from megatron_vlm.options.flag_values import FLAG, FlagValues
+from megatron_vlm.yaml_values import spelling
 
 FLAG_FIELDS = {item.name.replace("_", "-"): item.name for item in dataclasses.fields(FlagValues)} | FLAG_ALIASES
 """flag -> field of FlagValues"""
@@ -67,6 +69,8 @@ def parse_flags(argv: Sequence[str], command: Command = "train") -> ParsedFlags:
         ConfigError: unknown or refused flag, missing or surplus value, two flags that say different things of one setting.
     """
     parsed, words, said = ParsedFlags(), list(argv), dict[str, tuple[str, Any]]()
+    if names_config(words):
+        parsed.config = words.pop(0)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
@@ -80,6 +84,12 @@ def parse_flags(argv: Sequence[str], command: Command = "train") -> ParsedFlags:
         values = ([inline] if sep else []) + _take_values(words)
         if flag == "config":
             parsed.config = _one(word, values)
+        elif flag in TRANSLATED and " ".join(values).lower() in TRANSLATED[flag]:
+            meant = TRANSLATED[flag][" ".join(values).lower()]
+            parsed.settings += [meant] if meant else []
+        elif flag in TRANSLATED and not {flag} & {*VALUES, *FLAG_FIELDS}:
+            known = ", ".join(TRANSLATED[flag])
+            raise ConfigError(f"--{name} {' '.join(values)}".rstrip() + f" is not built; known here: {known}")
         elif flag in REFUSED:
             accepted, message = REFUSED[flag]
             if not values or any(value not in accepted for value in values):
@@ -97,6 +107,22 @@ def parse_flags(argv: Sequence[str], command: Command = "train") -> ParsedFlags:
             said[of] = (flag, value)
             parsed.settings.append((key, value))
     return parsed
+
+
+def names_config(argv: Sequence[str]) -> bool:
+    """Whether a command line begins with a config, as ``xtuner train CONFIG ...`` does."""
+    return bool(argv) and not argv[0].startswith("-") and "=" not in argv[0]
+
+
+def flat_flags(file: Mapping[str, Any]) -> list[str] | None:
+    """The command line that a YAML of flags (LLaMA-Factory's, ms-swift's) stands for; None: it has sections, as ours do."""
+    if not file or any(isinstance(value, Mapping) for value in file.values()):
+        return None
+    words = []
+    for key, value in file.items():
+        if value is not None:
+            words += [f"--{key}", *(map(spelling, value) if isinstance(value, list) else [spelling(value)])]
+    return words
 
 
 def _setting(flag: str, name: str, values: list[str], command: Command) -> tuple[str, Any]:
@@ -131,7 +157,7 @@ def _setting(flag: str, name: str, values: list[str], command: Command) -> tuple
 def known_flags(command: Command) -> list[str]:
     """Every flag that a command takes."""
     more = [*LAUNCH_LISTS, *LAUNCH_SWITCHES, *LAUNCH_VALUES] if command == "launch" else list(BATCH_FLAGS)
-    return ["config", *VALUES, *LISTS, *SWITCHES, *FLAG_FIELDS, *REFUSED, *IGNORED, *more]
+    return ["config", *VALUES, *LISTS, *SWITCHES, *FLAG_FIELDS, *TRANSLATED, *REFUSED, *IGNORED, *more]
 
 
 def _flag_value(flag: str, name: str, values: list[str]) -> tuple[str, Any]:
@@ -165,7 +191,10 @@ def flags_help(command: Command = "train") -> str:
         values |= {flag: LAUNCH_VALUES[flag] for flag in BATCH_FLAGS}
     lines = ["flags (hyphens equal underscores) and the config keys they set:", ""]
     rows = [
-        ("--config FILE", "YAML with the sections above, or the name of a packaged recipe"),
+        (
+            "CONFIG, --config FILE",
+            "YAML with the sections above, the name of a packaged recipe, or a config of XTuner's",
+        ),
         ("--help", "this text"),
     ]
     rows += [(f"--{flag} VALUE", key) for flag, key in values.items()]

@@ -25,6 +25,8 @@ class LaunchConfig(Config):
             question; None: as the format's own program does (InternVL prepends).
         min_num_frame, max_num_frame: frames taken of a video; None: as ``data build`` does.
         given_num: the numbers of a list file are thousands of samples; False: they are shares of each file. None: thousands.
+        llm, vision, projector: parts to make the model of, instead of ``checkpoint.load``: HF directories or hub ids of a
+            language model and a tower, and a trained projector (a folder, XTuner's .pth, or the checkpoint of a first stage).
         output_dir: everything the run leaves; None: ``logging.output_dir``, ``checkpoint.save``, or ``runs/<name>``.
         overwrite_output_dir: start anew although ``output_dir`` holds checkpoints; False: go on from them.
         save_merged_model: write ``merged_model/`` (base and adapter in one) at the end.
@@ -53,6 +55,9 @@ class LaunchConfig(Config):
     min_num_frame: int | None = None
     max_num_frame: int | None = None
     given_num: bool | None = None
+    llm: PathText | None = None
+    vision: PathText | None = None
+    projector: PathText | None = None
     output_dir: PathText | None = None
     overwrite_output_dir: bool = False
     save_merged_model: bool = False
@@ -74,6 +79,9 @@ class LaunchConfig(Config):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"launch.{name} must be at least 1, got {value}")
+        if (self.llm is None) != (self.vision is None) or (self.projector is not None and self.llm is None):
+            parts = ", ".join(f"--{name}" for name in ("llm", "vision", "projector") if getattr(self, name) is not None)
+            raise ConfigError(f"a model of parts takes --llm and --vision, and may take --projector; given: {parts}")
         if not 0 <= self.master_port < 65536:
             raise ConfigError(f"launch.master_port must lie between 0 (any free one) and 65535, got {self.master_port}")
         if self.memory_gib is not None and self.memory_gib <= 0:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megatron_vlm.config import load_yaml
 from megatron_vlm.errors import ConfigError, nearest
 from megatron_vlm.files import expand_path, writing
+from megatron_vlm.options import xtuner
 from megatron_vlm.registry import FamilySpec
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -42,12 +43,16 @@ def root() -> Path:
 
 
 def names(pattern: str | None = None) -> list[str]:
-    """All names in order; ``pattern``: only those that contain it, or match it as a shell pattern."""
+    """All names in order; ``pattern``: only those that contain it, or match it as a shell pattern, XTuner's names among them."""
     folder = root()
     found = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     if pattern is None:
         return found
-    return [name for name in found if pattern.lower() in name.lower() or fnmatch(name.lower(), pattern.lower())]
+    return [
+        name
+        for name in (*found, *xtuner.NAMES)
+        if pattern.lower() in name.lower() or fnmatch(name.lower(), pattern.lower())
+    ]
 
 
 def path_of(name: str) -> Path:
@@ -57,12 +62,14 @@ def path_of(name: str) -> Path:
         ConfigError: unknown or ambiguous name.
     """
     known = names()
-    wanted = name.removesuffix(".yaml")
+    wanted = xtuner.NAMES.get(name, name).removesuffix(".yaml")
     found = [wanted] if wanted in known else [other for other in known if other.rpartition("/")[2] == wanted]
     if len(found) > 1:
         raise ConfigError(f"recipe {name!r} is one of {', '.join(found)}: give the whole name")
     if not found:
-        raise ConfigError(f"unknown recipe {name!r}{nearest(wanted, known)}; `megatron-vlm recipe list` shows all")
+        raise ConfigError(
+            f"unknown recipe {name!r}{nearest(wanted, [*known, *xtuner.NAMES])}; `megatron-vlm recipe list` shows all"
+        )
     return root() / f"{found[0]}.yaml"
 
 
@@ -79,11 +86,13 @@ def title_of(name: str) -> str:
 
 
 def copy(name: str, directory: str | Path) -> Path:
-    """Copies a recipe's file into a folder, which is made; returns where it lies.
+    """Copies a recipe's file into a folder, which is made, or writes a config in XTuner's form; returns where it lies.
 
     Raises:
         ConfigError: the file is there already, or cannot be written.
     """
+    if name in xtuner.NAMES:
+        return xtuner.copy(name, directory)
     source = path_of(name)
     target = Path(directory, source.name)
     if target.exists():

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from megatron_vlm.config import set_dotted
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import expand_text
-from megatron_vlm.options import adapters, recipes, trainer_flags
+from megatron_vlm.options import adapters, recipes, trainer_flags, xtuner
 from megatron_vlm.options.flag_values import FLAG, FlagValues
-from megatron_vlm.options.flags import Command, parse_flags
+from megatron_vlm.options.flags import Command, flat_flags, parse_flags
 from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.sharding import Sharding, read_sharding
 from megatron_vlm.registry import FamilySpec
@@ -133,7 +133,13 @@ def read_command(argv: Sequence[str], command: Command) -> Request:
         ConfigError: what is wrong, by name.
     """
     parsed = parse_flags(argv, command)
+    if xtuner.is_config(parsed.config):
+        recipe, settings, notes = xtuner.read_config(str(parsed.config))
+        parsed.config, parsed.settings, parsed.notes = recipe, [*settings, *parsed.settings], [*notes, *parsed.notes]
     file = recipes.load_config(parsed.config) if parsed.config else {}
+    if (words := flat_flags(file)) is not None:
+        below = parse_flags(words, command)
+        file, parsed.settings, parsed.notes = {}, [*below.settings, *parsed.settings], [*below.notes, *parsed.notes]
     return read_request(file, parsed.settings, parsed.notes, command=command)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.cli.main import main
+from megatron_vlm.cli.main import COMMANDS, MEANT, main
 from megatron_vlm.testing import commands
 from megatron_vlm.testing.runs import metrics_of, write_shards
 
@@ -163,6 +163,16 @@ def test_config_errors_leave_one_line(capsys):
 def test_unknown_command_names_the_nearest(capsys):
     assert main(["tarin"]) == 1
     assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_a_command_of_another_program_names_the_one_that_does_it(capsys):
+    others = {"sft": "launch", "pth_to_hf": "convert pth_to_hf", "merge_lora": "convert merge", "infer": "generate"}
+    for word, command in others.items():
+        assert main([word]) == 1
+        assert f"unknown command {word!r}: `megatron-vlm {command}` does that" in capsys.readouterr().err
+    for words in MEANT.values():
+        assert not set(words.split()) & set(COMMANDS)
+    assert len(" ".join(MEANT.values()).split()) == len(set(" ".join(MEANT.values()).split()))
 
 
 def test_help_and_version(capsys):

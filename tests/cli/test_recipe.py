@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vlm.cli import recipe
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.options import recipes
+from megatron_vlm.options import recipes, xtuner
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -26,13 +26,14 @@ def test_list_names_every_file_and_what_it_is_for(capsys):
 
 def test_list_by_pattern(capsys):
     for pattern, names in (
-        ("QLORA", {name for name in recipes.names() if "qlora" in name}),
+        ("QLORA", {name for name in (*recipes.names(), *xtuner.NAMES) if "qlora" in name}),
         ("internvl3/*", {name for name in recipes.names() if name.startswith("internvl3/")}),
         ("quickstart", {"quickstart/train", "quickstart/lora"}),
     ):
         assert recipe.run(["list", "-p", pattern]) == 0 and names
         assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == names
     assert recipe.run(["list", "-p", "nothing so called"]) == 1
+    assert "no recipe has 'nothing so called' in its name" in capsys.readouterr().err
 
 
 def test_show_and_copy(capsys, tmp_path):

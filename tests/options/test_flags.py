@@ -80,7 +80,7 @@ def test_recipe_flags_without_effect_say_why():
         (["--learning-rat", "1"], "unknown flag --learning-rat .did you mean 'learning-rate'"),
         (["--micro-batch-sizes", "1"], "did you mean 'micro-batch-size'"),
         (["--modle-name-or-path", "x"], "did you mean 'model-name-or-path'"),
-        (["--dataset", "x"], "--dataset x: data is named by its files or folders"),
+        (["--dataset-name", "x"], "--dataset-name x: data is named by its files or folders"),
         (["--train-mode", "pretrain"], "--train-mode pretrain: what is supervised is a setting: --answer-loss-only"),
         (["--split", "949,50,1"], "--split 949,50,1: held-out data is named by itself"),
         (["--lr"], "--lr needs one value, got none"),
@@ -90,7 +90,7 @@ def test_recipe_flags_without_effect_say_why():
         (["--save", ""], "--save is given an empty value: name one, or leave it out"),
         (["--data-path", "a", ""], "--data-path is given an empty value"),
         (["--deepspeed="], "--deepspeed is given an empty value"),
-        (["lr"], "cannot read argument 'lr'"),
+        (["--bf16", "lr=1", "lr"], "cannot read argument|needs one value"),
     ],
 )
 def test_errors_name_the_culprit(argv, named):
@@ -133,3 +133,68 @@ def test_flags_of_internvls_own_recipe():
         "--ps_version": "v2",
     }
     assert not parsed.notes
+
+
+SWIFT = """
+    --model M --train_type lora --dataset a.jsonl b.jsonl --val_dataset v.jsonl --torch_dtype bfloat16 --num_train_epochs 1
+    --per_device_train_batch_size 1 --learning_rate 1e-4 --lora_rank 8 --lora_alpha 32 --target_modules all-linear
+    --freeze_vit true --gradient_accumulation_steps 16
+    --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5 --max_length 2048
+    --output_dir output --warmup_ratio 0.05 --dataloader_num_workers 4 --dataset_num_proc 4
+    --attn_impl flash_attn --deepspeed zero1
+"""
+FACTORY = """
+model_name_or_path: M
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+quantization_bit: 4
+dataset: a.json
+template: intern2
+cutoff_len: 2048
+media_dir: images
+overwrite_cache: true
+preprocessing_num_workers: 16
+output_dir: out
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+resume_from_checkpoint: null
+"""
+
+
+def test_the_spellings_of_ms_swift_and_llama_factory(tmp_path):
+    from megatron_vlm.options.request import read_command
+
+    swift = read_command(SWIFT.split(), "launch")
+    assert (swift.launch.data_path, swift.launch.eval_data_path) == (("a.jsonl", "b.jsonl"), ("v.jsonl",))
+    assert (swift.flags.use_lora, swift.flags.lora_r, swift.flags.lora_target_modules) == (True, 8, ("all-linear",))
+    assert swift.flags.bf16 and swift.run["checkpoint"]["load"] == "M" and swift.run["data"]["seq_length"] == "2048"
+    assert swift.run["model"]["freeze_vision"] is True and swift.sharding.stage == 1 and swift.defaults
+
+    (tmp_path / "f.yaml").write_text(FACTORY)
+    factory = read_command([str(tmp_path / "f.yaml"), "--lora_rank", "16"], "launch")
+    assert (factory.flags.use_lora, factory.flags.lora_r, factory.flags.load_in_4bit) == (True, 16, True)
+    assert factory.flags.lora_target_modules == ("all-linear",) and factory.run["data"]["template"] == "internlm2_chat"
+    assert (factory.launch.image_root, factory.launch.data_path) == ("images", ("a.json",))
+    assert factory.launch.overwrite_output_dir and float(factory.run["optimizer"]["lr"]) == 1e-4 and factory.defaults
+    assert not parse_flags(["--finetuning_type", "full"]).settings[0][1]
+    with pytest.raises(ConfigError, match="--finetuning_type freeze"):
+        parse_flags(["--finetuning_type", "freeze"])
+    with pytest.raises(ConfigError, match="--dataset belongs to `megatron-vlm launch`"):
+        parse_flags(["--dataset", "a.json"])
+
+
+def test_a_config_may_stand_first():
+    assert parse_flags(["a.yaml", "--lr", "1"]).config == "a.yaml"
+    assert parse_flags(["optimizer.lr=1"]).config is None

@@ -30,5 +30,6 @@ LLAMA3_SPEC = replace(
     name="idefics2_llama3",
     model_types=("idefics2/llama",),
     assemble=_part("assemble:assemble"),
+    towers=("siglip",),
     recipes=lambda hf_config: replace(SPEC.recipes(hf_config), full="finetune_idefics2_llama3"),
 )

@@ -23,6 +23,7 @@ SPEC = FamilySpec(
     stop_ids=_part("processor:stop_ids"),
     mapping=_part("mapping:llava_mapping"),
     assemble=_part("assemble:assemble"),
+    towers=("clip",),
     parts=_part("xtuner:find_parts"),
     reference=_part("reference:LlavaReference"),
     adapters=AdapterSpec(

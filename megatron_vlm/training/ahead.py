@@ -24,7 +24,7 @@ from megatron_vlm.layers.context.images import ImageShare
 from megatron_vlm.models.built import Model, unwrapped
 from megatron_vlm.parallel.batch import deal_images, send_images
 
-_PIECE = 2**26
+PIECE = 2**26
 """Numbers that one collective of gradients or weights takes together."""
 
 
@@ -66,7 +66,7 @@ def encode_ahead(model: Model, rows: Sequence[Row]) -> tuple[Row, ...]:
     train = torch.is_grad_enabled() and bool(stage.trained)
     outputs: list[Tensor] = []
     draws = get_cuda_rng_tracker().fork() if topology.whole_tower and stage.training else nullcontext()
-    with _training(stage), torch.set_grad_enabled(train), draws:
+    with gradients_of_copies(stage), torch.set_grad_enabled(train), draws:
         for number in range(max(map(len, passes))):
             turn = [images[number] if number < len(images) else [] for images in passes]
             pixels = send_images(topology, dealt.images, turn, stage.config.params_dtype)
@@ -97,7 +97,7 @@ def finish(model: Model) -> None:
         gradient = ahead.share.bring_back(torch.cat(gradients or [none]))
         wide = torch.float32 if ddp.ddp_config.grad_reduce_in_fp32 else None
         sums = [torch.zeros_like(p, dtype=wide) for p in stage.trained] if stage.holds_copies else []
-        with _training(stage), ddp.no_sync():
+        with gradients_of_copies(stage), ddp.no_sync():
             while ahead.outputs:
                 output = ahead.outputs.pop()
                 gradient, part = gradient.split([len(gradient) - len(output), len(output)])
@@ -109,6 +109,16 @@ def finish(model: Model) -> None:
     if ddp.ddp_config.overlap_grad_reduce and not stage.holds_copies:
         for parameter in stage.trained:
             ddp.param_to_bucket_group[parameter].register_grad_ready(parameter)
+
+
+def note_trained(model: Model) -> None:
+    """Sets ``trained`` of the stages; copies on later ones are no parameters that train, to DDP and the optimizer."""
+    for stage in model:
+        parts = (stage.vision_model, stage.connector)
+        stage.trained = [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
+        if stage.holds_copies:
+            for parameter in stage.trained:
+                parameter.requires_grad_(False)
 
 
 def cut_passes(images: Sequence[int], costs: Sequence[float], limit: float) -> list[list[int]]:
@@ -151,7 +161,7 @@ def _refresh(model: Model) -> None:
 
 
 @contextmanager
-def _training(stage: Any) -> Iterator[None]:
+def gradients_of_copies(stage: Any) -> Iterator[None]:
     """Copies, which neither DDP nor the optimizer is to see, get gradients inside."""
     copies = stage.trained if stage.holds_copies else []
     for parameter in copies:
@@ -175,7 +185,7 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors in order, in lists of one dtype that are not larger than they need be."""
     piece: list[Tensor] = []
     for tensor in tensors:
-        if piece and (tensor.dtype != piece[0].dtype or sum(t.numel() for t in piece) + tensor.numel() > _PIECE):
+        if piece and (tensor.dtype != piece[0].dtype or sum(t.numel() for t in piece) + tensor.numel() > PIECE):
             yield piece
             piece = []
         piece.append(tensor)

@@ -30,7 +30,9 @@ from megatron_vlm.peft import qlora
 from megatron_vlm.peft.lora import apply_lora
 from megatron_vlm.peft.select import make_plan
 from megatron_vlm.registry import FamilySpec
+from megatron_vlm.training.ahead import note_trained
 from megatron_vlm.training.balance import planned
+from megatron_vlm.training.memory.ahead import AheadBytes, ahead_bytes, bytes_of_sums, encoded
 from megatron_vlm.training.memory.stages import RowShape, StageMemory
 from megatron_vlm.training.memory.trace import ChunkBytes, measure_chunk
 from megatron_vlm.training.optimizer.host import PIECE, on_host
@@ -166,6 +168,7 @@ def full_shapes(spec: FamilySpec, model_config: FamilyConfig) -> dict[str, Tenso
 
 def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: Any) -> StageMemory:
     topology = model.topology
+    note_trained(model)
     parallel = config.parallel
     held, trained = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0)
     weights = gradients = 0
@@ -184,9 +187,14 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
     states, host, optimizer_peak = _optimizer(updated, parallel, device_kind, shards)
     activations = peak = 0
     if row is not None:
+        ahead = AheadBytes(held=0, peak=0)
+        if topology.encodes_ahead:
+            whole = make_batch(row, _tokens(config, row), model.config, model.stages[0].config.params_dtype)
+            ahead = ahead_bytes(model, [whole] * (config.num_microbatches_per_batch // topology.dp), device_kind)
         bytes_of = [_chunk_bytes(config, model, chunk, row, device_kind) for chunk in model]
         microbatches = config.num_microbatches_per_batch // topology.dp
         activations, peak = step_peak(bytes_of, passes(microbatches, topology.pp, topology.pp_rank, topology.vp))
+        activations, peak = activations + ahead.held, max(peak + ahead.held, ahead.peak, bytes_of_sums(model))
     ranks = topology.grid.group(topology.rank, *STAGE)
     return StageMemory(
         stage=topology.pp_rank,
@@ -225,8 +233,7 @@ def _optimizer(
 
 
 def _chunk_bytes(config: RunConfig, model: Model, chunk: Any, row: RowShape, device_kind: Any) -> ChunkBytes:
-    tokens = max(sum(row.segments), config.row_fill)
-    tokens = -(-tokens // config.row_multiple) * config.row_multiple
+    tokens = _tokens(config, row)
     local = tokens // config.row_multiple
 
     def batch() -> Row:
@@ -235,7 +242,15 @@ def _chunk_bytes(config: RunConfig, model: Model, chunk: Any, row: RowShape, dev
         )
         return replace(made, pixels=tuple(made.pixels[i] for i in made.share.mine)) if made.share else made
 
+    if model.topology.encodes_ahead:
+        made = encoded(batch(), model)  # outside of what is measured: held over the step
+        return measure_chunk(chunk, lambda: made, (local, 1, model.config.text.hidden_size), device_kind)
     return measure_chunk(chunk, batch, (local, 1, model.config.text.hidden_size), device_kind)
+
+
+def _tokens(config: RunConfig, row: RowShape) -> int:
+    tokens = max(sum(row.segments), config.row_fill)
+    return -(-tokens // config.row_multiple) * config.row_multiple
 
 
 def make_batch(row: RowShape, tokens: int, model_config: FamilyConfig, dtype: torch.dtype) -> Row:

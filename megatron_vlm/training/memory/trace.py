@@ -154,8 +154,37 @@ def measure_chunk(
         hidden: shape of what the stage before hands over.
         device_kind: device that is meant.
     """
-    from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
+    from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 
+    def run() -> Tensor:
+        received = None
+        if not chunk.pre_process:
+            received = torch.empty(hidden, dtype=chunk.config.params_dtype, device="meta", requires_grad=True)
+        chunk.set_input_tensor(received)
+        output = chunk(make_batch())
+        if not chunk.post_process:
+            deallocate_output_tensor(output, chunk.config.deallocate_pipeline_outputs)
+        return output
+
+    found = _measure(chunk, run, None if chunk.post_process else hidden, device_kind)
+    chunk.set_input_tensor(None)
+    return found
+
+
+def measure_images(chunk: Any, shapes: Sequence[torch.Size], device_kind: Literal["cpu", "cuda"]) -> ChunkBytes:
+    """Runs tower and connector on parts of images of these shapes, forward and, where they train, backward."""
+
+    def run() -> Tensor:
+        with torch.set_grad_enabled(bool(chunk.trained)), chunk.saved.of_a_pass():
+            return chunk.own_features([torch.empty(s, dtype=chunk.config.params_dtype, device="meta") for s in shapes])
+
+    return _measure(chunk, run, (), device_kind)
+
+
+def _measure(
+    chunk: Any, run: Callable[[], Tensor], gradient: tuple[int, ...] | None, device_kind: Literal["cpu", "cuda"]
+) -> ChunkBytes:
+    """``gradient``: shape of the output's; (): its own; None: the output is a loss."""
     meter = Meter(_BLOCK if device_kind == "cuda" else 1)
     meter.ignore(chunk)
     with ExitStack() as stack:
@@ -165,20 +194,30 @@ def measure_chunk(
                 stack.callback(hook.remove)
         stack.enter_context(_Kernels(device_kind))
         stack.enter_context(meter)
-        received = None
-        if not chunk.pre_process:
-            received = torch.empty(hidden, dtype=chunk.config.params_dtype, device="meta", requires_grad=True)
-        chunk.set_input_tensor(received)
-        output = chunk(make_batch())
-        if not chunk.post_process:
-            deallocate_output_tensor(output, chunk.config.deallocate_pipeline_outputs)
+        output = run()
         kept, forward = meter.now, meter.peak
         meter.peak = kept
-        if output.requires_grad:  # custom_backward for all: Tensor.backward would run outside _Kernels
-            grad = None if chunk.post_process else torch.empty(hidden, dtype=chunk.config.params_dtype, device="meta")
-            custom_backward(output, grad)
-        chunk.set_input_tensor(None)
+        if output.requires_grad:
+            shape = output.shape if gradient == () else gradient
+            grad = None if shape is None else torch.empty(shape, dtype=chunk.config.params_dtype, device="meta")
+            _backward(output, grad)
         return ChunkBytes(kept=kept, forward=forward, backward=meter.peak)
+
+
+def _backward(output: Tensor, gradient: Tensor | None) -> None:
+    """Tensor.backward would run outside of ``_Kernels``, and wants a gradient of the shape of an output that is freed already.
+
+    Source: megatron-core 0.16.1, pipeline_parallel/schedules.py, ``custom_backward``.
+    """
+    torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+        tensors=(output,),
+        grad_tensors=(torch.ones_like(output) if gradient is None else gradient,),
+        keep_graph=False,
+        create_graph=False,
+        inputs=(),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, ParamK
 from megatron_vlm.models.built import Model, unwrapped
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.training import ahead
-from megatron_vlm.training.ahead import main_gradients, sum_over
+from megatron_vlm.training.ahead import main_gradients, note_trained, sum_over
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.optimizer.host import HostOptimizer
 from megatron_vlm.training.optimizer.sharded import FullySharded, finalise
@@ -33,15 +33,10 @@ def wrap_model(model: Model, parallel: ParallelConfig) -> Model:
 
     Copies of tower and connector on later stages are left out: what trains of them is ``stage.trained`` (training/ahead.py).
     """
+    note_trained(model)
     if parallel.fully_sharded:
         sharded = [FullySharded(stage, parallel, model.topology) for stage in model]
         return dataclasses.replace(model, stages=sharded)
-    for stage in model:
-        parts = (stage.vision_model, stage.connector)
-        stage.trained = [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
-        if stage.holds_copies:
-            for parameter in stage.trained:
-                parameter.requires_grad_(False)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

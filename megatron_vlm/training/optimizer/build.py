@@ -33,10 +33,10 @@ def wrap_model(model: Model, parallel: ParallelConfig) -> Model:
 
     Copies of tower and connector on later stages are left out: what trains of them is ``stage.trained`` (training/ahead.py).
     """
-    note_trained(model)
     if parallel.fully_sharded:
         sharded = [FullySharded(stage, parallel, model.topology) for stage in model]
         return dataclasses.replace(model, stages=sharded)
+    note_trained(model)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

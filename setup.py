@@ -60,6 +60,7 @@ EXTRAS = {
         "pyarrow==26.0.1",
         "bitsandbytes==0.50.2",
         "pexpect==4.9.0",
+        "playwright==1.65.2",
         "s3fs==2026.9.0",
         "moto==5.2.5",  # a store that speaks S3, for tests; its server is flask
         "flask==3.1.3",

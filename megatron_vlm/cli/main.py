@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": ("megatron_vlm.cli.generate", "answer prompts with a checkpoint of any kind"),
     "evaluate": ("megatron_vlm.cli.evaluate", "answer held-out records and score the answers"),
     "chat": ("megatron_vlm.cli.chat", "talk to a model in the terminal, with pictures, beside another one"),
+    "demo": ("megatron_vlm.cli.demo", "the same on a page in the browser"),
     "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf, merge, pth2hf and verify"),
     "report": ("megatron_vlm.cli.report", "one page about a run, or several: curves, data, answers, config, starts"),
     "recipe": ("megatron_vlm.cli.recipe", "list, show and copy the packaged recipes"),

@@ -4,6 +4,7 @@
                   --adapters---------> adapter_config.json, adapter_model.safetensors, tokenizer and processor files
                                        merged_model/ (on request)
     OUTPUT/metrics.jsonl ------------> loss.png
+                                       trainer_state.json, checkpoint-N -> iter_N, training_log.txt -> train.log
     OUTPUT/epoch_N/: the same after each epoch (on request)
 
 Each folder appears at once: it is written beside its place and renamed.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.errors import ConversionError, MegatronVLMError
-from megatron_vlm.files import read_json, remove_abandoned, sync_path, unique_temporary
+from megatron_vlm.files import read_json, remove_abandoned, sync_path, unique_temporary, write_json
 from megatron_vlm.training.metrics.run_files import RunFiles, smoothed
 from megatron_vlm.weights.checkpoint_dir import MANIFEST, iteration_of
 
@@ -107,6 +108,31 @@ class EpochExports:
                     print(f"epoch {epoch}: {path}", flush=True)
         except (MegatronVLMError, OSError) as error:
             print(f"no export of {folder.name}: {error}", flush=True)
+
+
+def link_log(output: Path) -> None:
+    """``training_log.txt``, as InternVL's guide has it, leads to train.log from the start."""
+    with contextlib.suppress(OSError):  # it is there, or the file system has no links
+        (output / "training_log.txt").symlink_to("train.log")
+
+
+def write_trainer_files(output: Path) -> None:
+    """What transformers' Trainer leaves: ``trainer_state.json``, and ``checkpoint-N``, which leads to iteration N."""
+    run = RunFiles.read(output)
+    total = max((line["iteration"] for line in run.steps), default=0)
+    names = {"loss": "loss", "grad_norm": "grad_norm", "lr": "learning_rate", "eval_loss": "eval_loss"}
+    history = [
+        {**{theirs: line[ours] for ours, theirs in names.items() if ours in line}, "step": line["iteration"]}
+        for line in sorted((*run.steps, *run.evaluations), key=lambda line: line["iteration"])
+    ]
+    write_json(output / "trainer_state.json", {"global_step": total, "max_steps": total, "log_history": history})
+    for link in output.glob("checkpoint-*"):
+        if link.is_symlink():
+            link.unlink()
+    for folder in output.glob("iter_*"):
+        if iteration_of(folder):
+            with contextlib.suppress(OSError):
+                (output / f"checkpoint-{iteration_of(folder)}").symlink_to(folder.name)
 
 
 def draw_loss(output: Path) -> str:

@@ -23,7 +23,7 @@ from megatron_vlm.training.checkpoint.run_lock import holder
 from megatron_vlm.training.stop import STOPPED
 from megatron_vlm.weights.checkpoint_dir import TRACKER, holds_checkpoints, newest
 
-_LEFT_OF_A_RUN = ("iter_*", "epoch_*", TRACKER)
+_LEFT_OF_A_RUN = ("checkpoint-*", "iter_*", "epoch_*", TRACKER)
 
 
 def launch(request: Request) -> int:
@@ -68,6 +68,7 @@ def _prepare(request: Request, job: processes.JobRank) -> RunPlan | None:
     output.mkdir(parents=True, exist_ok=True)
     if settings.overwrite_output_dir:
         _remove_old(output, plan)
+    exports.link_log(output)
     with writing(output / CONFIG):
         write_synced(output / CONFIG, yaml.safe_dump(plan.config.to_dict(), sort_keys=False).encode())
     return plan
@@ -82,7 +83,7 @@ def _remove_old(output: Path, plan: RunPlan) -> None:
         )
     for pattern in _LEFT_OF_A_RUN:
         for path in output.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _train(settings: LaunchConfig, job: processes.JobRank, output: Path, plan: RunPlan | None) -> int:
@@ -131,3 +132,4 @@ def _finish(output: Path, plan: RunPlan, settings: LaunchConfig, epochs: exports
             flush=True,
         )
     print(exports.draw_loss(output), flush=True)
+    exports.write_trainer_files(output)

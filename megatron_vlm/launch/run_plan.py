@@ -93,7 +93,7 @@ def plan_run(request: Request, job: JobRank, report: Report) -> RunPlan | None:
             return None
         world = job.world or devices.ranks
         try:
-            return _plan(request, job, report, source, devices, world, load)
+            return _plan(request, job, report, source, devices, world, load, launch.strict_sharding)
         except MegatronVLMError as error:
             label = {DataError: "data", ConversionError: "model"}.get(type(error), "settings")
             report.fail(label, str(error), "")
@@ -101,7 +101,14 @@ def plan_run(request: Request, job: JobRank, report: Report) -> RunPlan | None:
 
 
 def _plan(
-    request: Request, job: JobRank, report: Report, source: WeightSource, devices: Devices, world: int, load: str
+    request: Request,
+    job: JobRank,
+    report: Report,
+    source: WeightSource,
+    devices: Devices,
+    world: int,
+    load: str,
+    keep_sharding: bool,
 ) -> RunPlan | None:
     launch, spec = request.launch, source.spec
     train = open_inputs("train", launch.train_inputs or _folders(request.run, "train"), launch, spec.record_format)
@@ -109,7 +116,7 @@ def _plan(
     adapts = request.adapts
 
     def config_for(dp: int) -> tuple[RunConfig, tuple[str, ...]]:
-        completed = request.complete(source.hf_config, spec, dp)
+        completed = request.complete(source.hf_config, spec, dp, keep_sharding)
         sections = completed.run
         sections.setdefault("checkpoint", {})["load"] = load
         data = sections.setdefault("data", {})
@@ -139,15 +146,18 @@ def _plan(
             counts = glance(config.data, processor, train.paths, config.training.seed)
         laid = lay_out(request.run, config, source, devices, world, lambda dp: config_for(dp)[0], fixed, counts)
     except NothingFits as error:
+        if request.sharding_asked and not keep_sharding:
+            report.warn("sharding", f"{request.sharding_asked}: the run does not fit without", "")
+            return _plan(request, job, report, source, devices, world, load, keep_sharding=True)
         advice = (
             "take more or larger GPUs, --use_lora (with --quantize nf4), a shorter --max_length, or fewer images a row"
         )
-        report.fail("memory", _refusal(request, str(error)) or str(error), advice)
+        report.fail("memory", str(error), advice)
         return None
     config, stages, rows, reason = laid
-    refused = request.sharding.refusal(adapts=adapts, nearest=as_flags(config, reason))
-    if refused is not None:
-        report.fail("sharding", refused, "")
+    if request.sharding_asked and not keep_sharding:
+        text = f"{request.sharding_asked}: the run fits without, and is faster: {as_flags(config, reason)}"
+        report.warn("sharding", text, "--strict-sharding True keeps what was asked for")
     config.check_model(source.config)
     if config.training.train_iters is not None:
         Schedule.of(config.optimizer, config.training.train_iters)  # raises where warm-up and length do not go together
@@ -269,11 +279,6 @@ def _model_ranks(run: dict[str, Any]) -> int | None:
     """Ranks of one replica on the CPU, where its sizes are named: there is no number of GPUs to go by."""
     on_cpu = (run.get("training") or {}).get("device") == "cpu"
     return replica_size(run.get("parallel") or {}) if on_cpu else None
-
-
-def _refusal(request: Request, text: str) -> str | None:
-    refused = request.sharding.refusal(adapts=request.adapts)
-    return None if refused is None else f"{refused}\n{text}"
 
 
 def _describe(

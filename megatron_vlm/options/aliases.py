@@ -212,6 +212,7 @@ LAUNCH_SWITCHES: dict[str, tuple[str, Any]] = {
     "save-merged-model": ("launch.save_merged_model", True),
     "export-each-epoch": ("launch.export_each_epoch", True),
     "single-process": ("launch.single_process", True),
+    "strict-sharding": ("launch.strict_sharding", True),
     "no-launch": ("launch.no_launch", True),
 }
 

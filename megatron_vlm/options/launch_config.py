@@ -41,6 +41,7 @@ class LaunchConfig(Config):
         cache_dir: where models named by hub id are downloaded to; None: the hub library's own cache.
         shard_cache: where built shards are kept; None: ``~/.cache/megatron_vlm/shards``.
         memory_gib: memory of a GPU to plan for; None: as found.
+        strict_sharding: share and offload as DeepSpeed's or FSDP's options say, although the run may fit, and be faster, without.
         no_launch: check, print the plan and stop.
     """
 
@@ -72,6 +73,7 @@ class LaunchConfig(Config):
     cache_dir: PathText | None = None
     shard_cache: PathText | None = None
     memory_gib: float | None = None
+    strict_sharding: bool = False
     no_launch: bool = False
 
     def __post_init__(self) -> None:

@@ -78,9 +78,9 @@ class Request:
         return self.flags.adapts or bool(peft.get("target_modules") or peft.get("adapter"))
 
     @property
-    def refused(self) -> str | None:
-        """What DeepSpeed and FSDP flags ask for that is not built, in words; None: all of it is."""
-        return self.sharding.refused(adapts=self.adapts)
+    def sharding_asked(self) -> str | None:
+        """What DeepSpeed and FSDP flags ask for beyond the distributed optimizer, in words; None: nothing."""
+        return self.sharding.asks_for(adapts=self.adapts)
 
     @property
     def needs_model(self) -> bool:
@@ -89,9 +89,12 @@ class Request:
         facts = (flags.vision_select_layer, flags.ps_version, flags.down_sample_ratio)
         return self.defaults or flags.adapts or any(fact is not None for fact in facts)
 
-    def complete(self, hf_config: Mapping[str, Any], spec: FamilySpec | None, dp: int) -> Completed:
+    def complete(
+        self, hf_config: Mapping[str, Any], spec: FamilySpec | None, dp: int, keep_sharding: bool = False
+    ) -> Completed:
         """Returns the run's sections for a model of family ``spec`` (None: ``needs_model`` is False) on ``dp`` replicas.
 
+        ``keep_sharding``: as DeepSpeed or FSDP options ask; else they are for the layout search to do without.
         Before the layout is known, ``dp`` may be the number of ranks: the batch then divides over any layout of them.
 
         Raises:
@@ -117,6 +120,11 @@ class Request:
         for key, value in _batch(run, self.launch, self.given, dp, published).items():
             set_dotted(run, key, value)
         notes += trainer_flags.settle(self.flags, run, self.given)
+        if keep_sharding:
+            kept, lines = self.sharding.kept(adapts=self.adapts)
+            for key, kind in kept.items():
+                set_dotted(run, key, kind)
+            notes += lines
         return Completed(run=run, notes=tuple(notes))
 
     def _kind(self) -> Literal["full", "lora", "qlora"]:

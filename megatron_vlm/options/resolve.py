@@ -19,11 +19,8 @@ def resolve(argv: Sequence[str]) -> tuple[RunConfig, list[str]]:
         ConfigError: what is wrong, by name.
     """
     request = read_command(argv, "train")
-    refusal = request.sharding.refusal(adapts=request.adapts)
-    if refusal is not None:
-        raise ConfigError(refusal)
     hf_config, spec = _model_of(request) if request.needs_model else ({}, None)
-    completed = request.complete(hf_config, spec, _replicas(request))
+    completed = request.complete(hf_config, spec, _replicas(request), keep_sharding=True)
     config = RunConfig.from_dict(completed.run)
     trained = {os.path.realpath(item if isinstance(item, str) else item.path) for item in config.data.train}
     both = trained & {os.path.realpath(path) for path in config.data.valid}

@@ -1,7 +1,10 @@
 """DeepSpeed and FSDP options -> what does the same here; never ignored.
 
     --deepspeed zero1.json --read_sharding--> Sharding(stage 1): distributed optimizer, clipping, batch, loss scale
-    stage 2, 3, offload, --fsdp            --> Sharding.refused(): what is not built, refused with the nearest setting that fits
+    stage 2, 3, offload, --fsdp            --> Sharding.kept(): parameters, gradients shared; the optimizer on the host
+
+`train` keeps what was asked for. `launch` does where the run does not fit without, or launch.strict_sharding says so: each costs
+time.
 
 docs/from-deepspeed.md holds the whole table.
 """
@@ -14,13 +17,6 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.options.deepspeed import DeepSpeedFile
 from megatron_vlm.options.flag_values import FlagValues
 from megatron_vlm.options.launch_config import LaunchConfig
-
-NEAREST = (
-    "--use-distributed-optimizer (ZeRO stage 1); tensor and pipeline parallel sizes, which cut weights and gradients too "
-    "(--tensor-model-parallel-size 2, 4, ...); --recompute-granularity full; adapters on a base in 4 bits (--use_lora "
-    "--quantize nf4)"
-)
-"""In words, where no estimate is at hand."""
 
 _NONE = (None, "", "none", "None", "no", "False", "false")
 
@@ -45,8 +41,8 @@ class Sharding:
     batch: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def refused(self, *, adapts: bool) -> str | None:
-        """What is not built of it, in words. With adapters stage 2 has next to no gradients to shard: it is stage 1."""
+    def asks_for(self, *, adapts: bool) -> str | None:
+        """What it asks for beyond stage 1, in words. With adapters stage 2 has next to no gradients to shard: it is stage 1."""
         parts = []
         if self.stage == 3:
             parts.append("sharding of weights, gradients and optimizer state (ZeRO stage 3, FSDP FULL_SHARD)")
@@ -56,15 +52,18 @@ class Sharding:
             parts.append(f"offload of {' and '.join(self.offload)} to the host's memory")
         return f"{self.source} asks for {' with '.join(parts)}" if parts else None
 
-    def refusal(self, *, adapts: bool, nearest: str | None = None) -> str | None:
-        """The error's text; ``nearest``: settings that fit the memory found, by the estimate. None: nothing is refused."""
-        refused = self.refused(adapts=adapts)
-        if refused is None:
-            return None
-        instead = f"nearest setting that fits: {nearest}" if nearest else f"nearest: {NEAREST}"
-        return (
-            f"{refused}, which is not built yet; {instead}. Leave {self.source.split()[0]} out (docs/from-deepspeed.md)"
-        )
+    def kept(self, *, adapts: bool) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Keys of the run that keep what it asks for beyond stage 1, and lines about what they leave out."""
+        settings, notes = {}, []
+        if self.stage == 3 or (self.stage == 2 and not adapts):
+            settings["parallel.data_parallel_sharding"] = "parameters" if self.stage == 3 else "gradients"
+        if self.offload:
+            settings["parallel.offload"] = "optimizer"
+        if any("weights" in part for part in self.offload):
+            notes.append(f"{self.source}: weights stay on the device: their offload is not built yet")
+        if settings:
+            notes.append(f"{self.source} becomes {', '.join(f'{key}={value}' for key, value in settings.items())}")
+        return settings, tuple(notes)
 
 
 def read_sharding(flags: FlagValues, given: Mapping[str, Any], launch: LaunchConfig) -> Sharding:

@@ -47,7 +47,7 @@ def test_stage_1_is_the_distributed_optimizer(ask):
     request = ask(INTERNVL_ZERO1)
     assert request.run["parallel"] == {"data_parallel_sharding": "optimizer", "overlap_grad_reduce": True}
     assert request.run["optimizer"] == {"adam_eps": 1e-8, "adam_beta1": 0.9, "adam_beta2": 0.999}
-    assert request.refused is None and "training" not in request.run
+    assert request.sharding_asked is None and "training" not in request.run
     (said, without) = request.notes
     assert "stage 1 is the distributed optimizer" in said
     assert "steps_per_print" in without and "zero_optimization.reduce_bucket_size" in without
@@ -55,7 +55,7 @@ def test_stage_1_is_the_distributed_optimizer(ask):
 
 def test_stage_0_shards_nothing(ask):
     request = ask({"zero_optimization": {"stage": 0}}, "--use_deepspeed True --deepspeed_config FILE")
-    assert "parallel" not in request.run and request.refused is None and "no sharding" in request.notes[0]
+    assert "parallel" not in request.run and request.sharding_asked is None and "no sharding" in request.notes[0]
 
 
 def test_numbers_of_the_file_are_taken_where_the_command_line_says_nothing(ask):
@@ -201,34 +201,47 @@ ZERO3 = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"
         (None, "--use_fsdp", "--use_fsdp asks for sharding of weights"),
     ],
 )  # fmt: skip
-def test_what_is_not_built_is_refused_with_the_nearest(ask, data, flags, named):
+def test_what_is_asked_for_is_kept_or_for_the_layout_search_to_do_without(ask, data, flags, named):
     request = ask(data, flags)
-    assert re.search(named, request.refused)
-    text = request.sharding.refusal(adapts=False, nearest="--tensor-model-parallel-size 2 (31.2 of 80.0 GiB)")
-    assert text.startswith(request.refused) and "not built yet; nearest setting that fits: --tensor-model" in text
-    words = request.sharding.refusal(adapts=False)
-    assert "--use-distributed-optimizer" in words and "--quantize nf4" in words
+    assert re.search(named, request.sharding_asked)
+    kept, notes = request.sharding.kept(adapts=False)
+    words = {"weights, grad": "parameters", "of gradients": "gradients"}
+    shared = next((kind for word, kind in words.items() if word in request.sharding_asked), None)
+    assert kept.get("parallel.data_parallel_sharding") == shared
+    assert kept.get("parallel.offload") == ("optimizer" if "offload" in named else None)
+    assert any("weights stay on the device" in note for note in notes) == ("weights and optimizer state" in named)
+    parallel = request.complete({}, registry.get("idefics2"), 1).run.get("parallel") or {}
+    assert parallel.get("offload") is None and parallel.get("data_parallel_sharding") in (None, "optimizer")
+    parallel = request.complete({}, registry.get("idefics2"), 1, keep_sharding=True).run["parallel"]
+    assert parallel["data_parallel_sharding" if shared else "offload"] == (shared or "optimizer")
 
 
-def test_train_refuses_in_words(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["deepspeed_zero1", "deepspeed_zero2_offload", "deepspeed_zero3", "zero3_offload", "zero2"]
+)
+def test_presets_have_names(name):
     from megatron_vlm.options.resolve import resolve
 
-    (tmp_path / "z.json").write_text(json.dumps(ZERO3))
-    with pytest.raises(ConfigError, match=r"asks for sharding of weights.* not built yet; nearest: --use-distributed"):
-        resolve(["--load", "x", "--deepspeed", str(tmp_path / "z.json")])
+    config, notes = resolve(
+        ["--load", "x", "--data-path", "y", "--deepspeed", name, "--train-iters", "1", "--seq-length", "8"]
+    )
+    shared = {"1": "optimizer", "2": "gradients", "3": "parameters"}[re.search(r"\d", name)[0]]
+    assert config.parallel.data_parallel_sharding == shared and config.optimizer.clip_grad == 1.0
+    assert config.parallel.offload == ("optimizer" if "offload" in name else "none")
+    assert any("weights stay" in note for note in notes) == (name == "zero3_offload")
 
 
 def test_stage_2_has_nothing_to_shard_beside_adapters(ask):
     for flags, file in (("--use_lora True", None), ("", {"peft": {"target_modules": ["q_proj"]}})):
         request = ask(ZERO2, f"--deepspeed FILE {flags}", file)
-        assert request.refused is None and request.run["parallel"]["data_parallel_sharding"] == "optimizer"
-    assert ask(ZERO3, "--deepspeed FILE --use_lora True").refused is not None
+        assert request.sharding_asked is None and request.run["parallel"]["data_parallel_sharding"] == "optimizer"
+    assert ask(ZERO3, "--deepspeed FILE --use_lora True").sharding_asked is not None
 
 
 def test_options_that_are_switched_off(ask):
     request = ask(None, "--use_deepspeed False --use_fsdp False --fsdp_policy FULL_SHARD --fsdp none --deepspeed none")
-    assert request.refused is None and "parallel" not in request.run
-    assert ask(None, "--fsdp no_shard").refused is None
+    assert request.sharding_asked is None and "parallel" not in request.run
+    assert ask(None, "--fsdp no_shard").sharding_asked is None
 
 
 def test_a_schedule_of_the_command_line_replaces_the_files(ask):

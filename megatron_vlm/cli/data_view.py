@@ -50,18 +50,18 @@ def preview(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     _check_out(args, settings)
     processor = settings.processor()
+    title = ", ".join(str(getattr(item, "path", item)) for item in settings.inputs)
     if processor is None:
         inputs = settings.raw()
-        title = ", ".join(str(getattr(item, "path", item)) for item in settings.inputs)
         records = read_shards(Dataset(inputs.folders)) if inputs.folders else read_records(inputs.sources)
         page = records_page(records, title, num_samples=args.samples, wanted=args.match)
     else:
         print(settings.said)
         seed = settings.seed if args.seed is None else args.seed
-        opened = open_data(settings.data, processor, settings.shards(), seed=seed)
-        page = preview_page(
-            opened, processor, settings.data, seed=seed, num_samples=args.samples, said=settings.said, wanted=args.match
-        )
+        folders = settings.shards()
+        opened = open_data(settings.data, processor, folders, seed=seed)
+        shown = {"said": settings.said, "wanted": args.match, "title": "" if folders == settings.inputs else title}
+        page = preview_page(opened, processor, settings.data, seed=seed, num_samples=args.samples, **shown)
     with writing(args.out):
         write_synced(Path(args.out), page.encode("utf-8", "backslashreplace"))
     print(f"{args.out}: {len(page) / 1e6:.1f} MB")

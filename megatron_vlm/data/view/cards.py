@@ -25,14 +25,14 @@ from megatron_vlm.pages import escape, page, picture, table
 _LISTED = 50
 _KINDS = {
     "all": "all",
-    "images": "with images",
+    "pictured": "with images",
     "textonly": "without images",
     "cut": "shortened",
     "hole": "cannot be read",
 }
 STYLE = (
-    ".role{display:inline-block;min-width:5.5em;font-weight:600;color:#555}.turns{margin:.4em 0;overflow-wrap:anywhere}"
-    ".turn{white-space:pre-wrap;border-top:1px solid #eee;padding:.2em 0}.assistant .role{color:#2a7f3a}"
+    ".role{flex:0 0 7em;font-weight:600;color:#555}.turns{margin:.4em 0;overflow-wrap:anywhere}"
+    ".turn{display:flex;white-space:pre-wrap;border-top:1px solid #eee;padding:.2em 0}.assistant .role{color:#2a7f3a}"
     "label{margin-right:1em;cursor:pointer}"
     + "".join(f"body:has(#only-{kind}:checked) .card:not(.{kind}){{display:none}}" for kind in _KINDS if kind != "all")
 )
@@ -85,7 +85,7 @@ def turns(sample_turns: Sequence[Turn]) -> str:
         note = "" if turn.loss else " (no loss)"
         lines.append(
             f'<div class="turn {escape(turn.role)}"><span class="role">{escape(turn.role + note)}</span> '
-            f"{escape(turn.text)}</div>"
+            f"<span>{escape(turn.text)}</span></div>"
         )
     return f'<div class="turns">{"".join(lines)}</div>'
 
@@ -109,7 +109,7 @@ def buttons(shown: Mapping[str, int]) -> str:
 
 def kind_of(sample: RawSample) -> str:
     """The class of a card."""
-    return "images" if sample.images else "textonly"
+    return "pictured" if sample.images else "textonly"
 
 
 def read_records(sources: Sequence[RecordSource]) -> Iterator[RawSample | DataError]:

@@ -57,6 +57,7 @@ def preview_page(
     num_samples: int,
     said: str = "",
     wanted: str = "",
+    title: str = "",
 ) -> str:
     """Returns the page: the first rows of training until they hold ``num_samples`` samples.
 
@@ -68,6 +69,7 @@ def preview_page(
         num_samples: at least 1.
         said: where the settings come from.
         wanted: text that a sample must hold to be shown; empty: any.
+        title: names the data; empty: its sources and how often an epoch reads each.
     """
     reader = RowReader(opened.dataset, processor, config, seed=seed, multiple_of=1, fill_to=0)
     what = _Page(opened, reader, processor, config, wanted)
@@ -84,7 +86,7 @@ def preview_page(
     )
     chosen = f", those with {wanted!r}," if wanted else ""
     head = (
-        f"<h1>{escape(sources)}</h1><p>{escape(said)}</p><p>{len(opened.dataset):,} samples; here "
+        f"<h1>{escape(title or sources)}</h1><p>{escape(said)}</p><p>{len(opened.dataset):,} samples; here "
         f"{_how_many(opened, what.shown['all'])}{escape(chosen)} as {number} {kind}. "
         '<span class="s">Supervised tokens</span> are what the loss is taken on; <span class="i">image tokens</span> '
         "are replaced by image features. A dashed frame is an image as it is stored, the frames beside it are what the tower "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_vlm.pages import escape
 from megatron_vlm.training.metrics.run_files import Points
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 62, 12, 30, 30
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 515, 250, 62, 12, 30, 30
 _MOST = 700  # points of a line: more than a chart has columns show nothing more
 COLOURS = ("#1f5fa8", "#c4501b", "#2a7f3a", "#7d3c98", "#b8860b", "#008b8b")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")  # lines differ by more than colour

@@ -75,7 +75,7 @@ def _summary(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
                 f"{best[1]:.4f} at {best[0]:g}" if best else "",
                 f"{sum(step['tokens'] for step in run.steps):,}",
                 f"{sum(step['step_seconds'] for step in run.steps) / 3600:.2f}",
-                " ".join(str(start.get(key, "")) for key in ("world", "device")) + f", {start.get('layout', '?')}",
+                f"{start.get('world', '?')} x {start.get('device', '?')}, {start.get('layout', '?')}",
             )
         )
     head = ("run", "iteration", "loss, smoothed", "held-out loss", "lowest", "tokens", "hours of steps", "on")
@@ -142,7 +142,7 @@ def _answers(run: RunFiles) -> str:
     html = "<h2>Answers</h2>" if prompts else ""
     for (text, images), lines in prompts.items():
         kept = lines if len(lines) <= _ANSWERS else [lines[0], *lines[1 - _ANSWERS :]]
-        rows = [(line["iteration"], line["answer"]) for line in kept]
+        rows = [(line["iteration"], line.get("answer")) for line in kept]
         pictures = "".join(_picture(name) for name in images)
         html += f'<h3>{escape(text)}</h3><div class="images">{pictures}</div>{table(("iteration", "answer"), rows)}'
     return html

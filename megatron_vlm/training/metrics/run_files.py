@@ -107,13 +107,12 @@ class RunFiles:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Mean of what came before, later values more: over about a twentieth of the run, unbiased at its start.
+    """Running mean of what came before, later values more: m_t = m_(t-1) + (x_t - m_(t-1)) / w_t.
 
-    As the bias-corrected exponential mean of Adam: v_t = b v_(t-1) + (1 - b) x_t, divided by 1 - b^t, with b = 1 - 1/n.
+    w_t grows from 1 by an eighth a value, so that a steep start is followed, to a fortieth of the run, at most 100.
     """
-    keep = 1 - 1 / max(2, min(200, len(values) // 20))
-    mean, weight, result = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        result.append(mean / weight)
+    most, mean, result = max(2.0, min(100.0, len(values) / 40)), 0.0, list[float]()
+    for number, value in enumerate(values):
+        mean += (value - mean) / min(most, 1 + number / 8)
+        result.append(mean)
     return result

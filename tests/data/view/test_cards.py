@@ -29,6 +29,6 @@ def test_turns_are_labelled():
 
 
 def test_buttons_where_there_is_a_choice():
-    assert buttons(Counter(all=3, images=3)) == ""
-    html = buttons(Counter(all=3, images=2, textonly=1))
-    assert 'id="only-images"' in html and "without images (1)" in html and html.count(" checked") == 1
+    assert buttons(Counter(all=3, pictured=3)) == ""
+    html = buttons(Counter(all=3, pictured=2, textonly=1))
+    assert 'id="only-pictured"' in html and "without images (1)" in html and html.count(" checked") == 1

@@ -123,7 +123,7 @@ def test_raw_records_need_no_model(raw, tmp_path):
     assert (
         re.findall(r'<img class="own" alt="" width="(\d+)" height="(\d+)"', text) == [("168", "120")] * 2
     )  # six times
-    assert text.count('class="card images"') == text.count('class="card textonly"') == 1 and "with images (1)" in seen
+    assert text.count('class="card pictured"') == text.count('class="card textonly"') == 1 and "with images (1)" in seen
     assert run(["preview", str(raw), "--out", str(out), "--match", "NONE"]) == 0
     assert out.read_text().count('class="card') == 1 and "回答 two" not in out.read_text()
 

@@ -18,7 +18,7 @@ def test_points_stand_where_their_values_are():
     )
     (path,) = svg.iter("polyline")
     (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in path.get("points").split())
-    assert x0 == 62.0 and x1 == 548.0 and y1 < y0 < 220
+    assert x0 == 62.0 and x1 == 503.0 and y1 < y0 < 220
     mark = next(svg.iter("path"))
     assert mark.get("d").startswith(f"M{x1:.1f} {y1 - 4:.1f}") and mark[0].text == "m: 3 at 10"
     assert next(svg.iter("text")).text == "a < b"

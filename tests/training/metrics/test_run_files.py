@@ -58,7 +58,10 @@ def test_no_run(tmp_path):
         RunFiles.read(tmp_path)
 
 
-def test_smoothing_is_unbiased_from_the_start():
-    assert smoothed([3.0] * 50) == pytest.approx([3.0] * 50)
-    values = smoothed([1.0, 3.0])  # b = 1/2: (1/4 x 1 + 1/2 x 3) / (3/4)
-    assert values == pytest.approx([1.0, 1.75 / 0.75]) and smoothed([]) == []
+def test_smoothing_starts_at_the_first_value_and_follows_a_steep_start():
+    assert smoothed([3.0] * 50) == pytest.approx([3.0] * 50) and smoothed([]) == []
+    assert smoothed([1.0, 3.0]) == pytest.approx([1.0, 1 + 2 / 1.125])
+    falling = [10.0 / n for n in range(1, 4001)]
+    assert all(value < 2.5 * raw for raw, value in zip(falling, smoothed(falling)))
+    noisy = smoothed([n % 2 for n in range(4000)])
+    assert all(abs(value - 0.5) < 0.02 for value in noisy[1000:])

@@ -33,6 +33,7 @@ from megatron_vlm.registry import FamilySpec
 from megatron_vlm.training.ahead import note_trained
 from megatron_vlm.training.balance import planned
 from megatron_vlm.training.memory.ahead import AheadBytes, ahead_bytes, bytes_of_sums, encoded
+from megatron_vlm.training.memory.sharded import Sharding, cut_bytes
 from megatron_vlm.training.memory.stages import RowShape, StageMemory
 from megatron_vlm.training.memory.trace import ChunkBytes, measure_chunk
 from megatron_vlm.training.optimizer.host import PIECE, on_host
@@ -174,15 +175,19 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
     weights = gradients = 0
     updated: list[Tensor] = []
     grad_width = None if parallel.accumulate_allreduce_grads_in_fp32 else "own"
+    sharding = _sharding(config, topology)
     for chunk in model:
-        weights += sum(buffer.nbytes for buffer in chunk.buffers())
+        chunk.lockstep = sharding is not None
+        weights += cut_bytes(chunk.buffers(), sharding)
         for name, p in global_named_parameters(chunk):
             held[group_of(name)] += p.numel()
-            weights += p.nbytes
+            numel = sharding.numel(p) if sharding else p.numel()
+            weights += numel * (4 if sharding and p.requires_grad else p.itemsize)
             if p.requires_grad:
                 trained[group_of(name)] += p.numel()
-                gradients += p.numel() * (p.dtype.itemsize if grad_width else 4)
-                updated.append(p)
+                gradients += numel * (p.dtype.itemsize if grad_width and not sharding else 4)
+                # Parameters in shards are their own main parameters, and in fp32.
+                updated.append(torch.empty(numel, dtype=torch.float32, device="meta") if sharding else p)
     shards = topology.copies if parallel.data_parallel_sharding == "optimizer" else 1
     states, host, optimizer_peak = _optimizer(updated, parallel, device_kind, shards)
     activations = peak = 0
@@ -191,7 +196,7 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
         if topology.encodes_ahead:
             whole = make_batch(row, _tokens(config, row), model.config, model.stages[0].config.params_dtype)
             ahead = ahead_bytes(model, [whole] * (config.num_microbatches_per_batch // topology.dp), device_kind)
-        bytes_of = [_chunk_bytes(config, model, chunk, row, device_kind) for chunk in model]
+        bytes_of = [_chunk_bytes(config, model, chunk, row, device_kind, sharding) for chunk in model]
         microbatches = config.num_microbatches_per_batch // topology.dp
         activations, peak = step_peak(bytes_of, passes(microbatches, topology.pp, topology.pp_rank, topology.vp))
         activations, peak = activations + ahead.held, max(peak + ahead.held, ahead.peak, bytes_of_sums(model))
@@ -232,7 +237,24 @@ def _optimizer(
     return -(-states // shards), -(-host // shards), peak
 
 
-def _chunk_bytes(config: RunConfig, model: Model, chunk: Any, row: RowShape, device_kind: Any) -> ChunkBytes:
+def _sharding(config: RunConfig, topology: Topology) -> Sharding | None:
+    parallel = config.parallel
+    if not parallel.fully_sharded:
+        return None
+    several = config.num_microbatches_per_batch // topology.dp > 1
+    keeps = parallel.data_parallel_sharding == "gradients"
+    return Sharding(
+        ranks=parallel.sharding_group_size or topology.copies,
+        keeps=keeps,
+        frees=not (keeps and several),
+        adds=several,
+        reduced=4 if parallel.accumulate_allreduce_grads_in_fp32 else None,
+    )
+
+
+def _chunk_bytes(
+    config: RunConfig, model: Model, chunk: Any, row: RowShape, device_kind: Any, sharding: Sharding | None
+) -> ChunkBytes:
     tokens = _tokens(config, row)
     local = tokens // config.row_multiple
 
@@ -245,7 +267,7 @@ def _chunk_bytes(config: RunConfig, model: Model, chunk: Any, row: RowShape, dev
     if model.topology.encodes_ahead:
         made = encoded(batch(), model)  # outside of what is measured: held over the step
         return measure_chunk(chunk, lambda: made, (local, 1, model.config.text.hidden_size), device_kind)
-    return measure_chunk(chunk, batch, (local, 1, model.config.text.hidden_size), device_kind)
+    return measure_chunk(chunk, batch, (local, 1, model.config.text.hidden_size), device_kind, sharding)
 
 
 def _tokens(config: RunConfig, row: RowShape) -> int:

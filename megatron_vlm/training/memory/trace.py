@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_vlm.training.memory.sharded import Gathering, Sharding
+
 SMALL = 4096
 """Elements of a floating point tensor up to which it is computed."""
 _BLOCK = 512
@@ -144,7 +146,11 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def measure_chunk(
-    chunk: Any, make_batch: Callable[[], Any], hidden: tuple[int, ...], device_kind: Literal["cpu", "cuda"]
+    chunk: Any,
+    make_batch: Callable[[], Any],
+    hidden: tuple[int, ...],
+    device_kind: Literal["cpu", "cuda"],
+    sharding: Sharding | None = None,
 ) -> ChunkBytes:
     """Runs one microbatch forward and backward.
 
@@ -153,6 +159,7 @@ def measure_chunk(
         make_batch: makes the ``Row``; its pixels count.
         hidden: shape of what the stage before hands over.
         device_kind: device that is meant.
+        sharding: of its parameters, which are not counted whole by whoever asks then.
     """
     from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 
@@ -166,7 +173,7 @@ def measure_chunk(
             deallocate_output_tensor(output, chunk.config.deallocate_pipeline_outputs)
         return output
 
-    found = _measure(chunk, run, None if chunk.post_process else hidden, device_kind)
+    found = _measure(chunk, run, None if chunk.post_process else hidden, device_kind, sharding)
     chunk.set_input_tensor(None)
     return found
 
@@ -182,13 +189,20 @@ def measure_images(chunk: Any, shapes: Sequence[torch.Size], device_kind: Litera
 
 
 def _measure(
-    chunk: Any, run: Callable[[], Tensor], gradient: tuple[int, ...] | None, device_kind: Literal["cpu", "cuda"]
+    chunk: Any,
+    run: Callable[[], Tensor],
+    gradient: tuple[int, ...] | None,
+    device_kind: Literal["cpu", "cuda"],
+    sharding: Sharding | None = None,
 ) -> ChunkBytes:
     """``gradient``: shape of the output's; (): its own; None: the output is a loss."""
     meter = Meter(_BLOCK if device_kind == "cuda" else 1)
     meter.ignore(chunk)
+    gathering = Gathering(chunk, sharding) if sharding else None
     with ExitStack() as stack:
-        for parameter in chunk.parameters():
+        if gathering is not None:
+            gathering.install(stack)
+        for parameter in chunk.parameters() if gathering is None else ():
             if parameter.requires_grad:  # as DDP does: into the gradient buffer, and gone
                 hook = parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
                 stack.callback(hook.remove)
@@ -201,6 +215,8 @@ def _measure(
             shape = output.shape if gradient == () else gradient
             grad = None if shape is None else torch.empty(shape, dtype=chunk.config.params_dtype, device="meta")
             _backward(output, grad)
+        if gathering is not None:
+            gathering.finish()
         return ChunkBytes(kept=kept, forward=forward, backward=meter.peak)
 
 

@@ -61,8 +61,9 @@ class FullySharded(nn.Module):
         if dtype == torch.float32:
             policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         layers = [module for module in stage.modules() if isinstance(module, TransformerLayer)]
-        for unit in (*layers, stage):
-            _shard(unit, mesh=mesh, reshard_after_forward=not self.keeps, mp_policy=policy)
+        for unit in (*layers, stage):  # the root is kept whole, or it would be gathered again at once
+            again = not self.keeps and unit is not stage
+            _shard(unit, mesh=mesh, reshard_after_forward=again, mp_policy=policy)
         for name in ("logits", "next_logits"):
             register_fsdp_forward_method(stage, name)
         stage.lockstep, decoder = True, set(stage.language_model.modules())

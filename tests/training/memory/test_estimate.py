@@ -23,6 +23,7 @@ def make_case(family: str, name: str, **settings) -> Case:
 
 
 TP, PP = dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)
+SHARDED = dict(data_parallel_sharding="parameters")
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=("core_attention", "mlp", "norm", "connector"))
 HOST = dict(offload="optimizer")
 CASES = [
@@ -45,10 +46,34 @@ CASES = [
         "llava_internlm2", "optimizer on the host", parallel=HOST | dict(data_parallel_sharding="optimizer"), alone=True
     ),
     make_case("internvl3", "activations on the host", parallel=dict(offload_activations=True), alone=True),
+    make_case(
+        "internvl3", "sharded parameters, recompute", parallel=SHARDED | dict(recompute_granularity="full"), alone=True
+    ),
     # Tower and connector run on a few patches of zeros.
     replace(make_case("internvl3", "rows of text", alone=True), row=RowShape(segments=(100, 92))),
 ]
 MORE = [
+    make_case("idefics2", "sharded parameters", parallel=SHARDED, alone=True),
+    make_case("llava_internlm2", "sharded gradients", parallel=dict(data_parallel_sharding="gradients"), alone=True),
+    make_case(
+        "internvl3",
+        "sharded parameters, fp32, frozen tower",
+        parallel=SHARDED,
+        precision="fp32",
+        alone=True,
+        model=dict(freeze_vision=True),
+    ),
+    make_case(
+        "internvl3",
+        "sharded parameters, LoRA",
+        parallel=SHARDED,
+        alone=True,
+        peft=dict(target_modules="all-linear", r=4),
+    ),
+    replace(
+        make_case("internvl3", "sharded parameters, rows of text", parallel=SHARDED, alone=True),
+        row=RowShape(segments=(100, 92)),
+    ),
     *(make_case(family, "pp 2", parallel=PP) for family in IMAGES),
     *(make_case(family, "tp 2", parallel=TP) for family in IMAGES),
     make_case("internvl3", "fp32", precision="fp32"),

@@ -63,13 +63,6 @@ MORE = [
         alone=True,
         model=dict(freeze_vision=True),
     ),
-    make_case(
-        "internvl3",
-        "sharded parameters, LoRA",
-        parallel=SHARDED,
-        alone=True,
-        peft=dict(target_modules="all-linear", r=4),
-    ),
     replace(
         make_case("internvl3", "sharded parameters, rows of text", parallel=SHARDED, alone=True),
         row=RowShape(segments=(100, 92)),

@@ -37,7 +37,7 @@ from typing import Any
 
 from megatron_vlm.parallel.grid import Grid
 
-MAX_RANKS = 4
+MAX_RANKS = 8
 PRELOAD = (
     "megatron.core.distributed",
     "megatron.core.optimizer",

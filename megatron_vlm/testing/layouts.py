@@ -82,7 +82,20 @@ PAIRWISE_SMALL = [
 """A small cover of {tp, cp, pp, dp, sequence parallel, virtual stages, distributed optimizer, recompute, frozen, overlap} for
 families of at least 4 decoder layers. A text family leaves out the frozen cases."""
 
-PAIRWISE_MORE = [Case(pp=2, dp=2, overlap=True), Case(tp=4, sp=True, recompute=True), Case(pp=4, freeze=("llm",))]
+EIGHT = [
+    Case(tp=2, cp=2, dp=2, sp=True, do=True, overlap=True, updates=3),
+    Case(pp=2, cp=2, dp=2, do=True, recompute=True, updates=3),
+    Case(tp=2, cp=4, sp=True, updates=3),
+    Case(tp=2, cp=2, pp=2, sp=True, vision="ahead", updates=3),
+]
+"""Three axes at once, on 8 ranks."""
+
+PAIRWISE_MORE = [
+    Case(pp=2, dp=2, overlap=True),
+    Case(tp=4, sp=True, recompute=True),
+    Case(pp=4, freeze=("llm",)),
+    *EIGHT,
+]
 """The rest of a cover of all pairs that the whole matrix does not hold, for the tests marked ``full``."""
 
 CONTEXT = [

@@ -115,12 +115,12 @@ class PartWork:
                 3 * tokens * 2 * text.num_query_groups * text.head_dim * width / tp * _link(Grid(tp=tp, cp=cp).world)
             )
         split = _tensor_parallel(tp, text.hidden_size) / cp
-        started = _MICROBATCH_TOKENS / row.tokens * (layers * passes["llm"] + once_more)
-        first = parallel.vision_parallel != "ahead"
+        started, first = _MICROBATCH_TOKENS / row.tokens, parallel.vision_parallel != "ahead"
+        images *= 1 + started  # what runs few kernels on a rank has few to start; the decoder's are as many on each
         return cls(
             before=images if first else 0.0,
-            layer=(per_layer * split + exchanged + started) / text.num_layers,
-            after=flops.head * passes["llm"] * split,
+            layer=(per_layer * (split + started) + exchanged) / text.num_layers,
+            after=flops.head * passes["llm"] * split * (1 + started),
             ahead=0.0 if first else images,
         )
 

@@ -26,8 +26,3 @@ def spread(num_layers: int, beside: Sequence[float], layer: float = 1.0) -> tupl
         stage = min(range(len(beside)), key=lambda s: (beside[s] + (counts[s] + 1) * layer, s == 0, s == last, s))
         counts[stage] += 1
     return tuple(counts)
-
-
-def step_work(loads: Sequence[float], microbatches: int) -> float:
-    """Work of a step in the time of one rank: 1F1B in closed form."""
-    return (microbatches - 1) * max(loads) + sum(loads)

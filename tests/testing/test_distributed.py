@@ -91,8 +91,8 @@ def _returns_a_lambda():
 
 
 def test_too_many_ranks():
-    with pytest.raises(ValueError, match="= 8 ranks, but the pool has 4"):
-        run_distributed(gathered, 0, tp=2, pp=2, dp=2)
+    with pytest.raises(ValueError, match="= 16 ranks, but the pool has 8"):
+        run_distributed(gathered, 0, tp=4, pp=2, dp=2)
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ from megatron_vlm.data.stream.counts import COUNT_DTYPE
 from megatron_vlm.data.stream.packing import deal, sample_costs
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.grid import Grid
+from megatron_vlm.parallel.pipeline_time import step_work
 from megatron_vlm.testing import shapes
 from megatron_vlm.training.balance import PartWork, RowWork, costs_of, planned
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.memory.stages import RowShape, StepWork
 from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
-from megatron_vlm.weights.stages import step_work
 
 IMAGES = {"Idefics2-8B": ((3, 980, 980), 16), "InternVL3-8B": ((3, 12 * 448, 448), 5)}
 
@@ -29,28 +29,6 @@ def run_of(pp: int, frozen: bool = False, **parallel) -> RunConfig:
         training=TrainingConfig(dry_run=True, global_batch_size=32),
         checkpoint=CheckpointConfig(load="-"),
     )
-
-
-def simulate(loads: list[float], microbatches: int) -> float:
-    """Time of a step of 1F1B: a third of a stage's work is its forward pass, the rest its backward pass."""
-    pp, done, clock = len(loads), {}, [0.0] * len(loads)
-    orders = []
-    for stage in range(pp):
-        warm = min(pp - stage - 1, microbatches)
-        order = [(True, i) for i in range(warm)]
-        order += [item for i in range(microbatches - warm) for item in ((True, warm + i), (False, i))]
-        orders.append(order + [(False, i) for i in range(microbatches - warm, microbatches)])
-    while any(orders):
-        for stage in range(pp):
-            while orders[stage]:
-                forward, i = orders[stage][0]
-                other = stage - 1 if forward else stage + 1
-                if 0 <= other < pp and (forward, i, other) not in done:
-                    break
-                start = max(clock[stage], done.get((forward, i, other), 0.0))
-                clock[stage] = done[forward, i, stage] = start + loads[stage] * (1 / 3 if forward else 2 / 3)
-                orders[stage].pop(0)
-    return max(clock)
 
 
 def best_split(work: PartWork, layers: int, pp: int) -> float:
@@ -83,12 +61,13 @@ def test_auto_is_the_best_split(name, pp, frozen):
         even = planned(run_of(pp, decoder_layers_per_stage=None), model_config, grid, row=row)[1]
         even = work.loads(even.layers, pp)
         for microbatches in (16, 32):
-            time, alike = simulate(loads, microbatches), simulate(even, microbatches)
+            time, alike = step_work(loads, microbatches), step_work(even, microbatches)
             print(
                 f"{name}, {len(images)} images, pp {pp}, m {microbatches}: {step.layers}, even takes {alike / time:.2f} times it"
             )
-            # The closed form is an upper bound; where the first stage is the slowest, its first microbatches do not wait.
-            assert 0.88 <= time / step_work(loads, microbatches) <= 1.001 and time <= 1.001 * alike
+            # 1F1B in closed form is an upper bound; where the first stage is the slowest, its first rows do not wait.
+            closed = (microbatches - 1) * max(loads) + sum(loads)
+            assert 0.88 <= time / closed <= 1.001 and time <= 1.001 * alike
 
 
 def work_of(config: RunConfig, model_config, row: RowShape, adapted=None) -> PartWork:
@@ -120,7 +99,9 @@ def test_layouts_and_adapters_change_what_a_part_costs():
     )
     for split in (tp, cp):
         assert alone.layer / 4 < split.layer < alone.layer / 2
-    assert cp.before == pytest.approx(alone.before / 4) and tp.before < alone.before  # images are shared over cp
+    assert (
+        cp.before == pytest.approx(alone.before / 4, rel=0.05) and tp.before < alone.before
+    )  # images are shared over cp
     lora = work_of(run_of(2), model_config, row, {"llm"})
     assert lora.before == pytest.approx(alone.before / 3) and lora.layer == pytest.approx(alone.layer * 2 / 3)
     again = work_of(run_of(2, recompute_granularity="full"), model_config, row)

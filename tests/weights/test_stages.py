@@ -6,7 +6,7 @@ import random
 import pytest
 
 from megatron_vlm.weights.megatron_dir import Stages
-from megatron_vlm.weights.stages import spread, step_work
+from megatron_vlm.weights.stages import spread
 
 
 def largest(counts, beside, layer):
@@ -33,10 +33,6 @@ def test_without_more_the_layers_lie_evenly_and_the_ends_have_fewer(layers, stag
 
 def test_a_heavy_tower_takes_the_first_stage_alone():
     assert spread(8, [20.0, 0.0, 0.0]) == (0, 4, 4)
-
-
-def test_the_work_of_a_step():
-    assert step_work([2.0, 1.0], 5) == 4 * 2.0 + 3.0
 
 
 def test_files_of_stages_hold_any_number_of_layers():

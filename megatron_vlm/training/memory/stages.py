@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
+from megatron_vlm.parallel.pipeline_time import step_work
 from megatron_vlm.training.run_config import RunConfig
-from megatron_vlm.weights.stages import step_work
 
 TEXT_PER_IMAGE = 512
 """Tokens of text that an expected row has for each image (LLaVA's instruction data: about 300)."""

@@ -8,7 +8,7 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.distributed import RankError, run_distributed
-from megatron_vlm.testing.layouts import Case, LayoutCheck, whole_matrix
+from megatron_vlm.testing.layouts import EIGHT, Case, LayoutCheck, whole_matrix
 from megatron_vlm.testing.parity import layout_run, merge_gradients, random_samples
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
@@ -52,6 +52,7 @@ PAIRWISE = [
 ]
 FREEZES = ((), ("llm",), ("vision",), ("vision", "connector"))
 WHOLE = [
+    *(dataclasses.replace(case, twin="mistral") for case in EIGHT),
     *whole_matrix("mistral", FREEZES, (False, True)),
     *(case for twin in ("tied", "odd_heads", "one_kv_head") for case in whole_matrix(twin)),
 ]

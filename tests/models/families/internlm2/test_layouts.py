@@ -1,10 +1,11 @@
 """Every layout trains InternLM2 as one process does, samples beyond the trained positions among them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, LayoutCheck, whole_matrix
+from megatron_vlm.testing.layouts import EIGHT, PAIRWISE_MORE, PAIRWISE_SMALL, LayoutCheck, whole_matrix
 from megatron_vlm.testing.twins.internlm2 import make_samples, write_tiny_internlm2
 
 LENGTHS = [[23, 31], [14, 9, 20], [52], [17, 30]]
@@ -30,6 +31,8 @@ def test_layout_equals_one_process(layouts, case):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [*PAIRWISE_MORE[:2], *whole_matrix()], ids=str)
+@pytest.mark.parametrize(
+    "case", [*PAIRWISE_MORE[:2], *EIGHT[:3], replace(EIGHT[3], vision="auto"), *whole_matrix()], ids=str
+)
 def test_whole_matrix(layouts, case):
     layouts.check(case)

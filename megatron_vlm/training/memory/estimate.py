@@ -75,7 +75,6 @@ def estimate(
     """
     if dist.is_initialized():
         raise ConfigError("memory is estimated in a process without a process group: start it alone, without torchrun")
-    cpu.install()
     config.check_world(world_size)
     row = row or RowShape.expected(config, model_config)
     grid = config.parallel.grid(world_size)
@@ -98,6 +97,7 @@ class _World:
     def __enter__(self) -> Topology:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
+        cpu.install()
         dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.size)
         try:
             topology = build_topology(self.parallel, num_layers=self.layers, device=torch.device("cpu"))

@@ -57,7 +57,8 @@ class ParallelConfig(Config):
             ``heads``, all tokens of some heads, where heads divide by tp x cp; ``auto``, heads from cp 8 on where they do.
         vision_parallel: who runs the tower: ``tensor``, all ranks of the first stage for all images, split over tensor parallel
             ranks; ``share``, each of these ranks for some images of a row, the tower whole; ``ahead``, all ranks of the replica,
-            later stages too, each for some images of a step, before its rows run; ``auto``, dealt over cp ranks, split over tp.
+            later stages too, each for some images of a step, before its rows run; ``auto``, ahead where that saves time and
+            costs little memory (docs/long-rows.md), else dealt over cp ranks and split over tp.
         data_parallel_sharding: what data parallel (and context parallel) ranks share among them in place of holding all of it:
             ``none``; ``optimizer``, its state (ZeRO-1); ``gradients``, weights and gradients as well, weights whole from a
             forward pass to its backward pass (ZeRO-2); ``parameters``, weights whole for a layer's pass alone (ZeRO-3).

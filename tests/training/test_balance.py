@@ -13,7 +13,7 @@ from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.grid import Grid
 from megatron_vlm.parallel.pipeline_time import step_work
 from megatron_vlm.testing import shapes
-from megatron_vlm.training.balance import PartWork, RowWork, costs_of, planned
+from megatron_vlm.training.balance import PartWork, RowWork, costs_of, planned, settled
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.memory.stages import RowShape, StepWork
 from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
@@ -42,6 +42,26 @@ def best_split(work: PartWork, layers: int, pp: int) -> float:
         return min(max(beside + n * work.layer, least(stage + 1, left - n)) for n in range(left + 1))
 
     return least(0, layers)
+
+
+@pytest.mark.parametrize(
+    "name, grid, settings, wanted",
+    [
+        ("Idefics2-8B", Grid(pp=4), dict(recompute_granularity="full"), "ahead"),
+        ("Idefics2-8B", Grid(pp=8), dict(frozen=True), "ahead"),
+        ("Idefics2-8B", Grid(pp=4), {}, "auto"),  # activations of all images would be held
+        ("Idefics2-8B", Grid(pp=2), dict(recompute_granularity="full"), "auto"),  # layers make up for the tower
+        ("Idefics2-8B", Grid(pp=8, tp=4), dict(frozen=True), "auto"),  # a whole tower is half of what a rank holds
+        ("Idefics2-8B", Grid(tp=4), dict(frozen=True, decoder_layers_per_stage=None), "auto"),
+        ("Idefics2-8B", Grid(pp=8), dict(frozen=True, vision_parallel="tensor"), "tensor"),
+        ("InternVL3-8B", Grid(pp=4), dict(frozen=True), "auto"),
+    ],
+)
+def test_images_are_encoded_ahead_where_that_helps(name, grid, settings, wanted):
+    config, model_config = run_of(grid.pp, tensor_model_parallel_size=grid.tp, **settings), shapes.published()[name][1]
+    assert settled(config, model_config, grid).parallel.vision_parallel == wanted
+    planned_run, step = planned(config, model_config, grid)
+    assert planned_run.parallel.vision_parallel == wanted and (step.ahead > 0) == (wanted == "ahead")
 
 
 @pytest.mark.parametrize("frozen", [False, True])

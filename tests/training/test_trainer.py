@@ -60,6 +60,7 @@ def test_a_run_writes_what_it_says(command, tmp_path, valid_data):
         pytest.param(f"{PP2} --decoder-layers-per-stage auto", 2, marks=pytest.mark.slow),
         (f"{PP2} --num-layers-per-virtual-pipeline-stage 1", 2),
         ("--use-distributed-optimizer --overlap-grad-reduce", 2),
+        (f"{PP2} --vision-parallel ahead --recompute-granularity full", 2),
         ("--context-parallel-size 2 --use-distributed-optimizer", 2),
         pytest.param(f"{TP2} --sequence_parallel_size 2 --context-parallel-exchange heads", 4, marks=pytest.mark.slow),
     ],
@@ -114,7 +115,8 @@ def test_a_run_goes_on_at_other_context_parallel_sizes(command, tmp_path):
     """cp 1, 2, 1 and tp 2: the same samples in the same order, and the same losses as one run on one rank."""
     more = ["--lr-decay-iters 12 --save-interval 100"]
     run(command("whole", "--train-iters 8", *more, f"--save {tmp_path / 'whole'}"))
-    for number, layout in enumerate(["", "--context-parallel-size 2", "", f"{TP2} --sequence-parallel"]):
+    shared = f"{TP2} --sequence-parallel --vision-parallel share"
+    for number, layout in enumerate(["", "--context-parallel-size 2", "", shared]):
         load = {"load": tmp_path / "parts"} if number else {}
         world = 1 if layout == "" else 2
         run(

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_vlm.data.row import row_from_samples
+from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.layouts import Case, LayoutCheck
-from megatron_vlm.testing.parity import layout_run, random_samples
+from megatron_vlm.testing.parity import layout_gradients, layout_run, random_samples
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.training.ahead import cut_passes
 
@@ -64,6 +66,26 @@ def test_trains_as_one_process(idefics2, case):
 @pytest.mark.parametrize("case", MORE, ids=str)
 def test_more_layouts(idefics2, case):
     idefics2.check(case)
+
+
+@pytest.mark.parametrize("images", ["none", pytest.param("of one replica", marks=pytest.mark.full)])
+def test_steps_and_replicas_without_images(idefics2, images):
+    specs: list[Any] = [ROWS[2] if images != "none" and i % 2 == 0 else [([], 9 + i)] for i in range(4)]
+    batches = [random_samples(idefics2.config, row, seed=i) for i, row in enumerate(specs)]
+    check = dataclasses.replace(idefics2, batches=batches, _alone={})
+    check.check(Case(pp=2, dp=2, do=True, overlap=True, vision="ahead", updates=2))
+
+
+def test_gradients_are_scaled_in_fp16(idefics2):
+    rows = [row_from_samples(samples) for samples in idefics2.batches]
+    parallel = Case(pp=2, vision="ahead").parallel
+    half, single = (
+        run_distributed(layout_gradients, idefics2.directory, [rows], parallel, dict(params_dtype=dtype), pp=2)[0][0]
+        for dtype in ("fp16", "fp32")
+    )
+    for name in ("vision_model.patch_embedding.weight", "connector.perceiver_resampler.latents"):
+        wanted = 256 * single["grads"][name]
+        assert float((half["grads"][name] - wanted).norm()) < 0.03 * float(wanted.norm())
 
 
 def sum_over_tp(*args: Any) -> Any:

@@ -87,6 +87,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     config = serve_config(args)
     conversation = Conversation([model.name for model in config.models], args.system, args.image)
+    print(f"loading {' and '.join(conversation.names)} ...", flush=True)
     with Engine(config) as engine:
         engine.ready()
         chat(engine, conversation)

@@ -37,6 +37,7 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--max-upload-mb must be above 0 and at most 64, got {args.max_upload_mb:g}")
     config = serve_config(args)
     examples = {"format": args.format, "files": args.examples, "image_root": args.image_root, "most": 12}
+    print(f"loading {' and '.join(model.name for model in config.models)} ...", flush=True)
     with Engine(config) as engine:
         names = engine.ready()
         serve_demo(

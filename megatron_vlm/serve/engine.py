@@ -129,7 +129,7 @@ class Engine:
                 rank.stdin.close()  # type: ignore[union-attr]
         for rank in self._ranks:
             try:
-                rank.wait(_END_SECONDS)
+                rank.wait(_END_SECONDS if error[0] is None else 0)  # after an error there is nothing to wait for
             except subprocess.TimeoutExpired:
                 os.killpg(rank.pid, signal.SIGKILL)
                 rank.wait()

@@ -168,6 +168,7 @@ def test_the_page_in_chromium(twins, picture, tmp_path):
         command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     try:
+        assert server.stdout.readline().startswith("loading ")
         address = server.stdout.readline().split()[1]
         with sync_playwright() as play:
             browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])

@@ -29,7 +29,7 @@ def ask(model, *turns, images=()):
     return {"model": model, "turns": list(turns), "images": [str(i) for i in images], "videos": []}
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_answers_equal_transformers_and_come_in_turns(twins, picture, tp):
     config = {
         "models": [{"load": str(twin)} for twin in twins],

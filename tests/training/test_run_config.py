@@ -133,7 +133,7 @@ def test_sharing_images_has_no_effect_without_any():
 
 
 def test_recomputed_layers_leave_some_out():
-    text = SimpleNamespace(max_position_embeddings=64, rope_scaling=None, num_layers=4)
+    text = SimpleNamespace(max_position_embeddings=64, longest=64, rope_scaling=None, num_layers=4)
     run = config(parallel={"recompute_granularity": "full", "recompute_num_layers": 3})
     run.check_model(SimpleNamespace(text=text, vision=None))
     run = run.replace(parallel=run.parallel.replace(pipeline_model_parallel_size=2))

@@ -26,6 +26,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.live is not None and args.live < 1:
         raise ConfigError(f"--live must be at least 1 second, got {args.live}")
+    RunFiles.read(Path(args.runs[0]))  # says what it is, where it is no run's folder
     out = Path(args.out or Path(args.runs[0], "report.html"))
     if not out.parent.is_dir() or out.is_dir() or out.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out {out}: name a .html file in a folder that exists")

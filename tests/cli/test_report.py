@@ -38,7 +38,8 @@ def test_live_renews_the_page_until_ctrl_c(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["none"], "holds no metrics.jsonl"), (["run", "--out", "run/metrics.jsonl"], "name a .html file"),
+    [(["none"], "none holds no metrics.jsonl"), (["absent"], "absent holds no metrics.jsonl"),
+     (["run", "--out", "run/metrics.jsonl"], "name a .html file"),
      (["run", "--live", "0"], "--live must be at least 1"), (["run", "--out", "no/a.html"], "in a folder that exists")],
 )  # fmt: skip
 def test_mistakes(tmp_path, monkeypatch, capsys, words, message):

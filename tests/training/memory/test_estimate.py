@@ -1,5 +1,7 @@
 """The estimate of memory: against the memory of real steps, and the parts that it is made of."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -253,3 +255,15 @@ def test_whole_numbers_of_a_long_row_stay_readable():
         place = torch.full((3 * SMALL,), -1)
         place[torch.arange(2)] = 7
         assert place.dtype == torch.int64 and int((place >= 0).nonzero().numel()) == 2
+
+
+@pytest.mark.full
+def test_shapes_are_the_first_that_a_process_asks_for():
+    """As `launch --use_lora` on a machine without a GPU: nothing has put the CPU in CUDA's place before."""
+    code = (
+        "from megatron_vlm import registry; from megatron_vlm.testing import shapes; "
+        "from megatron_vlm.training.memory.estimate import full_shapes; "
+        "print(len(full_shapes(registry.get('internvl3'), shapes.small()['internvl3'])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and int(done.stdout) > 20, done.stderr

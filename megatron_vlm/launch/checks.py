@@ -8,6 +8,7 @@ Nothing here starts a process of the run or touches a GPU: memory is asked of th
 """
 
 import importlib
+import os
 import socket
 import sys
 from collections.abc import Mapping
@@ -176,6 +177,14 @@ def check_processor(report: Report, source: WeightSource, data: DataConfig) -> P
 
 
 # ---- port ----
+
+
+def check_host(report: Report, need: int) -> None:
+    """``need``: bytes of the optimizer that ranks of this machine keep in its memory."""
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > 0.9 * have:
+        text = f"the optimizer takes {need / GIB:.1f} GiB of this machine's memory, which has {have / GIB:.1f}"
+        report.fail("memory", text, "more memory or machines, parallel.offload_fraction below 1, or --use_lora")
 
 
 def choose_port(report: Report, wanted: int) -> int:

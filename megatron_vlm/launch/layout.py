@@ -9,6 +9,7 @@ training/memory/estimate.py's: nothing here knows what a layout costs.
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
@@ -60,12 +61,15 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """Sizes above 1, recomputation, and samples of a row where there are several."""
-        micro = self.config.training.micro_batch_size
+        """Sizes above 1, recomputation, what is on the host, and samples of a row where there are several."""
+        micro, parallel = self.config.training.micro_batch_size, self.config.parallel
         sizes = [f"{axis} {size}" for axis in ("tp", "cp", "pp", "dp") if (size := getattr(self.grid, axis)) > 1]
         rows = f", micro-batch {micro}" if micro > 1 else ""
-        recomputing = ", recomputing" if self.config.parallel.recompute_granularity else ""
-        return " ".join(sizes or ["one rank"]) + recomputing + rows
+        count = parallel.recompute_num_layers
+        recomputing = ", recomputing" + (f" {count} layers" if count else "") if parallel.recompute_granularity else ""
+        share = "" if parallel.host_share == 1 else f"{parallel.host_share:.0%} of "
+        host = f", {share}the optimizer on the host" if parallel.host_share else ""
+        return " ".join(sizes or ["one rank"]) + recomputing + host + rows
 
     @property
     def need(self) -> int:
@@ -118,28 +122,61 @@ def choose_layout(
     )
     if not there:
         raise ConfigError(_none_divides(config, gpus, found_out))
-    lasting: dict[Any, list[StageMemory]] = {}  # cp and recomputation change nothing of what stays between steps
+    lasting: dict[Any, tuple[StageMemory, ...]] = {}  # cp and recomputation change nothing of what stays between steps
     for candidate in there:
         # In flight are most rows on the first stage, most layers on the second, and on the last is the head.
         fullest = sorted({0, min(1, candidate.grid.pp - 1), candidate.grid.pp - 1})
         parallel = candidate.config.parallel
-        same = (candidate.grid.tp, candidate.grid.pp, candidate.step.layers, parallel.data_parallel_sharding)
+        kept = (parallel.data_parallel_sharding, parallel.offload)
+        same = (candidate.grid.tp, candidate.grid.pp, candidate.step.layers, kept)
+
+        def estimated(tried: RunConfig, trace: bool, fullest: list[int] = fullest) -> tuple[StageMemory, ...]:
+            how: dict[str, Any] = dict(row=row, stages=fullest, trace=trace)
+            return tuple(_memory().estimate(tried, spec, model_config, gpus, device_kind, **how))
+
         for trace in (False, True):  # what stays between steps is known at once, and often enough
             stages = lasting.get(same) if not trace else None
-            if stages is None:
-                tried = candidate.config
-                stages = _memory().estimate(
-                    tried, spec, model_config, gpus, device_kind, row=row, stages=fullest, trace=trace
-                )
+            stages = stages or estimated(candidate.config, trace)
             if not trace:
                 lasting[same] = stages
-            found = replace(candidate, stages=tuple(stages))
+            found = replace(candidate, stages=stages)
             if found.need > USABLE * bytes_per_gpu:
                 refused.append(found)
                 break
         else:
+            adapted = adapted_groups(config, spec, model_config)
+            plan = partial(planned, model_config=model_config, grid=found.grid, row=row, counts=counts, adapted=adapted)
+            found = _with_less(found, config, plan, partial(estimated, trace=True), USABLE * bytes_per_gpu)
             return replace(found, reason=_reason(found, refused, bytes_per_gpu))
     raise NothingFits(_nothing_fits(refused, gpus, bytes_per_gpu))
+
+
+def _with_less(
+    found: Layout,
+    asked: RunConfig,
+    plan: Callable[[RunConfig], tuple[RunConfig, StepWork]],
+    estimated: Callable[[RunConfig], tuple[StageMemory, ...]],
+    limit: float,
+) -> Layout:
+    """A layout that fits with fewer layers recomputed, or less of the optimizer on the host, where the search chose these."""
+    parallel, choices = found.config.parallel, list[dict[str, Any]]()
+    if parallel.recompute_granularity == "full" and asked.parallel.recompute_granularity is None:
+        most = max(found.step.layers) // found.step.virtual
+        counts = {most * quarters // 4 for quarters in (1, 2, 3)} - {0}
+        choices += [dict(recompute_num_layers=count) for count in sorted(counts)]
+    if parallel.offload != asked.parallel.offload:
+        choices += [dict(offload_fraction=share) for share in (0.25, 0.5, 0.75)]
+    done: set[str] = set()
+    for choice in choices:
+        ((name, _),) = choice.items()
+        if name in done:
+            continue
+        tried, step = plan(found.config.replace(parallel=found.config.parallel.replace(**choice)))
+        less = replace(found, config=tried, step=step, stages=estimated(tried))
+        if less.need <= limit:
+            found = less
+            done.add(name)
+    return found
 
 
 def candidates(
@@ -182,14 +219,22 @@ def candidates(
                 left_out.setdefault(f"{grid.name()} micro-batch {micro}", str(error))
             else:
                 found.append(Layout(config=tried, grid=grid, step=step))
-    return sorted(found, key=lambda layout: (layout.step.time, layout.grid.pp, layout.grid.cp, layout.grid.tp))
+
+    def order(layout: Layout) -> tuple[Any, ...]:
+        # A machine's processor takes as long for an update as its GPU for many rows: the host is the last resort.
+        host = layout.config.parallel.offload != "none"
+        return host, layout.step.time, layout.grid.pp, layout.grid.cp, layout.grid.tp
+
+    return sorted(found, key=order)
 
 
 def _ways(parallel: ParallelConfig, grid: Grid) -> Iterator[ParallelConfig]:
     """The settings of a grid's candidates: all that the search may decide, and what was asked for."""
     asked = parallel.data_parallel_sharding
     sharding = "optimizer" if asked == "none" and grid.size(*COPIES) > 1 else asked
-    for recompute in (None, "full") if parallel.recompute_granularity is None else (parallel.recompute_granularity,):
+    recomputes = (None, "full") if parallel.recompute_granularity is None else (parallel.recompute_granularity,)
+    offloads = ("none", "optimizer") if parallel.offload == "none" else (parallel.offload,)
+    for recompute, offload in itertools.product(recomputes, offloads):
         yield parallel.replace(
             **{SETTINGS[axis]: getattr(grid, axis) for axis in SETTINGS},
             decoder_layers_per_stage="auto" if grid.pp > 1 else None,
@@ -198,6 +243,7 @@ def _ways(parallel: ParallelConfig, grid: Grid) -> Iterator[ParallelConfig]:
             num_layers_per_virtual_pipeline_stage=None,
             sequence_parallel=grid.tp > 1,
             recompute_granularity=recompute,
+            offload=offload,
             data_parallel_sharding=sharding,
         )
 
@@ -307,10 +353,14 @@ def lay_out(
 
 def as_flags(config: RunConfig, reason: str) -> str:
     """The layout of a run as a command line says it, and why it was taken."""
-    sizes = [getattr(config.parallel, SETTINGS[axis]) for axis in ("tp", "pp")]
+    parallel = config.parallel
+    sizes = [getattr(parallel, SETTINGS[axis]) for axis in ("tp", "pp")]
     words = ["--tensor-model-parallel-size {} --pipeline-model-parallel-size {}".format(*sizes)]
-    cp = config.parallel.context_parallel_size
+    cp, count, share = parallel.context_parallel_size, parallel.recompute_num_layers, parallel.host_share
     words += [f"--context-parallel-size {cp}"] if cp > 1 else []
-    words += ["--use-distributed-optimizer"] if config.parallel.data_parallel_sharding == "optimizer" else []
-    words += ["--recompute-granularity full"] if config.parallel.recompute_granularity else []
+    words += ["--use-distributed-optimizer"] if parallel.data_parallel_sharding == "optimizer" else []
+    words += [f"--recompute-granularity {parallel.recompute_granularity}"] if parallel.recompute_granularity else []
+    words += [f"--recompute-num-layers {count}"] if count else []
+    words += [f"--offload {parallel.offload}"] if share else []
+    words += [f"--offload-fraction {share:g}"] if 0 < share < 1 else []
     return f"{' '.join(words)} ({reason})"

@@ -156,11 +156,12 @@ def _plan(
         return None
     config, stages, rows, reason = laid
     if request.sharding_asked and not keep_sharding:
-        text = f"{request.sharding_asked}: the run fits without, and is faster: {as_flags(config, reason)}"
+        text = f"{request.sharding_asked}: the run fits like this as well, and is faster: {as_flags(config, reason)}"
         report.warn("sharding", text, "--strict-sharding True keeps what was asked for")
     config.check_model(source.config)
     if config.training.train_iters is not None:
         Schedule.of(config.optimizer, config.training.train_iters)  # raises where warm-up and length do not go together
+    checks.check_host(report, max(stage.host for stage in stages) * devices.ranks)
     report.ok("memory", f"{reason}\n" + "\n".join(rows))
     writes = folders_of(config)
     if train.sources or valid.sources:

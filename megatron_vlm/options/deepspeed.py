@@ -93,8 +93,14 @@ class DeepSpeedFile:
         self.stage = int(stage)
         for key, what in (("offload_optimizer", "optimizer state"), ("offload_param", "weights")):
             device = (zero.get(key) or {}).get("device", "none") if isinstance(zero.get(key) or {}, dict) else "cpu"
-            if device not in ("none", None):
+            if device not in ("none", None, "cpu"):
+                raise ConfigError(
+                    f"{self.path}: {key}.device {device} is not built yet; use cpu, the host's memory, or none"
+                )
+            if device == "cpu":
                 self.offload.append(what)
+                ratio = isinstance(zero[key], dict) and "ratio" in zero[key]  # parallel.offload_fraction says it here
+                self.without += [f"zero_optimization.{key}.ratio"] if ratio else []
         if zero.get("cpu_offload") and "optimizer state" not in self.offload:
             self.offload.append("optimizer state")
         self._refuse_changes(zero)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.launch.checks import Report, check_host
 from tests.launch.conftest import write_records
 
 
@@ -23,10 +24,12 @@ def assert_not_started(code: int, output: str, folder: Path, *words: str) -> Non
 
 
 def test_no_launch_passes_and_starts_nothing(launch, data, tmp_path):
-    code, output = launch(f"--train_json {data} --max_steps 3 --no-launch")
+    code, output = launch(f"--train_json {data} --max_steps 3 --no-launch --deepspeed deepspeed_zero3_offload")
     assert code == 0, output
     for word in ("10 sound records", "layout     tp 1 pp 1 dp 1", "3 updates", "activations", "-m megatron_vlm train"):
         assert word in output, output
+    assert "with offload of optimizer state" in output and "fits like this as well" in output, output
+    assert "--strict-sharding" in output, output
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
@@ -147,3 +150,11 @@ def test_all_failures_are_told_at_once(launch, tmp_path):
     assert_not_started(
         code, output, tmp_path, "wandb", f"{tmp_path / 'no.json'} does not exist", "2 of the checks failed"
     )
+
+
+def test_a_host_without_room_for_the_optimizer():
+    report = Report()
+    check_host(report, 1 << 30)
+    assert not report.failed
+    check_host(report, 1 << 50)
+    assert report.failed

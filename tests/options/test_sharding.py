@@ -248,3 +248,10 @@ def test_a_schedule_of_the_command_line_replaces_the_files(ask):
     request = ask({"scheduler": {"type": "WarmupLR"}}, "--deepspeed FILE --lr_scheduler_type cosine")
     assert request.run["optimizer"]["lr_decay_style"] == "cosine"
     assert "scheduler WarmupLR, as --lr_scheduler_type is given" in request.notes[-1]
+
+
+def test_what_offload_leaves_out_is_said(ask):
+    part = ask({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.25}}})
+    assert "zero_optimization.offload_optimizer.ratio" in "".join(part.notes)
+    with pytest.raises(ConfigError, match=r"offload_param.device nvme is not built yet; use cpu"):
+        ask({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})

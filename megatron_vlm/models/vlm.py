@@ -52,8 +52,7 @@ class VisionLanguageModel(MegatronModule):
         connector: nn.Module | None,
         options: ModelOptions,
         *,
-        encodes_ahead: bool = False,
-        shares_images: bool = False,
+        topology: Topology,
     ):
         super().__init__(config=language_model.config)
         self.vision_model = vision_model
@@ -71,7 +70,7 @@ class VisionLanguageModel(MegatronModule):
             offload=options.offload_activations,
             norms=[norm for layer in layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)],
         )
-        self.encodes_ahead, self.shares_images = encodes_ahead, shares_images
+        self.topology = topology
         self.trained: list[nn.Parameter] = []
         self.ahead: Any = None
         self.filler = Filler()
@@ -120,9 +119,12 @@ class VisionLanguageModel(MegatronModule):
     def own_features(self, pixels: Sequence[Tensor]) -> Tensor:
         """The same of parts of images (layers.context.images.ImageParts) that no other rank encodes: it draws its own numbers."""
         vision, connector = self._vision_parts()
-        return self._features(
-            pixels, getattr(vision, "encode_parts", vision), getattr(connector, "of_parts", connector)
-        )
+        vision, connector = getattr(vision, "encode_parts", vision), getattr(connector, "of_parts", connector)
+        apart = self.topology.whole_tower and self.training
+        with (
+            get_cuda_rng_tracker().fork() if apart else nullcontext()
+        ):  # as what is split draws: tensor parallel ranks apart
+            return self._features(pixels, vision, connector)
 
     def _features(self, pixels: Sequence[Tensor], vision: Any, connector: Any) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.vision_model)):
@@ -168,7 +170,7 @@ class VisionLanguageModel(MegatronModule):
     def _beside_filler(self, x: Tensor) -> Tensor:
         """``x`` as it is; tower and connector ran on filler, and autograd passes through them."""
         parts = self._vision_parts()
-        encode = self.own_features if self.shares_images else self.image_features
+        encode = self.own_features if self.topology.shares_images else self.image_features
         with unchanged_generators():
             features = encode(filler_pixels(parts[0]))
         self.filler.guard(p for part in parts for p in part.parameters())
@@ -178,7 +180,7 @@ class VisionLanguageModel(MegatronModule):
         """Tower or connector trains inside the schedule, or is cut over ranks: decided by what is equal on every rank, never by
         the row."""
         parts = [part for part in (self.vision_model, self.connector) if part is not None]
-        here = torch.is_grad_enabled() and not self.encodes_ahead
+        here = torch.is_grad_enabled() and not self.topology.encodes_ahead
         return bool(parts) and (self.lockstep or (here and any(map(_trains, parts))))
 
     def _vision_parts(self) -> tuple[nn.Module, nn.Module]:
@@ -215,8 +217,7 @@ def build_stage(
         tower(topology, options) if tower and encodes else None,
         connector(topology, options) if connector and encodes else None,
         options,
-        encodes_ahead=topology.encodes_ahead,
-        shares_images=topology.shares_images,
+        topology=topology,
     )
 
 

@@ -10,13 +10,12 @@ parameters of an optimizer: their state is the first stage's alone, and they are
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_vlm.data.row import Row
@@ -65,8 +64,7 @@ def encode_ahead(model: Model, rows: Sequence[Row]) -> tuple[Row, ...]:
     passes = [cut_passes(images, dealt.costs, limit) for images in dealt.share.owners]
     train = torch.is_grad_enabled() and bool(stage.trained)
     outputs: list[Tensor] = []
-    draws = get_cuda_rng_tracker().fork() if topology.whole_tower and stage.training else nullcontext()
-    with gradients_of_copies(stage), torch.set_grad_enabled(train), draws:
+    with gradients_of_copies(stage), torch.set_grad_enabled(train):
         for number in range(max(map(len, passes))):
             turn = [images[number] if number < len(images) else [] for images in passes]
             pixels = send_images(topology, dealt.images, turn, stage.config.params_dtype)

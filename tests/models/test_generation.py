@@ -66,6 +66,8 @@ def parallel_of(tp=1, pp=1, sp=False, vp=None):
 def test_greedy_answers_equal_hf(twin, sizes):
     directory, prompts, stop_ids, expected = twin
     layouts = [parallel_of(**layout) for layout in LAYOUTS if (layout.get("tp", 1), layout.get("pp", 1)) == sizes]
+    if sizes == (2, 2):  # towers that are whole on tensor parallel ranks, and on later stages
+        layouts += [{**parallel_of(*sizes), "vision_parallel": way} for way in ("share", "ahead")]
     sampling = dict(max_new_tokens=NEW, batch_size=3)
     for rank in run_distributed(
         layout_answers, directory, prompts, layouts, sampling, stop_ids, tp=sizes[0], pp=sizes[1]

@@ -4,13 +4,16 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.layouts import Case, LayoutCheck
-from megatron_vlm.testing.parity import layout_gradients, layout_run, random_samples
+from megatron_vlm.testing.parity import build_for_test, layout_gradients, layout_run, random_samples
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
 from megatron_vlm.training.ahead import cut_passes
 
 ROWS = [
@@ -86,6 +89,24 @@ def test_gradients_are_scaled_in_fp16(idefics2):
     for name in ("vision_model.patch_embedding.weight", "connector.perceiver_resampler.latents"):
         wanted = 256 * single["grads"][name]
         assert float((half["grads"][name] - wanted).norm()) < 0.03 * float(wanted.norm())
+
+
+def encoded_twice(directory: str, parallel: dict) -> list[Tensor]:
+    """On a rank: features of the same image, twice, by a tower that leaves out most of its updates at random."""
+    *_, model, _ = build_for_test(directory, parallel, {"drop_path_rate": 0.9})
+    stage = model.stages[0]
+    stage.train()
+    pixels = torch.ones(3, stage.vision_model.patch_size * 8, stage.vision_model.patch_size * 8)
+    with torch.no_grad():
+        return [stage.own_features([pixels] * 8) for _ in range(2)]
+
+
+def test_ranks_leave_out_other_images(tmp_path):
+    write_tiny_internvl3(tmp_path)
+    for way in ("share", "ahead"):
+        parallel = Case(tp=2, vision=way).parallel
+        (a, b), (c, d) = run_distributed(encoded_twice, str(tmp_path), parallel, tp=2)
+        assert not any(torch.equal(one, other) for one, other in ((a, b), (a, c), (b, d)))
 
 
 def sum_over_tp(*args: Any) -> Any:

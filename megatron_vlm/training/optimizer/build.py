@@ -67,7 +67,7 @@ def connect(model: Model, optimizer: Any) -> None:
 def finish_gradients(model: Model, chunks: Any, num_tokens: Any = None, **rest: Any) -> None:
     """What megatron-core's schedules call at their end: gradients of the step, summed over all ranks that have a part in them."""
     stage, topology = unwrapped(model.stages[0]), model.topology
-    if stage.encodes_ahead:
+    if topology.encodes_ahead:
         ahead.finish(model)
     finalize_model_grads(chunks, num_tokens, **rest)
     if topology.whole_tower and not stage.holds_copies:

@@ -92,17 +92,11 @@ CHAINS = {
     "context": ("mistral", [at(), at(cp=2), at(cp=2, dp=2, **SHARDED), at(), at(2, cp=2, sp=True), at(2)]),
     "shared_tower": (
         "mistral",
-        [
-            at(2, cp=2, sp=True, vision="share"),
-            at(2),
-            at(1, 2, 2, vision="ahead", **SHARDED),
-            at(2, 2, vision="ahead", do=True, vp=1),
-            at(do=True),
-        ],
+        [at(2, cp=2, sp=True, vision="share"), at(1, 2, 2, vision="ahead", **SHARDED), at(do=True)],
     ),
     "ahead_bf16": (
         "calm",
-        [at(1, 2, 2, vision="ahead", **SHARDED, **BF16), at(2, 2, vision="ahead", **BF16), at(**BF16)],
+        [at(1, 2, 2, vision="ahead", **SHARDED, **BF16), at(2, 2, vision="ahead", vp=1, **BF16), at(**BF16)],
     ),
     "uneven": ("tied", [at(1, 2), at(1, 2, layers=(0, 4)), at(1, 3), at(1, 2, layers=(0, 1, 1, 2), do=True), at()]),
     "frozen_stage": (

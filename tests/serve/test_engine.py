@@ -1,5 +1,8 @@
 """The front starts its ranks once, and says what became of them."""
 
+import subprocess
+import sys
+
 import pytest
 
 from megatron_vlm.errors import ConfigError, MegatronVLMError, TrainingError
@@ -12,6 +15,11 @@ def test_it_is_no_program_for_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="run it once, without torchrun"):
         Engine(ServeConfig.from_dict({"models": [{"load": "x"}]}))
+
+
+def test_who_talks_to_the_user_loads_no_torch():
+    code = "import megatron_vlm.cli.chat, megatron_vlm.cli.demo, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 @pytest.mark.full

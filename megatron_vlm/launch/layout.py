@@ -69,7 +69,8 @@ class Layout:
         recomputing = ", recomputing" + (f" {count} layers" if count else "") if parallel.recompute_granularity else ""
         share = "" if parallel.host_share == 1 else f"{parallel.host_share:.0%} of "
         host = f", {share}the optimizer on the host" if parallel.host_share else ""
-        return " ".join(sizes or ["one rank"]) + recomputing + host + rows
+        sharded = f", {parallel.data_parallel_sharding} sharded" if parallel.fully_sharded else ""
+        return " ".join(sizes or ["one rank"]) + sharded + recomputing + host + rows
 
     @property
     def need(self) -> int:
@@ -222,19 +223,31 @@ def candidates(
 
     def order(layout: Layout) -> tuple[Any, ...]:
         # A machine's processor takes as long for an update as its GPU for many rows: the host is the last resort.
-        host = layout.config.parallel.offload != "none"
-        return host, layout.step.time, layout.grid.pp, layout.grid.cp, layout.grid.tp
+        # Weights that travel for each row cost what the predicted time does not know: only where nothing fits without.
+        parallel = layout.config.parallel
+        return (
+            parallel.offload != "none",
+            parallel.fully_sharded,
+            layout.step.time,
+            layout.grid.pp,
+            layout.grid.cp,
+            layout.grid.tp,
+        )
 
     return sorted(found, key=order)
 
 
 def _ways(parallel: ParallelConfig, grid: Grid) -> Iterator[ParallelConfig]:
     """The settings of a grid's candidates: all that the search may decide, and what was asked for."""
-    asked = parallel.data_parallel_sharding
-    sharding = "optimizer" if asked == "none" and grid.size(*COPIES) > 1 else asked
+    asked, copies = parallel.data_parallel_sharding, grid.size(*COPIES)
+    shardings: tuple[str, ...] = (asked,)
+    if asked == "none" and copies > 1:
+        shardings = ("optimizer",) if grid.pp > 1 or parallel.ddp_bucket_size else ("optimizer", "parameters")
+    elif parallel.fully_sharded and copies == 1:
+        shardings = ("none",)
     recomputes = (None, "full") if parallel.recompute_granularity is None else (parallel.recompute_granularity,)
     offloads = ("none", "optimizer") if parallel.offload == "none" else (parallel.offload,)
-    for recompute, offload in itertools.product(recomputes, offloads):
+    for recompute, offload, sharding in itertools.product(recomputes, offloads, shardings):
         yield parallel.replace(
             **{SETTINGS[axis]: getattr(grid, axis) for axis in SETTINGS},
             decoder_layers_per_stage="auto" if grid.pp > 1 else None,
@@ -358,7 +371,9 @@ def as_flags(config: RunConfig, reason: str) -> str:
     words = ["--tensor-model-parallel-size {} --pipeline-model-parallel-size {}".format(*sizes)]
     cp, count, share = parallel.context_parallel_size, parallel.recompute_num_layers, parallel.host_share
     words += [f"--context-parallel-size {cp}"] if cp > 1 else []
-    words += ["--use-distributed-optimizer"] if parallel.data_parallel_sharding == "optimizer" else []
+    sharding = parallel.data_parallel_sharding
+    words += ["--use-distributed-optimizer"] if sharding == "optimizer" else []
+    words += [f"--data-parallel-sharding {sharding}"] if parallel.fully_sharded else []
     words += [f"--recompute-granularity {parallel.recompute_granularity}"] if parallel.recompute_granularity else []
     words += [f"--recompute-num-layers {count}"] if count else []
     words += [f"--offload {parallel.offload}"] if share else []

@@ -54,6 +54,8 @@ VALUES = _inverted(
         "parallel.recompute_granularity": "recompute-granularity",
         "parallel.offload": "offload",
         "parallel.offload_fraction": "offload-fraction optimizer-offload-fraction",
+        "parallel.data_parallel_sharding": "data-parallel-sharding",
+        "parallel.sharding_group_size": "sharding-group-size",
         "parallel.ddp_bucket_size": "ddp-bucket-size",
         "parallel.distributed_timeout_minutes": "distributed-timeout-minutes",
         # optimizer
@@ -165,6 +167,9 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "use-distributed-optimizer": ("parallel.data_parallel_sharding", "optimizer"),
     **dict.fromkeys(("offload-activations", "cpu-offloading"), ("parallel.offload_activations", True)),
     "optimizer-cpu-offload": ("parallel.offload", "optimizer"),
+    **dict.fromkeys(
+        ("use-torch-fsdp2", "use-megatron-fsdp", "use-custom-fsdp"), ("parallel.data_parallel_sharding", "parameters")
+    ),
     "overlap-grad-reduce": ("parallel.overlap_grad_reduce", True),
     "accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", True),
     "no-accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", False),
@@ -338,10 +343,6 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "lr-warmup-samples": ((), "give the warm-up as --lr-warmup-iters or --lr-warmup-fraction"),
     "lr-decay-samples": ((), "give the decay as --lr-decay-iters"),
     "num-virtual-stages-per-pipeline-rank": ((), "give --num-layers-per-virtual-pipeline-stage instead"),
-    **dict.fromkeys(
-        ("use-torch-fsdp2", "use-megatron-fsdp", "use-custom-fsdp"),
-        ((), f"fully sharded data parallelism (FSDP) {_NOT_BUILT}; use --use-distributed-optimizer"),
-    ),
     "cpu-offload": ((), "say of what: --offload optimizer, --offload-activations"),
     "cpu-offloading-num-layers": (
         (),

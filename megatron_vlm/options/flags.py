@@ -174,7 +174,7 @@ def _flag_value(flag: str, name: str, values: list[str]) -> tuple[str, Any]:
 def _switch(flag: str, values: list[str], table: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
     key, value = table[flag]
     said = " ".join(values).lower()
-    off = "none" if value == "optimizer" else (not value if isinstance(value, bool) else None)
+    off = "none" if value in ("optimizer", "parameters") else (not value if isinstance(value, bool) else None)
     if said and (said not in ("true", "false") or off is None):
         raise ConfigError(f"--{flag} stands alone or says True or False, got {' '.join(values)!r}")
     return key, off if said == "false" else value

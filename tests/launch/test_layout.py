@@ -62,13 +62,21 @@ def test_nothing_fits():
         run_alone(choices, make_case(), 2, [0.01])
 
 
+def test_weights_are_shared_where_nothing_fits_without():
+    """No matrix divides over 3 GPUs, and of 3 stages one has a third of the layers and the tower."""
+    (layout,) = run_alone(choices, make_case(row=RowShape(segments=(16,)), microbatches=3), 3, [0.435])
+    assert layout.config.parallel.data_parallel_sharding == "parameters" and layout.grid == Grid(dp=3)
+    assert layout.name.startswith("dp 3, parameters sharded") and layout.config.parallel.offload == "none"
+
+
 def test_candidates_divide_the_model_and_the_batch():
     case = make_case(microbatches=4)
     found = candidates(case.config(), case.model_config, 8)
     assert {layout.grid.dp for layout in found} == {1, 2, 4}  # 8 replicas have no whole row each
     assert {layout.grid.tp for layout in found} == {1, 2, 4, 8} and {layout.grid.cp for layout in found} == {1}
-    times = [(layout.config.parallel.offload != "none", layout.step.time) for layout in found]
-    assert times == sorted(times) and {host for host, _ in times} == {False, True}  # the host comes last
+    ways = [(layout.config.parallel, layout.step.time) for layout in found]
+    times = [(parallel.offload != "none", parallel.fully_sharded, time) for parallel, time in ways]
+    assert times == sorted(times) and len({way[:2] for way in times}) == 4  # the host comes last
     grown = candidates(case.config(), case.model_config, 8, lambda dp: replace(case, microbatches=4 * dp).config())
     assert {layout.grid.dp for layout in grown} == {1, 2, 4, 8} and {layout.step.microbatches for layout in grown} == {
         4
@@ -105,7 +113,14 @@ def test_larger_microbatches_come_first():
     config = make_case(microbatches=8).config()
     config = replace(config, data=replace(config.data, packing=False))
     found = candidates(config, make_case().model_config, 2, micro_batch_sizes=(4, 2, 1, 3))
-    plain = [x for x in found if x.name.startswith("dp 2") and "recomputing" not in x.name and "host" not in x.name]
+    plain = [
+        x
+        for x in found
+        if x.name.startswith("dp 2")
+        and "recomputing" not in x.name
+        and "host" not in x.name
+        and "sharded" not in x.name
+    ]
     assert [layout.config.training.micro_batch_size for layout in plain] == [4, 2, 1]
     assert found[0].config.training.micro_batch_size == 4 and found[0].step.microbatches == 1
 

@@ -74,7 +74,6 @@ def test_recipe_flags_without_effect_say_why():
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--use-torch-fsdp2"], "FSDP"),
         (["--cpu-offload"], "offload"),
         (["--attention-dropout", "0.1"], "dropout"),
         (["--learning-rat", "1"], "unknown flag --learning-rat .did you mean 'learning-rate'"),

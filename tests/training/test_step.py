@@ -12,6 +12,7 @@ SPECS = [[([(16, 24)], 9), ([], 6)], [([], 12)]]
 
 def steps(hf_dir: str, parallel: dict, options: dict, settings: dict, number: int = 4) -> list[tuple]:
     """On a rank: (skipped, loss scale, norm, counts, digest of the weights) after each of some steps on one batch."""
+    from megatron_vlm.parallel.shards import held
     from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
     from megatron_vlm.training.optimizer.config import OptimizerConfig
     from megatron_vlm.training.step import train_step
@@ -26,13 +27,13 @@ def steps(hf_dir: str, parallel: dict, options: dict, settings: dict, number: in
     for _ in range(number):
         set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), 1e-3), 0.01)
         result = train_step(model, optimizer, mine)
-        digest = sum(float(p.detach().double().abs().sum()) for stage in model for p in stage.parameters())
+        digest = sum(float(held(p)[0].double().abs().sum()) for stage in model for p in stage.parameters())
         counts = (result.tokens, result.supervised_tokens, result.images, result.samples)
         history.append((result.skipped, result.loss_scale, result.grad_norm, counts, digest, result.loss))
     return history
 
 
-@pytest.mark.parametrize("parallel", [{}, {"data_parallel_sharding": "optimizer"}])
+@pytest.mark.parametrize("parallel", [{}, *({"data_parallel_sharding": kind} for kind in ("optimizer", "parameters"))])
 def test_an_overflow_is_skipped_on_all_ranks_and_halves_the_scale(twin, parallel):
     """fp16 is refused by the command on a CPU, but megatron-core's loss scaling is the same code there."""
     settings = {"initial_loss_scale": 2.0**40, "hysteresis": 2}

@@ -62,6 +62,7 @@ def test_a_run_writes_what_it_says(command, tmp_path, valid_data):
         ("--use-distributed-optimizer --overlap-grad-reduce", 2),
         (f"{PP2} --vision-parallel ahead --recompute-granularity full", 2),
         ("--context-parallel-size 2 --use-distributed-optimizer", 2),
+        ("parallel.data_parallel_sharding=parameters", 2),
         pytest.param(f"{TP2} --sequence_parallel_size 2 --context-parallel-exchange heads", 4, marks=pytest.mark.slow),
     ],
 )
@@ -111,12 +112,22 @@ def test_sigterm_on_one_rank_saves_on_all_and_the_run_goes_on_exactly(command, t
     assert_same_weights(tmp_path / "cut" / "iter_0000012", tmp_path / "whole" / "iter_0000012")
 
 
-def test_a_run_goes_on_at_other_context_parallel_sizes(command, tmp_path):
-    """cp 1, 2, 1 and tp 2: the same samples in the same order, and the same losses as one run on one rank."""
+CONTEXTS = ["", "--context-parallel-size 2", "", f"{TP2} --sequence-parallel --vision-parallel share"]
+SHARDINGS = [
+    "--data-parallel-sharding none --overlap-grad-reduce",
+    "--use-distributed-optimizer",
+    "--data-parallel-sharding parameters",
+    f"{TP2} --sequence-parallel",
+    "",
+]
+
+
+@pytest.mark.parametrize("layouts", [CONTEXTS, pytest.param(SHARDINGS, marks=pytest.mark.full)], ids=["cp", "sharding"])
+def test_a_run_goes_on_in_other_layouts(command, tmp_path, layouts):
+    """Other cp, or other shares of data parallel ranks: the same samples in the same order, and the losses of one rank."""
     more = ["--lr-decay-iters 12 --save-interval 100"]
-    run(command("whole", "--train-iters 8", *more, f"--save {tmp_path / 'whole'}"))
-    shared = f"{TP2} --sequence-parallel --vision-parallel share"
-    for number, layout in enumerate(["", "--context-parallel-size 2", "", shared]):
+    run(command("whole", f"--train-iters {2 * len(layouts)}", *more, f"--save {tmp_path / 'whole'}"))
+    for number, layout in enumerate(layouts):
         load = {"load": tmp_path / "parts"} if number else {}
         world = 1 if layout == "" else 2
         run(
@@ -129,7 +140,8 @@ def test_a_run_goes_on_at_other_context_parallel_sizes(command, tmp_path):
     for one, other in zip(whole, parts, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
-    states = [json.loads((tmp_path / name / "iter_0000008" / "state.json").read_text()) for name in ("whole", "parts")]
+    last = f"iter_{2 * len(layouts):07d}"
+    states = [json.loads((tmp_path / name / last / "state.json").read_text()) for name in ("whole", "parts")]
     assert states[0]["run"]["data"] == states[1]["run"]["data"]
 
 

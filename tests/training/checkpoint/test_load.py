@@ -84,8 +84,8 @@ CHAINS = {
         [
             at(1, 1, 4, shard="parameters", freeze=("llm",)),
             at(1, 2, freeze=("llm",)),
-            at(1, 1, 2, shard="parameters", freeze=("vision", "connector")),
-            at(1, 1, 2, shard="gradients"),
+            at(1, 1, 2, shard="gradients", freeze=("llm",)),
+            at(freeze=("llm",)),
         ],
     ),
     "virtual_tied": ("tied", [at(1, 2, vp=1), at(2, 2, vp=1), at(1, 2, 2, **SHARDED), at(), at(1, 4)]),

@@ -169,6 +169,7 @@ def serve(descriptor: int, parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_PARENT)
     signal_with_parent(signal.SIGKILL)
+    os.nice(10)  # where cores are short, the steps of the run come first
     line = Connection(descriptor)
     while os.getppid() == parent:  # it may have ended before this process looked
         try:

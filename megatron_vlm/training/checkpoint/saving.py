@@ -87,6 +87,11 @@ class Saver:
         self._held = self._waited = 0.0
         return times
 
+    @property
+    def in_flight(self) -> int | None:
+        """Iteration that is being written in the background; None: none."""
+        return self._background.iteration if self._background is not None else None
+
     def close(self) -> None:
         """Ends the saving process; safe after a failure."""
         if self._background is not None:

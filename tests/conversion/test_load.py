@@ -1,5 +1,8 @@
 """``load_into`` fills every parameter, tied copies included, and lists all that does not fit."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -61,3 +64,48 @@ def test_shapes_that_differ_are_listed(twins):
         "language_model.decoder.layers.3.mlp.linear_fc1.weight: the model has [192, 64], the weights give [128, 64]"
         in text
     )
+
+
+def anonymous() -> int:
+    """Bytes of this process that are no file's: what the page cache holds for all ranks does not count."""
+    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def held_while_loading(hf_dir, parallel, options):
+    """On a rank: (bytes of its parameters, most bytes held beside those that are filled, largest tensor in fp32)."""
+    from megatron_vlm.models.built import build_model
+    from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.parallel.config import ParallelConfig
+    from megatron_vlm.parallel.topology import build_topology
+
+    source = open_source(hf_dir)
+    layers = source.config.text.num_layers
+    topology = build_topology(ParallelConfig(**parallel), num_layers=layers, device=torch.device("cpu"))
+    model = build_model(source.spec, source.config, topology, ModelOptions(make_vocab_size_divisible_by=8, **options))
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    read, before, filled, most = source.read_shard, anonymous(), 0, 0
+
+    def watched(name, *args):
+        nonlocal filled, most
+        shard = read(name, *args)
+        most = max(most, anonymous() - before - filled)
+        filled += sizes[name]
+        return shard
+
+    source.read_shard = watched
+    load_into(source, model)
+    return sum(sizes.values()), most, max(4 * info.meta().numel() for info in source.infos.values())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_rank_holds_a_few_tensors_beside_its_own(tmp_path, tp):
+    """Layers of one shape, as of a large model: what is held while they come does not grow with their number."""
+    write_tiny_idefics2(
+        tmp_path, dtype=torch.bfloat16, max_shard_size="30MB", text_hidden=512, ffn=1024, layers=24 * tp
+    )
+    parallel, options = dict(tensor_model_parallel_size=tp), {"params_dtype": "bf16"}
+    for own, most, largest in run_distributed(held_while_loading, str(tmp_path), parallel, options, tp=tp, timeout=300):
+        print(f"tp {tp}: {own >> 20} MiB of parameters, {most >> 20} beside, largest tensor in fp32 {largest >> 20}")
+        assert own > 7 * largest and most < 5 * largest + (4 << 20)

@@ -141,4 +141,5 @@ def published(name: str, gpus: int, gib: int, peft: dict) -> Layout:
 )
 def test_models_of_8b(name, gpus, gib, peft):
     layout = run_alone(published, name, gpus, gib, peft, timeout=900)
+    print(f"{name} on {gpus} x {gib} GB: {layout.reason}")
     assert layout.need <= USABLE * gib * GIB and layout.grid.world == gpus

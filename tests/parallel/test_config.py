@@ -98,3 +98,28 @@ def test_sharding_groups_divide_the_ranks():
         config.grid(12)
     with pytest.raises(ConfigError, match=r"at least 2, and goes with .* got optimizer"):
         ParallelConfig(data_parallel_sharding="optimizer", sharding_group_size=2)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            dict(vision_parallel="share", pipeline_model_parallel_size=2),
+            "share has no effect on one rank: .* raise tensor",
+        ),
+        (dict(vision_parallel="ahead"), "ahead has no effect on one rank: .* or pipeline_model_parallel_size"),
+        (
+            dict(vision_parallel="ahead", tensor_model_parallel_size=2, data_parallel_sharding="parameters"),
+            "vision_parallel ahead is not built: .* set vision_parallel share",
+        ),
+    ],
+)
+def test_ways_to_deal_images_that_are_not_there(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        ParallelConfig(**settings)
+
+
+def test_axes_that_images_are_dealt_over():
+    sizes = dict(tensor_model_parallel_size=2, context_parallel_size=3, pipeline_model_parallel_size=5)
+    found = {way: ParallelConfig(vision_parallel=way, **sizes) for way in ("tensor", "auto", "share", "ahead")}
+    assert {way: config.image_ranks for way, config in found.items()} == dict(tensor=1, auto=3, share=6, ahead=30)

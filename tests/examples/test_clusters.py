@@ -14,10 +14,10 @@ from tests.examples.shell import EXAMPLES, ROOT, environment
 
 # file -> what its scheduler sets on the second of two nodes with 8 GPUs each
 SCHEDULERS = {
-    "k8s/pytorchjob.yaml": {"PET_NNODES": 2, "PET_NODE_RANK": 1, "PET_NPROC_PER_NODE": 8, "MASTER_ADDR": "first",
+    "k8s/pytorchjob.yml": {"PET_NNODES": 2, "PET_NODE_RANK": 1, "PET_NPROC_PER_NODE": 8, "MASTER_ADDR": "first",
                             "MASTER_PORT": 23456},
-    "k8s/jobset.yaml": {"JOB_COMPLETION_INDEX": 1},
-    "skypilot/train.yaml": {"SKYPILOT_NUM_NODES": 2, "SKYPILOT_NODE_RANK": 1, "SKYPILOT_NUM_GPUS_PER_NODE": 8,
+    "k8s/jobset.yml": {"JOB_COMPLETION_INDEX": 1},
+    "skypilot/train.yml": {"SKYPILOT_NUM_NODES": 2, "SKYPILOT_NODE_RANK": 1, "SKYPILOT_NUM_GPUS_PER_NODE": 8,
                             "SKYPILOT_NODE_IPS": "first\nsecond"},
 }  # fmt: skip
 
@@ -29,7 +29,7 @@ def manifest(name):
 def pods(name):
     """(path, pod spec) of a manifest."""
     spec = manifest(name)["spec"]
-    if name == "k8s/pytorchjob.yaml":
+    if name == "k8s/pytorchjob.yml":
         return [replica["template"]["spec"] for replica in spec["pytorchReplicaSpecs"].values()]
     return [job["template"]["spec"]["template"]["spec"] for job in spec["replicatedJobs"]]
 
@@ -40,7 +40,7 @@ def validate(kind, version, spec):
     )
 
 
-@pytest.mark.parametrize("name", ["k8s/pytorchjob.yaml", "k8s/jobset.yaml"])
+@pytest.mark.parametrize("name", ["k8s/pytorchjob.yml", "k8s/jobset.yml"])
 def test_pods_are_what_kubernetes_takes(name):
     for spec in pods(name):
         validate("Pod", "v1", spec)
@@ -53,17 +53,17 @@ def test_pods_are_what_kubernetes_takes(name):
 
 
 def test_the_jobs_around_them():
-    spec = manifest("k8s/jobset.yaml")["spec"]
+    spec = manifest("k8s/jobset.yml")["spec"]
     (job,) = spec["replicatedJobs"]
     validate("Job", "batch/v1", job["template"]["spec"])
-    names = {item["name"]: item.get("value") for item in pods("k8s/jobset.yaml")[0]["containers"][0]["env"]}
+    names = {item["name"]: item.get("value") for item in pods("k8s/jobset.yml")[0]["containers"][0]["env"]}
     nodes = job["template"]["spec"]["completions"]
     assert str(nodes) == names["NNODES"] and job["template"]["spec"]["parallelism"] == nodes
-    own = manifest("k8s/jobset.yaml")["metadata"]["name"]
+    own = manifest("k8s/jobset.yml")["metadata"]["name"]
     assert names["MASTER_ADDR"] == f"{own}-{job['name']}-0-0.{own}"  # JobSet's name of the first pod, in its service
-    replicas = manifest("k8s/pytorchjob.yaml")["spec"]["pytorchReplicaSpecs"]
+    replicas = manifest("k8s/pytorchjob.yml")["spec"]["pytorchReplicaSpecs"]
     assert set(replicas) == {"Master", "Worker"} and replicas["Master"]["replicas"] == 1  # the operator's names
-    assert all(pod["containers"][0]["name"] == "pytorch" for pod in pods("k8s/pytorchjob.yaml"))
+    assert all(pod["containers"][0]["name"] == "pytorch" for pod in pods("k8s/pytorchjob.yml"))
 
 
 def inner(name, tmp_path, **more):
@@ -92,7 +92,7 @@ def test_the_inner_command(name, tmp_path):
     options = dict(pairwise(words))
     wanted = {"--nnodes": "2", "--node-rank": "1", "--nproc-per-node": "8"}
     assert {key: options[key] for key in wanted} == wanted
-    first = {"k8s/jobset.yaml": "megatron-vlm-node-0-0.megatron-vlm"}.get(name, "first")
+    first = {"k8s/jobset.yml": "megatron-vlm-node-0-0.megatron-vlm"}.get(name, "first")
     assert options["--master-addr"] == first and int(options["--master-port"]) > 1024
     assert options["--save"] == str(tmp_path / "out") and any("training.global_batch_size=" in word for word in words)
 

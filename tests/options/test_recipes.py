@@ -121,3 +121,9 @@ def test_long_rows_reach_beyond_the_positions(name, factor):
         config.check_model(model)
     scaled = scaled_config({}, model.text, config.model.rope_scaling, config.data.seq_length)["text_config"]
     assert scaled["rope_scaling"]["factor"] == factor and scaled["max_position_embeddings"] == config.data.seq_length
+
+
+def test_files_for_schedulers_are_no_recipes():
+    """They end in .yml: every .yaml of examples/ is a recipe, which `recipe` lists and `--config` takes."""
+    assert not [name for name in recipes.names() if not recipes.load_config(name).get("data")]
+    assert list((recipes.root() / "k8s").glob("*.yml"))

@@ -110,7 +110,7 @@ def test_xtuner_text(tmp_path):
     for number, zero in enumerate(("zero2", "zero3_offload")):
         said = run(tmp_path, f"train config/X.py --work-dir ./train{number} --deepspeed deepspeed_{zero}", SMALL)
         assert "'who are you?' ->" in said
-    run(tmp_path, "convert pth_to_hf config/X.py ./train0/iter_20.pth ./hf")
+    run(tmp_path, "convert pth_to_hf config/X.py ./train0/iter_40.pth ./hf")
     run(tmp_path, "convert merge llm ./hf ./merged --max-shard-size 2GB")
     left(tmp_path / "merged", "config.json", "tokenizer.model")
     run(

@@ -22,7 +22,7 @@ from megatron_vlm.data.types import Processor
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
 from megatron_vlm.parallel.batch import together
-from megatron_vlm.parallel.grid import Grid
+from megatron_vlm.parallel.grid import COPIES, Grid
 from megatron_vlm.peft.adapter_map import PeftPlan
 from megatron_vlm.training.memory.flops import Flops, counted_flops, forward_flops, passes_of
 from megatron_vlm.training.memory.stages import RowShape, StepWork
@@ -38,6 +38,8 @@ _PER_BYTE = 2000.0
 """Operations of a GPU in the time that a byte takes to another of its node: 400 TFLOP/s, 200 GB/s. Between nodes 8 times that."""
 _HELPS, _LONG = 0.9, 1e13
 """Images are encoded ahead where that saves a tenth of a step, of one of more operations of a rank than this: 25 ms."""
+_PER_HOST_NUMBER = 200_000.0
+"""The same of a number whose update is the host's: 6 bytes over its link at 25 GB/s, 28 in its memory at 100 GB/s."""
 _MICROBATCH_TOKENS = 512
 """Tokens whose work a microbatch costs a rank beside its own, however it is split: kernels are started one by one."""
 
@@ -211,15 +213,43 @@ def _planned(
         found = spread(model_config.text.num_layers, beside, parts.layer)
         config = config.replace(parallel=parallel.replace(decoder_layers_per_stage=found))
     layers = config.parallel.stage_layers(model_config.text.num_layers)
+    each, once = _shared(config, model_config, grid, adapted)
     step = StepWork(
         layers=tuple(sum(layers[rank :: grid.pp]) for rank in range(grid.pp)),
-        loads=tuple(parts.loads(layers, grid.pp)),
+        loads=tuple(max(load, each) + each / 10 for load in parts.loads(layers, grid.pp)),
         microbatches=max(1, config.num_microbatches_per_batch // grid.dp),
         virtual=len(layers) // grid.pp,
         ahead=parts.ahead,
+        once=once,
         source=work.source,
     )
     return config, step
+
+
+def _shared(
+    config: RunConfig, model_config: FamilyConfig, grid: Grid, adapted: Collection[str] | None
+) -> tuple[float, float]:
+    """What shared weights and an optimizer on the host cost: (each microbatch, beside its work but for a tenth; once a step)."""
+    parallel, text = config.parallel, model_config.text
+    if not (parallel.fully_sharded or parallel.host_share):
+        return 0.0, 0.0
+    per_layer = 2 * (text.num_attention_heads + text.num_query_groups) * text.head_dim + 3 * text.ffn_hidden_size
+    numbers = {"llm": text.hidden_size * (text.num_layers * per_layer + 2 * text.vocab_size)}
+    if has_tower(model_config):
+        tower = model_config.vision
+        numbers["vision"] = tower.num_layers * (4 * tower.hidden_size + 2 * tower.ffn_hidden_size) * tower.hidden_size
+    passes = passes_of(config.model.freeze) if adapted is None else passes_of(GROUPS, adapted)
+    held = sum(numbers.values()) / grid.tp / grid.pp
+    trained = sum(count for group, count in numbers.items() if passes[group] == 3) / grid.tp / grid.pp
+    copies, each = grid.size(*COPIES), 0.0
+    if parallel.fully_sharded:  # weights come, twice where no layer keeps them; gradients go
+        gathers, width = (
+            1 + (parallel.data_parallel_sharding == "parameters"),
+            2 + 2 * (config.training.precision == "fp32"),
+        )
+        each = (copies - 1) / copies * _link(grid.size("tp", *COPIES)) * (gathers * width * held + 4 * trained)
+    owned = trained if parallel.data_parallel_sharding == "none" else trained / copies
+    return each, _PER_HOST_NUMBER * parallel.host_share * owned
 
 
 def balanced(

@@ -129,10 +129,11 @@ def test_layouts_and_adapters_change_what_a_part_costs():
 
 
 def test_a_step_and_its_idle_share():
-    step = StepWork(layers=(1, 1), loads=(1.0, 1.0), microbatches=7, virtual=1, ahead=0.0, source="a row")
+    step = StepWork(layers=(1, 1), loads=(1.0, 1.0), microbatches=7, virtual=1, ahead=0.0, once=0.0, source="a row")
     assert step.idle == pytest.approx(1 / 8) and step.time == 8  # (pp - 1) / (microbatches + pp - 1)
     assert replace(step, virtual=2).time == 7.5 and replace(step, loads=(2.0,)).idle == 0.0
     ahead = replace(step, ahead=1.0)  # no rank waits for another there
+    assert replace(step, once=3.0).time == 11 and replace(step, once=3.0).idle == pytest.approx(1 / 11)
     assert ahead.time == 15 and ahead.idle == pytest.approx(1 / 15) and ahead.work == (2.0, 2.0)
 
 
@@ -186,6 +187,21 @@ def test_rows_are_dealt_by_what_they_cost_this_model():
     row = RowShape(segments=(int(counts["tokens"][0]),), images=((3, 980, 980),) * 4)
     flops = RowWork.of(config, model_config, row).flops
     assert frozen[0] == pytest.approx(flops.training({"vision"})) and frozen[1] < frozen[0]
+
+
+def test_weights_in_shards_and_an_optimizer_on_the_host_cost_time():
+    _, model_config = shapes.published()["InternVL3-8B"]
+    grid, row = Grid(dp=2), RowShape(segments=(4096,))
+
+    def time(adapted=None, **parallel) -> float:
+        config = run_of(1, decoder_layers_per_stage=None, **parallel)
+        return planned(config, model_config, grid, row=row, adapted=adapted)[1].time
+
+    plain, gradients, parameters = (time(data_parallel_sharding=how) for how in ("none", "gradients", "parameters"))
+    assert plain < gradients < parameters < 1.5 * plain
+    host = time(data_parallel_sharding="optimizer", offload="optimizer")
+    assert time(offload="optimizer") - plain == pytest.approx(2 * (host - plain))  # each of two updates half of it
+    assert time({"llm"}, offload="optimizer") == time({"llm"})
 
 
 def test_images_of_the_data_decide_where_they_are_known():

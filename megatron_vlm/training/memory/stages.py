@@ -102,6 +102,7 @@ class StepWork:
         microbatches: of a rank.
         virtual: stages of a rank.
         ahead: of all ranks for one microbatch, before the pipeline.
+        once: of all ranks, once a step.
         source: what the microbatch is taken from.
     """
 
@@ -110,13 +111,14 @@ class StepWork:
     microbatches: int
     virtual: int
     ahead: float
+    once: float
     source: str
 
     @property
     def time(self) -> float:
         """Of the step, in operations of a rank."""
         pipeline = step_work(self.loads, self.microbatches * self.virtual) / self.virtual
-        return pipeline + self.microbatches * self.ahead
+        return pipeline + self.microbatches * self.ahead + self.once
 
     @property
     def work(self) -> tuple[float, ...]:
@@ -126,7 +128,7 @@ class StepWork:
     @property
     def idle(self) -> float:
         """Share of it in which a rank waits, over all ranks."""
-        return 1 - self.microbatches * sum(self.work) / (len(self.work) * self.time)
+        return 1 - (self.microbatches * sum(self.work) / len(self.work) + self.once) / self.time
 
     def __str__(self) -> str:
         return f"{self.idle:.1%} of a step of {self.microbatches} microbatches idle, by {self.source}"

@@ -128,6 +128,7 @@ def test_training_shows_answers(twin, picture, command, tmp_path):
     layout = "--tensor-model-parallel-size 2 --sequence-parallel --train-iters 3"
     assert run("b", layout, world=4) == alone
     assert run("c", "--context-parallel-size 2 --train-iters 3", world=2) == alone
+    assert run("d", "--data-parallel-sharding parameters --train-iters 3", world=2) == alone
     assert run("a", f"--train-iters 4 --load {tmp_path / 'a'}")[:4] == alone[:4]
 
 

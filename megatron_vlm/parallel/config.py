@@ -129,8 +129,8 @@ class ParallelConfig(Config):
             )
         if self.offload == "optimizer+parameters":
             raise ConfigError(
-                "parallel.offload optimizer+parameters: weights in the host's memory need data_parallel_sharding "
-                "parameters, which is not built yet: set offload optimizer"
+                "parallel.offload optimizer+parameters: weights in the host's memory are not built yet: set offload optimizer, "
+                "with data_parallel_sharding parameters on several ranks"
             )
         check_recomputation(self.recompute_granularity, self.recompute_num_layers, self.recompute_modules)
         self._check_sharding()

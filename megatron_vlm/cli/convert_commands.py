@@ -89,10 +89,6 @@ def pth2hf(args: argparse.Namespace) -> int:
     if len(args.paths) not in (2, 3):
         raise ConfigError(f"pth2hf takes [CONFIG] CHECKPOINT OUT, got {len(args.paths)} arguments")
     *config, load, out = args.paths
-    base = args.base or (xtuner.base_of(str(config[0])) if config and xtuner.is_config(str(config[0])) else None)
-    if config:
-        named = f"names the base, {base}; else it is not read" if base and not args.base else "is not read"
-        get_logger(__name__).info(f"{config[0]} {named}: {load} knows its model and settings")
     load = xtuner.checkpoint_of(Path(load))
     if not load.exists():
         raise ConfigError(f"{load} does not exist: name a checkpoint of megatron-vlm, its folder or one iteration's")
@@ -101,6 +97,10 @@ def pth2hf(args: argparse.Namespace) -> int:
             f"{load} was written by XTuner: `hf2mg --llm DIR --vision DIR --projector {load}` takes its projector; pth2hf "
             "takes a checkpoint of megatron-vlm"
         )
+    base = args.base or (xtuner.base_of(str(config[0])) if config and xtuner.is_config(str(config[0])) else None)
+    if config:
+        named = f"names the base, {base}; else it is not read" if base and not args.base else "is not read"
+        get_logger(__name__).info(f"{config[0]} {named}: {load} knows its model and settings")
     with open_source(load, verify_hashes=args.verify_hashes) as source:
         adapted, naming = source.kind == "adapted", "xtuner" if "xtuner" in source.spec.exports else None
     if args.base is not None and not adapted:

@@ -36,8 +36,8 @@ EXCLUSIVE = (
 
 # Settings of the run that are paths, hub ids or lists of them.
 PATHS = (
-    "data.train", "data.valid", "data.cache_dir", "peft.adapter", "checkpoint.load", "checkpoint.save", "checkpoint.base",
-    "logging.output_dir", "logging.tensorboard_dir",
+    "data.train", "data.valid", "data.cache_dir", "peft.adapter", "checkpoint.load", "checkpoint.save", "checkpoint.staging",
+    "checkpoint.base", "evaluate.file", "evaluate.image_root", "logging.output_dir", "logging.tensorboard_dir",
 )  # fmt: skip
 
 

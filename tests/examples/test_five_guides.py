@@ -76,9 +76,9 @@ def test_ft_py(tmp_path):
     said = run(
         tmp_path, f"launch --use_deepspeed --deepspeed_config ds_config_zero3.json --output_dir three {data}", FEW
     )
-    assert "the run fits without, and is faster" in said
+    assert "and is faster" in said
     fsdp = "--use_fsdp --fsdp_policy full_shard --fsdp_wrap_cls InternLM2DecoderLayer"
-    assert "the run fits without" in run(tmp_path, f"launch {fsdp} --output_dir four {data}", FEW)
+    assert "and is faster" in run(tmp_path, f"launch {fsdp} --output_dir four {data}", FEW)
     run(tmp_path, f"launch --save_merged_model --output_dir five {data}", FEW)
     left(tmp_path / "five", *ADAPTER, "merged_model/config.json", "merged_model/model.safetensors")
 
@@ -173,7 +173,7 @@ def test_internvl3(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--node_rank=0", "--master_addr=127.0.0.1"]
     torchrun += ["--nproc_per_node=2", f"--master_port={free_port()}", "-m", "megatron_vlm", "launch"]
     said = run(tmp_path, words, SMALL.replace("data.num_workers=0", ""), start=torchrun)
-    assert "the run fits without, and is faster" in said
+    assert "and is faster" in said
     left(tmp_path / "work_dirs" / "x", *ADAPTER, "tensorboard", "checkpoint-2")
     assert "done: 2 iterations" in (tmp_path / "work_dirs" / "x" / "training_log.txt").read_text()
     run(tmp_path, "convert mg2hf --load work_dirs/x --out merged --merge")

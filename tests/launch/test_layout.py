@@ -37,7 +37,7 @@ def test_less_memory_gives_slower_layouts_that_fit():
     assert roomy.grid == Grid(dp=4) and roomy.name == "dp 4" and roomy.reason.startswith("dp 4: the fastest, ")
     assert roomy.config.parallel.data_parallel_sharding == "optimizer" and roomy.step.microbatches == 2
     assert roomy.step.time < tight.step.time < tighter.step.time
-    assert tighter.grid.dp == 1 and tighter.config.parallel.sequence_parallel == (tighter.grid.tp > 1)
+    assert tighter.grid.dp < 4 and tighter.config.parallel.sequence_parallel == (tighter.grid.tp > 1)
     assert "would need at least" in tight.reason and "\n" not in tight.reason
     for layout, share in zip((roomy, tight, tighter), (1.1, 0.6, 0.25)):
         limit = layout.need / share / USABLE

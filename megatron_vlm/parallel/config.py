@@ -50,7 +50,7 @@ class ParallelConfig(Config):
         decoder_layers_per_stage: decoder layers of each stage, 0 allowed, in order (of pp x n virtual stages: n per rank);
             ``auto``: so that the slowest stage is as fast as can be, tower, connector and head counted; None: even, or nearly.
         decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers: of these stages; the others share the rest.
-        num_layers_per_virtual_pipeline_stage: layers per virtual stage; None: one stage per rank.
+        num_layers_per_virtual_pipeline_stage: layers per virtual stage, with ``auto`` in the mean; None: one stage per rank.
         sequence_parallel: split activations between tensor parallel regions along the sequence.
         context_parallel_size: ranks that split the tokens of each row (cp); attention still sees all of them.
         context_parallel_exchange: what these ranks exchange for it: ``gather``, the keys and values that each one's queries see;
@@ -242,6 +242,8 @@ class ParallelConfig(Config):
             *ends,
             *(["num_layers_per_virtual_pipeline_stage"] if self.num_layers_per_virtual_pipeline_stage else []),
         ]
+        if given == "auto":  # the layers of a virtual stage in the mean, which says how many there are
+            others = list(ends)
         if given is not None and others:
             raise ConfigError(
                 f"parallel.decoder_layers_per_stage and parallel.{others[0]} both say it: drop one of them"
@@ -303,6 +305,10 @@ class ParallelConfig(Config):
             )
         middle = spread(rest, [0.0] * between)
         return (*([first] if first is not None else []), *middle, *([last] if last is not None else []))
+
+    def staged(self, layers: tuple[int, ...]) -> "ParallelConfig":
+        """These with ``auto`` replaced by the layers of each virtual stage."""
+        return self.replace(decoder_layers_per_stage=layers, num_layers_per_virtual_pipeline_stage=None)
 
     @property
     def virtual(self) -> bool:

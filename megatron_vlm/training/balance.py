@@ -28,7 +28,7 @@ from megatron_vlm.training.memory.flops import Flops, counted_flops, forward_flo
 from megatron_vlm.training.memory.stages import RowShape, StepWork
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.weights.mapping import GROUPS
-from megatron_vlm.weights.stages import spread
+from megatron_vlm.weights.stages import spread_virtual
 
 log = get_logger(__name__)
 
@@ -210,8 +210,9 @@ def _planned(
     parts = PartWork.of(config, model_config, work, adapted)
     if parallel.decoder_layers_per_stage == "auto":
         beside = [parts.before, *[0.0] * (grid.pp - 2), parts.after]
-        found = spread(model_config.text.num_layers, beside, parts.layer)
-        config = config.replace(parallel=parallel.replace(decoder_layers_per_stage=found))
+        num_layers = model_config.text.num_layers
+        found = spread_virtual(num_layers, beside, parts.layer, parallel.virtual_size(num_layers))
+        config = config.replace(parallel=parallel.staged(found))
     layers = config.parallel.stage_layers(model_config.text.num_layers)
     each, once = _shared(config, model_config, grid, adapted)
     step = StepWork(
@@ -273,7 +274,7 @@ def balanced(
             log.info("decoder layers of each stage: %s; %s", ", ".join(map(str, step.layers)), step)
             found = [run.parallel.decoder_layers_per_stage]
     dist.broadcast_object_list(found, src=0, device=device)
-    return config.replace(parallel=config.parallel.replace(decoder_layers_per_stage=found[0]))
+    return config.replace(parallel=config.parallel.staged(found[0]))
 
 
 def costs_of(config: RunConfig, model_config: FamilyConfig, plan: PeftPlan | None) -> Costs:

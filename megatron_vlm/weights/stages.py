@@ -10,6 +10,16 @@ the best there is.
 from collections.abc import Sequence
 
 
+def spread_virtual(num_layers: int, beside: Sequence[float], layer: float, virtual: int) -> tuple[int, ...]:
+    """Layers of each of ``virtual`` stages a rank, in order: ranks as of ``spread``, and each rank's stages likewise."""
+    chunks = []
+    for rank, count in enumerate(spread(num_layers, beside, layer)):
+        own = [0.0] * virtual
+        own[0 if rank == 0 else -1] += beside[rank]
+        chunks.append(spread(count, own, layer))
+    return tuple(counts[chunk] for chunk in range(virtual) for counts in chunks)
+
+
 def spread(num_layers: int, beside: Sequence[float], layer: float = 1.0) -> tuple[int, ...]:
     """Layers of each stage.
 

@@ -35,7 +35,7 @@ def test_layers_of_each_stage(settings, layers):
     ({"decoder_layers_per_stage": (7, 7, 7, 8)}, r"\[7, 7, 7, 8\] are 29 layers, but the decoder has 28"),
     ({"pp": 1, "decoder_layers_per_stage": "auto"}, "no effect at pipeline_model_parallel_size 1"),
     ({"pp": 1, "decoder_last_pipeline_num_layers": 3}, "decoder_last_pipeline_num_layers has no effect"),
-    ({"decoder_layers_per_stage": "auto", "num_layers_per_virtual_pipeline_stage": 7}, "both say it"),
+    ({"decoder_layers_per_stage": (7,) * 4, "num_layers_per_virtual_pipeline_stage": 7}, "both say it"),
     ({"decoder_layers_per_stage": (7,) * 4, "decoder_first_pipeline_num_layers": 7}, "both say it"),
     ({"decoder_first_pipeline_num_layers": -1}, "decoder_first_pipeline_num_layers must be 0 or more, got -1"),
     ({"decoder_first_pipeline_num_layers": 30}, "30 layers on the first pipeline stage and 0 on the last leave -2"),

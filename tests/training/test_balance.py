@@ -90,6 +90,24 @@ def test_auto_is_the_best_split(name, pp, frozen):
             assert 0.88 <= time / closed <= 1.001 and time <= 1.001 * alike
 
 
+@pytest.mark.parametrize("pp", [2, 4])
+def test_auto_with_virtual_stages_balances_ranks_and_the_stages_of_each(pp):
+    name, grid = "Idefics2-8B", Grid(pp=pp)
+    model_config, (image, count) = shapes.published()[name][1], IMAGES[name]
+    row = RowShape(segments=(1024,) * 16, images=(image,) * (count // 4))
+    _, plain = planned(run_of(pp), model_config, grid, row=row)
+    run, step = planned(run_of(pp, num_layers_per_virtual_pipeline_stage=4), model_config, grid, row=row)
+    layers, virtual = run.parallel.decoder_layers_per_stage, 32 // pp // 4
+    assert len(layers) == pp * virtual == pp * step.virtual and run.parallel.virtual
+    assert step.layers == plain.layers and step.loads == plain.loads
+    work = PartWork.of(run, model_config, RowWork.of(run, model_config, row))
+    for rank in range(pp):
+        stages = [work.layer * n for n in layers[rank::pp]]
+        stages[0] += work.before if rank == 0 else 0.0
+        stages[-1] += work.after if rank == pp - 1 else 0.0
+        assert max(stages) - min(stages) <= work.layer or not min(layers[rank::pp])
+
+
 def work_of(config: RunConfig, model_config, row: RowShape, adapted=None) -> PartWork:
     return PartWork.of(config, model_config, RowWork.of(config, model_config, row), adapted)
 

@@ -1,14 +1,16 @@
 """An input of another format than was given for it: called by what it is, with what reads it."""
 
 import json
+import typing
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.data.file_kinds import other_format
+from megatron_vlm.data.file_kinds import _FITS, other_format
 from megatron_vlm.data.formats import NAMES
+from megatron_vlm.options.launch_config import LaunchConfig
 from tests.data.formats.make import picture, write_json, write_pictures, write_tar
 
 TALK = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
@@ -123,3 +125,10 @@ def test_where_every_record_is_bad_the_likely_cause_is_named(tmp_path, capsys, c
     write_json(path, [change, {"conversations": TALK}])
     assert main([*words, "--workers", "0"]) == 1 and "set --on-bad-sample skip" in capsys.readouterr().err
     assert json.loads(path.read_text())[1] == {"conversations": TALK}
+
+
+def test_every_format_is_known_wherever_formats_are_named():
+    """A format added to FORMATS alone would end in a traceback here, or be refused by ``launch``."""
+    assert set(_FITS) == set(NAMES)
+    hint = typing.get_type_hints(LaunchConfig)["data_format"]
+    assert {name for part in typing.get_args(hint) for name in typing.get_args(part)} == set(NAMES)

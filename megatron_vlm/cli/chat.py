@@ -1,6 +1,8 @@
 """`megatron-vlm chat` and the arguments of models that are served, which `demo` shares."""
 
 import argparse
+import os
+import re
 from collections.abc import Sequence
 
 from megatron_vlm.cli.arguments import add_path, add_verify_hashes
@@ -11,6 +13,7 @@ from megatron_vlm.serve.conversation import Conversation
 from megatron_vlm.serve.engine import Engine
 from megatron_vlm.serve.terminal import chat
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 USAGE = """A conversation with a model in the terminal: pictures and videos by path, several turns, two models side by side.
 MODEL is a Hugging Face model, Megatron weights, a training checkpoint or an adapter; XTuner's flags work as in `xtuner chat`."""
 
@@ -63,6 +66,10 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     models = [model]
     if args.compare is not None:
         models.insert(0, {**model, "llava": args.compare} if args.llava is not None else {"load": args.compare})
+    for model in models:
+        for path in filter(None, model.values()):
+            if not os.path.exists(path) and not _HUB_ID.fullmatch(path):
+                raise ConfigError(f"{path} does not exist: name a folder, or a model of the hub as OWNER/NAME")
     data = apply_overrides({}, args.data).get("data", {})
     if args.prompt_template is not None:
         data["template"] = args.prompt_template

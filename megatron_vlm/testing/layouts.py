@@ -74,9 +74,9 @@ class Case:
 
 
 PAIRWISE_SMALL = [
-    Case(tp=2, dp=2, sp=True, do=True, overlap=True),
-    Case(tp=2, pp=2, sp=True, vp=1, recompute=True),
-    Case(pp=2, dp=2, do=True, vp=1, freeze=("vision", "connector")),
+    Case(tp=2, dp=2, sp=True, do=True, overlap=True, updates=3),
+    Case(tp=2, pp=2, sp=True, vp=1, recompute=True, updates=3),
+    Case(pp=2, dp=2, do=True, vp=1, freeze=("vision", "connector"), updates=3),
     Case(tp=2, cp=2, sp=True, updates=3),
 ]
 """A small cover of {tp, cp, pp, dp, sequence parallel, virtual stages, distributed optimizer, recompute, frozen, overlap} for

@@ -16,7 +16,7 @@ def run(script: str, *arguments: str, timeout: float) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_gpu_smoke_runs_without_a_gpu_on_request():
     toy = ["--device", "cpu", "--tiny", "--steps", "1", "--warm-up", "0", "--row", "512", "--accumulate", "1"]
     code, output = run("gpu_smoke.py", *toy, timeout=300)

@@ -179,7 +179,6 @@ def check(
     [
         ("SIGSTOP", "rank 1", "step", "tp 2"),
         ("SIGKILL", "agent", "step", "dp 2"),
-        ("SIGKILL", "worker", "step", "pp 2"),
     ],
     ids=lambda value: value.replace(" ", "_"),
 )

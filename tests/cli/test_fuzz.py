@@ -311,8 +311,8 @@ def check(inputs: Path, sound: dict[str, object], folder: Path, count: int, seco
 
 @pytest.mark.slow
 def test_damaged_inputs(inputs, sound, tmp_path):
-    """About a minute of them."""
-    check(inputs, sound, tmp_path, 400, 60)
+    """Three quarters of a minute of them."""
+    check(inputs, sound, tmp_path, 400, 45)
 
 
 @pytest.mark.full

@@ -163,7 +163,7 @@ def test_a_base_that_no_adapter_can_name(launch, model, tmp_path):
     assert code == 1 and "FAILED   output" in output and not (tmp_path / "second").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.full), signal.SIGTERM])
 def test_a_signal_saves_and_leaves_the_outputs(model, tmp_path, number):
     write_digits(tmp_path, 40)
     command = [sys.executable, "-m", "megatron_vlm", "launch"]

@@ -190,7 +190,9 @@ def checks(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("twin", NAMES)
+@pytest.mark.parametrize(
+    "twin", [pytest.param(name, marks=[] if name in ("idefics2", "xcomposer2") else pytest.mark.full) for name in NAMES]
+)
 def test_one_bucket_and_many_equal_one_process(checks, twin):
     cases = [Case(twin=twin, **layout) for layout in DP]
     checks(twin).check([case for case in cases if case.dp == 2])

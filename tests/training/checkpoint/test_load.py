@@ -124,7 +124,7 @@ CHAINS = {
     ),
 }
 
-BY_DEFAULT = ("plain", "sharded", "virtual_tied", "context", "shared_tower", "fully_sharded")
+BY_DEFAULT = ("plain", "context", "shared_tower", "fully_sharded")
 
 
 def mapping_of(hf_dir, tp, whole=()):

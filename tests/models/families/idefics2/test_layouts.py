@@ -83,13 +83,13 @@ def checks(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("case", PAIRWISE, ids=str)
+@pytest.mark.parametrize("case", [dataclasses.replace(case, updates=3) for case in PAIRWISE], ids=str)
 def test_layout_equals_one_process(checks, case):
     checks(case.twin).check(case)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", WHOLE, ids=str)
+@pytest.mark.parametrize("case", dict.fromkeys([*PAIRWISE, *WHOLE]), ids=str)
 def test_whole_matrix(checks, case):
     checks(case.twin).check(case)
 

@@ -298,8 +298,8 @@ class _Build:
             raise DataError(f"{text}; all are listed in {listed}")
         folder = self.folder / "out"
         for name in (MANIFEST, REJECTED, "split.json"):  # of a build that was killed while it wrote one
-            for target in (folder, *(folder / target.name for target in targets)):
-                remove_abandoned(target / name)
+            for place in (folder, *(folder / target.name for target in targets)):
+                remove_abandoned(place / name)
         for target in targets:
             manifest = make_manifest(target.shards, self.sources)
             if self.forms:

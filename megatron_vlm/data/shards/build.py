@@ -36,15 +36,7 @@ from megatron_vlm.data.shards.staging import fingerprint_of, partial_folder
 from megatron_vlm.data.shards.tar_shards import TarJob, index_shard
 from megatron_vlm.data.shards.writer import MANIFEST, MANIFEST_VERSION, ShardWriter, load_record
 from megatron_vlm.errors import ConfigError, DataError, Reason
-from megatron_vlm.files import (
-    check_output,
-    read_json,
-    read_json_value,
-    remove_abandoned,
-    sync_path,
-    write_synced,
-    writing,
-)
+from megatron_vlm.files import check_output, read_json, read_json_value, sync_path, write_synced, writing
 from megatron_vlm.files import describe as describe_path
 from megatron_vlm.log import get_logger
 
@@ -297,9 +289,6 @@ class _Build:
             text = describe(self.problems, self.total, self.fatal, allowed=allowed, hint=wrong_root(self.sources))
             raise DataError(f"{text}; all are listed in {listed}")
         folder = self.folder / "out"
-        for name in (MANIFEST, REJECTED, "split.json"):  # of a build that was killed while it wrote one
-            for place in (folder, *(folder / target.name for target in targets)):
-                remove_abandoned(place / name)
         for target in targets:
             manifest = make_manifest(target.shards, self.sources)
             if self.forms:

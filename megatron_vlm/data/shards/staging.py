@@ -45,6 +45,8 @@ def partial_folder(out: Path, fingerprint: str) -> Iterator[Path | None]:
                     write_synced(known, fingerprint.encode())
                 for name in ("done", "out"):
                     (folder / name).mkdir(exist_ok=True)
+                for left in (folder / "out").rglob(".*.tmp"):  # of a write that was killed
+                    left.unlink(missing_ok=True)
             yield None if full else folder
         finally:
             for name in ("done", "out"):

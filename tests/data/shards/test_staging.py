@@ -27,6 +27,16 @@ def test_what_a_killed_build_left_is_kept_for_the_same_build_alone(tmp_path):
             assert folder == left and (folder / "done" / "shard-0").exists() == kept
 
 
+def test_files_that_a_killed_build_was_writing_go(tmp_path):
+    left = tmp_path / ".out.partial"
+    (left / "out" / "train").mkdir(parents=True)
+    (left / "build.json").write_text("inputs")
+    for name in (".manifest.json.host.7.0123abcd.tmp", "train/.train-000000.tar.host.7.0123abcd.tmp", "a-000000.tar"):
+        (left / "out" / name).touch()
+    with partial_folder(tmp_path / "out", "inputs") as folder:
+        assert [path.name for path in (folder / "out").rglob("*") if path.is_file()] == ["a-000000.tar"]
+
+
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")

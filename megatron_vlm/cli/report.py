@@ -31,16 +31,18 @@ def run(argv: Sequence[str]) -> int:
     if not out.parent.is_dir() or out.is_dir() or out.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out {out}: name a .html file in a folder that exists")
     said = False
-    while True:
-        page = report_page([RunFiles.read(Path(folder)) for folder in args.runs], renew_seconds=args.live)
-        with writing(out):
-            write_synced(out, page.encode())
-        if not said:
-            print(f"{out}: {len(page) / 1e6:.1f} MB" + (", renewed until Ctrl-C" if args.live else ""), flush=True)
-        said = True
-        if args.live is None:
-            return 0
-        try:
+    try:
+        while True:
+            page = report_page([RunFiles.read(Path(folder)) for folder in args.runs], renew_seconds=args.live)
+            with writing(out):
+                write_synced(out, page.encode())
+            if not said:
+                print(f"{out}: {len(page) / 1e6:.1f} MB" + (", renewed until Ctrl-C" if args.live else ""), flush=True)
+            said = True
+            if args.live is None:
+                return 0
             time.sleep(args.live)
-        except KeyboardInterrupt:
-            return 0
+    except KeyboardInterrupt:
+        if args.live is None:
+            raise
+        return 0

@@ -1,10 +1,8 @@
 """`megatron-vlm report` as a user runs it."""
 
 import json
-import os
 import shutil
-import signal
-import threading
+import time
 
 import pytest
 
@@ -20,19 +18,19 @@ def test_a_page_of_two_runs(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'one' / 'report.html'}: 0.")
 
 
-def test_live_renews_the_page_until_ctrl_c(tmp_path):
-    run, out = write_run(tmp_path / "run"), tmp_path / "page.html"
+def test_live_renews_the_page_until_ctrl_c(tmp_path, monkeypatch):
+    run, out, waits = write_run(tmp_path / "run"), tmp_path / "page.html", []
 
-    def grow() -> None:
-        before = out.read_text() if out.exists() else ""
-        if not before:
-            threading.Timer(0.05, grow).start()
-            return
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            raise KeyboardInterrupt
+        assert "80 of 80" not in out.read_text()
         write_run(run, steps=80)
-        threading.Timer(1.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    threading.Timer(0.05, grow).start()
+    monkeypatch.setattr(time, "sleep", wait)
     assert main(["report", str(run), "--out", str(out), "--live", "1"]) == 0
+    assert waits == [1, 1]
     assert "80 of 80" in out.read_text() and 'http-equiv="refresh" content="1"' in out.read_text()
 
 

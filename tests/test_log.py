@@ -30,7 +30,8 @@ def test_the_first_rank_says_all_and_keeps_it(tmp_path, capsys):
     say()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == ["INFO all is well", "WARNING look here"]
-    assert (tmp_path / "train.log").read_text().splitlines() == lines
+    # Before them stands what libraries warned of in this process until now.
+    assert (tmp_path / "train.log").read_text().splitlines()[-2:] == lines
 
 
 @pytest.mark.parametrize(("local", "texts"), [("0", ["all is well", "look here"]), ("1", ["look here"])])

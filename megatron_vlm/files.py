@@ -4,6 +4,7 @@ expand_path    "~/x", "$DATA/x" -> Path, wherever a path enters (flags, YAML, en
 read_*         regular files only, of bounded size; a pipe, a device or an endless link is an error, not a hang
 write_synced   appears whole or not at all
 unique_temporary, remove_abandoned   names that no other process uses, and what dead ones left
+folder_beside, replace_folder        a folder made under such a name, and put in its place
 
 Errors are of the class that the caller names, so that a message speaks of a config, a checkpoint or a sample.
 """
@@ -254,6 +255,27 @@ def remove_abandoned(path: Path) -> None:
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
+
+
+@contextlib.contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A name for a folder beside ``target``, absent before and removed after; what killed processes left there goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target)
+    folder = unique_temporary(target)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Puts ``folder`` in the place of ``target``, if there is one; a kill in between leaves one of them whole."""
+    old = unique_temporary(target)
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(

@@ -12,12 +12,11 @@ Each folder appears at once: it is written beside its place and renamed.
 
 import contextlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vlm.conversion.convert import mg2hf
 from megatron_vlm.errors import ConversionError, MegatronVLMError
-from megatron_vlm.files import read_json, remove_abandoned, sync_path, unique_temporary, write_json
+from megatron_vlm.files import folder_beside, read_json, replace_folder, sync_path, unique_temporary, write_json
 from megatron_vlm.training.metrics.run_files import RunFiles, smoothed
 from megatron_vlm.weights.checkpoint_dir import MANIFEST, iteration_of
 
@@ -51,7 +50,7 @@ def export(checkpoint: Path, out: Path, *, adapts: bool, merged: bool, adapter: 
     """
     written = []
     if adapts and adapter:
-        with _beside(out / "adapter") as folder:
+        with folder_beside(out / "adapter") as folder:
             mg2hf(checkpoint, folder, adapter_only=True)
             # The file that loaders look for comes last.
             for file in sorted(folder.iterdir(), key=lambda path: path.name == ADAPTER):
@@ -61,28 +60,12 @@ def export(checkpoint: Path, out: Path, *, adapts: bool, merged: bool, adapter: 
         written.append(out / ADAPTER)
     if merged or not adapts:
         target = out / (MERGED if adapts else HF)
-        with _beside(target) as folder:
+        with folder_beside(target) as folder:
             mg2hf(checkpoint, folder, merge=adapts)
-            old = unique_temporary(target)
-            if target.exists():
-                target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            replace_folder(folder, target)
         written.append(target)
     sync_path(out)
     return written
-
-
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A name for a folder beside ``target``, absent before and removed after."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target)
-    folder = unique_temporary(target)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class EpochExports:

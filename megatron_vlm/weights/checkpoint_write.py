@@ -32,7 +32,7 @@ from megatron_vlm.weights.checkpoint_dir import (
     next_sequence,
 )
 from megatron_vlm.weights.model_folder import CarriedFiles
-from megatron_vlm.weights.remote import upload
+from megatron_vlm.weights.remote import newest_sequence, upload
 
 _LEFTOVER = re.compile(r"iter_\d{7,}\.(tmp|old)-[0-9a-f]+")
 
@@ -63,13 +63,14 @@ def begin(root: Path, iteration: int, num_bytes: int) -> Path:
     return folder
 
 
-def commit(temporary: Path, records: Mapping[str, dict[str, Any]], facts: Mapping[str, Any]) -> Path:
+def commit(temporary: Path, records: Mapping[str, dict[str, Any]], facts: Mapping[str, Any], after: int = 0) -> Path:
     """Turns a written temporary folder into ``iter_NNNNNNN`` and names it in the tracker.
 
     Args:
         temporary: from ``begin``, with all files in it.
         records: size and sha256 of files that are flushed already; the others are read for it.
         facts: what else the manifest says.
+        after: number of a save elsewhere that this one follows.
 
     Raises:
         CheckpointError: a file that was written elsewhere is not visible here.
@@ -82,7 +83,7 @@ def commit(temporary: Path, records: Mapping[str, dict[str, Any]], facts: Mappin
                 f"{path} was written by another rank and is not visible here: checkpoint.save must lie on a file "
                 "system that all nodes share"
             )
-    facts = {**facts, SEQUENCE: next_sequence(temporary.parent)}
+    facts = {**facts, SEQUENCE: max(next_sequence(temporary.parent), after + 1)}
     files = {str(p.relative_to(temporary)): p for p in sorted(temporary.rglob("*")) if p.is_file()}
     listed = {name: records.get(name) or file_digest(path, CheckpointError) for name, path in files.items()}
     write_json(temporary / MANIFEST, sealed({"format": FORMAT, **facts, "files": listed}))
@@ -126,7 +127,7 @@ def finish(
     if hf_files is not None:
         hf_files.write(temporary / "hf")
     write_json(temporary / STATE, state)
-    final = commit(temporary, records, facts)
+    final = commit(temporary, records, facts, newest_sequence(url) if url is not None else 0)
     if url is not None:
         upload(final, url, keep_last)
     with contextlib.suppress(OSError):

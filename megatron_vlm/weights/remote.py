@@ -12,16 +12,14 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.files import read_json, write_synced
+from megatron_vlm.files import folder_beside, read_json, replace_folder, write_json, write_synced
 from megatron_vlm.log import get_logger
 from megatron_vlm.weights.checkpoint_dir import (
     MANIFEST,
@@ -67,10 +65,28 @@ def upload(folder: Path, url: str, keep_last: int | None) -> None:
     for name in [*record.files, MANIFEST]:
         store.put(folder / name, f"{folder.name}/{name}")
     store.put(folder.parent / TRACKER, TRACKER)
-    older = [number for number in store.sequences() if number <= iteration_of(folder)]
-    for number in older[: -keep_last if keep_last is not None else 0]:
-        store.remove(f"{folder_name(number)}/{MANIFEST}")
-        store.remove(folder_name(number))
+    if keep_last is not None:
+        _purge(store, iteration_of(folder), keep_last)
+
+
+def _purge(store: "Store", newest: int, keep_last: int) -> None:
+    """Removes what ``upload`` says, and what killed uploads and removals left. The new checkpoint is whole: no failure is its."""
+    try:
+        kept = [number for number in store.sequences() if number <= newest][-keep_last:]
+        for number in store.iterations():
+            if number <= newest and number not in kept:
+                store.remove(f"{folder_name(number)}/{MANIFEST}")
+                store.remove(folder_name(number))
+    except CheckpointError as error:
+        log.warning("old checkpoints of %s stay: %s", store.url, error)
+
+
+def newest_sequence(url: str) -> int:
+    """The number of the last save in the store; 0: none is there, or the store does not answer, which ``upload`` tells."""
+    try:
+        return max(Store(url).sequences().values(), default=0)
+    except CheckpointError:
+        return 0
 
 
 def fetch(url: str, into: Path | None = None, ckpt_step: int | None = None) -> Path:
@@ -104,6 +120,8 @@ def fetch(url: str, into: Path | None = None, ckpt_step: int | None = None) -> P
         for number in wanted:
             try:
                 found = _fetch_iteration(store, root, number)
+            except _NoAnswer:  # what lies there may be sound: an older one would lose the work since
+                raise
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
@@ -123,6 +141,10 @@ def iterations(url: str) -> list[int]:
         CheckpointError: the store does not answer.
     """
     return sorted(Store(url).sequences())
+
+
+class _NoAnswer(CheckpointError):
+    """A store failed each time it was tried."""
 
 
 class Store:
@@ -183,29 +205,34 @@ class Store:
     def sequences(self) -> dict[int, int]:
         """Iterations with a manifest -> the number in it that grows with every save; in order of iterations."""
         found = {}
-        for path in self._list():
-            folder = Path(path)
-            if not is_iteration(folder):
-                continue
+        for number in self.iterations():
+            name = f"{folder_name(number)}/{MANIFEST}"
             with contextlib.suppress(FileNotFoundError):  # being removed, or not whole yet
-                what = f"reading {self.url}/{folder.name}/{MANIFEST}"
-                text = self._try(what, partial(self._files.cat_file, f"{self._root}/{folder.name}/{MANIFEST}"))
-                try:
-                    found[iteration_of(folder)] = int(json.loads(text).get(SEQUENCE, 0))
-                except (ValueError, TypeError, AttributeError):  # damaged: told of where it is fetched
-                    found[iteration_of(folder)] = 0
-        return dict(sorted(found.items()))
+                text = self._try(f"reading {self.url}/{name}", partial(self._files.cat_file, f"{self._root}/{name}"))
+                found[number] = _sequence(text)
+        return found
 
-    def files(self) -> dict[str, int]:
-        """Files below this folder -> their sizes."""
-        found = self._try(f"listing {self.url}", lambda: self._files.find(self._root, detail=True))
-        return {path.removeprefix(self._root).lstrip("/"): entry["size"] for path, entry in found.items()}
-
-    def _list(self) -> list[str]:
+    def iterations(self) -> list[int]:
+        """Iterations that have a folder, whole or not, in order."""
         try:
-            return self._try(f"listing {self.url}", lambda: self._files.ls(self._root, detail=False))
+            paths = self._try(f"listing {self.url}", lambda: self._files.ls(self._root, detail=False))
         except FileNotFoundError:
             return []
+        return sorted(iteration_of(Path(path)) for path in paths if is_iteration(Path(path)))
+
+    def files(self) -> dict[str, tuple[int, str]]:
+        """Files below this folder -> (size, digest of what the store says of it: its own digest or date among that)."""
+        try:
+            found = self._try(f"listing {self.url}", lambda: self._files.find(self._root, detail=True))
+        except FileNotFoundError:
+            return {}
+        return {
+            path.removeprefix(self._root).lstrip("/"): (
+                entry["size"],
+                hashlib.sha256(repr(sorted(entry.items())).encode()).hexdigest(),
+            )
+            for path, entry in found.items()
+        }
 
     def _try(self, what: str, work: Callable[[], T]) -> T:
         """Raises FileNotFoundError as it is, and CheckpointError for all else that lasts."""
@@ -218,23 +245,34 @@ class Store:
             except Exception as error:  # each store has classes of its own for what goes wrong
                 reason = f"{type(error).__name__}: {error}"
                 if not left:
-                    raise CheckpointError(f"{what} failed {_TRIES} times, the last with {reason}") from error
+                    raise _NoAnswer(f"{what} failed {_TRIES} times, the last with {reason}") from error
                 log.warning("%s failed, %d more tries, the next in %g s: %s", what, left, wait, reason)
                 time.sleep(wait)
                 wait *= 2
         raise AssertionError
 
 
+def _sequence(manifest: bytes) -> int:
+    """Of a checkpoint, the number that grows with every save; 0: damaged, which is told where it is fetched."""
+    try:
+        return int(json.loads(manifest).get(SEQUENCE, 0))
+    except (ValueError, TypeError, AttributeError):
+        return 0
+
+
 def _fetch_iteration(store: Store, root: Path, number: int) -> Path:
     name = folder_name(number)
     final = root / name
-    with _beside(final) as temporary:
+    with folder_beside(final) as temporary:
         try:
             store.get(f"{name}/{MANIFEST}", temporary / MANIFEST)
         except FileNotFoundError as error:
             raise CheckpointError(f"{store.url}/{name} has no {MANIFEST}: it is not there, or not whole") from error
-        if _same(temporary / MANIFEST, final / MANIFEST):
-            with contextlib.suppress(CheckpointError):
+        there = (temporary / MANIFEST).read_bytes()
+        with contextlib.suppress(CheckpointError, OSError):
+            here = (final / MANIFEST).read_bytes()
+            # A later save of this iteration that the store has not got, as it did not answer, is not replaced.
+            if here == there or _sequence(here) > _sequence(there):
                 verify(final, hashes=False)
                 return final
         listed = read_json(temporary / MANIFEST, CheckpointError)
@@ -245,26 +283,29 @@ def _fetch_iteration(store: Store, root: Path, number: int) -> Path:
             except FileNotFoundError as error:
                 raise CheckpointError(f"{store.url}/{name}/{file} is missing: {MANIFEST} lists it") from error
         verify(temporary)
-        _replace(temporary, final)
+        replace_folder(temporary, final)
     write_synced(root / TRACKER, f"{number}\n".encode())
     log.info("fetched %s/%s to %s in %.1f s", store.url, name, final, time.monotonic() - began)
     return final
 
 
 def _fetch_model(store: Store, root: Path) -> Path:
-    files, final = store.files(), root / _MODEL
+    files, final, known = store.files(), root / _MODEL, root / f"{_MODEL}.json"
     if not files:
         raise CheckpointError(f"{store.url} holds nothing: neither checkpoints nor a model")
-    if all((final / name).is_file() and (final / name).stat().st_size == size for name, size in files.items()):
-        return final
-    with _beside(final) as temporary:
-        for name, size in files.items():
+    stamps = {name: stamp for name, (_, stamp) in files.items()}
+    with contextlib.suppress(CheckpointError):
+        if all((final / name).is_file() for name in files) and read_json(known, CheckpointError) == stamps:
+            return final
+    with folder_beside(final) as temporary:
+        for name, (size, _) in files.items():
             if ".." in Path(name).parts:
                 raise CheckpointError(f"{store.url} holds {name!r}, which leads out of the folder")
             store.get(name, temporary / name)
             if (found := (temporary / name).stat().st_size) != size:
                 raise CheckpointError(f"{store.url}/{name} has {size:,} bytes, {found:,} came: fetch it again")
-        _replace(temporary, final)
+        replace_folder(temporary, final)
+    write_json(known, stamps)
     return final
 
 
@@ -274,26 +315,3 @@ def _names(manifest: dict[str, Any], store: Store, name: str) -> list[str]:
     if not isinstance(files, dict) or any(Path(file).is_absolute() or ".." in Path(file).parts for file in files):
         raise CheckpointError(f"{store.url}/{name}/{MANIFEST} is damaged: its list of files cannot be read")
     return list(files)
-
-
-def _same(one: Path, other: Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()
-
-
-@contextlib.contextmanager
-def _beside(final: Path) -> Iterator[Path]:
-    """A temporary folder, under a name that is cleared away as what a killed save left."""
-    temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:12]}")
-    temporary.mkdir()
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    if final.exists():
-        old = final.with_name(f"{final.name}.old-{uuid.uuid4().hex[:12]}")
-        os.rename(final, old)
-        shutil.rmtree(old, ignore_errors=True)
-    os.rename(temporary, final)

@@ -137,6 +137,11 @@ class SaveProcess:
             raise CheckpointError(failure)
         return value
 
+    def abandon(self) -> None:
+        """Ends the process if it has a job whose result was not asked for."""
+        if self._busy:
+            self.close()
+
     def close(self) -> None:
         """Ends the process, in the middle of its job if it has one."""
         if self._process is not None:

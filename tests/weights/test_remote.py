@@ -7,6 +7,7 @@ import pytest
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.weights import remote
 from megatron_vlm.weights.checkpoint_dir import TRACKER, iterations, verify
+from megatron_vlm.weights.checkpoint_write import begin, finish
 from megatron_vlm.weights.hf_io import resolve_directory
 from tests.weights.checkpoint_folders import make
 from tests.weights.store import BUCKET, s3_store
@@ -114,3 +115,75 @@ def test_a_store_that_refuses_is_tried_again_and_then_named(store, tmp_path, mon
         remote.iterations("s3://nobody/x")
     with pytest.raises(CheckpointError, match=r"foo://x cannot be used \(Protocol not known: foo"):
         remote.iterations("foo://x")
+
+
+def test_a_run_that_went_back_on_another_host_is_the_newest(store, tmp_path):
+    """Its folder knows of one save, the store of three: the next one comes after all of them."""
+    url, here = f"s3://{BUCKET}/f", tmp_path / "here"
+    for iteration in (1, 2, 3):
+        remote.upload(make(here, iteration), url, None)
+    assert remote.newest_sequence(url) == 3 and remote.newest_sequence(f"s3://{BUCKET}/nobody") == 0
+    back = remote.fetch(url, into=tmp_path / "back", ckpt_step=1)
+    temporary = begin(back, 2, 100)
+    (temporary / "x").write_text("x")
+    finish(temporary, {}, {"num_ranks": 0}, {}, None, None, (), url)
+    found = remote.fetch(url)
+    assert found.name == "iter_0000002" and (found / "x").is_file()
+
+
+def test_a_later_save_that_the_store_has_not_got_stays(store, tmp_path):
+    url, mine = f"s3://{BUCKET}/g", tmp_path / "mine"
+    remote.upload(make(tmp_path / "other", 4, b"old", after=3), url, None)
+    make(mine, 4, b"new", after=4)
+    remote.fetch(url, into=mine)
+    assert (mine / "iter_0000004" / "rank0.safetensors").read_bytes() == b"new"
+
+
+def test_a_model_that_changed_there_comes_again(store, tmp_path):
+    """Of the same size: what the store says of a file counts, and only a change brings it again."""
+    url = f"s3://{BUCKET}/h"
+    store.pipe_file(f"{BUCKET}/h/model.safetensors", b"one")
+    found = remote.fetch(url) / "model.safetensors"
+    stamp = found.stat().st_ino
+    assert remote.fetch(url) / found.name == found and found.stat().st_ino == stamp
+    store.pipe_file(f"{BUCKET}/h/model.safetensors", b"two")
+    assert (remote.fetch(url) / found.name).read_bytes() == b"two"
+
+
+def test_what_is_old_goes_and_its_failures_are_not_the_saves(store, tmp_path, monkeypatch, caplog):
+    url, here = f"s3://{BUCKET}/i", tmp_path / "here"
+    store.pipe_file(f"{BUCKET}/i/iter_0000001/rank0.safetensors", b"of an upload that was killed")
+    remote.upload(make(here, 2), url, keep_last=2)
+    assert not store.exists(f"{BUCKET}/i/iter_0000001")
+    remote.upload(make(here, 3), url, keep_last=2)
+
+    def refuse(*_, **__):
+        raise PermissionError("Access Denied")
+
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", logger="megatron_vlm"):
+        patch.setattr(store, "rm", refuse)
+        patch.setattr(
+            remote.Store, "remove", lambda self, name: self._try("removing", refuse) if "2/" in name else None
+        )
+        remote.upload(make(here, 4), url, keep_last=2)
+    assert f"old checkpoints of {url} stay: removing failed 4 times" in caplog.text
+    assert remote.iterations(url) == [2, 3, 4]
+
+
+def test_a_store_that_does_not_answer_is_not_a_damaged_checkpoint(store, tmp_path, monkeypatch):
+    """An older iteration in its place would lose the work since."""
+    url, here = f"s3://{BUCKET}/j", tmp_path / "here"
+    for iteration in (1, 2):
+        remote.upload(make(here, iteration), url, None)
+    real = store.get_file
+
+    def refuse(there, path, **options):
+        if "2/rank0" in there:
+            raise ConnectionError("reset")
+        return real(there, path, **options)
+
+    monkeypatch.setattr(store, "get_file", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"iter_0000002/rank0.safetensors failed 4 times, the last with Connection"
+    ):
+        remote.fetch(url)

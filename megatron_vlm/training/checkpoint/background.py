@@ -45,6 +45,7 @@ class _Flight:
 
     Attributes:
         content: what is saved; its tensors are in the copy.
+        last: no save follows, so its failure is the run's.
         phase: what it waits for.
         folder: temporary, once there is one.
         until: end of a pause.
@@ -52,6 +53,7 @@ class _Flight:
 
     content: Content
     tries: Tries
+    last: bool
     phase: Literal["writing", "committing", "pausing"] = "writing"
     folder: Path | None = None
     until: float = 0.0
@@ -82,8 +84,12 @@ class BackgroundSaves:
         self._image = HostImage()
         self.process = SaveProcess(self._image)
 
-    def begin(self, content: Content) -> bool:
+    def begin(self, content: Content, last: bool = False) -> bool:
         """Copies ``content`` and starts to write it; nothing may be in flight. False: a host has no memory for the copy.
+
+        Args:
+            content: what.
+            last: no save follows, so its failure is the run's.
 
         Raises:
             CheckpointError: on every rank: the first try failed at its start, and ``checkpoint.on_save_failure`` is to stop.
@@ -93,17 +99,18 @@ class BackgroundSaves:
         need = (content.file.num_bytes - self._image.capacity) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if any_rank(need > available_memory() - _SPARE_BYTES, self._device):
             return False
-        with checkpoint_work(content.what, self._device), torch.no_grad():
-            content.file.copy_to(self._image)
-        self._flight = _Flight(content, Tries(self._config))
-        self._write(self._flight, last=False)
+        try:
+            with checkpoint_work(content.what, self._device), torch.no_grad():
+                content.file.copy_to(self._image)
+        except CheckpointError as error:
+            log.warning("no copy of iteration %d: %s", content.iteration, error)
+            return False
+        self._flight = _Flight(content, Tries(self._config), last)
+        self._write(self._flight)
         return True
 
-    def advance(self, last: bool = False) -> None:
+    def advance(self) -> None:
         """Looks once at what is in flight, and takes it further.
-
-        Args:
-            last: no save follows, so its failure is the run's.
 
         Raises:
             CheckpointError: on every rank: given up, and the run is to stop.
@@ -118,17 +125,17 @@ class BackgroundSaves:
         if any_rank(not ready, self._device):
             return
         if flight.phase == "pausing":
-            self._write(flight, last)
+            self._write(flight)
         elif flight.phase == "writing":
-            self._commit(flight, last)
+            self._commit(flight)
         else:
-            self._conclude(flight, last)
+            self._conclude(flight)
 
-    def wait(self, last: bool = False) -> None:
+    def wait(self) -> None:
         """Waits until nothing is in flight; see ``advance``."""
         began = warned = time.monotonic()
         while self._flight is not None:
-            self.advance(last)
+            self.advance()
             if time.monotonic() - warned > _SLOW_SECONDS:
                 warned = time.monotonic()
                 log.warning(
@@ -146,7 +153,7 @@ class BackgroundSaves:
         self.process.close()
         self._image.close()
 
-    def _write(self, flight: _Flight, last: bool) -> None:
+    def _write(self, flight: _Flight) -> None:
         content = flight.content
         try:
             folder = flight.folder = open_folder(self._config, content, self._device)
@@ -155,9 +162,9 @@ class BackgroundSaves:
                 self.process.start(write_image, folder / content.file.name, image.descriptor, image.size)
             flight.phase = "writing"
         except CheckpointError as error:
-            self._failed(flight, error, last)
+            self._failed(flight, error)
 
-    def _commit(self, flight: _Flight, last: bool) -> None:
+    def _commit(self, flight: _Flight) -> None:
         content, record = flight.content, None
         assert flight.folder is not None
         try:
@@ -171,24 +178,25 @@ class BackgroundSaves:
                     self.process.start(checkpoint_write.finish, *arguments)
             flight.phase = "committing"
         except CheckpointError as error:
-            self._failed(flight, error, last)
+            self._failed(flight, error)
 
-    def _conclude(self, flight: _Flight, last: bool) -> None:
+    def _conclude(self, flight: _Flight) -> None:
         content = flight.content
         try:
             with checkpoint_work(content.what, self._device):
                 self.process.result()
         except CheckpointError as error:
-            self._failed(flight, error, last)
+            self._failed(flight, error)
             return
         self._flight = None
         place, seconds = content.place(self._config), time.monotonic() - flight.began
         log.info("saved %s (%.2f GB) in the background, %.1f s after its step", place, content.num_bytes / 1e9, seconds)
 
-    def _failed(self, flight: _Flight, error: CheckpointError, last: bool) -> None:
+    def _failed(self, flight: _Flight, error: CheckpointError) -> None:
+        self.process.abandon()  # another rank failed, this one may be at work
         if flight.folder is not None and flight.content.rank == 0:
             checkpoint_write.discard(flight.folder)
         flight.folder, self._flight = None, None
-        wait = flight.tries.failed(error, last)  # raises where the run is to stop
+        wait = flight.tries.failed(error, flight.last)  # raises where the run is to stop
         if wait is not None:
             flight.phase, flight.until, self._flight = "pausing", time.monotonic() + wait, flight

@@ -1,5 +1,6 @@
 """The section ``checkpoint`` of a run."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -102,4 +103,6 @@ class CheckpointConfig(Config):
         """Where they are written on this host; None: nowhere."""
         if self.url is None:
             return Path(self.save) if self.save is not None else None
-        return Path(self.staging or Path("runs", self.url.rstrip("/").rpartition("/")[2]))
+        url = self.url.rstrip("/")  # others may end in the same name
+        digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+        return Path(self.staging or Path("runs", f"{url.rpartition('/')[2]}-{digest}"))

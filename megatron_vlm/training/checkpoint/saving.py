@@ -111,11 +111,9 @@ class Saver:
                 waited,
                 before,
             )
-        if last:
-            return False
         began = time.monotonic()
         content = collect(self._config, self._model, self._optimizer, state, self._origin)
-        if not background.begin(content):
+        if not background.begin(content, last):
             log.warning(
                 "iteration %d is written in the step: a host has no memory free for a copy of its part of %.2f GB "
                 "(checkpoint.async_save)",
@@ -124,7 +122,12 @@ class Saver:
             )
             return False
         seconds = time.monotonic() - began
-        log.info("iteration %d was copied in %.2f s and is written while training goes on", content.iteration, seconds)
+        if last:
+            background.wait()
+        else:
+            log.info(
+                "iteration %d was copied in %.2f s and is written while training goes on", content.iteration, seconds
+            )
         return True
 
     def _save_now(self, state: dict[str, Any], last: bool) -> None:

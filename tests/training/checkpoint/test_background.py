@@ -48,24 +48,31 @@ def in_step_and_in_background(hf_dir: str, root: str, parallel: dict) -> list[st
 
 
 def troubled(hf_dir: str, root: str, fields: dict) -> list[str]:
-    """Saves of which rank 1's file may not grow, or its saving process is killed; returns what each came to."""
+    """Saves of which rank 1's file may not grow, or its saving process is killed or does not start; returns what each came to."""
     from megatron_vlm.errors import CheckpointError
 
     fields = {"save_retry_seconds": 0.01, **fields}
     run, saves, collect = background_run(hf_dir, root, {}, fields)
     run.train(1)
     told = []
-    for trouble in ("", "full", "full for long", "killed"):
+
+    def refuse_once(*arguments):
+        saves.process.start = start
+        raise OSError("no more processes")
+
+    for trouble in ("", "full", "full for long", "killed", "none starts"):
         content = collect()
         try:
             if trouble and run.topology.rank == 1:
                 pid = saves.process.pid
-                if trouble == "killed":
+                if trouble == "none starts":
+                    start, saves.process.start = saves.process.start, refuse_once
+                elif trouble == "killed":
                     os.kill(pid, signal.SIGSTOP)
                 else:
                     resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
             assert saves.begin(content)
-            assert saves.iteration == run.iteration
+            assert saves.iteration == run.iteration or trouble == "none starts"
             if trouble == "killed" and run.topology.rank == 1:
                 os.kill(pid, signal.SIGKILL)
             while saves.iteration is not None and saves._flight.phase != "pausing":
@@ -96,10 +103,10 @@ def test_a_failed_one_is_tried_again_then_raised_on_every_rank_or_given_up(twins
     assert first == second
     assert first[0] == first[1] == first[3] == "" and "rank1.safetensors failed" in first[2]
     whole = ["iter_0000001", "iter_0000002", "iter_0000004", "latest_checkpointed_iteration.txt"]
-    assert first[4:] == whole
+    assert first[4] == "" and first[5:] == [*whole[:3], "iter_0000005", whole[3]]
     fields = {"save_retries": 0, "on_save_failure": "continue"}
     first, second = run_distributed(troubled, twins("mistral"), str(tmp_path / "on"), fields, dp=2)
-    assert first == second == ["", "", "", "", whole[0], whole[3]]
+    assert first == second == ["", "", "", "", "", whole[0], whole[3]]
 
 
 def test_a_run_with_it_ends_as_one_without(command, tmp_path):
@@ -117,4 +124,4 @@ def test_a_run_with_it_ends_as_one_without(command, tmp_path):
         mine, other = (sorted((tmp_path / out / f"iter_000000{number}").glob("rank*")) for out in argv)
         assert [path.read_bytes() for path in mine] == [path.read_bytes() for path in other] and len(mine) == 2
     log = (tmp_path / "background" / "train.log").read_text()
-    assert log.count("is written while training goes on") == log.count("in the background") == 4
+    assert log.count("is written while training goes on") == 4 and log.count("in the background") == 5

@@ -46,7 +46,9 @@ def test_saved_to_s3_in_the_background_and_gone_on_with_elsewhere(command, tmp_p
 
 
 def test_settings():
-    assert CheckpointConfig(save="s3://b/x/run/").folder == Path("runs/run")
+    one, other = (CheckpointConfig(save=f"s3://b/{name}/run/").folder for name in "xy")
+    assert one != other and one.parent == Path("runs") and one.name.startswith("run-")  # never another run's folder
+    assert CheckpointConfig(save="s3://b/x/run").folder == one
     config = CheckpointConfig(save="s3://b/run", staging="here")
     assert (config.url, config.folder) == ("s3://b/run", Path("here"))
     assert (CheckpointConfig(save="d").url, CheckpointConfig(save="d").folder) == (None, Path("d"))

@@ -18,7 +18,7 @@ from torch import nn
 from megatron_vlm.layers.core_attention import CoreAttention
 from megatron_vlm.layers.fused import FusedMLP, FusedSelfAttention
 from megatron_vlm.layers.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
-from megatron_vlm.layers.norm import LayerNorm, RMSNorm
+from megatron_vlm.layers.norm import HeadRMSNorm, LayerNorm, RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Backend:
         column, row: linears.
         unbiased_column: a column parallel one that never has a bias.
         norms: by megatron-core's ``normalization``.
+        head_norm: of each head of queries and keys.
         mlp: two linears and what lies between them.
         self_attention: linears, and core attention between them.
         core_attention: over a row's segments.
@@ -39,6 +40,7 @@ class Backend:
     row: type[RowLinear]
     unbiased_column: type[ColumnLinear]
     norms: dict[str, type[nn.Module]]
+    head_norm: type[nn.Module]
     mlp: type[MLP]
     self_attention: type[SelfAttention]
     core_attention: type[nn.Module]
@@ -54,6 +56,7 @@ _LOCAL = Backend(
     row=RowLinear,
     unbiased_column=UnbiasedColumnLinear,
     norms={"RMSNorm": RMSNorm, "LayerNorm": LayerNorm},
+    head_norm=HeadRMSNorm,
     mlp=MLP,
     self_attention=SelfAttention,
     core_attention=CoreAttention,

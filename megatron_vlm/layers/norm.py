@@ -1,7 +1,8 @@
 """Normalisations with the constructor that megatron-core's layer specs call, usable with and without sequence parallelism.
 
 megatron-core's own WrappedTorchNorm refuses sequence parallelism; here the weights carry the ``sequence_parallel`` mark
-that ``finalize_model_grads`` looks for, so that their gradients are summed over the tensor parallel group.
+that ``finalize_model_grads`` looks for, so that their gradients are summed over the tensor parallel group. Its own mark for
+norms of heads, ``qk_layernorm``, goes by names: it would sum the weights of towers too, which are cut over the ranks.
 """
 
 from typing import Any
@@ -22,6 +23,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class HeadRMSNorm(RMSNorm):
+    """RMSNorm of each head of queries or keys, [..., heads, D], by one weight for all heads (Qwen3).
+
+    A tensor parallel rank has heads of its own, and so a part of the weight's gradient, which ``part_over_heads`` marks: the
+    parts are summed once a step, under sequence parallelism or not.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
+        super().__init__(config, hidden_size, eps)
+        setattr(self.weight, "sequence_parallel", False)  # noqa: B010 - or they would be summed twice
+        setattr(self.weight, "part_over_heads", True)  # noqa: B010
 
 
 class LayerNorm(nn.Module):

@@ -37,16 +37,20 @@ from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.parallel.topology import SoloGroup, Topology
 
 
-def layer_spec(config: TransformerConfig, causal: bool, layer: ModuleSpec | None = None) -> ModuleSpec:
+def layer_spec(
+    config: TransformerConfig, causal: bool, layer: ModuleSpec | None = None, qk_norm: bool = False
+) -> ModuleSpec:
     """Spec of one transformer layer, of the classes that ``layers/backend.py`` chooses for ``config``.
 
     Args:
         config: of the part that the layer belongs to.
         causal: of the attention.
         layer: a family's own class of layer, and what its constructor takes beside megatron-core's arguments.
+        qk_norm: queries and keys are normed head by head.
     """
     mask, backend = AttnMaskType.causal if causal else AttnMaskType.no_mask, backend_of(config)
     column, row, norm = backend.column, backend.row, backend.norm(config)
+    head_norm = backend.head_norm if qk_norm else None
     return ModuleSpec(
         layer.module if layer else TransformerLayer,
         params=layer.params if layer else {},
@@ -56,7 +60,11 @@ def layer_spec(config: TransformerConfig, causal: bool, layer: ModuleSpec | None
                 backend.self_attention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=backend.core_attention, linear_proj=row
+                    linear_qkv=column,
+                    core_attention=backend.core_attention,
+                    linear_proj=row,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -144,7 +152,7 @@ class Decoder(GPTModel):
         config = decoder_transformer_config(text, topology, options)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=topology.pp_rank)
         spec = TransformerBlockSubmodules(
-            layer_specs=[layer_spec(config, causal=True, layer=layer)] * layers,
+            layer_specs=[layer_spec(config, causal=True, layer=layer, qk_norm=text.qk_norm)] * layers,
             layer_norm=backend_of(config).norm(config),
         )
         super().__init__(

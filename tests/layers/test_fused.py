@@ -117,9 +117,12 @@ def check_family(name, directory, rows, compiled, **parallel):
     assert sum(off["fused"]) <= 1.1 * sum(off["local"]), name
 
 
-@pytest.mark.parametrize("name", ["idefics2", "xcomposer2"])
-def test_a_model_of_fused_layers_equals_plain_ones(name, tmp_path):
-    twin = write_small_twin(name, tmp_path)
+QWEN3 = dict(text=dict(model_type="qwen3", head_dim=12))
+
+
+@pytest.mark.parametrize("name, options", [("idefics2", {}), ("xcomposer2", {}), ("internvl3", QWEN3)])
+def test_a_model_of_fused_layers_equals_plain_ones(name, options, tmp_path):
+    twin = write_small_twin(name, tmp_path, **options)
     rows = [twin.row(specs, seed=i) for i, specs in enumerate(SPECS)]
     check_family(name, twin.directory, rows, False, recompute_granularity="full" if name == "xcomposer2" else None)
 

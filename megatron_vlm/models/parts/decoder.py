@@ -11,7 +11,7 @@ from megatron_vlm.weights.mapping import ROW, VOCAB, Entry, direct, gated, qkv
 
 _MAX_TP = 64
 _NO_BOUND = 1 << 30
-_TYPES = ("llama", "mistral", "qwen2")
+_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class TextConfig(Config):
         sliding_window: keys a query sees, itself included (Mistral); None: all before it.
         vocab_size: true vocabulary, without padding for tensor parallelism.
         qkv_bias: the query, key and value projections have biases (Qwen2).
+        qk_norm: queries and keys are RMS-normed head by head before RoPE, one weight for all heads of a layer (Qwen3).
         rope_scaling: of RoPE beyond trained positions; None: none.
     """
 
@@ -40,6 +41,7 @@ class TextConfig(Config):
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
+    qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
 
     @property
@@ -50,7 +52,7 @@ class TextConfig(Config):
 
 
 def text_config(hf: Any, tie_word_embeddings: bool | None = None) -> TextConfig:
-    """Resolves transformers' config of a Llama, Mistral or Qwen2 model; it has filled in the defaults, nothing is assumed.
+    """Resolves transformers' config of a Llama, Mistral, Qwen2 or Qwen3 model; it has filled in the defaults, nothing is assumed.
 
     Args:
         hf: transformers' config object.
@@ -67,9 +69,9 @@ def text_config(hf: Any, tie_word_embeddings: bool | None = None) -> TextConfig:
             raise ConfigError(f"text_config.{name} true is not built")
     heads = hf.num_attention_heads
     window = getattr(hf, "sliding_window", None)
-    if hf.model_type == "qwen2":
+    if hf.model_type in ("qwen2", "qwen3"):
         if getattr(hf, "use_sliding_window", False):
-            raise ConfigError("text_config.use_sliding_window true is not built for Qwen2: set it to false")
+            raise ConfigError("text_config.use_sliding_window true is not built for Qwen2 and Qwen3: set it to false")
         window = None
     rope = dict(getattr(hf, "rope_parameters", None) or {})
     return TextConfig(
@@ -87,6 +89,7 @@ def text_config(hf: Any, tie_word_embeddings: bool | None = None) -> TextConfig:
         sliding_window=window,
         tie_word_embeddings=bool(hf.tie_word_embeddings if tie_word_embeddings is None else tie_word_embeddings),
         qkv_bias=hf.model_type == "qwen2",
+        qk_norm=hf.model_type == "qwen3",
         rope_scaling=RopeScaling.read(rope),
     )
 
@@ -112,7 +115,7 @@ def check_tensor_parallel(text: TextConfig, tp: int) -> None:
 
 
 def llama_entries(text: TextConfig, prefix: str = "model.", head: str = "lm_head.weight") -> list[Entry]:
-    """Weight map of a decoder whose HF names are those of Llama, Mistral and Qwen2.
+    """Weight map of a decoder whose HF names are those of Llama, Mistral, Qwen2 and Qwen3.
 
     Args:
         text: the decoder.
@@ -133,6 +136,10 @@ def llama_entries(text: TextConfig, prefix: str = "model.", head: str = "lm_head
             )
             for kind in (("weight", "bias") if text.qkv_bias else ("weight",))
         ]
+        if text.qk_norm:
+            entries += [
+                direct(f"{m}self_attention.{x}_layernorm.weight", f"{h}self_attn.{x}_norm.weight") for x in "qk"
+            ]
         entries += [
             direct(m + "self_attention.linear_proj.weight", h + "self_attn.o_proj.weight", ROW),
             direct(m + "pre_mlp_layernorm.weight", h + "post_attention_layernorm.weight"),

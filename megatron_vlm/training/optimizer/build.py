@@ -70,6 +70,9 @@ def finish_gradients(model: Model, chunks: Any, num_tokens: Any = None, **rest: 
     if topology.encodes_ahead:
         ahead.finish(model)
     finalize_model_grads(chunks, num_tokens, **rest)
+    if topology.tp > 1:
+        parts = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "part_over_heads", False)]
+        sum_over(main_gradients([p for p in parts if p.requires_grad]), topology.tp_group)
     if topology.whole_tower and not stage.holds_copies:
         # After the sum over data parallel ranks, which may have begun in the last backward pass: sums commute, and tensor
         # parallel ranks hold the same shards of them.

@@ -119,10 +119,9 @@ class FullySharded(nn.Module):
             rows.main_grad = torch.zeros_like(rows) if grad is None else grad.to_local()
             if hasattr(rows, "trained_rows"):
                 rows.main_grad *= rows.trained_rows
-            part_of_sum = self.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
-            if part_of_sum or (
-                whole_tower and group_of(name) != "llm"
-            ):  # tensor parallel ranks had images of their own
+            over_tokens = self.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+            own_images = whole_tower and group_of(name) != "llm"
+            if over_tokens or own_images or getattr(parameter, "part_over_heads", False):
                 summed.append(rows.main_grad)
         if summed and self.topology.tp > 1:
             flat = _flatten_dense_tensors(summed)

@@ -9,8 +9,12 @@ from megatron_vlm.testing.twins.internvl3 import make_samples, write_tiny_intern
 # Texts first, so that a rank without images meets one with; 0, 1 and 3 images of several tiles.
 ROWS = [[([], 23)], [([2], 14), ([], 9)], [([1, 3], 7)], [([], 17)]]
 TWINS = {
-    # Queries and keys normed over heads that lie on several ranks.
-    "": dict(vision=dict(attention_bias=False, use_qk_norm=True, norm_type="rms_norm")),
+    # In the tower, queries and keys normed over heads that lie on several ranks; in the decoder each head, by a weight that
+    # ranks share. As of InternVL3.5-38B.
+    "": dict(
+        vision=dict(attention_bias=False, use_qk_norm=True, norm_type="rms_norm"),
+        text=dict(model_type="qwen3", head_dim=12, num_key_value_heads=2),
+    ),
     "odd_heads": dict(vision=dict(num_attention_heads=3), tie=True),
 }
 
@@ -38,7 +42,14 @@ def checks(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "case", [*PAIRWISE_SMALL, Case(tp=2, twin="odd_heads"), Case(tp=2, cp=2, vision="share", updates=2)], ids=str
+    "case",
+    [
+        *PAIRWISE_SMALL,
+        Case(tp=4, updates=2),  # more ranks than key/value heads
+        Case(tp=2, twin="odd_heads"),
+        Case(tp=2, cp=2, vision="share", updates=2),
+    ],
+    ids=str,
 )
 def test_layout_equals_one_process(checks, case):
     checks(case.twin).check(case)

@@ -11,7 +11,7 @@ from transformers import InternVLForConditionalGeneration
 
 from megatron_vlm import registry
 from megatron_vlm.data.row import row_from_samples
-from megatron_vlm.layers.norm import LayerNorm, RMSNorm
+from megatron_vlm.layers.norm import HeadRMSNorm, LayerNorm, RMSNorm
 from megatron_vlm.layers.vision import internvit
 from megatron_vlm.models.families.internvl3 import model as internvl3
 from megatron_vlm.models.families.internvl3.mapping import NAMES
@@ -27,8 +27,10 @@ TIMES = 30
 # Tiles of each image, and text tokens: 0, 1 and 3 images in one row.
 SAMPLES = [([3], 14), ([], 23), ([1, 2, 5], 9), ([1], 5)]
 SIX_B = dict(num_attention_heads=3, attention_bias=False, use_qk_norm=True, norm_type="rms_norm")
+QWEN3 = dict(model_type="qwen3", head_dim=12, num_key_value_heads=2)
 TWINS = {
     "300m": ({}, None),
+    "qwen3": (dict(text=QWEN3), None),
     "6b": (dict(vision=SIX_B), None),
     "tied": (dict(tie=True), None),
     "interpolated": ({}, 48),  # tiles larger than those that the positions were learned on
@@ -88,6 +90,11 @@ def norm_per_head(self, x):
     return weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
+def norm_together(self, x):
+    """Queries and keys normed over all heads, as InternViT-6B's are."""
+    return self.weight * x * torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + self.eps)
+
+
 def scale_eps(module, kind, factor):
     for part in module.modules():
         if isinstance(part, kind):
@@ -109,6 +116,15 @@ def mutate(name, model, batch, patch):
     elif name == "no layer scale":
         for layer in layers:
             layer.mlp_bda.scale.data.fill_(1.0)
+    elif name == "heads not normed":
+        for layer in model.language_model.decoder.layers:
+            layer.self_attention.q_layernorm = layer.self_attention.k_layernorm = nn.Identity()
+    elif name == "heads normed together":
+        patch(HeadRMSNorm, "forward", norm_together)
+    elif name == "norms of queries and keys exchanged":
+        for layer in model.language_model.decoder.layers:
+            attention = layer.self_attention
+            attention.q_layernorm, attention.k_layernorm = attention.k_layernorm, attention.q_layernorm
     elif name == "no bias of keys and queries in the decoder":
         for layer in model.language_model.decoder.layers:
             layer.self_attention.linear_qkv.bias.data.zero_()
@@ -144,6 +160,7 @@ MUTATIONS = [
     "no norm in the connector",
     "attention across samples",
 ]
+HEAD_MUTATIONS = ["heads not normed", "heads normed together", "norms of queries and keys exchanged"]
 EPS_MUTATIONS = ["tower eps x 10", "connector eps / 10", "decoder eps x 10"]
 
 
@@ -162,6 +179,8 @@ def test_mistakes_show(twins):
     check(directory, hf, samples, MUTATIONS)
     directory, hf, _, samples = twins("6b")
     check(directory, hf, samples, ["norm per head"])
+    directory, hf, _, samples = twins("qwen3")
+    check(directory, hf, samples, HEAD_MUTATIONS)
 
 
 def test_wrong_eps_shows(tmp_path):

@@ -128,7 +128,7 @@ def choose_layout(
         # In flight are most rows on the first stage, most layers on the second, and on the last is the head.
         fullest = sorted({0, min(1, candidate.grid.pp - 1), candidate.grid.pp - 1})
         parallel = candidate.config.parallel
-        kept = (parallel.data_parallel_sharding, parallel.offload)
+        kept = (parallel.data_parallel_sharding, parallel.offload, parallel.vision_parallel)
         same = (candidate.grid.tp, candidate.grid.pp, candidate.step.layers, kept)
 
         def estimated(tried: RunConfig, trace: bool, fullest: list[int] = fullest) -> tuple[StageMemory, ...]:
@@ -242,7 +242,8 @@ def _ways(parallel: ParallelConfig, grid: Grid) -> Iterator[ParallelConfig]:
     asked, copies = parallel.data_parallel_sharding, grid.size(*COPIES)
     shardings: tuple[str, ...] = (asked,)
     if asked == "none" and copies > 1:
-        shardings = ("optimizer",) if grid.pp > 1 or parallel.ddp_bucket_size else ("optimizer", "parameters")
+        never = grid.pp > 1 or parallel.ddp_bucket_size or parallel.vision_parallel == "ahead"
+        shardings = ("optimizer",) if never else ("optimizer", "parameters")
     elif parallel.fully_sharded and copies == 1:
         shardings = ("none",)
     recomputes = (None, "full") if parallel.recompute_granularity is None else (parallel.recompute_granularity,)

@@ -128,13 +128,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add(grad: Tensor, logits: Tensor, x: Tensor, first: int, boost: float) -> None:
-    """Adds ``logits.t() @ x`` to fp32 ``grad``, unset before the chunk at 0; in fp32 with no pass but the product's."""
+    """Adds ``logits.t() @ x / boost`` to fp32 ``grad``, unset before the chunk at 0; in fp32 with no pass but the product's.
+
+    Sums over a chunk's tokens of numbers with a boost leave the range of fp16: there the product is fp32.
+    """
     if logits.dtype == grad.dtype:
         torch.mm(logits.t(), x, out=grad) if first == 0 else grad.addmm_(logits.t(), x)
         return
-    product = logits.t() @ x
-    if boost != 1.0:
-        product = product.float() / boost
+    if boost == 1.0:
+        product = logits.t() @ x
+    elif x.device.type != "cpu":
+        product = torch.mm(logits.t(), x, out_dtype=torch.float32).div_(boost)
+    else:
+        product = (logits.t().float() @ x.float()).div_(boost)
     grad.copy_(product) if first == 0 else grad.add_(product)
 
 

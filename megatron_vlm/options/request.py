@@ -31,6 +31,7 @@ EXCLUSIVE = (
     ("checkpoint.save_interval", "checkpoint.save_epochs"),
     ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_fraction"),
     ("optimizer.lr_warmup_init", "optimizer.lr_warmup_start_factor"),
+    ("parallel.data_parallel_sharding", "parallel.use_distributed_optimizer"),
 )
 
 

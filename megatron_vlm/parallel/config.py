@@ -157,7 +157,7 @@ class ParallelConfig(Config):
         old = as_bool(data["use_distributed_optimizer"])
         data = {key: value for key, value in data.items() if key != "use_distributed_optimizer"}
         given = data.get("data_parallel_sharding")
-        if old is None or (old and given == "none"):
+        if old is None or given == ("none" if old else "optimizer"):
             raise ConfigError(
                 f"{where or 'parallel'}.use_distributed_optimizer true is data_parallel_sharding optimizer, and must be true or "
                 f"false; got {old} beside {given}: leave it out"

@@ -12,7 +12,8 @@ from megatron_vlm import registry
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import EncodedSample, row_from_samples
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.parity import adapted_mapping, gradient_errors, layout_run, merge_gradients
+from megatron_vlm.testing.parity import adapted_mapping, gradient_errors, layout_run, merge_gradients, random_samples
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.weights.mapping import Mapping
 
 LOSS = 1e-5  # relative; measured 4e-6 after 10 updates
@@ -20,6 +21,8 @@ NORM = 1e-3  # relative, over 10 updates; measured 4e-5
 GRADIENT = 1e-5  # of each gradient's norm; measured 4e-6
 STEPS = 10
 VOCAB_MULTIPLE = 8
+IDEFICS2_ROWS = [[([], 23)], [([(40, 50)], 14), ([], 9)], [([(24, 48), (16, 16)], 7)], [([], 17)]]
+"""Texts first, so that a rank without images meets one with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,3 +259,18 @@ class LayoutCheck:
         mapping = mapping_of(self.spec, self.config, self.directory, self.peft, case.tp, whole)
         loss, grads = merge_gradients(results, mapping, self.config.text.vocab_size)
         return loss, grads, results[0]["history"], results
+
+
+def idefics2_check(directory: Any, rows: Sequence[Any] = IDEFICS2_ROWS, fill: int = 48, **twin: Any) -> LayoutCheck:
+    """Of an Idefics2 twin, written into ``directory`` with the options ``twin``; ``rows``: as of ``random_samples``, by row."""
+    check = LayoutCheck(
+        family="idefics2",
+        directory=str(directory),
+        hf_config=write_tiny_idefics2(directory, **twin).config.to_dict(),
+        batches=[],
+        fill=fill,
+        # A tower without RoPE: a constant added to every key changes no attention weight.
+        no_true_gradient=lambda name: "vision_model" in name and name.endswith("k_proj.bias"),
+    )
+    check.batches = [random_samples(check.config, specs, seed=i) for i, specs in enumerate(rows)]
+    return check

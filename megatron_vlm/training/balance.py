@@ -102,7 +102,7 @@ class PartWork:
         """Of ``row`` in the layout of ``config``; ``adapted``: groups with adapters, None where there are none."""
         parallel, text, flops = config.parallel, model_config.text, row.flops
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-        passes = passes_of(config.model.freeze) if adapted is None else passes_of(GROUPS, adapted)
+        passes = _passes(config, adapted)
         recomputes, layers = config.model_options.recomputes, flops.llm - flops.head
         images, tower = 0.0, model_config.vision.hidden_size if has_tower(model_config) else text.hidden_size
         for group, again in (("vision", recomputes("tower")), ("connector", recomputes("connector"))):
@@ -136,6 +136,11 @@ class PartWork:
         return found
 
 
+def _passes(config: RunConfig, adapted: Collection[str] | None) -> dict[str, int]:
+    """Over each group of the model, in a step."""
+    return passes_of(config.model.freeze) if adapted is None else passes_of(GROUPS, adapted)
+
+
 def _recomputed(config: RunConfig, model_config: FamilyConfig, flops: Flops) -> float:
     """Operations of the decoder's layers that are done again in the backward pass; of a stage's first layers, in the mean."""
     parallel, text, options = config.parallel, model_config.text, config.model_options
@@ -160,17 +165,19 @@ def _tensor_parallel(tp: int, hidden: int) -> float:
     return (1 + 16 * _link(tp) / 72 * (tp - 1) / hidden) / tp
 
 
-def settled(config: RunConfig, model_config: FamilyConfig, grid: Grid) -> RunConfig:
+def settled(
+    config: RunConfig, model_config: FamilyConfig, grid: Grid, adapted: Collection[str] | None = None
+) -> RunConfig:
     """The run with ``vision_parallel=auto`` replaced by ``ahead`` where that helps; a function of settings and model alone.
 
     That is: there are stages; a step of full rows takes at most ``_HELPS`` of its time, and is long enough to tell; and it costs
-    little memory: the tower is frozen or its layers are recomputed, and whole it is no larger than half of what a rank holds of
-    the decoder's layers.
+    little memory: no gradient flows through the tower, or its layers are recomputed, and whole it is no larger than half of what
+    a rank holds of the decoder's layers. ``adapted``: as of ``PartWork.of``.
     """
     parallel = config.parallel
     if parallel.vision_parallel != "auto" or grid.pp == 1 or parallel.fully_sharded or not has_tower(model_config):
         return config
-    if not ("vision" in config.model.freeze or config.model_options.recomputes("tower")):
+    if _passes(config, adapted)["vision"] > 1 and not config.model_options.recomputes("tower"):
         return config
     layer = (
         4 * model_config.vision.hidden_size**2
@@ -183,7 +190,7 @@ def settled(config: RunConfig, model_config: FamilyConfig, grid: Grid) -> RunCon
         return config
     ahead = config.replace(parallel=parallel.replace(vision_parallel="ahead"))
     first, then = (
-        _planned(run, model_config, grid, RowWork.of(run, model_config), None)[1].time for run in (config, ahead)
+        _planned(run, model_config, grid, RowWork.of(run, model_config), adapted)[1].time for run in (config, ahead)
     )
     return ahead if then <= _HELPS * first and first > _LONG else config
 
@@ -199,7 +206,7 @@ def planned(
 ) -> tuple[RunConfig, StepWork]:
     """The run ``settled`` and with ``decoder_layers_per_stage=auto`` replaced by the numbers that make its slowest stage as fast
     as can be, and its step; ``row`` and ``counts`` as of ``RowWork.of``, ``adapted`` as of ``PartWork.of``."""
-    config = settled(config, model_config, grid)
+    config = settled(config, model_config, grid, adapted)
     return _planned(config, model_config, grid, RowWork.of(config, model_config, row, counts), adapted)
 
 
@@ -239,7 +246,7 @@ def _shared(
     if has_tower(model_config):
         tower = model_config.vision
         numbers["vision"] = tower.num_layers * (4 * tower.hidden_size + 2 * tower.ffn_hidden_size) * tower.hidden_size
-    passes = passes_of(config.model.freeze) if adapted is None else passes_of(GROUPS, adapted)
+    passes = _passes(config, adapted)
     held = sum(numbers.values()) / grid.tp / grid.pp
     trained = sum(count for group, count in numbers.items() if passes[group] == 3) / grid.tp / grid.pp
     copies, each = grid.size(*COPIES), 0.0
@@ -261,15 +268,15 @@ def balanced(
     Raises:
         MegatronVLMError: on every rank: the data cannot be read.
     """
-    config = settled(config, model_config, config.parallel.grid(dist.get_world_size()))
+    grid, adapted = config.parallel.grid(dist.get_world_size()), plan.groups if plan else None
+    config = settled(config, model_config, grid, adapted)
     if config.parallel.decoder_layers_per_stage != "auto":
         return config
     found: list[Any] = [None]
     with together(device):
         if dist.get_rank() == 0:
-            data, grid = config.data, config.parallel.grid(dist.get_world_size())
+            data = config.data
             counts = glance(data, processor, data.train or data.valid, config.training.seed)
-            adapted = plan.groups if plan else None
             run, step = planned(config, model_config, grid, counts=counts, adapted=adapted)
             log.info("decoder layers of each stage: %s; %s", ", ".join(map(str, step.layers)), step)
             found = [run.parallel.decoder_layers_per_stage]

@@ -1,17 +1,20 @@
 """Layouts that fit: chosen in order of speed, by the estimate."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_vlm import registry
-from megatron_vlm.launch.layout import GIB, USABLE, Layout, candidates, choose_layout
+from megatron_vlm.launch import layout as layout_module
+from megatron_vlm.launch.layout import GIB, USABLE, Layout, NothingFits, candidates, choose_layout
 from megatron_vlm.parallel.grid import Grid
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import RankError, run_alone
 from megatron_vlm.testing.memory import Case
+from megatron_vlm.training import balance
 from megatron_vlm.training.memory.estimate import estimate
-from megatron_vlm.training.memory.stages import RowShape
+from megatron_vlm.training.memory.stages import RowShape, StageMemory
 
 FULL, QLORA = {}, dict(target_modules="all-linear", r=16, quantize="nf4")
 
@@ -94,6 +97,32 @@ def test_stages_are_balanced_and_what_was_asked_for_stays():
     for layout in candidates(asked, case.model_config, 2, row=case.row):
         assert layout.config.parallel.recompute_granularity == "full" and ", recomputing" in layout.name
         assert layout.config.parallel.vision_parallel == "tensor"
+
+
+def test_images_ahead_leave_grids_without_stages():
+    """Weights in shards do not go with them: that way is left out, not the grids."""
+    case, left_out = make_case(parallel=dict(vision_parallel="ahead", tensor_model_parallel_size=2)), {}
+    found = candidates(case.config(), case.model_config, 4, row=case.row, left_out=left_out)
+    assert {layout.grid for layout in found} >= {Grid(tp=2, dp=2), Grid(pp=2, dp=2), Grid(tp=4)}
+    assert not any(layout.config.parallel.fully_sharded for layout in found)
+    assert list(left_out) == [Grid(dp=4).name()] and "no effect on one rank" in left_out[Grid(dp=4).name()]
+
+
+def test_what_stays_between_steps_is_asked_for_each_way_of_images(monkeypatch):
+    """With recomputation images are encoded ahead, copies of the tower on later stages: layers are as without."""
+    asked, case = set(), make_case("idefics2")
+
+    def too_large(run, *unused, trace, **more):
+        asked.add((run.parallel.pipeline_model_parallel_size, run.parallel.vision_parallel, trace))
+        sizes = dict.fromkeys(("gradients", "optimizer", "activations", "temporary", "constant"), 0)
+        return [StageMemory(stage=0, ranks=(0, 0), parameters={}, trainable={}, weights=1 << 40, **sizes)]
+
+    monkeypatch.setattr(balance, "_HELPS", 10.0)
+    monkeypatch.setattr(balance, "_LONG", 0.0)
+    monkeypatch.setattr(layout_module, "_memory", lambda: SimpleNamespace(estimate=too_large))
+    with pytest.raises(NothingFits):
+        choose_layout(case.config(), registry.get("idefics2"), case.model_config, 2, 1 << 20, row=case.row)
+    assert {(2, "auto", False), (2, "ahead", False)} <= asked
 
 
 def test_long_rows_are_split_over_ranks():

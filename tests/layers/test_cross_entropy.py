@@ -123,6 +123,20 @@ def test_chunks_and_pieces_change_rounding_alone(dtype, adapter, monkeypatch):
             assert float((ours.grad.double() - theirs.grad).norm()) < bar * float(theirs.grad.norm())
 
 
+def test_a_channel_that_all_tokens_of_a_chunk_share_in_fp16():
+    """Its products with the gradients of 3,072 logits add up to far more than fp16 holds with the boost on them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, low, b = (torch.randn(n, w, generator=generator) for n, w in ((3072, 8), (5, 8), (3072, 3), (5, 3)))
+    hidden[:, 0], low[:, 0], targets = 6.0, 6.0, torch.randint(0, 2, (3072,), generator=generator)
+    half = [x.half().requires_grad_() for x in (hidden, weight, low, b)]
+    exact = [x.detach().float().requires_grad_() for x in half]
+    for inputs in (half, exact):
+        linear_cross_entropy_sum(*inputs[:2], targets, 5, None, tuple(inputs[2:])).backward()
+    assert exact[1].grad.abs().max() > 64 * 10 and exact[3].grad.abs().max() > 64 * 10
+    for ours, wanted in zip(half, exact):
+        assert float((ours.grad.float() - wanted.grad).norm()) < 2e-3 * float(wanted.grad.norm())
+
+
 def test_few_passes_over_the_gradient_of_the_weight(monkeypatch):
     """At 16k tokens, whatever the vocabulary: 6 products into it and the scaling of the backward pass. It was one for each
     110 tokens at 151k words, and two more."""

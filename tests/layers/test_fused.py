@@ -23,9 +23,8 @@ from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.topology import build_topology
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.layouts import GRADIENT, Case, LayoutCheck
-from megatron_vlm.testing.parity import gradient_errors, layout_gradients, random_samples
-from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.layouts import GRADIENT, Case, idefics2_check
+from megatron_vlm.testing.parity import gradient_errors, layout_gradients
 from megatron_vlm.testing.twins.small_families import NAMES, write_small_twin
 from megatron_vlm.training.run_config import RunConfig
 
@@ -246,18 +245,10 @@ def test_bytes_and_kernels_of_a_layer():
     ids=str,
 )
 def test_layouts_of_fused_layers(case, tmp_path):
-    hf_config = write_tiny_idefics2(tmp_path, text="llama", kv_heads=2, perceiver_kv_heads=1).config.to_dict()
-    config = registry.get("idefics2").config(hf_config)
-    batches = [random_samples(config, [([(24, 48)], 14), ([], 9)], seed=i) for i in range(4)]
-    LayoutCheck(
-        "idefics2",
-        str(tmp_path),
-        hf_config,
-        batches,
-        48,
-        lambda n: "vision_model" in n and n.endswith("k_proj.bias"),
-        options={"transformer_impl": "fused"},
-    ).check(case)
+    rows = [[([(24, 48)], 14), ([], 9)]] * 4
+    check = idefics2_check(tmp_path, rows, text="llama", kv_heads=2, perceiver_kv_heads=1)
+    check.options = {"transformer_impl": "fused"}
+    check.check(case)
 
 
 def test_a_run_says_what_layers_are_made_of():

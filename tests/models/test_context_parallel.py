@@ -12,9 +12,8 @@ import torch
 
 from megatron_vlm import registry
 from megatron_vlm.testing.distributed import RankError
-from megatron_vlm.testing.layouts import Case, LayoutCheck
+from megatron_vlm.testing.layouts import Case, LayoutCheck, idefics2_check
 from megatron_vlm.testing.parity import layout_run, random_samples
-from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.testing.twins.internvl3 import make_samples as internvl3_samples
 from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
 from megatron_vlm.testing.twins.xcomposer2 import make_samples as xcomposer2_samples
@@ -31,16 +30,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def idefics2(tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("twin"))
-    hf_config = write_tiny_idefics2(directory, text="mistral", sliding_window=11).config.to_dict()
-    return LayoutCheck(
-        family="idefics2",
-        directory=directory,
-        hf_config=hf_config,
-        batches=[],
-        fill=96,
-        no_true_gradient=lambda name: "vision_model" in name and name.endswith("k_proj.bias"),
-    )
+    return idefics2_check(tmp_path_factory.mktemp("twin"), rows=[], fill=96, sliding_window=11)
 
 
 @pytest.mark.parametrize(

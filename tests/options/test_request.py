@@ -8,6 +8,8 @@ import pytest
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.options.launch_config import LaunchConfig
+from megatron_vlm.options.request import read_command
+from megatron_vlm.parallel.config import ParallelConfig
 from tests.launch.commands import (
     CHAT,
     FINETUNE,
@@ -358,6 +360,19 @@ def test_a_flag_drops_what_a_file_says_of_what_it_excludes():
     assert request.run["checkpoint"]["save_epochs"] == 1.0 and "save_interval" not in request.run["checkpoint"]
     assert request.run["optimizer"] == {"lr_warmup_iters": 2}
     assert file["training"] == {"train_epochs": 1}
+
+
+def test_the_old_name_of_the_distributed_optimizer_and_the_new_one_are_one_setting(tmp_path):
+    (old := tmp_path / "old.yaml").write_text("parallel: {use_distributed_optimizer: true}\n")
+    for name in ("finetune_idefics2", "video_idefics2", "documents_idefics2", str(old)):
+        for words, wanted in (
+            ("", "optimizer"),
+            ("parallel.use_distributed_optimizer=false", "none"),
+            ("--data-parallel-sharding none", "none"),
+            ("--use-distributed-optimizer", "optimizer"),
+        ):
+            run = read_command(["--config", name, *words.split()], "train").run
+            assert ParallelConfig.from_dict(run["parallel"]).data_parallel_sharding == wanted, (name, words)
 
 
 def test_section_key_value_wins_over_a_flag_of_the_trainer():

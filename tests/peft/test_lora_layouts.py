@@ -1,17 +1,11 @@
 """Every layout trains adapters as one process does: see testing/layouts.py. Stages without anything to train included."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from megatron_vlm.conversion.open_source import open_source
-from megatron_vlm.testing.layouts import Case, LayoutCheck, whole_matrix
-from megatron_vlm.testing.parity import random_samples
-from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.layouts import Case, idefics2_check, whole_matrix
 from megatron_vlm.testing.twins.peft import random_pairs
 
-TEXT_ONLY_FIRST = [[([], 23)], [([(40, 50)], 14), ([], 9)], [([(24, 48), (16, 16)], 7)], [([], 17)]]
 EVERYTHING = dict(target_modules=r".*(_proj|fc1|fc2|lm_head)", modules_to_save=("modality_projection",), r=3, alpha=6)
 TWINS = {
     "": (dict(text="mistral", sliding_window=11), EVERYTHING),
@@ -55,19 +49,9 @@ def checks(tmp_path_factory):
         if name not in made:
             model, settings = TWINS[name]
             directory = tmp_path_factory.mktemp(name or "twin")
-            write_tiny_idefics2(directory, **model)
+            made[name] = idefics2_check(directory, **model)
             with open_source(directory) as source:
-                tensors = random_pairs(source, settings)
-                batches = [random_samples(source.config, specs, seed=i) for i, specs in enumerate(TEXT_ONLY_FIRST)]
-            made[name] = LayoutCheck(
-                "idefics2",
-                str(directory),
-                json.loads(Path(directory, "config.json").read_text()),
-                batches,
-                48,
-                lambda n: "vision_model" in n and n.endswith("k_proj.bias"),
-                {"tensors": tensors, **settings},
-            )
+                made[name].peft = {"tensors": random_pairs(source, settings), **settings}
         return made[name]
 
     return make

@@ -10,18 +10,11 @@ from torch import Tensor
 
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.distributed import run_distributed
-from megatron_vlm.testing.layouts import Case, LayoutCheck
+from megatron_vlm.testing.layouts import IDEFICS2_ROWS, Case, idefics2_check
 from megatron_vlm.testing.parity import build_for_test, layout_gradients, layout_run, random_samples
-from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
 from megatron_vlm.training.ahead import cut_passes
 
-ROWS = [
-    [([], 23)],
-    [([(40, 50)], 14), ([], 9)],
-    [([(24, 48), (16, 16)], 7)],
-    [([], 17)],
-]
 CASES = [
     Case(pp=2, cp=2, vision="ahead", recompute=True, updates=2),
     Case(tp=2, pp=2, sp=True, vp=1, vision="ahead", updates=2),
@@ -46,18 +39,7 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def idefics2(tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("twin"))
-    hf_config = write_tiny_idefics2(directory, text="mistral", sliding_window=11).config.to_dict()
-    check = LayoutCheck(
-        family="idefics2",
-        directory=directory,
-        hf_config=hf_config,
-        batches=[],
-        fill=48,
-        no_true_gradient=lambda name: "vision_model" in name and name.endswith("k_proj.bias"),
-    )
-    batches = [random_samples(check.config, specs, seed=i) for i, specs in enumerate(ROWS)]
-    return dataclasses.replace(check, batches=batches)
+    return idefics2_check(tmp_path_factory.mktemp("twin"), sliding_window=11)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -73,7 +55,7 @@ def test_more_layouts(idefics2, case):
 
 @pytest.mark.parametrize("images", ["none", pytest.param("of one replica", marks=pytest.mark.full)])
 def test_steps_and_replicas_without_images(idefics2, images):
-    specs: list[Any] = [ROWS[2] if images != "none" and i % 2 == 0 else [([], 9 + i)] for i in range(4)]
+    specs: list[Any] = [IDEFICS2_ROWS[2] if images != "none" and i % 2 == 0 else [([], 9 + i)] for i in range(4)]
     batches = [random_samples(idefics2.config, row, seed=i) for i, row in enumerate(specs)]
     check = dataclasses.replace(idefics2, batches=batches, _alone={})
     check.check(Case(pp=2, dp=2, do=True, overlap=True, vision="ahead", updates=2))

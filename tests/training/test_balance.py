@@ -64,6 +64,22 @@ def test_images_are_encoded_ahead_where_that_helps(name, grid, settings, wanted)
     assert planned_run.parallel.vision_parallel == wanted and (step.ahead > 0) == (wanted == "ahead")
 
 
+@pytest.mark.parametrize(
+    "pp, adapted, settings, wanted",
+    [
+        (8, ("llm",), {}, "ahead"),  # nothing of the tower is held for a backward pass
+        (8, ("connector", "llm"), {}, "ahead"),
+        (8, ("vision", "llm"), {}, "auto"),
+        (4, ("llm",), dict(recompute_granularity="full"), "auto"),
+        (4, ("vision", "llm"), dict(recompute_granularity="full"), "ahead"),
+    ],
+)
+def test_a_tower_without_adapters_is_a_frozen_one(pp, adapted, settings, wanted):
+    config, model_config, grid = run_of(pp, **settings), shapes.published()["Idefics2-8B"][1], Grid(pp=pp)
+    assert settled(config, model_config, grid, adapted).parallel.vision_parallel == wanted
+    assert planned(config, model_config, grid, adapted=adapted)[0].parallel.vision_parallel == wanted
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("pp", [2, 4, 8])
 @pytest.mark.parametrize("name", IMAGES)

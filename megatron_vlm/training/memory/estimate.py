@@ -78,8 +78,9 @@ def estimate(
     config.check_world(world_size)
     row = row or RowShape.expected(config, model_config)
     grid = config.parallel.grid(world_size)
-    config, _ = planned(config, model_config, grid, row=row)
     infos = full_shapes(spec, model_config) if config.peft.active else {}
+    adapted = make_plan(spec, model_config, config.peft, infos).groups if config.peft.active else None
+    config, _ = planned(config, model_config, grid, row=row, adapted=adapted)
     reports = []
     for stage in range(grid.pp) if stages is None else stages:
         with _World(config.parallel, model_config, world_size, grid.rank(pp=stage)) as topology:

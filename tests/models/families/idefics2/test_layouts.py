@@ -8,16 +8,10 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.testing.distributed import RankError, run_distributed
-from megatron_vlm.testing.layouts import EIGHT, Case, LayoutCheck, whole_matrix
+from megatron_vlm.testing.layouts import EIGHT, Case, idefics2_check, whole_matrix
 from megatron_vlm.testing.parity import layout_run, merge_gradients, random_samples
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
-TEXT_ONLY_FIRST = [
-    [([], 23)],
-    [([(40, 50)], 14), ([], 9)],
-    [([(24, 48), (16, 16)], 7)],
-    [([], 17)],
-]
 TWINS = {
     "mistral": dict(text="mistral", sliding_window=11),
     "tied": dict(text="llama", tie=True),
@@ -65,19 +59,7 @@ def checks(tmp_path_factory):
 
     def make(twin):
         if twin not in made:
-            directory = str(tmp_path_factory.mktemp(twin))
-            hf_config = write_tiny_idefics2(directory, **TWINS[twin]).config.to_dict()
-            config = registry.get("idefics2").config(hf_config)
-            batches = [random_samples(config, specs, seed=i) for i, specs in enumerate(TEXT_ONLY_FIRST)]
-            # A tower without RoPE: a constant added to every key changes no attention weight.
-            made[twin] = LayoutCheck(
-                "idefics2",
-                directory,
-                hf_config,
-                batches,
-                48,
-                lambda n: "vision_model" in n and n.endswith("k_proj.bias"),
-            )
+            made[twin] = idefics2_check(tmp_path_factory.mktemp(twin), **TWINS[twin])
         return made[twin]
 
     return make

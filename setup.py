@@ -61,6 +61,8 @@ EXTRAS = {
         "bitsandbytes==0.50.2",
         "pexpect==4.9.0",
         "playwright==1.65.2",
+        "num2words==0.5.14",  # transformers' SmolVLMProcessor
+        "gguf==0.19.0",  # weights of a published decoder, in tests that are given them
         "s3fs==2026.9.0",
         "moto==5.2.5",  # a store that speaks S3, for tests; its server is flask
         "flask==3.1.3",

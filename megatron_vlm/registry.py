@@ -208,6 +208,7 @@ FAMILIES = {
     "internvl3": "megatron_vlm.models.families.internvl3:SPEC",
     "internlm2": "megatron_vlm.models.families.internlm2:SPEC",
     "xcomposer2": "megatron_vlm.models.families.xcomposer2:SPEC",
+    "smolvlm": "megatron_vlm.models.families.smolvlm:SPEC",
     "llava_internlm2": "megatron_vlm.models.families.llava_internlm2:SPEC",
 }
 

@@ -9,6 +9,7 @@ from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
 from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
+from megatron_vlm.models.families.smolvlm.config import SmolVLMModelConfig
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
 from megatron_vlm.models.parts.clip import ClipConfig
 from megatron_vlm.models.parts.decoder import TextConfig
@@ -49,6 +50,11 @@ def internvl3(text: TextConfig, vision: Any) -> InternVL3ModelConfig:
     return InternVL3ModelConfig(text=text, vision=vision, shuffle=2, image_token_id=None, layout="chat")
 
 
+def smolvlm(text: TextConfig, vision: Any, shuffle: int) -> SmolVLMModelConfig:
+    """SmolVLM."""
+    return SmolVLMModelConfig(text=text, vision=vision, shuffle=shuffle, image_token_id=5, kind="SmolVLM")
+
+
 def llava(text: TextConfig, vision: Any) -> LlavaModelConfig:
     """LLaVA on InternLM2."""
     size = text.vocab_size - 1
@@ -68,6 +74,9 @@ def small() -> dict[str, Any]:
         ),
         "llava_internlm2": llava(decoder, clip),
         "xcomposer2": XComposer2Config(text=decoder, vision=clip, hd=True, plora_rank=16, plora_dropout=0.05),
+        "smolvlm": smolvlm(
+            text(256, 640, 4, 8, 4, 2048, tie_word_embeddings=True), tower(SiglipConfig, 128, 512, 3, 4, 112), 2
+        ),
         "internlm2": InternLM2ModelConfig(text=decoder),
     }
 
@@ -87,5 +96,9 @@ def published() -> dict[str, tuple[str, Any]]:
         "LLaVA-InternLM2-1.8B": ("llava_internlm2", llava(text(2048, 8192, 24, 16, 8, 92545), clip)),
         "Idefics2-8B": ("idefics2", idefics2(text(4096, 14336, 32, 32, 8, 32003), siglip, 16, 4, 96)),
         "InternVL3-8B": ("internvl3", internvl3(text(3584, 18944, 28, 28, 4, 151674, **qwen), vit)),
+        "SmolVLM-2.2B": (
+            "smolvlm",
+            smolvlm(text(2048, 8192, 24, 32, 32, 49280), tower(SiglipConfig, 1152, 4304, 27, 16, 384), 3),
+        ),
         "LLaVA-InternLM2-7B": ("llava_internlm2", llava(text(4096, 14336, 32, 32, 8, 92545), clip)),
     }

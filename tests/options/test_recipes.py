@@ -31,6 +31,7 @@ IDEFICS2 = (
     + pairs(8, (1152, 14336), (1152, 14336), (14336, 4096))
     + 3 * pairs(8, (4096, 1536), (4096, 384), (4096, 384), (1536, 4096), (4096, 16384), (4096, 16384), (16384, 4096))
 )
+SMOLVLM = 24 * decoder(8, 2048, 2048, 8192)
 XCOMPOSER2 = 32 * decoder(64, 4096, 1024, 14336, fused=True)
 INTERNLM2 = 24 * decoder(64, 2048, 1024, 8192, fused=True) + pairs(64, (2048, 92544))
 LLAVA_LLM = 24 * decoder(512, 2048, 1024, 8192, fused=True) + pairs(
@@ -46,8 +47,8 @@ def xcomposer2(size: int, hd: bool) -> XComposer2Config:
     return XComposer2Config(text=decoder, vision=vision, hd=hd, plora_rank=256, plora_dropout=0.05)
 
 
-INTERNVL3_8B, IDEFICS2_8B, LLAVA = (
-    published()[name] for name in ("InternVL3-8B", "Idefics2-8B", "LLaVA-InternLM2-1.8B")
+INTERNVL3_8B, IDEFICS2_8B, LLAVA, SMOLVLM_2B = (
+    published()[name] for name in ("InternVL3-8B", "Idefics2-8B", "LLaVA-InternLM2-1.8B", "SmolVLM-2.2B")
 )
 # recipe -> ((family, published model), numbers of its pairs, numbers trained in full, in 4 bits)
 CASES = {
@@ -55,6 +56,8 @@ CASES = {
     "internvl3/qlora_internvl3": (INTERNVL3_8B, INTERNVL3, 0, True),
     "lora_idefics2": (IDEFICS2_8B, IDEFICS2, 0, False),
     "qlora_idefics2": (IDEFICS2_8B, IDEFICS2, 0, True),
+    "smolvlm/lora_smolvlm": (SMOLVLM_2B, SMOLVLM, 0, False),
+    "smolvlm/qlora_smolvlm": (SMOLVLM_2B, SMOLVLM, 0, True),
     "xcomposer2/lora_xcomposer2": (("xcomposer2", xcomposer2(490, False)), XCOMPOSER2, 0, False),
     "xcomposer2/lora_xcomposer2_4khd": (("xcomposer2", xcomposer2(336, True)), XCOMPOSER2, 0, False),
     "internlm2/qlora_internlm2": (
@@ -110,7 +113,8 @@ def test_a_familys_defaults():
 
 
 def test_the_recipe_names_what_the_flag_names():
-    for name, family in (("internvl3/lora_internvl3", "internvl3"), ("xcomposer2/lora_xcomposer2", "xcomposer2")):
+    for family in ("internvl3", "xcomposer2", "smolvlm"):
+        name = f"{family}/lora_{family}"
         assert config_of(name).peft.target_modules == registry.get(family).adapters.language
 
 

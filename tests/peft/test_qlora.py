@@ -208,6 +208,7 @@ def test_linears_of_every_family(tmp_path):
     from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
     from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
     from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava_internlm2
+    from megatron_vlm.testing.twins.smolvlm import write_tiny_smolvlm
     from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 
     writers = (
@@ -216,6 +217,7 @@ def test_linears_of_every_family(tmp_path):
         write_tiny_internvl3,
         write_tiny_llava_internlm2,
         write_tiny_xcomposer2,
+        write_tiny_smolvlm,
     )
     directories = [tmp_path / writer.__name__ for writer in writers]
     for writer, directory in zip(writers, directories):

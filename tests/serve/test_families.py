@@ -13,7 +13,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.testing.parity import hf_inputs
-from megatron_vlm.testing.twins import internlm2, internvl3, llava_internlm2, xcomposer2
+from megatron_vlm.testing.twins import internlm2, internvl3, llava_internlm2, smolvlm, xcomposer2
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from tests.examples.shell import environment
 from tests.models.families.xcomposer2.reference import Reference
@@ -22,6 +22,7 @@ NEW = 8
 WRITERS = {
     "idefics2": (write_tiny_idefics2, hf_inputs),
     "internvl3": (internvl3.write_tiny_internvl3, internvl3.hf_inputs),
+    "smolvlm": (smolvlm.write_tiny_smolvlm, smolvlm.hf_inputs),
     "internlm2": (internlm2.write_tiny_internlm2, internlm2.llama_inputs),
     "llava_internlm2": (llava_internlm2.write_tiny_llava_internlm2, llava_internlm2.llava_inputs),
     "xcomposer2": (lambda folder: xcomposer2.write_tiny_xcomposer2(folder, "7b"), None),

@@ -228,6 +228,16 @@ def size_within(width: int, height: int, longest: int, shortest: int) -> tuple[i
     return max(width, shortest), max(height, shortest)
 
 
+def size_of_longest(width: int, height: int, longest: int) -> tuple[int, int]:
+    """Width and height with the longer edge at ``longest``, the other one even, as transformers' Idefics3 resizes."""
+    aspect_ratio = width / height
+    if width >= height:
+        height = int(longest / aspect_ratio)
+        return longest, max(1, height + height % 2)
+    width = int(longest * aspect_ratio)
+    return max(1, width + width % 2), longest
+
+
 def quarters(width: int, height: int) -> list[tuple[int, int, int, int]]:
     """Returns the boxes (left, top, right, bottom) of the four quarters of an image, row by row."""
     x, y = width // 2, height // 2

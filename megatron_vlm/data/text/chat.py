@@ -155,7 +155,7 @@ def encode_pieces(
 
     Args:
         tokenizer: of the model.
-        pieces: in order.
+        pieces: in order; what begins an answer is no answer, and neither is the first.
         num_turns: turns that they render.
         answer_only: supervise answers alone; else everything.
         never: ids that no loss is taken on (BOS, image tokens).
@@ -169,8 +169,9 @@ def encode_pieces(
     added, place = starts < 0, np.minimum(owner, len(pieces))
     in_answer = answers[place] & ~added
     supervised = loss[place] & ~added & ~np.isin(ids, np.array(never, dtype=np.int64))
-    last = max((i for i, piece in enumerate(pieces) if piece.answer), default=len(pieces))
-    answer_start = int(np.argmax((owner == last) & ~added)) if in_answer.any() else len(ids)
+    ends = [i for i, piece in enumerate(pieces) if piece.answer]
+    first = max((i for i in ends if not pieces[i - 1].answer), default=len(pieces))  # an answer may be several pieces
+    answer_start = int(np.argmax((owner == first) & ~added)) if in_answer.any() else len(ids)
     return Tokens(ids=ids, supervised=supervised, answer_start=answer_start, num_turns=num_turns)
 
 

@@ -1,4 +1,4 @@
-"""SigLIP tower over packed patches of images of any size (NaViT style), as Idefics2 uses it.
+"""SigLIP tower over packed patches of images of any size (NaViT style), as Idefics2 and Idefics3 use it.
 
     pixels [C, h, w] each --patchify--> [P, C * p * p] --linear--> + position table --encoder--> [P, Hv]
 
@@ -24,6 +24,7 @@ class SiglipVisionModel(nn.Module):
         encoder: megatron-core TransformerBlock ([P, 1, Hv] with ``packed_seq_params``), final norm included.
         hidden_size, patch_size, num_channels: of the tower.
         side: positions along one side of the square position table.
+        smallest: patches along one side of the image that rows without images run on (models/fusion.py).
         dtype, device: of the parameters.
     """
 
@@ -35,11 +36,12 @@ class SiglipVisionModel(nn.Module):
         patch_size: int,
         num_channels: int,
         side: int,
+        smallest: int = 1,
         dtype: torch.dtype,
         device: torch.device,
     ):
         super().__init__()
-        self.patch_size, self.side = patch_size, side
+        self.patch_size, self.side, self.smallest = patch_size, side, smallest
         self.patch_embedding = nn.Conv2d(
             num_channels, hidden_size, patch_size, stride=patch_size, dtype=dtype, device=device
         )

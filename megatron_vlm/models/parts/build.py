@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.perceiver import PerceiverAttention, PerceiverLayer, PerceiverResampler
-from megatron_vlm.layers.projector import Projector
+from megatron_vlm.layers.projector import LinearProjector, Projector
 from megatron_vlm.layers.vision import internvit
 from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu
 from megatron_vlm.layers.vision.encoder import Encoder
@@ -87,8 +87,10 @@ def build_clip(
     )
 
 
-def build_siglip(siglip: SiglipConfig, topology: Topology, options: ModelOptions) -> SiglipVisionModel:
-    """The tower, with the norm after its last layer; whole on every rank where its heads do not divide."""
+def build_siglip(
+    siglip: SiglipConfig, topology: Topology, options: ModelOptions, *, smallest: int = 1
+) -> SiglipVisionModel:
+    """The tower, with the norm after its last layer; arguments as of ``build_internvit``."""
     encoder = build_encoder(siglip, topology, options, gelu_tanh, final_norm=True)
     return SiglipVisionModel(
         encoder,
@@ -96,6 +98,7 @@ def build_siglip(siglip: SiglipConfig, topology: Topology, options: ModelOptions
         patch_size=siglip.patch_size,
         num_channels=siglip.num_channels,
         side=siglip.side,
+        smallest=smallest,
         dtype=options.torch_dtype,
         device=next(encoder.parameters()).device,
     )
@@ -194,7 +197,16 @@ def build_projector(
         topology, options: of the model.
         norm_epsilon: of the norm before it; None: there is none.
     """
-    mcore = transformer_config(
+    return kind(_projector_config(hidden_size, topology, options), width, topology.tower_group, norm_epsilon)
+
+
+def build_linear_projector(width: int, hidden_size: int, topology: Topology, options: ModelOptions) -> LinearProjector:
+    """The projector of one linear; arguments as of ``build_projector``."""
+    return LinearProjector(_projector_config(hidden_size, topology, options), width, topology.tower_group)
+
+
+def _projector_config(hidden_size: int, topology: Topology, options: ModelOptions) -> TransformerConfig:
+    return transformer_config(
         topology,
         options,
         decoder=False,
@@ -205,4 +217,3 @@ def build_projector(
         activation_func=F.gelu,
         add_bias_linear=True,
     )
-    return kind(mcore, width, topology.tower_group, norm_epsilon)

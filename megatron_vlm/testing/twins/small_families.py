@@ -12,11 +12,13 @@ from megatron_vlm.files import read_json
 from megatron_vlm.testing.twins import internlm2 as twin_internlm2
 from megatron_vlm.testing.twins import internvl3 as twin_internvl3
 from megatron_vlm.testing.twins import llava_internlm2 as twin_llava_internlm2
+from megatron_vlm.testing.twins import smolvlm as twin_smolvlm
 from megatron_vlm.testing.twins import xcomposer2 as twin_xcomposer2
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
 from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
 from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava
+from megatron_vlm.testing.twins.smolvlm import write_tiny_smolvlm
 from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 
 Specs = Sequence[tuple[int, int]]
@@ -24,7 +26,16 @@ Specs = Sequence[tuple[int, int]]
 
 _SIZES = ((24, 24), (40, 16), (16, 32))
 _GRIDS = ((1, 1), (1, 2), (2, 1))
-NAMES = ("idefics2", "idefics2_llama3", "internvl3", "llava_internlm2", "xcomposer2", "xcomposer2_hd", "internlm2")
+NAMES = (
+    "idefics2",
+    "idefics2_llama3",
+    "internvl3",
+    "llava_internlm2",
+    "xcomposer2",
+    "xcomposer2_hd",
+    "smolvlm",
+    "internlm2",
+)
 """Families of the registry; of InternLM-XComposer2 the one whose images are squares, and the one of tiles."""
 
 
@@ -93,6 +104,10 @@ def _xcomposer2(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]
     )
 
 
+def _smolvlm(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
+    return twin_smolvlm.make_samples(twin.config, specs, seed)
+
+
 def _internlm2(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
     return twin_internlm2.make_samples(twin.config.text.vocab_size, [text for _, text in specs], seed)
 
@@ -104,5 +119,6 @@ _TWINS: dict[str, tuple[str, Callable[..., object], Callable[[SmallTwin, Specs, 
     "llava_internlm2": ("llava_internlm2", write_tiny_llava, _llava),
     "xcomposer2": ("xcomposer2", write_tiny_xcomposer2, _xcomposer2),
     "xcomposer2_hd": ("xcomposer2", _write_xcomposer2_hd, _xcomposer2),
+    "smolvlm": ("smolvlm", write_tiny_smolvlm, _smolvlm),
     "internlm2": ("internlm2", write_tiny_internlm2, _internlm2),
 }

@@ -19,6 +19,7 @@ TURN_ENDS = {
     "llava_internlm2": "</s>",  # the twin's vocabulary has Vicuna's tokens alone
     "xcomposer2": "[UNUSED_TOKEN_145]",
     "xcomposer2_hd": "[UNUSED_TOKEN_145]",
+    "smolvlm": "<end_of_utterance>",
     "internlm2": "<|im_end|>",
 }
 BASES = {

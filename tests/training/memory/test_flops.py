@@ -18,6 +18,7 @@ IMAGES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "internvl3": ((3, 3 * 112, 112), (3, 112, 112)),
     "llava_internlm2": ((3, 112, 112),),
     "xcomposer2": ((3, 112, 2 * 112),),
+    "smolvlm": ((3, 112, 112),) * 3,
     "internlm2": (),
 }
 
@@ -85,7 +86,7 @@ def test_frozen_groups():
     assert flops.training(everything, {"vision"}) == 2 + 20 + 200
 
 
-@pytest.mark.parametrize("name", ["Idefics2-8B", "InternVL3-8B", "LLaVA-InternLM2-7B"])
+@pytest.mark.parametrize("name", ["Idefics2-8B", "InternVL3-8B", "SmolVLM-2.2B", "LLaVA-InternLM2-7B"])
 def test_what_the_index_counts_gives_the_same(name):
     """Counts of a sample, without its images' sizes, against the images themselves."""
     _, config = shapes.published()[name]

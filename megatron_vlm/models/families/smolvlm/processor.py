@@ -1,0 +1,208 @@
+"""Processor of Idefics3 and SmolVLM: prompts, image tokens and pixels equal to those of transformers' processors.
+
+    turns --chat template, <image> -> tiles row by row, then the whole--> pieces --data.chat--> ids, labels
+    images --upright RGB, longest edge, up to whole tiles--> rows x columns tiles and the whole, float32 [3, S, S] each
+
+The prompt is ``BOS User: TEXT<end_of_utterance>\\nAssistant: TEXT<end_of_utterance>\\n``, without the space where a turn begins
+with an image. An image of several tiles is written
+
+    <fake_token_around_image><row_1_col_1><image>...<fake_token_around_image><row_1_col_2><image>...\\n
+    ...\\n
+    \\n<fake_token_around_image><global-img><image>...<fake_token_around_image>
+
+and one that is not split by its last line alone. No loss is taken on any of it. An image announced as ``Frame from 00:07:`` is
+a frame of a video (SmolVLM2): never split. Semantics: transformers 5.23, models/idefics3 and models/smolvlm.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.images.pictures import size_of_longest
+from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.text.chat import Piece, Tokens, encode_pieces
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.families.smolvlm.config import SmolVLMModelConfig
+from megatron_vlm.models.processing.chat_template import chat_template, render
+from megatron_vlm.models.processing.conversation import ConversationProcessor, Size, data_fields
+from megatron_vlm.models.processing.pixels import HALF, NormalisedPixels, pixel_fields
+from megatron_vlm.models.processing.processor_files import (
+    check_image_settings,
+    generation_stops,
+    load_tokenizer,
+    processor_settings,
+    read_json,
+    token_ids,
+    tokenizer_fields,
+)
+
+FAKE, IMAGE, WHOLE, END = "<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"
+_LONGEST = 4096  # transformers' processors go no further
+_FRAME = re.compile(r"Frame from \d+:\d\d: ?$")
+_PROBE = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+]
+
+Grid = tuple[int, int]
+"""Of an image: rows and columns of tiles, (0, 0) where it is not split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmolVLMProcessor(NormalisedPixels, ConversationProcessor):
+    """Encodes samples for Idefics3 and SmolVLM. Plain values only: it travels to worker processes.
+
+    Attributes:
+        begin: text before the first turn; empty where the tokenizer itself puts BOS there.
+        around: ids of what surrounds ``<image>`` tokens.
+        tile_tokens: ``<image>`` tokens of a tile.
+        tile_patches: patches of the tower of one.
+        splitting: images are cut into tiles; else each is one.
+        longest_edge: of an image before it is cut, in pixels.
+        side: of a tile, in pixels.
+    """
+
+    begin: str
+    around: tuple[int, ...]
+    tile_tokens: int
+    tile_patches: int
+    splitting: bool
+    longest_edge: int
+    side: int
+
+    @classmethod
+    def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "SmolVLMProcessor":
+        """Reads tokenizer, processor and model configuration of an HF folder.
+
+        Raises:
+            ConfigError: a file is missing, or a setting that is not built or cannot work.
+        """
+        hf_dir = Path(hf_dir)
+        model = SmolVLMModelConfig.from_hf(read_json(hf_dir / "config.json"))
+        config.check_template("smolvlm")
+        check_image_settings(config, model.kind, "max_image_num", "image_size", "image_splitting")
+        settings, images = processor_settings(hf_dir)
+        pixels = pixel_fields(hf_dir, images, model.kind, Image.Resampling.LANCZOS, HALF, ["do_pad"])
+        side = (images.get("max_image_size") or {}).get("longest_edge", 364)
+        longest = config.image_size or (images.get("size") or {}).get("longest_edge", 4 * 364)
+        tokens = settings.get("image_seq_len", 169)
+        if side != model.vision.image_size or tokens != model.tile_tokens:
+            raise ConfigError(
+                f"{hf_dir}: the processor's tiles have {side} pixels a side and {tokens} tokens (max_image_size, "
+                f"image_seq_len), the model's {model.vision.image_size} and {model.tile_tokens}"
+            )
+        if not side <= longest <= _LONGEST:
+            raise ConfigError(f"longest edge {longest}: set data.image_size to {side}, one tile, up to {_LONGEST}")
+        written = images.get("do_image_splitting", True)
+        return cls(
+            **_tokens_of(hf_dir, model, ceil(longest / side)),
+            **pixels,
+            **data_fields(config),
+            tile_tokens=tokens,
+            tile_patches=model.vision.side**2,
+            splitting=written if config.image_splitting is None else config.image_splitting,
+            longest_edge=longest,
+            side=side,
+        )
+
+    @property
+    def never_cut(self) -> tuple[int, ...]:
+        return (self.image_token_id, *self.around)
+
+    def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> list[Grid]:
+        before = [text for turn in turns for text in turn.text.split(IMAGE)[:-1]]  # of each placeholder
+        return [(0, 0) if _FRAME.search(text) else self.grid(size) for text, size in zip(before, sizes)]
+
+    def grid(self, size: Size) -> Grid:
+        """Rows and columns of an image of (width, height)."""
+        if not self.splitting:
+            return 0, 0
+        columns, rows = (edge // self.side for edge in self._whole_tiles(size_of_longest(*size, self.longest_edge)))
+        return (rows, columns) if rows * columns > 1 else (0, 0)
+
+    def _whole_tiles(self, size: Size) -> Size:
+        """Width and height after growing to whole tiles: the longer edge first, the shorter one by the shape before."""
+        width, height = size
+        shape, side = width / height, self.side
+        if width >= height:
+            width = ceil(width / side) * side
+            return width, ceil(int(width / shape) / side) * side
+        height = ceil(height / side) * side
+        return ceil(int(height * shape) / side) * side, height
+
+    def patches(self, plan: Grid) -> int:
+        return (1 + plan[0] * plan[1]) * self.tile_patches
+
+    def views(self, image: Image.Image, plan: Grid, draw: Any) -> list[torch.Tensor]:
+        """Pixels of an image's tiles row by row, then of the whole, bit for bit as transformers' ``*ImageProcessorPil``."""
+        rows, columns = plan
+        image = image.resize(size_of_longest(*image.size, self.longest_edge), resample=self.resample)
+        cut, side = [], self.side
+        if rows:
+            image = image.resize((columns * side, rows * side), resample=self.resample)
+            corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
+            cut = [image.crop((x, y, x + side, y + side)) for x, y in corners]
+        return [self.normalised(view) for view in (*cut, image.resize((side, side), resample=self.resample))]
+
+    def tokenise(self, turns: Sequence[Turn], plans: Sequence[Grid], prompt: bool = False) -> Tokens:
+        pieces, grids = [Piece(text=self.begin, loss=False)], iter(plans)
+        for turn in turns:
+            answer = turn.role == "assistant"
+            pieces.append(Piece(text=f"{turn.role.capitalize()}:"))
+            # The space is the model's to write: generation goes on from "Assistant:".
+            texts = f"{'' if turn.text.startswith(IMAGE) else ' '}{turn.text}{END}".split(IMAGE)
+            for number, text in enumerate(texts):
+                if number:
+                    pieces.append(Piece(text=self.image_text(*next(grids)), answer=answer, loss=False))
+                if text:
+                    pieces.append(Piece(text=text, answer=answer, loss=turn.loss))
+            pieces.append(Piece(text="\n"))
+        if prompt:
+            pieces.append(Piece(text="Assistant:"))
+        return encode_pieces(
+            self.tokenizer, pieces, len(turns), answer_only=self.answer_loss_only, never=self.never_cut
+        )
+
+    def image_text(self, rows: int, columns: int) -> str:
+        """What stands in the prompt for an image."""
+        tile = IMAGE * self.tile_tokens
+        lines = [
+            "".join(f"{FAKE}<row_{row + 1}_col_{column + 1}>{tile}" for column in range(columns)) for row in range(rows)
+        ]
+        return "".join(f"{line}\n" for line in lines) + ("\n" if lines else "") + f"{FAKE}{WHOLE}{tile}{FAKE}"
+
+
+def _tokens_of(hf_dir: Path, model: SmolVLMModelConfig, most: int = 0) -> dict[str, Any]:
+    """Fields that the tokenizer's files decide; ``most`` rows and columns of tiles need a token each."""
+    tokenizer = load_tokenizer(hf_dir)
+    places = [f"<row_{row + 1}_col_{column + 1}>" for row in range(most) for column in range(most)]
+    around = (FAKE, WHOLE, *places)
+    ids = token_ids(hf_dir, tokenizer.get_vocab().get, (IMAGE, END, *around), model.kind)
+    bos = tokenizer.bos_token or ""
+    begin, template = bos, chat_template(hf_dir)
+    if template is not None:
+        text = render(template, _PROBE, hf_dir, **tokenizer.special_tokens_map)
+        wanted = f"User:{IMAGE}a{END}\nAssistant: b{END}\n"
+        begin = text.removesuffix(wanted)
+        if not text.endswith(wanted) or begin not in ("", bos):
+            raise ConfigError(
+                f"{hf_dir} has a chat template that is not {model.kind}'s: it makes {text!r}, not {wanted!r}"
+            )
+    if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        begin = ""
+    steering = (*around, IMAGE, END, *([bos] if bos else []))
+    fields = tokenizer_fields(hf_dir, tokenizer, ids[IMAGE], model.image_token_id, model.text.vocab_size, steering)
+    stops = generation_stops(hf_dir, ids[END], tokenizer.eos_token_id)
+    return {**fields, "begin": begin, "around": tuple(ids[token] for token in around), "stop_ids": stops}
+
+
+def stop_ids(hf_dir: Path) -> tuple[int, ...]:
+    """Ids that end an answer of a model with the tokenizer files of ``hf_dir``."""
+    return _tokens_of(hf_dir, SmolVLMModelConfig.from_hf(read_json(hf_dir / "config.json")))["stop_ids"]

@@ -162,6 +162,7 @@ BATCHES = {
     "qlora_idefics2": 16, "internlm2/finetune_internlm2": 16, "internlm2/qlora_internlm2": 16,
     "internvl3/finetune_internvl3": 128, "internvl3/lora_internvl3": 32, "internvl3/qlora_internvl3": 32,
     "smolvlm/finetune_smolvlm": 16, "smolvlm/lora_smolvlm": 16, "smolvlm/qlora_smolvlm": 16,
+    "internvl3/finetune_internvl3_5": 512,
     "llava_internlm2/pretrain_llava_internlm2": 256, "llava_internlm2/finetune_llava_internlm2": 128,
     "llava_internlm2/qlora_llava_internlm2": 128, "xcomposer2/finetune_xcomposer2": 64, "xcomposer2/lora_xcomposer2": 64,
     "xcomposer2/finetune_xcomposer2_4khd": 64, "xcomposer2/lora_xcomposer2_4khd": 64, "quickstart/train": 1,

@@ -2,11 +2,12 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.text import sentencepiece
 from megatron_vlm.data.text.chat import plain_tokenizer
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import read_json, write_json
@@ -18,6 +19,9 @@ IMAGE_SETTINGS = (
     "max_dynamic_patch", "use_thumbnail", "hd_num",
 )  # fmt: skip
 """Fields of DataConfig that say how images are seen; each family uses some of them."""
+ALIASES = {"[UNUSED_TOKEN_146]": "<|im_start|>", "[UNUSED_TOKEN_145]": "<|im_end|>"}
+"""Names that InternLM2's chat models give to tokens that its base models leave unused."""
+_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}  # where tokenizer_config.json does not say
 _MAX_ID = 1 << 31
 
 
@@ -42,14 +46,57 @@ def processor_settings(hf_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, settings_of_images
 
 
+def special_tokens(hf_dir: Path) -> dict[str, str | None]:
+    """Returns bos_token (None where the tokenizer puts none before a text), eos_token and pad_token by name."""
+    settings, found = _tokenizer_settings(hf_dir), {}
+    for name, default in _SPECIAL.items():
+        value = settings.get(name, default)
+        found[name] = value.get("content") if isinstance(value, dict) else value
+    return found if settings.get("add_bos_token", True) else {**found, "bos_token": None}
+
+
+def fast_tokenizer(text: str, special: Mapping[str, str | None], added: Sequence[str] = (), **options: Any) -> Any:
+    """A tokenizer of transformers that puts BOS, where ``special`` has one, before a text.
+
+    Args:
+        text: of a FastTokenizer.
+        special: as of ``special_tokens``; what the vocabulary lacks is left out.
+        added: special tokens to add.
+        options: of transformers' class.
+    """
+    from tokenizers import AddedToken, Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(text)
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
+    names = {name: token for name, token in special.items() if token and backend.token_to_id(token) is not None}
+    if bos := names.get("bos_token"):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    if backend.token_to_id("<unk>") is not None:
+        names["unk_token"] = "<unk>"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
+
+
+def _tokenizer_settings(hf_dir: Path) -> dict[str, Any]:
+    path = hf_dir / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
 def load_tokenizer(hf_dir: Path, **options: Any) -> Any:
     """Loads the tokenizer as transformers does, with ``options`` of its own; no code of the folder is run.
+
+    One of the folder's own code (InternLM2's) is made from its SentencePiece file, with BOS before a text unless it says not.
 
     Raises:
         ConfigError: there is none, or only a slow one.
     """
     from transformers import AutoTokenizer
 
+    own_code = "auto_map" in _tokenizer_settings(hf_dir) and not (hf_dir / "tokenizer.json").is_file()
+    if own_code and (hf_dir / "tokenizer.model").is_file():
+        return fast_tokenizer(sentencepiece.load_tokenizer(hf_dir, ALIASES).text, special_tokens(hf_dir), **options)
     with tempfile.TemporaryDirectory(prefix="megatron_vlm_") as folder:
         # transformers would offer to run the model's code that config.json names, which the tokenizer has no need of.
         for path in hf_dir.iterdir():

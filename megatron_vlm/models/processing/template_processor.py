@@ -20,16 +20,12 @@ from megatron_vlm.data.text.chat import Piece, Tokens, encode_pieces, encode_sep
 from megatron_vlm.data.text.sentencepiece import load_tokenizer
 from megatron_vlm.data.text.templates import IMAGE, TEMPLATES, Template
 from megatron_vlm.errors import ConfigError, DataError, Reason
-from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.processing.chat_template import chat_template
 from megatron_vlm.models.processing.conversation import ConversationProcessor, Size, data_fields
-from megatron_vlm.models.processing.processor_files import generation_stops
+from megatron_vlm.models.processing.processor_files import ALIASES, fast_tokenizer, generation_stops, special_tokens
 
 LOGGER = get_logger(__name__)
-ALIASES = {"[UNUSED_TOKEN_146]": "<|im_start|>", "[UNUSED_TOKEN_145]": "<|im_end|>"}
-"""Names that InternLM2's chat models give to tokens that its base models leave unused."""
-_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}  # where tokenizer_config.json does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,17 +144,6 @@ def prompt_settings(hf_dir: Path, config: DataConfig, family: str, vocab_size: i
     )
 
 
-def special_tokens(hf_dir: Path) -> dict[str, str | None]:
-    """Returns bos_token (None where the tokenizer puts none before a text), eos_token and pad_token by name."""
-    path = hf_dir / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    found = {}
-    for name, default in _SPECIAL.items():
-        value = settings.get(name, default)
-        found[name] = value.get("content") if isinstance(value, dict) else value
-    return found if settings.get("add_bos_token", True) else {**found, "bos_token": None}
-
-
 def write_tokenizer(
     directory: Path, prompt: TemplateProcessor, special: Mapping[str, str | None], added: Sequence[str] = ()
 ) -> Any:
@@ -170,21 +155,10 @@ def write_tokenizer(
         special: as of ``special_tokens``.
         added: special tokens to add.
     """
-    from tokenizers import AddedToken, Tokenizer, processors
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers import GenerationConfig
 
-    backend = Tokenizer.from_str(prompt.tokenizer.text)
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
-    names = {name: token for name, token in special.items() if token and backend.token_to_id(token) is not None}
-    bos, eos = names.get("bos_token", ""), names.get("eos_token", "</s>")
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, prompt.bos_token_id)]
-        )
-    if backend.token_to_id("<unk>") is not None:
-        names["unk_token"] = "<unk>"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    tokenizer.chat_template = prompt.template.jinja(bos, eos)
+    tokenizer = fast_tokenizer(prompt.tokenizer.text, special, added)
+    tokenizer.chat_template = prompt.template.jinja(tokenizer.bos_token or "", tokenizer.eos_token or "</s>")
     tokenizer.save_pretrained(directory)
     GenerationConfig(
         bos_token_id=prompt.bos_token_id, eos_token_id=list(prompt.stop_ids), pad_token_id=prompt.filler_token_id

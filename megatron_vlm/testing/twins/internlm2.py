@@ -15,11 +15,11 @@ from megatron_vlm.testing.twins.common import CORPUS, randomise
 CHAT_TOKENS = {"[UNUSED_TOKEN_145]": "<|im_end|>", "[UNUSED_TOKEN_146]": "<|im_start|>"}
 
 
-def write_sentencepiece(directory: Path, vocab_size: int = 380, chat: bool = True) -> int:
-    """Writes a tokenizer.model trained on the corpus and its tokenizer_config.json; returns the number of pieces.
+def write_sentencepiece(directory: Path, vocab_size: int = 380, chat: bool = True, more: Sequence[str] = ()) -> int:
+    """Writes a tokenizer.model trained on the corpus and its tokenizer_config.json; returns the number of tokens.
 
     As InternLM2's: no space before a text, ``<unk> <s> </s>`` first, bytes for what no piece covers. ``chat`` names the two
-    unused tokens as the chat models do.
+    unused tokens as the chat models do; ``more`` tokens follow the pieces.
     """
     import sentencepiece
 
@@ -32,6 +32,7 @@ def write_sentencepiece(directory: Path, vocab_size: int = 380, chat: bool = Tru
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     added = {str(pieces.piece_to_id(piece)): {"content": name} for piece, name in CHAT_TOKENS.items()} if chat else {}
+    added |= {str(len(pieces) + number): {"content": name} for number, name in enumerate(more)}
     settings = {
         "tokenizer_class": "InternLM2Tokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
@@ -42,7 +43,7 @@ def write_sentencepiece(directory: Path, vocab_size: int = 380, chat: bool = Tru
         "added_tokens_decoder": added,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return len(pieces)
+    return len(pieces) + len(more)
 
 
 def write_generation(directory: Path) -> None:

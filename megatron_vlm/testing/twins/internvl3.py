@@ -1,4 +1,4 @@
-"""Tiny random InternVL3 twins in both namings, with tokenizer and processor."""
+"""Tiny random twins of InternVL 2 to 3.5 in both namings, with tokenizer and processor."""
 
 import json
 from collections.abc import Sequence
@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
+from megatron_vlm.models.families.internvl3.prompts import PROMPTS
 from megatron_vlm.models.families.internvl3.reference import hf_inputs as hf_inputs
+from megatron_vlm.models.processing.processor_files import load_tokenizer
 from megatron_vlm.testing.twins.common import CORPUS, noise_samples, randomise
+from megatron_vlm.testing.twins.internlm2 import fuse, write_sentencepiece
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
@@ -68,7 +71,7 @@ def tiny_config(tokenizer: Any, **options: Any):
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=options.get("tie", False),
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        pad_token_id=tokenizer.pad_token_id,
     )
     vision = dict(
         hidden_size=48,
@@ -88,12 +91,14 @@ def tiny_config(tokenizer: Any, **options: Any):
     )
 
 
-def write_tiny_internvl3(directory: str | Path, *, seed: int = 0, std: float = 0.15, **options: Any):
+def write_tiny_internvl3(
+    directory: str | Path, *, seed: int = 0, std: float = 0.15, tokenizer: Any = None, **options: Any
+):
     """Writes a checkpoint in transformers' naming (weights, config, tokenizer, processor) and returns the model."""
     from transformers import InternVLForConditionalGeneration
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     config = tiny_config(tokenizer, **options)
     config._attn_implementation = "eager"
     model: Any = randomise(InternVLForConditionalGeneration(config), seed, std).eval()
@@ -117,7 +122,7 @@ def write_tiny_internvl3(directory: str | Path, *, seed: int = 0, std: float = 0
     return model
 
 
-def hf_processor(directory: str | Path):
+def hf_processor(directory: str | Path, template: str = TEMPLATE):
     """transformers' processor of a twin; without its video processor, which needs torchvision."""
     from transformers import AutoTokenizer, InternVLProcessor
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -130,19 +135,90 @@ def hf_processor(directory: str | Path):
     return ImagesOnly(
         GotOcr2ImageProcessorPil.from_pretrained(directory),
         AutoTokenizer.from_pretrained(directory),
-        chat_template=TEMPLATE,
+        chat_template=template,
         image_seq_length=settings["image_seq_length"],
     )
 
 
-def write_chat_layout(directory: str | Path, model: Any) -> None:
-    """Writes the same weights as the original's checkpoints have them; by its own table, not by our weight map."""
+def write_tiny_internvl2(root: Path, template: str = "internlm2-chat", **options: Any):
+    """Writes a model on InternLM2 to ``root/hf``, where it is a Llama, and to ``root/chat``; returns the one of transformers."""
+    (root / "chat").mkdir(parents=True, exist_ok=True)
+    write_sentencepiece(root / "chat", more=("<img>", "</img>", "<IMG_CONTEXT>", "<video>"))
+    marks = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    tokenizer = load_tokenizer(root / "chat", extra_special_tokens={**marks, "video_token": "<video>"})
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    text = {"model_type": "llama", "rope_parameters": rope, "rms_norm_eps": 1e-5, **options.pop("text", {})}
+    model = write_tiny_internvl3(root / "hf", tokenizer=tokenizer, text=text, **options)
+    (root / "hf" / "chat_template.jinja").write_text(PROMPTS[template].jinja)
+    write_chat_layout(root / "chat", model, template, fused=True)
+    return model
+
+
+def write_chat_layout(directory: str | Path, model: Any, template: str = "internvl2_5", fused: bool = False) -> None:
+    """Writes the same weights as the original's checkpoints have them; by its own table, not by our weight map.
+
+    ``fused``: a Llama as the InternLM2 that it is; the tokenizer is there.
+    """
     from safetensors.torch import save_file
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config, tokenizer = model.config, tiny_tokenizer()
+    config = model.config
     vision, text = config.vision_config, config.text_config
+    chat = _chat_tensors(model, fused)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in chat.items()}, directory / "model.safetensors", {"format": "pt"}
+    )
+    content = {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": vision.image_size[0],
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "pad2square": False,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": template,
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "torch_dtype": "float32",
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "use_thumbnail": True,
+        "llm_config": {
+            "architectures": [f"{'InternLM2' if fused else text.model_type.capitalize()}ForCausalLM"],
+            "model_type": "internlm2" if fused else text.model_type,
+            **({"bias": False} if fused else {"head_dim": text.head_dim} if text.model_type == "qwen3" else {}),
+            **{name: getattr(text, name) for name in (
+                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "vocab_size", "max_position_embeddings", "rms_norm_eps", "eos_token_id", "pad_token_id", "hidden_act",
+            )},
+            "rope_theta": 1e6,
+            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+            "tie_word_embeddings": bool(config.tie_word_embeddings),
+        },
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            **{name: getattr(vision, name) for name in (
+                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "norm_type",
+                "layer_norm_eps", "hidden_act", "num_channels",
+            )},
+            "image_size": vision.image_size[0],
+            "patch_size": vision.patch_size[0],
+            "qkv_bias": vision.attention_bias,
+            "qk_normalization": vision.use_qk_norm,
+            "drop_path_rate": 0.1,
+        },
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(content, indent=2))
+    if not fused:
+        tiny_tokenizer().save_pretrained(directory)
+
+
+def _chat_tensors(model: Any, fused: bool) -> dict[str, Tensor]:
+    vision, text = model.config.vision_config, model.config.text_config
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fixed = {
         "model.vision_tower.embeddings.cls_token": "vision_model.embeddings.class_embedding",
@@ -178,53 +254,10 @@ def write_chat_layout(directory: str | Path, model: Any) -> None:
             for old, new in inner.items():
                 if name.startswith(layer + old):
                     chat[own + new + name[len(layer + old) :]] = tensor
-    save_file(
-        {name: tensor.contiguous() for name, tensor in chat.items()}, directory / "model.safetensors", {"format": "pt"}
-    )
-    content = {
-        "architectures": ["InternVLChatModel"],
-        "model_type": "internvl_chat",
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "force_image_size": vision.image_size[0],
-        "max_dynamic_patch": 12,
-        "min_dynamic_patch": 1,
-        "pad2square": False,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "template": "internvl2_5",
-        "tie_word_embeddings": bool(config.tie_word_embeddings),
-        "torch_dtype": "float32",
-        "use_backbone_lora": 0,
-        "use_llm_lora": 0,
-        "use_thumbnail": True,
-        "llm_config": {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            **{name: getattr(text, name) for name in (
-                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "vocab_size", "max_position_embeddings", "rms_norm_eps", "eos_token_id", "pad_token_id", "hidden_act",
-            )},
-            "rope_theta": 1e6,
-            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
-            "tie_word_embeddings": bool(config.tie_word_embeddings),
-        },
-        "vision_config": {
-            "architectures": ["InternVisionModel"],
-            "model_type": "intern_vit_6b",
-            **{name: getattr(vision, name) for name in (
-                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "norm_type",
-                "layer_norm_eps", "hidden_act", "num_channels",
-            )},
-            "image_size": vision.image_size[0],
-            "patch_size": vision.patch_size[0],
-            "qkv_bias": vision.attention_bias,
-            "qk_normalization": vision.use_qk_norm,
-            "drop_path_rate": 0.1,
-        },
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(content, indent=2))
-    tokenizer.save_pretrained(directory)
+    if fused:
+        llm = {name.removeprefix("language_model."): chat.pop(name) for name in [*chat] if name.startswith("language_")}
+        chat |= {f"language_model.{name}": tensor for name, tensor in fuse(llm, text.num_key_value_heads).items()}
+    return chat
 
 
 def make_samples(

@@ -11,7 +11,8 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.models.assembling import copy_licences
 from megatron_vlm.models.families.internlm2.config import internlm2_text_config
 from megatron_vlm.models.families.internlm2.processor import InternLM2Processor
-from megatron_vlm.models.processing.template_processor import special_tokens, write_tokenizer
+from megatron_vlm.models.processing.processor_files import special_tokens
+from megatron_vlm.models.processing.template_processor import write_tokenizer
 
 
 def write_llama_files(hf_dir: Path, hf_config: dict[str, Any], directory: Path) -> None:

@@ -31,12 +31,12 @@ def llama_mapping(config: InternLM2ModelConfig) -> Mapping:
     return Mapping(entries=tuple(llama_entries(text)), vocab_size=text.vocab_size)
 
 
-def internlm2_entries(text: TextConfig) -> list[Entry]:
-    """Weight map of an InternLM2 decoder."""
+def internlm2_entries(text: TextConfig, prefix: str = "") -> list[Entry]:
+    """Weight map of an InternLM2 decoder, whose HF names begin with ``prefix``."""
     mg = "language_model."
-    entries = [direct(mg + "embedding.word_embeddings.weight", "model.tok_embeddings.weight", VOCAB)]
+    entries = [direct(mg + "embedding.word_embeddings.weight", f"{prefix}model.tok_embeddings.weight", VOCAB)]
     for i in range(text.num_layers):
-        h, m = f"model.layers.{i}.", f"{mg}decoder.layers.{i}."
+        h, m = f"{prefix}model.layers.{i}.", f"{mg}decoder.layers.{i}."
         entries += [
             direct(m + "input_layernorm.weight", h + "attention_norm.weight"),
             direct(m + "self_attention.linear_qkv.weight", h + "attention.wqkv.weight", COLUMN),
@@ -45,7 +45,7 @@ def internlm2_entries(text: TextConfig) -> list[Entry]:
             gated(m + "mlp.linear_fc1.weight", [h + "feed_forward.w1.weight", h + "feed_forward.w3.weight"]),
             direct(m + "mlp.linear_fc2.weight", h + "feed_forward.w2.weight", ROW),
         ]
-    entries.append(direct(mg + "decoder.final_layernorm.weight", "model.norm.weight"))
+    entries.append(direct(mg + "decoder.final_layernorm.weight", f"{prefix}model.norm.weight"))
     if not text.tie_word_embeddings:
-        entries.append(direct(mg + "output_layer.weight", "output.weight", VOCAB))
+        entries.append(direct(mg + "output_layer.weight", f"{prefix}output.weight", VOCAB))
     return entries

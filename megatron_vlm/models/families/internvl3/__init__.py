@@ -1,4 +1,4 @@
-"""InternVL3: an InternViT tower over tiles, pixel shuffle with an MLP connector and a Qwen2.5 decoder."""
+"""InternVL2 to 3.5: an InternViT tower over tiles, pixel shuffle with an MLP connector; a decoder."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -18,7 +18,8 @@ def _export(naming: str) -> ExportSpec:
 def _whole(hf_config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     own = hf_config.get("model_type") == "internvl_chat"
     connector, vision = ("mlp1", "vision_model") if own else ("multi_modal_projector", "vision_tower")
-    return {"connector": (connector,), "vision": (vision,), "head": ("lm_head",)}
+    fused = own and (hf_config.get("llm_config") or {}).get("model_type") == "internlm2"
+    return {"connector": (connector,), "vision": (vision,), "head": ("output" if fused else "lm_head",)}
 
 
 SPEC = FamilySpec(
@@ -33,7 +34,8 @@ SPEC = FamilySpec(
     exports={"chat": _export("chat"), "hf": _export("hf")},
     drop_path=True,
     adapters=AdapterSpec(
-        language=rf"(language_model\.model|model\.language_model)\.layers\.\d+\.{LLAMA_LINEARS}",
+        language=r"(language_model\.model|model\.language_model)\.layers\.\d+\."
+        rf"({LLAMA_LINEARS}|attention\.(wqkv|wo)|feed_forward\.w[123])",
         vision=r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"  # in its own naming q, k and v are one
         r"|model\.vision_tower\.encoder\.layer\.\d+\.(attention\.(q_proj|k_proj|v_proj|projection_layer)|mlp\.fc[12])",
         whole=_whole,

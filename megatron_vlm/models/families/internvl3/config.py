@@ -1,4 +1,4 @@
-"""Configuration of InternVL3, from either of its namings: ``internvl_chat`` (the original's) and ``internvl`` (transformers')."""
+"""Configuration of InternVL2 to 3.5, from either naming: ``internvl_chat`` (the original's) and ``internvl`` (transformers')."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -6,12 +6,14 @@ from typing import Any, Literal
 from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.families.internlm2.config import internlm2_text_config
 from megatron_vlm.models.hf_config import require
 from megatron_vlm.models.parts.decoder import TextConfig, text_config
 from megatron_vlm.models.parts.internvit import InternVitConfig
 from megatron_vlm.models.processing.image_cost import ImageCost, projector_flops
 
 _MAX_TILES = 12  # of an image where the data section does not say: InternVL's scripts
+_DECODERS = ("qwen2", "qwen3", "llama", "internlm2")  # of the original's naming
 NAMINGS: dict[str, Literal["chat", "hf"]] = {"internvl_chat": "chat", "internvl": "hf"}
 
 
@@ -71,11 +73,6 @@ class InternVL3ModelConfig(Config):
 
 
 def _from_chat(hf: dict[str, Any]) -> InternVL3ModelConfig:
-    from transformers import Qwen2Config
-
-    llm = dict(hf.get("llm_config") or {})
-    if llm.get("model_type", "qwen2") != "qwen2":
-        raise ConfigError(f"llm_config.model_type {llm['model_type']!r} is not built for InternVL3: only qwen2 is")
     require("ps_version", hf.get("ps_version", "v1"), "v2", "InternVL3")
     require("select_layer", hf.get("select_layer", -1), -1, "InternVL3")
     for name in ("use_backbone_lora", "use_llm_lora"):
@@ -84,12 +81,23 @@ def _from_chat(hf: dict[str, Any]) -> InternVL3ModelConfig:
                 f"{name} {hf[name]}: merge the adapter into the weights first (the original's merge_lora.py)"
             )
     return InternVL3ModelConfig(
-        text=text_config(Qwen2Config.from_dict(llm)),
+        text=_decoder(dict(hf.get("llm_config") or {})),
         vision=InternVitConfig.from_chat(hf.get("vision_config") or {}),
         shuffle=_shuffle(float(hf.get("downsample_ratio", 0.5))),
         image_token_id=None,
         layout="chat",
     )
+
+
+def _decoder(llm: dict[str, Any]) -> TextConfig:
+    from transformers import AutoConfig
+
+    kind = llm.setdefault("model_type", "qwen2")
+    if kind not in _DECODERS:
+        raise ConfigError(
+            f"llm_config.model_type {kind!r} is not built for InternVL: one of {', '.join(_DECODERS)} is needed"
+        )
+    return internlm2_text_config(llm) if kind == "internlm2" else text_config(AutoConfig.for_model(**llm))
 
 
 def _from_native(content: dict[str, Any]) -> InternVL3ModelConfig:

@@ -1,7 +1,11 @@
-"""Weight map of InternVL3 in both of its namings: the same full tensors, under the original's or transformers' names."""
+"""Weight map of InternVL in both of its namings: the same full tensors, under the original's or transformers' names.
+
+Transformers' naming has InternLM2 as the Llama that it is, query, key and value apart.
+"""
 
 from typing import Literal
 
+from megatron_vlm.models.families.internlm2.mapping import internlm2_entries
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel, llama_entries
 from megatron_vlm.models.parts.internvit import internvit_entries
@@ -36,12 +40,20 @@ def internvl3_mapping(
     check_tensor_parallel(config.text, tp)
     naming = naming or config.layout
     *linears, norm = _CONNECTORS[naming]
+    fused = naming == "chat" and config.text.model_type == "internlm2"
+    lm = "language_model."
+    decoder = (
+        internlm2_entries(config.text, lm)
+        if fused
+        else llama_entries(config.text, f"{lm}model.", f"{lm}lm_head.weight")
+    )
+    head, embedding = ("output", "tok_embeddings") if fused else ("lm_head", "embed_tokens")
+    tied = {f"{lm}{head}.weight": f"{lm}model.{embedding}.weight"}
     entries = [
         *internvit_entries(config.vision, tp, naming, _TOWERS[naming]),
         *projector_entries("connector.", linears, norm),
-        *llama_entries(config.text, "language_model.model.", "language_model.lm_head.weight"),
+        *decoder,
     ]
-    tied = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
     return Mapping(
         entries=tuple(entries),
         vocab_size=config.text.vocab_size,

@@ -1,28 +1,22 @@
-"""The non-weight files of InternVL3's other naming: config.json, tokenizer and processor of ``--as chat`` and ``--as hf``."""
+"""The non-weight files of InternVL's other naming: config.json, tokenizer and processor of ``--as chat`` and ``--as hf``."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.models.assembling import copy_licences
+from megatron_vlm.models.families.internlm2.llama import llama_config
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
-from megatron_vlm.models.families.internvl3.processor import CLOSE, CONTEXT, START, STOP, TEMPLATE
+from megatron_vlm.models.families.internvl3.processor import CONTEXT, START, STOP, own_template
+from megatron_vlm.models.families.internvl3.prompts import CLOSE, PROMPTS
 from megatron_vlm.models.processing.processor_files import load_tokenizer, processor_settings
 
 VIDEO = "<video>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-    "{{ '<IMG_CONTEXT>\\n' }}{% elif content['type'] == 'video' %}{{ '<video>\\n' }}{% elif content['type'] == 'text' %}"
-    "{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""Ends of turns and marks as the training prompts have them. The system line is a message of its own."""
 # Same value, other name: chat -> hf.
 _TEXT = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
     "vocab_size", "max_position_embeddings", "rms_norm_eps", "initializer_range", "attention_dropout", "bos_token_id",
-    "eos_token_id", "pad_token_id", "use_sliding_window", "sliding_window", "max_window_layers",
+    "eos_token_id", "pad_token_id", "use_sliding_window", "sliding_window", "max_window_layers", "head_dim",
 )  # fmt: skip
 
 
@@ -42,9 +36,17 @@ def _write_native(model: InternVL3ModelConfig, hf_dir: Path, hf_config: dict[str
     tokenizer.save_pretrained(directory)
     ids = tokenizer.convert_tokens_to_ids
     side = hf_config.get("force_image_size") or vision.image_size
-    text = {key: llm[key] for key in (*_TEXT, "rope_theta", "rope_scaling") if llm.get(key) is not None}
+    if model.text.model_type == "internlm2":
+        text = {
+            key: value
+            for key, value in llama_config(llm).items()
+            if key not in ("architectures", "torch_dtype", "dtype")
+        }
+    else:
+        text = {key: llm[key] for key in (*_TEXT, "rope_theta", "rope_scaling") if llm.get(key) is not None}
+        text |= {"model_type": model.text.model_type, "tie_word_embeddings": model.text.tie_word_embeddings}
     config = InternVLConfig(
-        text_config={"model_type": "qwen2", "tie_word_embeddings": model.text.tie_word_embeddings, **text},
+        text_config=text,
         vision_config={
             "hidden_size": vision.hidden_size,
             "intermediate_size": vision.ffn_hidden_size,
@@ -82,7 +84,8 @@ def _write_native(model: InternVL3ModelConfig, hf_dir: Path, hf_config: dict[str
     _write(directory / "preprocessor_config.json", images)
     processor = {"processor_class": "InternVLProcessor", "image_seq_length": model.tile_tokens(side)}
     _write(directory / "processor_config.json", processor)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    prompt = PROMPTS[own_template(hf_dir, hf_config)]
+    (directory / "chat_template.jinja").write_text(prompt.jinja, encoding="utf-8")
     GenerationConfig(eos_token_id=ids(CLOSE), pad_token_id=tokenizer.pad_token_id).save_pretrained(directory)
 
 
@@ -111,15 +114,15 @@ def _write_chat(model: InternVL3ModelConfig, hf_dir: Path, hf_config: dict[str, 
         "pad2square": False,
         "ps_version": "v2",
         "select_layer": -1,
-        "template": TEMPLATE,
+        "template": own_template(hf_dir, hf_config),
         "tie_word_embeddings": model.text.tie_word_embeddings,
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
         "use_thumbnail": True,
         "torch_dtype": hf_config.get("dtype") or hf_config.get("torch_dtype"),
         "llm_config": {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
+            "architectures": [f"{text['model_type'].capitalize()}ForCausalLM"],
+            "model_type": text["model_type"],
             **llm,
             "rope_theta": model.text.rotary_base,
             "rope_scaling": None if kind in (None, "default") else {**scaling, "type": kind, "rope_type": kind},

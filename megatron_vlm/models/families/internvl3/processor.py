@@ -1,12 +1,12 @@
-"""InternVL3's processor: the prompts and labels of the original's training code, and its dynamic tiles.
+"""InternVL's processor: the prompts and labels of the original's training code, and its dynamic tiles.
 
-    turns --internvl2_5 template, one string a turn--> ids, labels: the answer and its <|im_end|>
+    turns --template (``prompts.py``), one string a turn--> ids, labels: the answer and its <|im_end|>
     images --dynamic tiling (``data/images/tiling.py``)--> [3, n * side, side]: n tiles of an image, one below the other
 
-Every conversation begins with a system line, the original's unless the first turn is a system turn. ``<image>`` becomes
-``<img>``, the tiles' ``<IMG_CONTEXT>`` tokens and ``</img>``. Several images share the limit of tiles. An image announced as
-``Frame-1: <image>`` is a frame of a video: one tile. Semantics: InternVL, internvl_chat/internvl/train/dataset.py and
-internvl_chat_finetune.py.
+Every conversation begins with a system line, the original's unless the first turn is a system turn, and BOS stands before it
+where the tokenizer puts one before a text. ``<image>`` becomes ``<img>``, the tiles' ``<IMG_CONTEXT>`` tokens and ``</img>``.
+Several images share the limit of tiles. An image announced as ``Frame-1: <image>`` is a frame of a video: one tile. Semantics:
+InternVL, internvl_chat/internvl/train/dataset.py and internvl_chat_finetune.py.
 """
 
 import re
@@ -22,7 +22,10 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.chat import Piece, Tokens, encode_separately
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.log import get_logger
 from megatron_vlm.models.families.internvl3.config import NAMINGS, InternVL3ModelConfig
+from megatron_vlm.models.families.internvl3.prompts import CLOSE, DEFAULT, OPEN, PROMPTS
+from megatron_vlm.models.processing.chat_template import chat_template
 from megatron_vlm.models.processing.conversation import ConversationProcessor, Size, data_fields
 from megatron_vlm.models.processing.pixels import IMAGENET, pixel_fields
 from megatron_vlm.models.processing.processor_files import (
@@ -36,24 +39,26 @@ from megatron_vlm.models.processing.processor_files import (
 )
 from megatron_vlm.models.processing.tiles import TILE_SETTINGS, DynamicTiles, TilePlan, tile_fields
 
+LOGGER = get_logger(__name__)
 IMAGE = "<image>"
 START, CONTEXT, STOP = "<img>", "<IMG_CONTEXT>", "</img>"
-OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
-TEMPLATE = "internvl2_5"
-SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 ASSISTANT = f"{OPEN}assistant\n"
 _FRAME = re.compile(r"Frame-?\d+: $")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InternVL3Processor(DynamicTiles, ConversationProcessor):
-    """Encodes samples for InternVL3. Plain values only: it travels to worker processes.
+    """Encodes samples for InternVL. Plain values only: it travels to worker processes.
 
     Attributes:
+        template: name of the prompt's form, of ``PROMPTS``.
+        bos_token_id: begins a conversation; None: nothing does.
         start_token_id, stop_token_id: ids of ``<img>`` and ``</img>``.
         tile_tokens: ``<IMG_CONTEXT>`` tokens of one tile.
     """
 
+    template: str
+    bos_token_id: int | None
     start_token_id: int
     stop_token_id: int
     tile_tokens: int
@@ -69,11 +74,18 @@ class InternVL3Processor(DynamicTiles, ConversationProcessor):
         content = read_json(hf_dir / "config.json")
         model = InternVL3ModelConfig.from_hf(content)
         check_image_settings(config, "InternVL3", "max_image_num", *TILE_SETTINGS)
-        config.check_template("internvl3", TEMPLATE)
+        config.check_template("internvl3", *PROMPTS)
+        own = own_template(hf_dir, content)
+        if config.template not in (None, own):
+            LOGGER.warning(
+                "data.template is %s, the model in %s was trained on %s: whoever uses it after this must write prompts as %s",
+                config.template, hf_dir, own, config.template,
+            )  # fmt: skip
         read = _chat_settings if NAMINGS[content["model_type"]] == "chat" else _native_settings
         tiles = tile_fields(config, read(hf_dir, content, model), model.vision.patch_size, model.shuffle)
         tokens = _tokens_of(hf_dir, model)
-        return cls(**tokens, **tiles, **data_fields(config), tile_tokens=model.tile_tokens(tiles["side"]))
+        fields = dict[str, Any](template=config.template or own, tile_tokens=model.tile_tokens(tiles["side"]))
+        return cls(**tokens, **tiles, **data_fields(config), **fields)
 
     @cached_property
     def _header(self) -> int:
@@ -97,10 +109,13 @@ class InternVL3Processor(DynamicTiles, ConversationProcessor):
     def tokenise(self, turns: Sequence[Turn], plans: Sequence[TilePlan], prompt: bool = False) -> Tokens:
         """Each turn is tokenised on its own, header and end included; images within it stand for themselves."""
         numbers = (tiles for _, tiles in plans)
-        lines = list(turns) if turns and turns[0].role == "system" else [Turn(role="system", text=SYSTEM), *turns]
-        pieces: list[Piece] = []
+        form = PROMPTS[self.template]
+        lines = list(turns) if turns and turns[0].role == "system" else [Turn(role="system", text=form.system), *turns]
+        bos = () if self.bos_token_id is None else (self.bos_token_id,)
+        pieces = [Piece(ids=bos)]
         for turn in lines:
-            texts = f"{OPEN}{turn.role}\n{turn.text}{CLOSE}\n".split(IMAGE)
+            text = turn.text.strip() if form.strips else turn.text
+            texts = f"{OPEN}{turn.role}\n{text}{form.end}".split(IMAGE)
             answer, header = turn.role == "assistant", self._header if turn.role == "assistant" else 0
             for number, text in enumerate(texts):
                 if number:
@@ -109,7 +124,7 @@ class InternVL3Processor(DynamicTiles, ConversationProcessor):
                     pieces.append(Piece(ids=image, answer=answer, loss=turn.loss))
                 ids = tuple(self.tokenizer.ids(text))
                 ends = answer and number == len(texts) - 1
-                end = len(ids) - 1 if ends else len(ids)  # without the line break at the very end
+                end = len(ids) - (ends and form.end != CLOSE)  # without a line break at the very end
                 start = header if number == 0 else 0
                 pieces += [
                     Piece(ids=ids[:start]),
@@ -118,7 +133,7 @@ class InternVL3Processor(DynamicTiles, ConversationProcessor):
                 ]
         if prompt:
             pieces.append(Piece(text=ASSISTANT))
-        never = self.never_cut
+        never = (*self.never_cut, *bos)
         return encode_separately(self.tokenizer, pieces, len(turns), answer_only=self.answer_loss_only, never=never)
 
 
@@ -126,10 +141,6 @@ def _chat_settings(hf_dir: Path, content: dict[str, Any], model: InternVL3ModelC
     """What the original's config.json says of images."""
     if content.get("pad2square"):
         raise ConfigError(f"{hf_dir}: pad2square true is not built for InternVL3")
-    if content.get("template", TEMPLATE) != TEMPLATE:
-        raise ConfigError(
-            f"{hf_dir}: template {content['template']!r} is not built for InternVL3: only {TEMPLATE!r} is"
-        )
     return {
         "side": content.get("force_image_size") or model.vision.image_size,
         "min_tiles": content.get("min_dynamic_patch", 1),
@@ -163,11 +174,28 @@ def _native_settings(hf_dir: Path, content: dict[str, Any], model: InternVL3Mode
     }
 
 
+def own_template(hf_dir: Path, content: dict[str, Any]) -> str:
+    """Name of the prompt's form that a model was trained on: by its config.json, or by its chat template where that is ours.
+
+    Raises:
+        ConfigError: it is not built.
+    """
+    if NAMINGS[content["model_type"]] == "hf":
+        written = chat_template(hf_dir)
+        return next((name for name, form in PROMPTS.items() if form.jinja == written), DEFAULT)
+    name = content.get("template") or DEFAULT
+    if name not in PROMPTS:
+        raise ConfigError(f"{hf_dir}: template {name!r} is not built for InternVL: {', '.join(PROMPTS)} are")
+    return name
+
+
 def _tokens_of(hf_dir: Path, model: InternVL3ModelConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(hf_dir)
     marks = (START, CONTEXT, STOP, OPEN, CLOSE)
     ids = token_ids(hf_dir, tokenizer.get_vocab().get, marks, "InternVL3")
+    bos = tokenizer.bos_token_id
     return {
+        "bos_token_id": bos if tokenizer("a").input_ids[0] == bos else None,
         **tokenizer_fields(hf_dir, tokenizer, ids[CONTEXT], model.image_token_id, model.text.vocab_size, marks),
         "start_token_id": ids[START],
         "stop_token_id": ids[STOP],

@@ -30,10 +30,10 @@ from megatron_vlm.models.families.internlm2.mapping import internlm2_mapping, ll
 from megatron_vlm.models.families.llava_internlm2.config import SOURCE, LlavaModelConfig
 from megatron_vlm.models.families.llava_internlm2.mapping import PROJECTOR, VISION, llava_mapping
 from megatron_vlm.models.processing.pixels import CLIP
+from megatron_vlm.models.processing.processor_files import special_tokens
 from megatron_vlm.models.processing.template_processor import (
     TemplateProcessor,
     prompt_settings,
-    special_tokens,
     write_tokenizer,
 )
 from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, Mapping, TensorInfo, TensorStore

@@ -1,7 +1,8 @@
-"""InternVL3 against transformers: logits, loss and every gradient in fp32, eager attention; and that the bar shows mistakes."""
+"""InternVL 2 to 3.5 against transformers in fp32, eager attention: logits, loss, gradients; and that the bar shows mistakes."""
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import hf_reference
 from megatron_vlm.testing.parity_check import Bars, check_parity
-from megatron_vlm.testing.twins.internvl3 import hf_inputs, make_samples, write_tiny_internvl3
+from megatron_vlm.testing.twins.internvl3 import hf_inputs, make_samples, write_tiny_internvl2, write_tiny_internvl3
 
 BARS = Bars()  # measured: logits 2.7e-6 of the largest, 2.3 x noise, loss 1.4e-7, gradients 5.3e-6
 TIMES = 30
@@ -31,6 +32,7 @@ QWEN3 = dict(model_type="qwen3", head_dim=12, num_key_value_heads=2)
 TWINS = {
     "300m": ({}, None),
     "qwen3": (dict(text=QWEN3), None),
+    "internlm2": (dict(text=dict(max_position_embeddings=40)), None),  # one sample beyond these, under dynamic NTK
     "6b": (dict(vision=SIX_B), None),
     "tied": (dict(tie=True), None),
     "interpolated": ({}, 48),  # tiles larger than those that the positions were learned on
@@ -47,7 +49,10 @@ def twins(tmp_path_factory):
         if name not in made:
             options, tile = TWINS[name]
             directory = str(tmp_path_factory.mktemp(name))
-            hf = write_tiny_internvl3(directory, **options)
+            if name == "internlm2":
+                hf, directory = write_tiny_internvl2(Path(directory), **options), f"{directory}/hf"
+            else:
+                hf = write_tiny_internvl3(directory, **options)
             config = registry.get("internvl3").config(hf.config.to_dict())
             made[name] = directory, hf, config, make_samples(config, SAMPLES, tile=tile)
         return made[name]

@@ -2,10 +2,12 @@
 
 import io
 import itertools
+import json
 import pickle
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
@@ -16,10 +18,17 @@ from megatron_vlm.data.row import IGNORE_INDEX
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
-from megatron_vlm.models.families.internvl3.processor import SYSTEM, InternVL3Processor
+from megatron_vlm.models.families.internvl3.processor import InternVL3Processor
+from megatron_vlm.models.families.internvl3.prompts import PROMPTS
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
-from megatron_vlm.testing.twins.internvl3 import hf_processor, write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twins.internvl3 import (
+    hf_processor,
+    write_chat_layout,
+    write_tiny_internvl2,
+    write_tiny_internvl3,
+)
 
+SYSTEM, FIRST = PROMPTS["internvl2_5"].system, PROMPTS["internlm2-chat"].system
 CHINA = Image.fromarray(load_sample_image("china.jpg"))
 DIGIT = Image.fromarray((load_digits().images[7] * 15).astype(np.uint8))
 
@@ -127,6 +136,67 @@ def test_labels_of_the_published_rule(folders):
     assert shown(whole, sample) == (
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n[<img>(4)</img>]\nHi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     )
+
+
+def test_prompts_of_the_generations(folders, tmp_path):
+    """InternVL2 on InternLM2: BOS, no line breaks between turns, texts without outer white space; 2.5 on the same tokenizer."""
+    write_tiny_internvl2(tmp_path)
+    turns = turns_of("<image>\nWhat?", " two dogs\n", "And?", "a cat")
+    first, later, plain = (
+        InternVL3Processor.from_pretrained(
+            folder,
+            DataConfig(seq_length=4096, answer_loss_only=True, template=template, special_tokens_in_text="refuse"),
+        )
+        for folder, template in (
+            (tmp_path / "chat", None),
+            (tmp_path / "chat", "internvl2_5"),
+            (folders / "chat", "Hermes-2"),
+        )
+    )
+    image = CHINA.resize((32, 32))
+    assert shown(first, assert_count_is_encode(first, turns, [image])) == (
+        f"[<s><|im_start|>system\n{FIRST}<|im_end|><|im_start|>user\n<img>(4)</img>\nWhat?<|im_end|><|im_start|>assistant\n]"
+        "two dogs<|im_end|>[<|im_start|>user\nAnd?<|im_end|><|im_start|>assistant\n]a cat<|im_end|>"
+    )
+    assert shown(later, later.encode("k", turns_of("Hi", "yes"), [])) == (
+        f"[<s><|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n]yes<|im_end|>[\n]"
+    )
+    assert shown(plain, plain.encode("k", turns_of("Hi", " yes", system="S"), [])) == (
+        "[<|im_start|>system\nS<|im_end|><|im_start|>user\nHi<|im_end|><|im_start|>assistant\n] yes<|im_end|>"
+    )
+    # SentencePiece's own ids of each stretch between the marks.
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "chat" / "tokenizer.model"))
+    start, end = (pieces.piece_to_id(f"[UNUSED_TOKEN_{number}]") for number in (146, 145))
+    ids = [1]
+    for text in (f"system\n{FIRST}", "user\nHi", "assistant\nyes"):
+        ids += [start, *pieces.encode(text), end]
+    assert first.encode("k", turns_of("Hi", "yes"), []).input_ids.tolist() == ids
+    # transformers' processor of the same model as a Llama: its chat template and tokenizer write the same prompt.
+    hf = hf_processor(tmp_path / "hf", (tmp_path / "hf" / "chat_template.jinja").read_text())
+    messages = [
+        {"role": "system", "content": FIRST},
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]},
+    ]
+    theirs = hf.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    for folder in ("chat", "hf"):
+        processor = InternVL3Processor.from_pretrained(tmp_path / folder, DataConfig(seq_length=4096))
+        ours = processor.encode_prompt(turns_of("<image>\nWhat?"), [image])
+        assert ours.input_ids.tolist() == theirs["input_ids"][0].tolist()
+        assert torch.equal(ours.pixels[0], torch.cat(list(theirs["pixel_values"]), 1))
+
+
+def test_prompts_that_are_not_built_are_refused(folders, tmp_path):
+    content = json.loads((folders / "chat" / "config.json").read_text())
+    for path in (folders / "chat").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**content, "template": "phi3-chat"}))
+    with pytest.raises(
+        ConfigError, match="template 'phi3-chat' is not built for InternVL: internvl2_5, internlm2-chat, Hermes-2 are"
+    ):
+        InternVL3Processor.from_pretrained(tmp_path, DataConfig(seq_length=64))
 
 
 def test_golden_ids(folders):

@@ -1,4 +1,4 @@
-"""InternVL3 in use: answers equal transformers', and the recipe's dry run at the published layout."""
+"""InternVL in use: answers equal transformers', and the recipe's dry run at the published layout."""
 
 import pytest
 import torch
@@ -12,8 +12,14 @@ from megatron_vlm.models.families.internvl3.processor import InternVL3Processor
 from megatron_vlm.options.resolve import resolve
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import layout_answers
-from megatron_vlm.testing.twins.internvl3 import hf_inputs, write_chat_layout, write_tiny_internvl3
+from megatron_vlm.testing.twins.internvl3 import (
+    hf_inputs,
+    write_chat_layout,
+    write_tiny_internvl2,
+    write_tiny_internvl3,
+)
 from megatron_vlm.training.memory.estimate import estimate
+from megatron_vlm.training.memory.flops import forward_flops
 
 NEW = 10
 RECIPE = "examples/internvl3/finetune_internvl3.yaml"
@@ -58,10 +64,14 @@ PUBLISHED_8B = {
 }
 
 
-def test_greedy_answers_equal_transformers(tmp_path):
+@pytest.mark.parametrize("decoder", ["qwen3", "internlm2"])
+def test_greedy_answers_equal_transformers(tmp_path, decoder):
     """Prompts without, with one and with two images, from both layouts, in two parallel layouts."""
-    model = write_tiny_internvl3(tmp_path / "hf")
-    write_chat_layout(tmp_path / "chat", model)
+    if decoder == "internlm2":
+        model = write_tiny_internvl2(tmp_path)
+    else:
+        model = write_tiny_internvl3(tmp_path / "hf", text=dict(model_type="qwen3", head_dim=12))
+        write_chat_layout(tmp_path / "chat", model)
     processor = InternVL3Processor.from_pretrained(tmp_path / "hf", DataConfig(seq_length=1024))
     china = Image.fromarray(load_sample_image("china.jpg"))
     images = [china.resize((90, 50)), china.resize((32, 64))]
@@ -85,6 +95,39 @@ def test_greedy_answers_equal_transformers(tmp_path):
             layout_answers, folder, prompts, [parallel], sampling, processor.stop_ids, tp=tp, pp=pp
         )
         assert [answer.ids for answer in rank[0]] == expected
+
+
+# What differs in OpenGVLab/InternVL3_5-8B and, of the first generations, in OpenGVLab/InternVL2-8B.
+QWEN3_8B = {
+    "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "rope_scaling": None, "vocab_size": 151936, "tie_word_embeddings": False, "attention_bias": False,
+}  # fmt: skip
+INTERNLM2_7B = {
+    "model_type": "internlm2", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "bias": False,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6, "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "vocab_size": 92553, "hidden_act": "silu",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("llm, recipe", [(QWEN3_8B, "finetune_internvl3_5"), (INTERNLM2_7B, "finetune_internvl3")])
+def test_other_generations_fit_their_recipes(llm, recipe):
+    """Parameters and operations as worked out by hand: matrices are split over the ranks, norms are on each."""
+    paths = ["--load", "x", "--save", "y", "--dry-run", "--device", "cpu", "--world-size", "8"]
+    sizes = ["--tensor-model-parallel-size", "4", "--global-batch-size", "128"]
+    config, _ = resolve(["--config", f"examples/internvl3/{recipe}.yaml", *paths, *sizes])
+    spec = registry.get("internvl3")
+    model = spec.config({**PUBLISHED_8B, "llm_config": llm})
+    config.check_model(model)
+    (stage,) = estimate(config, spec, model, 8, "cpu", trace=False)
+    h, ffn, layers, vocab = (
+        llm[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    matrices = layers * (h * (32 + 2 * 8) * 128 + h * h + 3 * h * ffn)
+    norms = (2 * layers + 1) * h + (layers * 2 * 128 if llm is QWEN3_8B else 0)
+    assert 4 * stage.parameters["llm"] == matrices + 2 * -(-vocab // 512) * 512 * h + 4 * norms
+    cost = forward_flops(model, segments=[1000], supervised=900)
+    assert cost.llm == 2 * 1000 * matrices + layers * 2 * 1000**2 * h + 2 * 900 * h * vocab
 
 
 @pytest.mark.parametrize("tp, pp", [(4, 1), (2, 2)])

@@ -1,10 +1,10 @@
-"""Images cut into square tiles of one size: InternVL's dynamic tiling, and the HD grid of InternLM-XComposer2-4KHD.
+"""Images cut into square tiles of one size: InternVL's dynamic tiling, the HD grid of InternLM-XComposer2-4KHD, Idefics3's.
 
     dynamic: image --the grid of nearest aspect ratio, stretched--> tiles row by row (and the whole as a thumbnail, last)
     HD:      image --as many tiles along the longer side as allowed, aspect ratio kept--> centred on white, whole tiles
 
 Semantics: InternVL, internvl_chat/internvl/train/dataset.py, ``dynamic_preprocess``, the same as transformers 5.23,
-models/got_ocr2/image_processing_pil_got_ocr2.py; InternLM-XComposer2-4KHD, ixc_utils.py, ``HD_transform``.
+models/got_ocr2/image_processing_pil_got_ocr2.py, and models/idefics3; InternLM-XComposer2-4KHD, ixc_utils.py, ``HD_transform``.
 """
 
 import functools
@@ -48,10 +48,24 @@ def num_tiles(width: int, height: int, side: int, least: int, most: int, thumbna
 def tiles(image: Image.Image, side: int, least: int, most: int, thumbnail: bool, resample: int) -> list[Image.Image]:
     """Cuts an RGB image into tiles, row by row."""
     columns, rows = (1, 1) if most == 1 else best_grid(*image.size, side, least, most)
-    canvas = image.resize((columns * side, rows * side), resample=resample)
-    boxes = [(x * side, y * side, (x + 1) * side, (y + 1) * side) for y in range(rows) for x in range(columns)]
-    cut = [canvas.crop(box) for box in boxes]
-    return [*cut, image.resize((side, side), resample=resample)] if thumbnail and len(cut) > 1 else cut
+    found = cut(image.resize((columns * side, rows * side), resample=resample), side)
+    return [*found, image.resize((side, side), resample=resample)] if thumbnail and len(found) > 1 else found
+
+
+def cut(canvas: Image.Image, side: int) -> list[Image.Image]:
+    """Cuts an image of whole tiles into them, row by row."""
+    corners = [(x, y) for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
+    return [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
+
+
+def whole_tiles(width: int, height: int, side: int) -> tuple[int, int]:
+    """Width and height grown to whole tiles as Idefics3 does: the longer edge first, the other by the shape before."""
+    shape = width / height
+    if width >= height:
+        width = math.ceil(width / side) * side
+        return width, math.ceil(int(width / shape) / side) * side
+    height = math.ceil(height / side) * side
+    return math.ceil(int(height * shape) / side) * side, height
 
 
 def hd_size(width: int, height: int, hd_num: int, tile: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -26,7 +26,6 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.chat import Piece, Tokens, encode_pieces
 from megatron_vlm.errors import ConfigError, Reason
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.processing.chat_template import chat_template, render
 from megatron_vlm.models.processing.conversation import ConversationProcessor, Size, data_fields
 from megatron_vlm.models.processing.pixels import HALF, NormalisedPixels, pixel_fields
 from megatron_vlm.models.processing.processor_files import (
@@ -38,16 +37,10 @@ from megatron_vlm.models.processing.processor_files import (
     token_ids,
     tokenizer_fields,
 )
+from megatron_vlm.models.processing.utterances import END, FAKE, IMAGE, written_first
 
 LOGGER = get_logger(__name__)
-IMAGE = "<image>"
-FAKE = "<fake_token_around_image>"
-END = "<end_of_utterance>"
 _GLUED = re.compile(rf"{re.escape(FAKE)}(?=[^\s<])")
-_PROBE = [
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +171,7 @@ def _tokens_of(hf_dir: Path, model: dict[str, Any]) -> dict[str, Any]:
     if end is None:
         raise ConfigError(f"the tokenizer of {hf_dir} has neither {END} nor an EOS token")
     tokenizer.add_special_tokens({"additional_special_tokens": [FAKE, IMAGE, *([END] if end == END else [])]})
-    template = chat_template(hf_dir)
-    if template is not None:
-        text = render(template, _PROBE, hf_dir, **tokenizer.special_tokens_map)
-        wanted = f"User:{IMAGE}a{END}\nAssistant: b{END}\n"
-        if text != wanted:
-            raise ConfigError(f"{hf_dir} has a chat template that is not Idefics2's: it makes {text!r}, not {wanted!r}")
+    written_first(hf_dir, tokenizer, "Idefics2", "")
     return {
         **tokenizer_fields(hf_dir, tokenizer, ids[IMAGE], model.get("image_token_id", 32001), vocab_size, (FAKE, end)),
         "fake_token_id": ids[FAKE],

@@ -43,13 +43,8 @@ class SmolVLMModelConfig(Config):
     def image_cost(self, image: tuple[int, int, int]) -> ImageCost:
         """Cost of one tile [C, S, S]."""
         patches = (image[1] // self.vision.patch_size) * (image[2] // self.vision.patch_size)
-        features, width = patches // self.shuffle**2, self.vision.hidden_size * self.shuffle**2
-        return ImageCost(
-            patches=patches,
-            segments=(patches,),
-            features=features,
-            connector=2.0 * features * width * self.text.hidden_size,
-        )
+        linear = 2.0 * patches * self.vision.hidden_size * self.text.hidden_size
+        return ImageCost(patches=patches, segments=(patches,), features=patches // self.shuffle**2, connector=linear)
 
     @classmethod
     def from_hf(cls, hf_config: dict[str, Any]) -> "SmolVLMModelConfig":
@@ -62,9 +57,7 @@ class SmolVLMModelConfig(Config):
 
         kind = KINDS.get(hf_config.get("model_type", ""))
         if kind is None:
-            raise ConfigError(
-                f"a config of this family has model_type {' or '.join(KINDS)}, this one has {hf_config.get('model_type')!r}"
-            )
+            raise ConfigError(f"model_type must be {' or '.join(KINDS)}, this one has {hf_config.get('model_type')!r}")
         hf = getattr(transformers, f"{kind}Config").from_dict(dict(hf_config))
         vision = SiglipConfig.from_hf(hf.vision_config.to_dict())
         if hf.scale_factor < 1 or vision.side % hf.scale_factor:

@@ -38,9 +38,9 @@ def build_smolvlm(
 ) -> VisionLanguageModel:
     """Builds one stage; only the first owns tower and connector."""
     tower = partial(build_siglip, config.vision, smallest=config.shuffle)
-    return build_stage(config.text, topology, options, vp_stage, tower, partial(_build_connector, config))
+    width, hidden = config.vision.hidden_size * config.shuffle**2, config.text.hidden_size
 
+    def connector(topology: Topology, options: ModelOptions) -> SmolVLMConnector:
+        return SmolVLMConnector(config.shuffle, build_linear_projector(width, hidden, topology, options))
 
-def _build_connector(config: SmolVLMModelConfig, topology: Topology, options: ModelOptions) -> SmolVLMConnector:
-    width = config.vision.hidden_size * config.shuffle**2
-    return SmolVLMConnector(config.shuffle, build_linear_projector(width, config.text.hidden_size, topology, options))
+    return build_stage(config.text, topology, options, vp_stage, tower, connector)

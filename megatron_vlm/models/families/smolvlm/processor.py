@@ -3,8 +3,7 @@
     turns --chat template, <image> -> tiles row by row, then the whole--> pieces --data.chat--> ids, labels
     images --upright RGB, longest edge, up to whole tiles--> rows x columns tiles and the whole, float32 [3, S, S] each
 
-The prompt is ``BOS User: TEXT<end_of_utterance>\\nAssistant: TEXT<end_of_utterance>\\n``, without the space where a turn begins
-with an image. An image of several tiles is written
+The prompt is that of ``models/processing/utterances.py`` behind BOS. An image of several tiles is written
 
     <fake_token_around_image><row_1_col_1><image>...<fake_token_around_image><row_1_col_2><image>...\\n
     ...\\n
@@ -25,12 +24,12 @@ import torch
 from PIL import Image
 
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.images import tiling
 from megatron_vlm.data.images.pictures import size_of_longest
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.chat import Piece, Tokens, encode_pieces
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.families.smolvlm.config import SmolVLMModelConfig
-from megatron_vlm.models.processing.chat_template import chat_template, render
 from megatron_vlm.models.processing.conversation import ConversationProcessor, Size, data_fields
 from megatron_vlm.models.processing.pixels import HALF, NormalisedPixels, pixel_fields
 from megatron_vlm.models.processing.processor_files import (
@@ -42,15 +41,11 @@ from megatron_vlm.models.processing.processor_files import (
     token_ids,
     tokenizer_fields,
 )
+from megatron_vlm.models.processing.utterances import END, FAKE, IMAGE, written_first
 
-FAKE, IMAGE, WHOLE, END = "<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"
+WHOLE = "<global-img>"
 _LONGEST = 4096  # transformers' processors go no further
 _FRAME = re.compile(r"Frame from \d+:\d\d: ?$")
-_PROBE = [
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
-]
-
 Grid = tuple[int, int]
 """Of an image: rows and columns of tiles, (0, 0) where it is not split."""
 
@@ -122,33 +117,20 @@ class SmolVLMProcessor(NormalisedPixels, ConversationProcessor):
 
     def grid(self, size: Size) -> Grid:
         """Rows and columns of an image of (width, height)."""
-        if not self.splitting:
-            return 0, 0
-        columns, rows = (edge // self.side for edge in self._whole_tiles(size_of_longest(*size, self.longest_edge)))
-        return (rows, columns) if rows * columns > 1 else (0, 0)
-
-    def _whole_tiles(self, size: Size) -> Size:
-        """Width and height after growing to whole tiles: the longer edge first, the shorter one by the shape before."""
-        width, height = size
-        shape, side = width / height, self.side
-        if width >= height:
-            width = ceil(width / side) * side
-            return width, ceil(int(width / shape) / side) * side
-        height = ceil(height / side) * side
-        return ceil(int(height * shape) / side) * side, height
+        width, height = tiling.whole_tiles(*size_of_longest(*size, self.longest_edge), self.side)
+        rows, columns = height // self.side, width // self.side
+        return (rows, columns) if self.splitting and rows * columns > 1 else (0, 0)
 
     def patches(self, plan: Grid) -> int:
         return (1 + plan[0] * plan[1]) * self.tile_patches
 
     def views(self, image: Image.Image, plan: Grid, draw: Any) -> list[torch.Tensor]:
         """Pixels of an image's tiles row by row, then of the whole, bit for bit as transformers' ``*ImageProcessorPil``."""
-        rows, columns = plan
         image = image.resize(size_of_longest(*image.size, self.longest_edge), resample=self.resample)
-        cut, side = [], self.side
+        cut, (rows, columns), side = [], plan, self.side
         if rows:
             image = image.resize((columns * side, rows * side), resample=self.resample)
-            corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
-            cut = [image.crop((x, y, x + side, y + side)) for x, y in corners]
+            cut = tiling.cut(image, side)
         return [self.normalised(view) for view in (*cut, image.resize((side, side), resample=self.resample))]
 
     def tokenise(self, turns: Sequence[Turn], plans: Sequence[Grid], prompt: bool = False) -> Tokens:
@@ -186,15 +168,8 @@ def _tokens_of(hf_dir: Path, model: SmolVLMModelConfig, most: int = 0) -> dict[s
     around = (FAKE, WHOLE, *places)
     ids = token_ids(hf_dir, tokenizer.get_vocab().get, (IMAGE, END, *around), model.kind)
     bos = tokenizer.bos_token or ""
-    begin, template = bos, chat_template(hf_dir)
-    if template is not None:
-        text = render(template, _PROBE, hf_dir, **tokenizer.special_tokens_map)
-        wanted = f"User:{IMAGE}a{END}\nAssistant: b{END}\n"
-        begin = text.removesuffix(wanted)
-        if not text.endswith(wanted) or begin not in ("", bos):
-            raise ConfigError(
-                f"{hf_dir} has a chat template that is not {model.kind}'s: it makes {text!r}, not {wanted!r}"
-            )
+    begin = written_first(hf_dir, tokenizer, model.kind, "", bos)
+    begin = bos if begin is None else begin
     if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         begin = ""
     steering = (*around, IMAGE, END, *([bos] if bos else []))

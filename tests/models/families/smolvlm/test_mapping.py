@@ -70,7 +70,7 @@ def test_what_runs_whole_and_what_is_cut(tokenizer):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "idefics2"}, "model_type idefics3 or smolvlm, this one has 'idefics2'"),
+        ({"model_type": "idefics2"}, "model_type must be idefics3 or smolvlm, this one has 'idefics2'"),
         ({"scale_factor": 4}, "scale_factor 4 does not divide the 6 patches of a side"),
         ({"text_config": {"model_type": "gemma"}}, "the text model must be one of .*'gemma'"),
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu' is not built"),

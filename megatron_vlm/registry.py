@@ -207,6 +207,7 @@ FAMILIES = {
     "idefics2_llama3": "megatron_vlm.models.families.idefics2:LLAMA3_SPEC",
     "internvl3": "megatron_vlm.models.families.internvl3:SPEC",
     "internlm2": "megatron_vlm.models.families.internlm2:SPEC",
+    "qwen2_5_vl": "megatron_vlm.models.families.qwen2_5_vl:SPEC",
     "xcomposer2": "megatron_vlm.models.families.xcomposer2:SPEC",
     "smolvlm": "megatron_vlm.models.families.smolvlm:SPEC",
     "llava_internlm2": "megatron_vlm.models.families.llava_internlm2:SPEC",

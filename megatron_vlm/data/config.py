@@ -65,6 +65,7 @@ class DataConfig(Config):
         min_dynamic_patch, max_dynamic_patch: tiles of an image, its thumbnail left out; the limit is shared by the images of a
             sample, and a data set may have its own. None: as the model's files say.
         use_thumbnail: an image of several tiles is seen as a whole, too; None: as the model's files say.
+        min_pixels, max_pixels: of an image after it is resized (Qwen2.5-VL); None: as the model's files say.
         hd_num: most tiles of an image (InternLM-XComposer2-4KHD, which needs it); -1 is no value, as in that recipe's scripts.
         num_workers: processes that read and encode; 0: in the training process. Never changes what is read.
         prefetch_rows: most rows each worker keeps ready.
@@ -99,6 +100,8 @@ class DataConfig(Config):
     min_dynamic_patch: int | None = None
     max_dynamic_patch: int | None = None
     use_thumbnail: bool | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     hd_num: int | None = None
     num_workers: int = 2
     prefetch_rows: int = 4
@@ -127,6 +130,8 @@ class DataConfig(Config):
             ("shortest_edge", 1),
             ("min_dynamic_patch", 1),
             ("max_dynamic_patch", 1),
+            ("min_pixels", 1),
+            ("max_pixels", 1),
             ("bad_sample_consecutive", 0),
         ):
             value = getattr(self, name)

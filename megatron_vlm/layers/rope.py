@@ -2,11 +2,12 @@
 
     position ids, segment lengths --inverse frequencies (per segment for dynamic NTK)--> angles [T, 1, 1, D]
 
-Formulas: RoFormer (Su et al. 2021); scalings as transformers 5.23, ``modeling_rope_utils.py``.
+Formulas: RoFormer (Su et al. 2021); scalings as transformers 5.23, ``modeling_rope_utils.py``; three positions a token, M-RoPE:
+Qwen2-VL (arXiv 2409.12191).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -104,9 +105,19 @@ class RotaryAngles:
         max_positions: trained positions, beyond which ``dynamic`` acts.
         scaling: None: none.
         device: of the angles.
+        axes: which of a token's several positions turns each pair of dimensions, D / 2 numbers; empty: a token has one.
     """
 
-    def __init__(self, dim: int, base: float, max_positions: int, scaling: RopeScaling | None, device: torch.device):
+    def __init__(
+        self,
+        dim: int,
+        base: float,
+        max_positions: int,
+        scaling: RopeScaling | None,
+        device: torch.device,
+        axes: Sequence[int] = (),
+    ):
+        self.axes = torch.tensor(axes, device=device)
         self.dim, self.base, self.max_positions, self.scaling = dim, base, max_positions, scaling
         self.exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         self.inv_freq = _scaled(1.0 / (base**self.exponents), base, max_positions, scaling)
@@ -117,17 +128,17 @@ class RotaryAngles:
         """Angles, fp32 [T, 1, 1, D].
 
         Args:
-            position_ids: int64 [T].
+            position_ids: int64 [T], or [3, T] where there are ``axes``.
             cu_q: int32 [N + 1], segments of these tokens.
             cu_k: int32 [N + 1], the same segments with the tokens before these, by whose lengths ``dynamic`` scales.
             max_k: the longest of them.
             segments: int64 [T], the segment of each token, where these are some of a row's; None: as ``cu_q`` says.
         """
-        positions = position_ids.float()[:, None]
+        positions = position_ids.float()[:, None] if position_ids.dim() == 1 else position_ids.float()[self.axes].T
         if self.scaling is not None and self.scaling.rope_type == "dynamic" and max_k > self.max_positions:
             stretched = self._dynamic(cu_k)
             if segments is None:
-                by_token = stretched.repeat_interleave(cu_q.diff(), 0, output_size=len(position_ids))
+                by_token = stretched.repeat_interleave(cu_q.diff(), 0, output_size=position_ids.shape[-1])
             else:
                 by_token = stretched.index_select(0, segments)
             freqs = positions * by_token

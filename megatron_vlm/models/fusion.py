@@ -51,8 +51,8 @@ def filler_pixels(tower: Any) -> tuple[Tensor, ...]:
     C channels and p pixels are those of ``tower.patch_embedding``; n is ``tower.smallest``, 2 where the connector joins blocks of
     2 x 2 patches, and 1 where the tower has none.
     """
-    embedding: nn.Conv2d = tower.patch_embedding
-    height, width = (size * getattr(tower, "smallest", 1) for size in embedding.kernel_size)
+    embedding: nn.Conv2d | nn.Conv3d = tower.patch_embedding
+    height, width = (size * getattr(tower, "smallest", 1) for size in embedding.kernel_size[-2:])
     return (torch.zeros(embedding.in_channels, height, width, device=embedding.weight.device),)
 
 

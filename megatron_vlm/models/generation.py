@@ -116,6 +116,7 @@ def stream(
         cache = KVCache()
         row = row_from_samples(prompts, filler_token_id=filler_token_id, multiple_of=multiple)
         counts = [len(prompt.input_ids) for prompt in prompts]
+        following = [int(prompt.position_ids.max()) + 1 for prompt in prompts]  # a token may have several positions
         for number in range(sampling.max_new_tokens):
             params = cache.row(counts, row.num_filler, topology.device)
             logits = _forward(stages, row, params, topology)
@@ -127,7 +128,8 @@ def stream(
                 return
             if len(going) < len(tokens):
                 cache.keep(going)
-            row = _next_row([tokens[place] for place in going], cache.lengths, filler_token_id, multiple)
+            places = [following[prompt] + number for prompt in active]
+            row = _next_row([tokens[place] for place in going], places, filler_token_id, multiple)
             counts = [1] * len(active)
 
 

@@ -6,6 +6,7 @@ config.json --check_numbers--> --family's config class--> model config --check_p
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from megatron_vlm.errors import ConfigError
@@ -18,6 +19,8 @@ _LARGEST = {
     "vocab_size": _ROWS, "max_position_embeddings": _ROWS, "max_length": _ROWS, "sliding_window": _ROWS,
     "image_size": _SIDE, "patch_size": _SIDE, "img_size": _SIDE, "force_image_size": _SIDE, "min_dynamic_patch": _COUNT,
     "max_dynamic_patch": _COUNT, "min_patches": _COUNT, "max_patches": _COUNT, "image_seq_len": _ROWS, "image_seq_length": _ROWS,
+    "depth": _COUNT, "num_heads": _COUNT, "in_channels": 64, "spatial_merge_size": 64, "temporal_patch_size": 64, "merge_size": 64,
+    "window_size": _SIDE, "out_hidden_size": _WIDTH, "min_pixels": _ROWS, "max_pixels": _ROWS,
     "height": _SIDE, "width": _SIDE, "shortest_edge": _SIDE, "longest_edge": _SIDE,
 }  # fmt: skip
 """Keys of whole numbers from 1 on, with a bound far beyond any model: what is larger would be allocated, or counted up to."""
@@ -25,6 +28,8 @@ _ABOVE_ZERO = {
     "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "initializer_range", "downsample_ratio",
     "rescale_factor",
 }  # fmt: skip
+_AREAS = {"shortest_edge": _ROWS, "longest_edge": _ROWS}
+"""The same of a processor that joins patches (``merge_size``): its edges are numbers of pixels."""
 _CHANNELS = {"image_mean": -math.inf, "image_std": 0.0}
 """Lists of a number for each of three channels, above this."""
 _SIDES = ("size", "crop_size")
@@ -45,19 +50,23 @@ def require(name: str, value: Any, wanted: Any, family: str = "") -> None:
         raise ConfigError(f"{name} {value!r} is not built{family and f' for {family}'}: only {wanted!r} is")
 
 
-def check_numbers(config: Mapping[str, Any], where: str = "") -> None:
+def check_numbers(
+    config: Mapping[str, Any], where: str = "", largest: Mapping[str, int] = MappingProxyType(_LARGEST)
+) -> None:
     """Checks the numbers of a config.json, or of a processor's files, that sizes are made from, in all its sections.
+
+    ``largest``: keys of whole numbers, and their bounds.
 
     Raises:
         ConfigError: no number, or one that no model has.
     """
     for key, value in config.items():
         name = f"{where}{key}"
-        if key in _LARGEST:
+        if key in largest:
             for item in _items(value):
-                if isinstance(item, bool) or not isinstance(item, int) or not 1 <= item <= _LARGEST[key]:
+                if isinstance(item, bool) or not isinstance(item, int) or not 1 <= item <= largest[key]:
                     raise ConfigError(
-                        f"{name} is {_shown(value)}, where a whole number from 1 to {_LARGEST[key]:,} must stand"
+                        f"{name} is {_shown(value)}, where a whole number from 1 to {largest[key]:,} must stand"
                     )
         elif key in _ABOVE_ZERO and value is not None:
             if not _is_number(value) or value <= 0:
@@ -74,7 +83,8 @@ def check_numbers(config: Mapping[str, Any], where: str = "") -> None:
                     f"{name} is {_shown(value)}, where the number of one of Pillow's filters must stand (0 to 5)"
                 )
         elif key in _SIDES and value is not None:
-            check_numbers(value if isinstance(value, dict) else {"height": value}, f"{name}.")
+            bounds = _LARGEST | (_AREAS if "merge_size" in config else {})
+            check_numbers(value if isinstance(value, dict) else {"height": value}, f"{name}.", bounds)
         elif key in _SECTIONS and value is not None:
             if not isinstance(value, dict):
                 raise ConfigError(f"{name} is {_shown(value)}, where a JSON object must stand")

@@ -172,7 +172,12 @@ class Decoder(GPTModel):
         self.true_vocab_size = text.vocab_size
         self.tp_group = topology.tp_group
         self.rotary_angles = RotaryAngles(
-            text.head_dim, text.rotary_base, text.max_position_embeddings, text.rope_scaling, topology.device
+            text.head_dim,
+            text.rotary_base,
+            text.max_position_embeddings,
+            text.rope_scaling,
+            topology.device,
+            text.rope_axes,
         )
         if post and not pre and text.tie_word_embeddings:
             self.output_layer.weight.tied_copy = True
@@ -186,7 +191,7 @@ class Decoder(GPTModel):
 
         Args:
             decoder_input: [T(/tp), 1, H] on the first stage; None elsewhere (see ``set_input_tensor``).
-            position_ids: int64 [T], restarting in each segment.
+            position_ids: int64 [..., T], restarting in each segment.
             row: the row's segments.
 
         Returns:

@@ -34,6 +34,8 @@ VALUES = _inverted(
         "data.hd_num": "hd-num",
         "data.min_dynamic_patch": "min-dynamic-patch",
         "data.max_dynamic_patch": "max-dynamic-patch max-num-tiles",
+        "data.min_pixels": "min-pixels image-min-pixels",
+        "data.max_pixels": "max-pixels image-max-pixels",
         "data.template": "conv-style template",
         "data.num_workers": "num-workers dataloader-num-workers",
         "data.prefetch_mb": "prefetch-mb",

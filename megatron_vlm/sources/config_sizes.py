@@ -92,9 +92,9 @@ def _sizes(config: Any, infos: Mapping[str, TensorInfo]) -> Iterable[tuple[str, 
     yield width, vision.hidden_size, f"{tower}patch_embedding.weight", 0
     yield width, vision.hidden_size, f"{layer}self_attention.linear_proj.weight", 0
     ffn = f"vision_config.intermediate_size {vision.ffn_hidden_size:,}"
-    yield ffn, vision.ffn_hidden_size, f"{layer}mlp.linear_fc1.weight", 0
+    yield ffn, (1 + vision.gated_mlp) * vision.ffn_hidden_size, f"{layer}mlp.linear_fc1.weight", 0
     yield f"vision_config.num_channels {vision.num_channels}", vision.num_channels, f"{tower}patch_embedding.weight", 1
-    yield f"vision_config.patch_size {vision.patch_size}", vision.patch_size, f"{tower}patch_embedding.weight", 2
+    yield f"vision_config.patch_size {vision.patch_size}", vision.patch_size, f"{tower}patch_embedding.weight", 3
     positions = f"vision_config.image_size {vision.image_size} and patch_size {vision.patch_size}"
     yield positions, patches + ("vision_model.class_embedding" in infos), f"{tower}position_embedding.weight", 0
     yield positions, patches + 1, f"{tower}position_embedding", 1

@@ -5,6 +5,7 @@ Cutting them into tiles: ``tiling.py``.
 
 import contextlib
 import io
+import math
 import os
 import random
 from collections.abc import Sequence
@@ -236,6 +237,20 @@ def size_of_longest(width: int, height: int, longest: int) -> tuple[int, int]:
         return longest, max(1, height + height % 2)
     width = int(longest * aspect_ratio)
     return max(1, width + width % 2), longest
+
+
+def size_of_blocks(width: int, height: int, unit: int, least: int, most: int) -> tuple[int, int]:
+    """Columns and rows of blocks of ``unit`` x ``unit`` pixels that an image is resized to: near its own size, its area between
+    ``least`` and ``most`` pixels. Source: transformers 5.23, models/qwen2_vl/image_processing_qwen2_vl.py, ``smart_resize``.
+    """
+    rows, columns = round(height / unit), round(width / unit)
+    if rows * columns * unit**2 > most:
+        shrink = math.sqrt((height * width) / most)
+        rows, columns = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
+    elif rows * columns * unit**2 < least:
+        grow = math.sqrt(least / (height * width))
+        rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
+    return columns, rows
 
 
 def quarters(width: int, height: int) -> list[tuple[int, int, int, int]]:

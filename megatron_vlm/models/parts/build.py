@@ -20,12 +20,14 @@ from megatron_vlm.layers.vision import internvit
 from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu
 from megatron_vlm.layers.vision.encoder import Encoder
 from megatron_vlm.layers.vision.internvit import InternVisionModel
+from megatron_vlm.layers.vision.qwen_vit import PatchMerger, QwenVisionModel, WindowLayer
 from megatron_vlm.layers.vision.siglip import SiglipVisionModel
 from megatron_vlm.models.language import gelu_tanh, layer_spec, process_groups, transformer_config
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.clip import ClipConfig
 from megatron_vlm.models.parts.internvit import InternVitConfig
 from megatron_vlm.models.parts.perceiver import PerceiverConfig
+from megatron_vlm.models.parts.qwen_vit import QwenVitConfig
 from megatron_vlm.models.parts.siglip import SiglipConfig
 from megatron_vlm.models.parts.tower import TowerConfig
 from megatron_vlm.parallel.topology import SoloGroup, Topology
@@ -64,6 +66,7 @@ def build_encoder(
         normalization=tower.normalization,
         layernorm_epsilon=tower.norm_epsilon,
         activation_func=activation,
+        gated_linear_unit=tower.gated_mlp,
         add_bias_linear=True,
     )
     plain = layer_spec(mcore, causal=False)
@@ -124,6 +127,33 @@ def build_internvit(
         dtype=options.torch_dtype,
         device=next(encoder.parameters()).device,
     )
+
+
+def build_qwen_vit(vit: QwenVitConfig, topology: Topology, options: ModelOptions) -> QwenVisionModel:
+    """The tower; whole on every rank where its heads do not divide."""
+
+    def layer(index: int, mcore: TransformerConfig, tp_group: Any) -> ModuleSpec:
+        return layer_spec(mcore, causal=False, layer=None if index in vit.full_layers else ModuleSpec(WindowLayer))
+
+    encoder = build_encoder(vit, topology, options, F.silu, layer=layer)
+    return QwenVisionModel(
+        encoder,
+        hidden_size=vit.hidden_size,
+        patch_size=vit.patch_size,
+        temporal_patch_size=vit.temporal_patch_size,
+        num_channels=vit.num_channels,
+        block=vit.block,
+        window=vit.window,
+        rotary_base=vit.rotary_base,
+        dtype=options.torch_dtype,
+        device=next(encoder.parameters()).device,
+    )
+
+
+def build_patch_merger(vit: QwenVitConfig, hidden_size: int, topology: Topology, options: ModelOptions) -> PatchMerger:
+    """The merger to the decoder's ``hidden_size``, split by the width between its linears."""
+    mcore = _projector_config(hidden_size, topology, options)
+    return PatchMerger(mcore, vit.hidden_size, vit.block**2, topology.tower_group, vit.norm_epsilon)
 
 
 def _internvit_layer(vit: InternVitConfig, mcore: TransformerConfig, tp_group: Any, drop_path: float) -> ModuleSpec:
@@ -206,6 +236,7 @@ def build_linear_projector(width: int, hidden_size: int, topology: Topology, opt
 
 
 def _projector_config(hidden_size: int, topology: Topology, options: ModelOptions) -> TransformerConfig:
+    """megatron-core's config of a connector of linears with biases and GELU between them."""
     return transformer_config(
         topology,
         options,

@@ -11,7 +11,8 @@ from megatron_vlm.weights.mapping import ROW, VOCAB, Entry, direct, gated, qkv
 
 _MAX_TP = 64
 _NO_BOUND = 1 << 30
-_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_QWEN2, _QWEN3 = ("qwen2", "qwen2_5_vl_text"), ("qwen3",)
+_TYPES = ("llama", "mistral", *_QWEN2, *_QWEN3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class TextConfig(Config):
         qkv_bias: the query, key and value projections have biases (Qwen2).
         qk_norm: queries and keys are RMS-normed head by head before RoPE, one weight for all heads of a layer (Qwen3).
         rope_scaling: of RoPE beyond trained positions; None: none.
+        mrope_section: pairs of dimensions of a head that each of a token's three positions turns, one after the other (M-RoPE);
+            empty: a token has one position.
     """
 
     model_type: str
@@ -43,6 +46,12 @@ class TextConfig(Config):
     qkv_bias: bool = False
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
+    mrope_section: tuple[int, ...] = ()
+
+    @property
+    def rope_axes(self) -> tuple[int, ...]:
+        """Which of a token's positions turns each pair of dimensions; empty: it has one."""
+        return tuple(axis % 3 for axis, count in enumerate(self.mrope_section) for _ in range(count))
 
     @property
     def longest(self) -> int:
@@ -69,11 +78,17 @@ def text_config(hf: Any, tie_word_embeddings: bool | None = None) -> TextConfig:
             raise ConfigError(f"text_config.{name} true is not built")
     heads = hf.num_attention_heads
     window = getattr(hf, "sliding_window", None)
-    if hf.model_type in ("qwen2", "qwen3"):
+    if hf.model_type in (*_QWEN2, *_QWEN3):
         if getattr(hf, "use_sliding_window", False):
             raise ConfigError("text_config.use_sliding_window true is not built for Qwen2 and Qwen3: set it to false")
         window = None
     rope = dict(getattr(hf, "rope_parameters", None) or {})
+    section, half = (
+        tuple(rope.get("mrope_section") or ()),
+        (getattr(hf, "head_dim", None) or hf.hidden_size // heads) // 2,
+    )
+    if section and sum(section) != half:
+        raise ConfigError(f"mrope_section {list(section)} must add up to {half}, half of a head")
     return TextConfig(
         model_type=hf.model_type,
         hidden_size=hf.hidden_size,
@@ -88,9 +103,10 @@ def text_config(hf: Any, tie_word_embeddings: bool | None = None) -> TextConfig:
         rotary_base=float(rope.get("rope_theta", 10000.0)),
         sliding_window=window,
         tie_word_embeddings=bool(hf.tie_word_embeddings if tie_word_embeddings is None else tie_word_embeddings),
-        qkv_bias=hf.model_type == "qwen2",
-        qk_norm=hf.model_type == "qwen3",
+        qkv_bias=hf.model_type in _QWEN2,
+        qk_norm=hf.model_type in _QWEN3,
         rope_scaling=RopeScaling.read(rope),
+        mrope_section=section,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.config import Config
-from megatron_vlm.weights.mapping import COLUMN, REPLICATED, ROW, Entry, direct, qkv
+from megatron_vlm.weights.mapping import COLUMN, GATED, REPLICATED, ROW, Entry, direct, gated, qkv
 
 BOTH = ("weight", "bias")
 _HF_KEYS = {
@@ -47,6 +47,21 @@ class TowerConfig(Config):
         return "LayerNorm"
 
     @property
+    def gated_mlp(self) -> bool:
+        """The MLP of a layer is gated: it has a third linear."""
+        return False
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers of one patch, as the patch embedding takes them."""
+        return self.num_channels * self.patch_size**2
+
+    @property
+    def num_window_layers(self) -> int:
+        """Layers that attend within windows of an image."""
+        return 0
+
+    @property
     def side(self) -> int:
         """Patches along one side of an image of ``image_size``."""
         return self.image_size // self.patch_size
@@ -63,11 +78,15 @@ def tower_sizes(vision: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNames:
-    """HF names within a layer, those of CLIP and SigLIP unless given; ``qkv``: three tensors, or one of the three end to end."""
+    """HF names within a layer, those of CLIP and SigLIP unless given.
+
+    ``qkv``: three tensors, or one of the three end to end; ``mlp``: two linears, or gate, up and down.
+    """
 
     norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     projection: str = "self_attn.out_proj"
+    mlp: tuple[str, ...] = ("mlp.fc1", "mlp.fc2")
 
 
 def layer_entries(
@@ -95,8 +114,12 @@ def layer_entries(
     for kind in qkv_kinds:
         fused, parts = f"{mg}self_attention.linear_qkv.{kind}", [f"{hf}{name}.{kind}" for name in names.qkv]
         entries.append(qkv(fused, parts, num_heads=heads, num_query_groups=heads, split=column))
-    entries += [direct(f"{mg}mlp.linear_fc1.{kind}", f"{hf}mlp.fc1.{kind}", column) for kind in BOTH]
-    for own, name in (("self_attention.linear_proj", names.projection), ("mlp.linear_fc2", "mlp.fc2")):
+    *into, out = names.mlp
+    for kind in BOTH:
+        fused, parts = f"{mg}mlp.linear_fc1.{kind}", [f"{hf}{name}.{kind}" for name in into]
+        split = GATED if tower.sharded(tp) else REPLICATED
+        entries.append(direct(fused, parts[0], column) if len(parts) == 1 else gated(fused, parts, split))
+    for own, name in (("self_attention.linear_proj", names.projection), ("mlp.linear_fc2", out)):
         entries += [
             direct(f"{mg}{own}.weight", f"{hf}{name}.weight", row),
             direct(f"{mg}{own}.bias", f"{hf}{name}.bias"),

@@ -18,6 +18,9 @@ from megatron_vlm.testing.twins.internlm2 import fuse, write_sentencepiece
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
 )  # fmt: skip
+MARKS = {
+    "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+}  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
@@ -27,8 +30,8 @@ TEMPLATE = (
 )
 
 
-def tiny_tokenizer(vocab_size: int = 400):
-    """Trains a byte-level BPE tokenizer without BOS, with Qwen2's and InternVL's special tokens at the end."""
+def tiny_tokenizer(vocab_size: int = 400, special: Sequence[str] = SPECIAL_TOKENS):
+    """Trains a byte-level BPE tokenizer without BOS, with Qwen2's and InternVL's ``special`` tokens at the end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -42,14 +45,9 @@ def tiny_tokenizer(vocab_size: int = 400):
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens={
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
-        },
+        extra_special_tokens=MARKS if special is SPECIAL_TOKENS else {},
     )
-    fast.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)}, replace_extra_special_tokens=False)
+    fast.add_special_tokens({"additional_special_tokens": list(special)}, replace_extra_special_tokens=False)
     return fast
 
 

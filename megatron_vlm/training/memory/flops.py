@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
-from megatron_vlm.models.processing.image_cost import tower_flops, tower_operations
+from megatron_vlm.models.processing.image_cost import mean_pairs, tower_flops, tower_operations
 
 Amount = Any
 """A number, or float64 [samples]."""
@@ -115,8 +115,10 @@ def counted_flops(config: FamilyConfig, data: DataConfig, counts: NDArray[Any]) 
     largest = config.image_cost(config.expected_image(data))
     segments = features * (len(largest.segments) / largest.features)
     seen = patches + segments * ((sum(largest.segments) - largest.patches) / len(largest.segments))  # class tokens
+    within = seen * (sum(n * n for n in largest.windows) / sum(largest.segments))
+    pairs = mean_pairs(config.vision, seen**2 / np.maximum(segments, 1e-9), within)
     return Flops(
-        vision=tower_operations(config.vision, patches, seen, seen**2 / np.maximum(segments, 1e-9)),
+        vision=tower_operations(config.vision, patches, seen, pairs),
         connector=patches * (largest.connector / largest.patches),
         **decoder,
     )

@@ -1,0 +1,190 @@
+"""Qwen2.5-VL's tower over packed patches of images of any size: windows in most layers, whole images in some, 2D RoPE.
+
+    pixels [C, h, w] each --patches in the order of the windows--> linear --encoder--> back in blocks --> [P, Hv]
+    patches of a block of m x m --PatchMerger: norm each, end to end, linear, GELU, linear--> one feature
+
+Legend: P patches of all images of the row, Hv hidden size of the tower, m side of a block. An image is twice the same frame of a
+video, of which a patch spans two. Images are segments of one row, windows segments of their own: no padding, no attention across.
+Source of the semantics: transformers 5.23, models/qwen2_5_vl/modeling_qwen2_5_vl.py; arXiv 2502.13923.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_vlm.errors import DataError
+from megatron_vlm.layers.backend import backend_of
+from megatron_vlm.layers.core_attention import RowParams
+from megatron_vlm.layers.mlp import ParallelMLP
+from megatron_vlm.layers.vision.siglip import cumulative, patchify
+
+
+@dataclass
+class WindowedRow(RowParams):
+    """A row of images, which also holds the same row cut into windows."""
+
+    windows: RowParams | None = None
+
+
+class WindowLayer(TransformerLayer):
+    """megatron-core's layer, which attends within windows."""
+
+    def forward(self, *args: Any, packed_seq_params: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, packed_seq_params=packed_seq_params.windows, **kwargs)
+
+
+class QwenVisionModel(nn.Module):
+    """Patch embedding and a bidirectional encoder without final norm.
+
+    Args:
+        encoder: megatron-core TransformerBlock ([P, 1, Hv] with ``packed_seq_params``), some layers of it ``WindowLayer``.
+        hidden_size, patch_size, temporal_patch_size, num_channels: of the tower.
+        block: side of the connector's blocks of patches.
+        window: side of a window, in blocks.
+        rotary_base: of RoPE.
+        dtype, device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        hidden_size: int,
+        patch_size: int,
+        temporal_patch_size: int,
+        num_channels: int,
+        block: int,
+        window: int,
+        rotary_base: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        super().__init__()
+        kernel = (temporal_patch_size, patch_size, patch_size)
+        self.patch_embedding = nn.Conv3d(
+            num_channels, hidden_size, kernel, stride=kernel, bias=False, dtype=dtype, device=device
+        )
+        self.patch_size, self.smallest, self.window, self.rotary_base = patch_size, block, window, rotary_base
+        self.encoder = encoder
+
+    def forward(self, pixels: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """Encodes the images of a row.
+
+        Args:
+            pixels: one [C, h, w] per image, normalised, of whole blocks; sizes differ freely.
+
+        Returns:
+            (patch states [P, Hv] block by block, patches of each image).
+
+        Raises:
+            DataError: an image that is not of whole blocks.
+        """
+        size, block = self.patch_size, self.smallest
+        for image in pixels:
+            if image.shape[1] % (size * block) or image.shape[2] % (size * block) or not image.shape[1:].numel():
+                raise DataError(
+                    f"an image of {image.shape[2]}x{image.shape[1]} pixels is not of whole blocks of {size * block}x{size * block}"
+                )
+        weight = self.patch_embedding.weight
+        orders = [order(p.shape[1] // size // block, p.shape[2] // size // block, block, self.window) for p in pixels]
+        patches = torch.cat(
+            [patchify(image, size)[ordered.patches.to(image.device)] for image, ordered in zip(pixels, orders)]
+        )
+        frames = patches.to(weight.dtype).view(len(patches), weight.shape[1], 1, -1).expand(-1, -1, weight.shape[2], -1)
+        x = F.linear(frames.flatten(1), weight.flatten(1))
+        x = self.encoder(
+            x[:, None],
+            attention_mask=None,
+            rotary_pos_emb=None if self._rotates else self._angles(orders, x.device),
+            packed_seq_params=self._row(orders, x.device),
+        )
+        blocks = x[:, 0].unflatten(0, (-1, block * block))
+        starts = [0, *torch.tensor([len(ordered.back) for ordered in orders]).cumsum(0).tolist()]
+        back = torch.cat([ordered.back + start for ordered, start in zip(orders, starts)])
+        return blocks[back.to(x.device, non_blocking=True)].flatten(0, 1), [len(o.patches) for o in orders]
+
+    @property
+    def _rotates(self) -> bool:
+        return backend_of(self.encoder.config).rotates
+
+    def _angles(self, orders: Sequence["Order"], device: torch.device) -> Tensor:
+        """fp32 [P, 1, 1, D]: row and column of each patch turn a quarter of the dimensions each, and the halves are alike."""
+        quarter = torch.arange(0, self.encoder.config.kv_channels // 2, 2, dtype=torch.float32)
+        inverse = 1.0 / self.rotary_base ** (quarter / (2 * len(quarter)))
+        positions = torch.cat([ordered.positions for ordered in orders]).float()
+        half = (positions[:, :, None] * inverse).flatten(1)
+        return torch.cat((half, half), -1)[:, None, None].to(device, non_blocking=True)
+
+    def _row(self, orders: Sequence["Order"], device: torch.device) -> WindowedRow:
+        counts = [len(ordered.patches) for ordered in orders]
+        windows = [length for ordered in orders for length in ordered.windows]
+        row = WindowedRow.of(cumulative(counts, device), max(counts), sum(counts))
+        row.windows = RowParams.of(cumulative(windows, device), max(windows), sum(windows))
+        if self._rotates:
+            half = self._angles(orders, device)[:, 0, :, : self.encoder.config.kv_channels // 2]
+            row.rotation = row.windows.rotation = (half.cos(), half.sin())
+        return row
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """How the patches of an image are laid out for windows.
+
+    Attributes:
+        patches: int64 [P], of row-major patches, window by window, in a window block by block.
+        positions: int64 [P, 2], row and column of each.
+        windows: patches of each window.
+        back: int64 [P / m^2], from blocks in that order to row-major blocks.
+    """
+
+    patches: Tensor
+    positions: Tensor
+    windows: tuple[int, ...]
+    back: Tensor
+
+
+@functools.lru_cache(maxsize=256)
+def order(rows: int, columns: int, block: int, window: int) -> Order:
+    """Of an image of rows x columns blocks; windows at its right and lower edge are smaller."""
+    number = torch.arange(rows * columns).view(rows, columns)
+    cut = [part for band in number.split(window, 0) for part in band.split(window, 1)]
+    blocks = torch.cat([part.flatten() for part in cut])
+    inner = torch.arange(block)
+    row = (blocks // columns * block)[:, None, None] + inner[:, None]
+    column = (blocks % columns * block)[:, None, None] + inner
+    row, column = (x.expand(-1, block, block).flatten() for x in (row, column))
+    return Order(
+        patches=row * columns * block + column,
+        positions=torch.stack([row, column], 1),
+        windows=tuple(part.numel() * block**2 for part in cut),
+        back=torch.argsort(blocks),
+    )
+
+
+class PatchMerger(nn.Module):
+    """RMSNorm of each patch; the patches of a block end to end through Linear, GELU (exact), Linear.
+
+    Args:
+        config: of megatron-core: ``hidden_size`` of the output, ``add_bias_linear`` true, ``activation_func`` ``F.gelu``.
+        hidden_size: of a patch.
+        block: patches of a block.
+        tp_group: ranks that the middle is split over.
+        norm_epsilon: of the norm.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, block: int, tp_group: Any, norm_epsilon: float):
+        super().__init__()
+        self.width = hidden_size * block
+        self.norm = backend_of(config).norms["RMSNorm"](config, hidden_size, norm_epsilon)
+        self.mlp = ParallelMLP(config, self.width, self.width, tp_group)
+
+    def forward(self, patches: Tensor, counts: Sequence[int]) -> Tensor:
+        """patches [P, Hv], block by block -> features [F, H], whole on every rank."""
+        return self.mlp(self.norm(patches).view(-1, self.width))

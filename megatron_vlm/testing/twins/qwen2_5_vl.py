@@ -1,0 +1,128 @@
+"""Tiny random Qwen2.5-VL twins, with tokenizer and processor."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_vlm import registry
+from megatron_vlm.data.row import EncodedSample
+from megatron_vlm.models.families.qwen2_5_vl import reference
+from megatron_vlm.testing.twins import internvl3
+from megatron_vlm.testing.twins.common import noise_samples, randomise
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PIXELS = (16 * 16 * 2, 16 * 16 * 24)
+"""Least and most of an image of the twin."""
+
+
+def tiny_config(tokenizer: Any, **options: Any):
+    """Returns a tiny Qwen2_5_VLConfig; ``text`` and ``vision`` override values of those parts, ``tie`` ties the head."""
+    from transformers import Qwen2_5_VLConfig
+
+    ids = tokenizer.convert_tokens_to_ids
+    text = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        bos_token_id=None,
+        eos_token_id=ids("<|im_end|>"),
+        pad_token_id=ids("<|endoftext|>"),
+    )
+    vision = dict(
+        depth=3,
+        hidden_size=48,
+        intermediate_size=60,
+        num_heads=4,
+        patch_size=8,
+        window_size=32,
+        fullatt_block_indexes=[1],
+        out_hidden_size=64,
+    )
+    marks = {name: ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
+    return Qwen2_5_VLConfig(
+        text_config={**text, **options.get("text", {})},
+        vision_config={**vision, **options.get("vision", {})},
+        image_token_id=marks["image_pad"],
+        video_token_id=marks["video_pad"],
+        vision_start_token_id=marks["vision_start"],
+        vision_end_token_id=marks["vision_end"],
+        tie_word_embeddings=options.get("tie", False),
+    )
+
+
+def write_tiny_qwen2_5_vl(directory: str | Path, *, seed: int = 0, std: float = 0.15, **options: Any):
+    """Writes a checkpoint (weights, config, tokenizer, processor) and returns the model."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = internvl3.tiny_tokenizer(special=SPECIAL_TOKENS)
+    config = tiny_config(tokenizer, **options)
+    config._attn_implementation = "eager"
+    model: Any = randomise(Qwen2_5_VLForConditionalGeneration(config), seed, std).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("ln_q.weight"):
+            parameter.data.add_(1.0)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.save_pretrained(directory)
+    size = {"shortest_edge": PIXELS[0], "longest_edge": PIXELS[1]}
+    images = Qwen2VLImageProcessorPil(size=size, patch_size=config.vision_config.patch_size)
+    images.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (Path(directory) / "chat_template.jinja").write_text(TEMPLATE)
+    return model
+
+
+def hf_processor(directory: str | Path):
+    """transformers' processor of a twin; without its video processor, which needs torchvision."""
+    from transformers import AutoTokenizer, Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class ImagesOnly(Qwen2_5_VLProcessor):
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+            super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+
+    images = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    return ImagesOnly(images, AutoTokenizer.from_pretrained(directory), chat_template=TEMPLATE)
+
+
+def inputs_of(hf_config: dict[str, Any]) -> Callable[..., dict[str, Tensor]]:
+    """``inputs(sample, dtype)``: transformers' arguments for a sample of the model of ``hf_config``."""
+    return functools.partial(reference.hf_inputs, registry.get("qwen2_5_vl").config(hf_config))
+
+
+def make_samples(
+    config: Any, specs: Sequence[tuple[Sequence[tuple[int, int]], int]], seed: int = 0
+) -> list[EncodedSample]:
+    """Makes samples of random tokens and noise images.
+
+    Args:
+        config: Qwen25VLConfig.
+        specs: one ((rows, columns of blocks) of each image, number of text tokens after the images) per sample.
+        seed: of the numbers drawn.
+    """
+    unit = config.vision.unit
+    made = [
+        ([(rows * wide, (3, rows * unit, wide * unit)) for rows, wide in images], num_text)
+        for images, num_text in specs
+    ]
+    samples = noise_samples(made, config.image_token_id, seed=seed)
+    return [reference.with_positions(sample, unit) for sample in samples]

@@ -19,8 +19,8 @@ _LARGEST = {
     "vocab_size": _ROWS, "max_position_embeddings": _ROWS, "max_length": _ROWS, "sliding_window": _ROWS,
     "image_size": _SIDE, "patch_size": _SIDE, "img_size": _SIDE, "force_image_size": _SIDE, "min_dynamic_patch": _COUNT,
     "max_dynamic_patch": _COUNT, "min_patches": _COUNT, "max_patches": _COUNT, "image_seq_len": _ROWS, "image_seq_length": _ROWS,
-    "depth": _COUNT, "num_heads": _COUNT, "in_channels": 64, "spatial_merge_size": 64, "temporal_patch_size": 64, "merge_size": 64,
-    "window_size": _SIDE, "out_hidden_size": _WIDTH, "min_pixels": _ROWS, "max_pixels": _ROWS,
+    "depth": _COUNT, "num_heads": _COUNT, "in_channels": 64, "spatial_merge_size": 64, "temporal_patch_size": 64,
+    "merge_size": 64, "window_size": _SIDE, "out_hidden_size": _WIDTH, "min_pixels": _ROWS, "max_pixels": _ROWS,
     "height": _SIDE, "width": _SIDE, "shortest_edge": _SIDE, "longest_edge": _SIDE,
 }  # fmt: skip
 """Keys of whole numbers from 1 on, with a bound far beyond any model: what is larger would be allocated, or counted up to."""

@@ -9,12 +9,14 @@ from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
 from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
+from megatron_vlm.models.families.qwen2_5_vl.config import Qwen25VLConfig
 from megatron_vlm.models.families.smolvlm.config import SmolVLMModelConfig
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
 from megatron_vlm.models.parts.clip import ClipConfig
 from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.models.parts.internvit import InternVitConfig
 from megatron_vlm.models.parts.perceiver import PerceiverConfig
+from megatron_vlm.models.parts.qwen_vit import QwenVitConfig
 from megatron_vlm.models.parts.siglip import SiglipConfig
 
 _VIT: dict[str, Any] = dict(norm_type="layer_norm", qkv_bias=True, qk_norm=False)
@@ -63,6 +65,16 @@ def llava(text: TextConfig, vision: Any) -> LlavaModelConfig:
     )
 
 
+def qwen2_5_vl(text: TextConfig, hidden: int, ffn: int, layers: int, heads: int) -> Qwen25VLConfig:
+    """Qwen2.5-VL; the numbers are the tower's."""
+    full = tuple(range(layers // 4 - 1, layers, layers // 4))
+    vision = tower(
+        QwenVitConfig, hidden, ffn, layers, heads, 112, temporal_patch_size=2, block=2, window=4, full_layers=full,
+        rotary_base=10000.0,
+    )  # fmt: skip
+    return Qwen25VLConfig(text=text, vision=vision, image_token_id=5)
+
+
 def small() -> dict[str, Any]:
     """Family -> a few million parameters of it; 4 decoder layers."""
     decoder = text(256, 640, 4, 8, 4, 2048)
@@ -78,6 +90,7 @@ def small() -> dict[str, Any]:
             text(256, 640, 4, 8, 4, 2048, tie_word_embeddings=True), tower(SiglipConfig, 128, 512, 3, 4, 112), 2
         ),
         "internlm2": InternLM2ModelConfig(text=decoder),
+        "qwen2_5_vl": qwen2_5_vl(text(256, 640, 4, 8, 4, 2048, qkv_bias=True, mrope_section=(4, 6, 6)), 128, 320, 4, 4),
     }
 
 
@@ -90,6 +103,7 @@ def published() -> dict[str, tuple[str, Any]]:
     vit = tower(InternVitConfig, 1024, 4096, 24, 16, 448, **_VIT)
     clip = tower(ClipConfig, 1024, 4096, 24, 16, 336, **_CLIP)
     qwen: dict[str, Any] = dict(qkv_bias=True)
+    mrope: dict[str, Any] = dict(qkv_bias=True, mrope_section=(16, 24, 24))
     return {
         "Idefics2-1.2B": ("idefics2", idefics2(text(2048, 5632, 16, 16, 8, 32003), siglip_small, 16, 4, 96)),
         "InternVL3-2B": ("internvl3", internvl3(text(1536, 8960, 28, 12, 2, 151674, **qwen), vit)),
@@ -100,5 +114,6 @@ def published() -> dict[str, tuple[str, Any]]:
             "smolvlm",
             smolvlm(text(2048, 8192, 24, 32, 32, 49280), tower(SiglipConfig, 1152, 4304, 27, 16, 384), 3),
         ),
+        "Qwen2.5-VL-7B": ("qwen2_5_vl", qwen2_5_vl(text(3584, 18944, 28, 28, 4, 152064, **mrope), 1280, 3420, 32, 16)),
         "LLaVA-InternLM2-7B": ("llava_internlm2", llava(text(4096, 14336, 32, 32, 8, 92545), clip)),
     }

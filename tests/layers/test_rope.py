@@ -45,3 +45,13 @@ def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
 def test_a_factor_below_one_is_refused():
     with pytest.raises(ConfigError, match=r"at least 1, got 0\.5"):
         RopeScaling(rope_type="linear", factor=0.5)
+
+
+def test_three_positions_a_token_turn_their_own_dimensions():
+    rotary = RotaryAngles(8, 100.0, 6, None, torch.device("cpu"), (0, 1, 1, 2))
+    time, row, column = POSITIONS, POSITIONS * 3 + 1, POSITIONS * 7 % 5
+    found = rotary(torch.stack([time, row, column]), CU, CU, 12)[:, 0, 0]
+    one_by_one = [rotary(positions, CU, CU, 12)[:, 0, 0] for positions in (time, row, column)]
+    expected = torch.stack([one_by_one[axis][:, i] for i, axis in enumerate((0, 1, 1, 2))], 1)
+    assert torch.equal(found, torch.cat((expected, expected), 1))
+    assert torch.equal(one_by_one[0][:, :4], angles())  # a token of one position: as without axes

@@ -12,6 +12,7 @@ from megatron_vlm.testing.parity import hf_inputs, layout_answers, random_sample
 from megatron_vlm.testing.twins import internlm2 as twin_internlm2
 from megatron_vlm.testing.twins import internvl3 as twin_internvl3
 from megatron_vlm.testing.twins import llava_internlm2 as twin_llava_internlm2
+from megatron_vlm.testing.twins import qwen2_5_vl as twin_qwen2_5_vl
 from megatron_vlm.testing.twins import xcomposer2 as twin_xcomposer2
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from tests.models.families.xcomposer2.reference import Reference
@@ -101,6 +102,18 @@ def internvl3(directory):
     return prompts, [hf_answer(hf, prompt, twin_internvl3.hf_inputs) for prompt in prompts]
 
 
+def qwen2_5_vl(directory):
+    """The positions of an answer go on where those of the prompt end, which is below its number of tokens."""
+    hf = twin_qwen2_5_vl.write_tiny_qwen2_5_vl(directory)
+    config = registry.get("qwen2_5_vl").config(hf.config.to_dict())
+    prompts = twin_qwen2_5_vl.make_samples(config, [([(3, 4), (2, 2)], 9), ([], 13), ([(1, 5)], 4)])
+    answers = []
+    for prompt in prompts:
+        hf.model.rope_deltas = None  # transformers would go on with those of the prompt before
+        answers.append(hf_answer(hf, prompt, twin_qwen2_5_vl.inputs_of(hf.config.to_dict())))
+    return prompts, answers
+
+
 def internlm2(directory):
     """Some answers go beyond the trained positions, where dynamic NTK scales with every token."""
     llama = twin_internlm2.write_tiny_internlm2(directory, max_position_embeddings=20)
@@ -130,7 +143,9 @@ def xcomposer2(directory):
     return prompts, answers
 
 
-@pytest.mark.parametrize("family", [internvl3, internlm2, llava_internlm2, xcomposer2], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "family", [internvl3, internlm2, llava_internlm2, qwen2_5_vl, xcomposer2], ids=lambda f: f.__name__
+)
 def test_families_answer_as_their_references(tmp_path, family):
     prompts, whole = family(tmp_path)
     stop_ids = (whole[0][5],)

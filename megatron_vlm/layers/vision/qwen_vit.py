@@ -87,13 +87,14 @@ class QwenVisionModel(nn.Module):
             DataError: an image that is not of whole blocks.
         """
         size, block = self.patch_size, self.smallest
+        unit = size * block
         for image in pixels:
-            if image.shape[1] % (size * block) or image.shape[2] % (size * block) or not image.shape[1:].numel():
+            if image.shape[1] % unit or image.shape[2] % unit or not image.shape[1:].numel():
                 raise DataError(
-                    f"an image of {image.shape[2]}x{image.shape[1]} pixels is not of whole blocks of {size * block}x{size * block}"
+                    f"an image of {image.shape[2]}x{image.shape[1]} pixels is not of whole blocks of {unit}x{unit}"
                 )
         weight = self.patch_embedding.weight
-        orders = [order(p.shape[1] // size // block, p.shape[2] // size // block, block, self.window) for p in pixels]
+        orders = [order(p.shape[1] // unit, p.shape[2] // unit, block, self.window) for p in pixels]
         patches = torch.cat(
             [patchify(image, size)[ordered.patches.to(image.device)] for image, ordered in zip(pixels, orders)]
         )

@@ -83,8 +83,8 @@ class QwenVitConfig(TowerConfig):
         unit = vision["patch_size"] * vision["spatial_merge_size"]
         if vision["window_size"] % unit or vision["hidden_size"] // vision["num_heads"] % 4:
             raise ConfigError(
-                f"vision_config.window_size {vision['window_size']} must be a multiple of {unit} (patch_size x spatial_merge_size), "
-                f"and hidden_size {vision['hidden_size']} one of 4 x num_heads {vision['num_heads']}"
+                f"vision_config.window_size {vision['window_size']} must be a multiple of {unit} (patch_size x "
+                f"spatial_merge_size), and hidden_size {vision['hidden_size']} one of 4 x num_heads {vision['num_heads']}"
             )
         full = tuple(sorted({i for i in vision["fullatt_block_indexes"] if 0 <= i < vision["depth"]}))
         return cls(

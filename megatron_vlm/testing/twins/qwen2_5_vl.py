@@ -42,7 +42,7 @@ def tiny_config(tokenizer: Any, **options: Any):
         vocab_size=len(tokenizer),
         max_position_embeddings=1024,
         rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 2, 1]},
         bos_token_id=None,
         eos_token_id=ids("<|im_end|>"),
         pad_token_id=ids("<|endoftext|>"),
@@ -79,7 +79,7 @@ def write_tiny_qwen2_5_vl(directory: str | Path, *, seed: int = 0, std: float = 
     config._attn_implementation = "eager"
     model: Any = randomise(Qwen2_5_VLForConditionalGeneration(config), seed, std).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("ln_q.weight"):
+        if name.endswith("ln_q.weight"):  # a norm by another name
             parameter.data.add_(1.0)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.save_pretrained(directory)

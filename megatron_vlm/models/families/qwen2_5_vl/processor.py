@@ -1,6 +1,6 @@
 """Qwen2.5-VL's processor: prompts, image tokens, pixels and positions equal to those of transformers' ``Qwen2_5_VLProcessor``.
 
-    turns --chat template, <image> -> <|vision_start|><|image_pad|> x n<|vision_end|>--> ids, labels: the answer and its <|im_end|>
+    turns --chat template, <image> -> <|vision_start|><|image_pad|> x n<|vision_end|>--> ids, labels: answer, <|im_end|>
     images --resize to whole blocks, between min and max pixels--> uint8 --table--> float32 [3, H, W]
     ids, grids --M-RoPE--> positions [3, L]
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 

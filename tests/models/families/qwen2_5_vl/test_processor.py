@@ -1,0 +1,188 @@
+"""Qwen25VLProcessor: ids, pixels and positions against transformers' own; labels by hand; limits of pixels; refusals."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.image_utils import load_image
+
+from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.images.pictures import size_of_blocks
+from megatron_vlm.data.row import IGNORE_INDEX
+from megatron_vlm.data.sample import Turn
+from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.models.families.qwen2_5_vl.processor import Qwen25VLProcessor
+from megatron_vlm.testing.twins.qwen2_5_vl import hf_processor, write_tiny_qwen2_5_vl
+from tests.models.families.internvl3.test_processor import CHINA, odd_images, turns_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("qwen2_5_vl")
+    write_tiny_qwen2_5_vl(root)
+    return root
+
+
+def processor_of(folder, **config):
+    return Qwen25VLProcessor.from_pretrained(folder, DataConfig(**{"seq_length": 1024, **config}))
+
+
+def patches_of(pixels, patch=8, block=2):
+    """[3, H, W] -> [patches, 3 * 2 * patch * patch] by plain numpy: block by block, each frame twice."""
+    found = []
+    for row in range(0, pixels.shape[1], patch * block):
+        for column in range(0, pixels.shape[2], patch * block):
+            for r in range(block):
+                for c in range(block):
+                    y, x = row + r * patch, column + c * patch
+                    one = pixels[:, y : y + patch, x : x + patch].numpy()
+                    found.append(np.stack([one, one], 1).reshape(-1))
+    return np.stack(found)
+
+
+def test_equal_to_transformers(folder):
+    """Ids, pixels and the three positions of each token: images of odd sizes and modes, several in a conversation."""
+    hf, ours = hf_processor(folder), processor_of(folder)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).model
+    images = odd_images()
+    cases = [*([name] for name in images), ["ribbon", "digit", "photo"]]
+    for names in cases:
+        given = [load_image(images[name]) for name in names]
+        content = [
+            part for image in given for part in ({"type": "image", "image": image}, {"type": "text", "text": "\nSo?"})
+        ]
+        theirs = hf.apply_chat_template(
+            [{"role": "user", "content": content}, {"role": "assistant", "content": "\n\nTwo dogs."}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        text = "<image>\nSo?" * len(names)
+        sample = ours.encode("k", turns_of(text, "\n\nTwo dogs."), [images[name] for name in names])
+        assert sample.input_ids.tolist() == theirs["input_ids"][0].tolist()
+        patches = np.concatenate([patches_of(image) for image in sample.pixels])
+        assert np.array_equal(patches, theirs["pixel_values"].numpy()), names
+        places, _ = model.get_rope_index(
+            theirs["input_ids"],
+            theirs["mm_token_type_ids"],
+            theirs["image_grid_thw"],
+            attention_mask=theirs["attention_mask"],
+        )
+        assert torch.equal(sample.position_ids, places[:, 0])
+        count = ours.count(turns_of(text, "\n\nTwo dogs."), [image.size for image in given])
+        assert (count.tokens, count.image_tokens, count.patches) == (
+            len(sample.input_ids),
+            len(sample.image_positions),
+            len(patches),
+        )
+        assert count.supervised == int((sample.labels[1:] != IGNORE_INDEX).sum())
+    text = ours.encode("k", turns_of("So?", "No."), [])
+    assert torch.equal(text.position_ids, torch.arange(len(text.input_ids)).expand(3, -1))
+
+
+def test_size_of_blocks_is_smart_resize():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    generator = np.random.default_rng(0)
+    for width, height in [
+        (1, 1),
+        (14, 14),
+        (42, 70),
+        (2000, 10),
+        (8192, 41),
+        *generator.integers(1, 3000, (300, 2)).tolist(),
+    ]:
+        if max(width, height) > 200 * min(width, height):
+            continue
+        for least, most in ((3136, 12845056), (28 * 28 * 4, 28 * 28 * 16), (28 * 28 * 100, 28 * 28 * 1280)):
+            columns, rows = size_of_blocks(width, height, 28, least, most)
+            assert (rows * 28, columns * 28) == smart_resize(height, width, 28, least, most)
+
+
+def test_labels_and_truncation(folder):
+    processor = processor_of(folder, answer_loss_only=True)
+    turns = turns_of("<image>\nWhat?", "two", "And <image>?", "a cat", system="Be brief.")
+    images = [CHINA.resize((64, 32)), CHINA.resize((32, 32))]
+    sample = processor.encode("k", turns, images)
+    kept = sample.labels != IGNORE_INDEX
+    assert torch.equal(sample.labels[kept], sample.input_ids[kept])
+    assert processor.tokenizer.decode(sample.labels[kept].tolist()) == "two<|im_end|>a cat<|im_end|>"
+    shown = (
+        processor.tokenizer.decode(sample.input_ids.tolist())
+        .replace("<|image_pad|>" * 8, "(8)")
+        .replace("<|image_pad|>" * 4, "(4)")
+    )
+    assert shown == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>(8)<|vision_end|>\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\ntwo<|im_end|>\n<|im_start|>user\nAnd <|vision_start|>(4)<|vision_end|>?<|im_end|>\n"
+        "<|im_start|>assistant\na cat<|im_end|>\n"
+    )
+    # All of the text where every text counts, but no image token nor its marks.
+    everything = processor_of(folder).encode("k", turns, images)
+    hidden = everything.labels == IGNORE_INDEX
+    assert set(everything.input_ids[hidden].tolist()) == set(processor.never_cut)
+    # The second exchange goes, with its image and its positions.
+    short = processor_of(folder, seq_length=len(sample.input_ids) - 1, on_too_long="truncate").encode(
+        "k", turns, images
+    )
+    assert len(short.pixels) == 1 and short.position_ids.shape == (3, len(short.input_ids))
+    assert torch.equal(short.position_ids, sample.position_ids[:, : len(short.input_ids)])
+    again = pickle.loads(pickle.dumps(processor))
+    assert again.fingerprint == processor.fingerprint and torch.equal(
+        again.encode("k", turns, images).labels, sample.labels
+    )
+
+
+def test_limits_of_pixels(folder):
+    def blocks(**config):
+        return len(
+            processor_of(folder, **config).encode_prompt([Turn(role="user", text="<image>")], [CHINA]).image_positions
+        )
+
+    assert (
+        blocks() == 20
+        and blocks(max_pixels=16 * 16 * 6) <= 6
+        and 100 <= blocks(min_pixels=25600, max_pixels=51200) <= 200
+    )
+    assert processor_of(folder, max_pixels=5000).fingerprint != processor_of(folder).fingerprint
+    with pytest.raises(ConfigError, match=r"512 to 300 pixels.*data\.max_pixels"):
+        processor_of(folder, max_pixels=300)
+    for name, value in {"image_size": 448, "dynamic_image_size": True, "hd_num": 4, "shortest_edge": 8}.items():
+        with pytest.raises(ConfigError, match=f"data.{name} .* has no effect on Qwen2.5-VL"):
+            processor_of(folder, **{name: value})
+    with pytest.raises(DataError, match="too_long"):
+        processor_of(folder, seq_length=24).encode("k", turns_of("<image>", "a"), [CHINA])
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("preprocessor_config.json", {"merge_size": 4}, "merge_size 4 is not built"),
+        ("preprocessor_config.json", {"patch_size": 14}, "patch_size 14"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize false"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 0, "longest_edge": 9}}, "shortest_edge is 0"),
+        ("chat_template.jinja", "{{ messages[0]['role'] }}", "chat template that is not Qwen2.5-VL's"),
+    ],
+)
+def test_files_of_another_model_are_refused(folder, tmp_path, file, change, message):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    text = change if isinstance(change, str) else json.dumps({**json.loads((tmp_path / file).read_text()), **change})
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        processor_of(tmp_path)
+
+
+def test_the_published_files_limits_are_read(folder, tmp_path):
+    """As Qwen/Qwen2.5-VL-7B-Instruct has them: numbers of pixels far beyond a side."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    images = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    published = {**{k: v for k, v in images.items() if k != "size"}, "min_pixels": 3136, "max_pixels": 12845056}
+    for content in (published, {**images, "size": {"shortest_edge": 3136, "longest_edge": 12845056}}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+        processor = processor_of(tmp_path)
+        assert (processor.min_pixels, processor.max_pixels) == (3136, 12845056)

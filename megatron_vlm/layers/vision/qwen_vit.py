@@ -23,6 +23,7 @@ from megatron_vlm.errors import DataError
 from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.layers.mlp import ParallelMLP
+from megatron_vlm.layers.vision.encoder import Encoder
 from megatron_vlm.layers.vision.siglip import cumulative, patchify
 
 
@@ -54,7 +55,7 @@ class QwenVisionModel(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Encoder,
         *,
         hidden_size: int,
         patch_size: int,

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_vlm import registry
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.families.qwen2_5_vl import reference
+from megatron_vlm.models.families.qwen2_5_vl.config import Qwen25VLConfig
 from megatron_vlm.testing.twins import internvl3
 from megatron_vlm.testing.twins.common import noise_samples, randomise
 
@@ -106,7 +106,7 @@ def hf_processor(directory: str | Path):
 
 def inputs_of(hf_config: dict[str, Any]) -> Callable[..., dict[str, Tensor]]:
     """``inputs(sample, dtype)``: transformers' arguments for a sample of the model of ``hf_config``."""
-    return functools.partial(reference.hf_inputs, registry.get("qwen2_5_vl").config(hf_config))
+    return functools.partial(reference.hf_inputs, Qwen25VLConfig.from_hf(hf_config))
 
 
 def make_samples(

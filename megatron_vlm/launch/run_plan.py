@@ -25,6 +25,7 @@ from megatron_vlm.launch.parts import assemble
 from megatron_vlm.launch.processes import JobRank, command
 from megatron_vlm.options.launch_config import LaunchConfig
 from megatron_vlm.options.request import Request
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.grid import replica_size, replicas
 from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
@@ -93,7 +94,8 @@ def plan_run(request: Request, job: JobRank, report: Report) -> RunPlan | None:
             return None
         world = job.world or devices.ranks
         try:
-            return _plan(request, job, report, source, devices, world, load, launch.strict_sharding)
+            keep = launch.strict_sharding or request.sharding.named
+            return _plan(request, job, report, source, devices, world, load, keep)
         except MegatronVLMError as error:
             label = {DataError: "data", ConversionError: "model"}.get(type(error), "settings")
             report.fail(label, str(error), "")
@@ -152,11 +154,17 @@ def _plan(
         advice = (
             "take more or larger GPUs, --use_lora (with --quantize nf4), a shorter --max_length, or fewer images a row"
         )
-        report.fail("memory", str(error), advice)
+        asked = f"{request.sharding_asked}, which is kept: " if request.sharding_asked else ""
+        report.fail("memory", f"{asked}{error}", advice)
         return None
+    before = config.parallel
     config, stages, rows, reason = laid
     if request.sharding_asked and not keep_sharding:
-        text = f"{request.sharding_asked}: the run fits like this as well, and is faster: {as_flags(config, reason)}"
+        now = config.parallel
+        if now.fully_sharded or now.offload != before.offload:  # costs time as well
+            report.warn("sharding", f"{request.sharding_asked}: the run does not fit without sharding or offload", "")
+            return _plan(request, job, report, source, devices, world, load, keep_sharding=True)
+        text = f"{request.sharding_asked}: the run {_fits_like(before, config, reason)}"
         report.warn("sharding", text, "--strict-sharding True keeps what was asked for")
     config.check_model(source.config)
     if config.training.train_iters is not None:
@@ -186,6 +194,13 @@ def _plan(
         train=train, valid=valid,
         processor=processor, lines=tuple(lines),
     )  # fmt: skip
+
+
+def _fits_like(before: ParallelConfig, config: RunConfig, reason: str) -> str:
+    """Where a layout without sharding and offload has nothing else in their place, it is faster; else who knows."""
+    now = config.parallel
+    less = now.replica_size == 1 and now.recompute_granularity == before.recompute_granularity
+    return f"fits like this as well{', and is faster' if less else ''}: {as_flags(config, reason)}"
 
 
 def _names_base(source: WeightSource) -> bool:

@@ -71,7 +71,8 @@ class DeepSpeedFile:
     Attributes:
         stage: of ZeRO.
         offload: what is to lie in the host's memory.
-        settings: keys of the run that it sets.
+        keeps: the file says itself that the optimizer stays on the device.
+        settings: keys of the run that it sets, sharding and offload left out: options/sharding.py says these.
         batch: the same of LaunchConfig.
         notes: lines to print.
 
@@ -103,11 +104,11 @@ class DeepSpeedFile:
                 self.without += [f"zero_optimization.{key}.ratio"] if ratio else []
         if zero.get("cpu_offload") and "optimizer state" not in self.offload:
             self.offload.append("optimizer state")
+        offloads = any(key in zero for key in ("offload_optimizer", "cpu_offload"))
+        self.keeps = offloads and "optimizer state" not in self.offload
         self._refuse_changes(zero)
-        if stage:
-            self.set("parallel.data_parallel_sharding", "optimizer", f"zero_optimization.stage {self.stage}")
         if stage and zero.get("overlap_comm") is True:
-            self.settings.setdefault("parallel.overlap_grad_reduce", True)
+            self.set("parallel.overlap_grad_reduce", True, "zero_optimization.overlap_comm")
         self.without += [f"zero_optimization.{key}" for key in sorted(zero.keys() - _ZERO_READ)]
         self._batch()
         self._precision()
@@ -115,7 +116,6 @@ class DeepSpeedFile:
         _read_scheduler(self)
         self.take(self.data, "gradient_clipping", "optimizer.clip_grad", 0.0)
         words = {0: "no sharding: plain data parallel replicas", 1: "stage 1 is the distributed optimizer"}
-        words[2] = "stage 2 with adapters alone is the distributed optimizer: nothing else has gradients"
         self.notes = [f"{self.path}: {words[self.stage]}"] if self.stage in words else []
         if self.without:
             self.notes.append(f"{self.path}: no effect here: {', '.join(self.without)}")

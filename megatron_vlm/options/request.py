@@ -75,8 +75,7 @@ class Request:
     @property
     def adapts(self) -> bool:
         """Only adapters train (and what trains in full beside them)."""
-        peft = self.run.get("peft") or {}
-        return self.flags.adapts or bool(peft.get("target_modules") or peft.get("adapter"))
+        return _adapts(self.flags, self.run)
 
     @property
     def sharding_asked(self) -> str | None:
@@ -191,7 +190,8 @@ def read_request(
     for key, value in derived.items():
         if key not in directly:
             _put(run, key, value, given)
-    sharding = read_sharding(flags, {key: _at(run, key) for key in given}, config)
+    said = {key: _at(run, key) for key in given}
+    sharding = read_sharding(flags, said, config).beside(said, adapts=_adapts(flags, run))
     for key, value in sharding.settings.items():
         _put(run, key, value, given)
     return Request(
@@ -276,6 +276,11 @@ def _put(run: dict[str, Any], key: str, value: Any, given: set[str]) -> None:
                 run[section].pop(name, None)
     set_dotted(run, key, value)
     given.add(key)
+
+
+def _adapts(flags: FlagValues, run: Mapping[str, Any]) -> bool:
+    peft = run.get("peft") or {}
+    return flags.adapts or bool(peft.get("target_modules") or peft.get("adapter"))
 
 
 def _at(run: Mapping[str, Any], key: str) -> Any:

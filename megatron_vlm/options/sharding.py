@@ -10,7 +10,7 @@ docs/from-deepspeed.md holds the whole table.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_vlm.errors import ConfigError
@@ -32,6 +32,8 @@ class Sharding:
         settings: keys of the run that it sets.
         batch: the same of LaunchConfig.
         notes: lines to print.
+        keeps: it says that the optimizer stays on the device.
+        named: the command line names sharding or offload as well: `launch` looks for nothing else.
     """
 
     stage: int | None = None
@@ -40,6 +42,8 @@ class Sharding:
     settings: Mapping[str, Any] = field(default_factory=dict)
     batch: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    keeps: bool = False
+    named: bool = False
 
     def asks_for(self, *, adapts: bool) -> str | None:
         """What it asks for beyond stage 1, in words. With adapters stage 2 has next to no gradients to shard: it is stage 1."""
@@ -54,16 +58,48 @@ class Sharding:
 
     def kept(self, *, adapts: bool) -> tuple[dict[str, str], tuple[str, ...]]:
         """Keys of the run that keep what it asks for beyond stage 1, and lines about what they leave out."""
-        settings, notes = {}, []
-        if self.stage == 3 or (self.stage == 2 and not adapts):
-            settings["parallel.data_parallel_sharding"] = "parameters" if self.stage == 3 else "gradients"
-        if self.offload:
-            settings["parallel.offload"] = "optimizer"
+        wanted, notes = self._wanted(adapts=adapts), []
+        settings = {key: value for key, value in wanted.items() if value != self.start.get(key, "none")}
         if any("weights" in part for part in self.offload):
             notes.append(f"{self.source}: weights stay on the device: their offload is not built yet")
         if settings:
             notes.append(f"{self.source} becomes {', '.join(f'{key}={value}' for key, value in settings.items())}")
         return settings, tuple(notes)
+
+    def beside(self, given: Mapping[str, Any], *, adapts: bool) -> "Sharding":
+        """The same beside what the command line says, with ``start`` among its settings.
+
+        Raises:
+            ConfigError: the command line says another sharding or offload.
+        """
+        wanted = self._wanted(adapts=adapts)
+        for key, value in wanted.items():
+            if given.get(key) not in (None, value):
+                raise ConfigError(
+                    f"{self.source}: it asks for {key} = {value}, but the command line says {given[key]}: change one, or leave "
+                    "one out"
+                )
+        notes = self.notes
+        if self.stage == 2 and adapts:
+            notes = (*notes, f"{self.source}: with adapters the distributed optimizer: nothing else has gradients")
+        settings = {key: value for key, value in {**self.start, **self.settings}.items() if given.get(key) is None}
+        named = any(given.get(key) is not None for key in ("parallel.data_parallel_sharding", "parallel.offload"))
+        return replace(self, settings=settings, notes=notes, named=named)
+
+    @property
+    def start(self) -> dict[str, str]:
+        """What the layout search has in its place: of each stage the distributed optimizer, which costs no time."""
+        return {"parallel.data_parallel_sharding": "optimizer"} if self.stage else {}
+
+    def _wanted(self, *, adapts: bool) -> dict[str, str]:
+        """The keys of the run that say all that it asks for. With adapters stage 2 has next to no gradients to shard: stage 1."""
+        wanted: dict[str, str] = {}
+        if self.stage is not None:
+            kinds = ("none", "optimizer", "optimizer" if adapts else "gradients", "parameters")
+            wanted["parallel.data_parallel_sharding"] = kinds[self.stage]
+        if self.keeps or any("optimizer" in part for part in self.offload):
+            wanted["parallel.offload"] = "none" if self.keeps else "optimizer"
+        return wanted
 
 
 def read_sharding(flags: FlagValues, given: Mapping[str, Any], launch: LaunchConfig) -> Sharding:
@@ -107,6 +143,7 @@ def read_sharding(flags: FlagValues, given: Mapping[str, Any], launch: LaunchCon
         settings=read.settings,
         batch=read.batch,
         notes=tuple(read.notes),
+        keeps=read.keeps,
     )
 
 
@@ -120,7 +157,4 @@ def _fsdp(flags: FlagValues, words: list[str], notes: list[str]) -> Sharding:
     elif "no_shard" in asked:
         stage = 0
         notes = [*notes, f"{source}: plain data parallel replicas, which is what runs here without any option"]
-    settings = {"parallel.data_parallel_sharding": "optimizer"} if stage == 2 else {}
-    if stage == 2:
-        notes = [*notes, f"{source} becomes the distributed optimizer"]
-    return Sharding(stage=stage, offload=offload, source=source, settings=settings, notes=tuple(notes))
+    return Sharding(stage=stage, offload=offload, source=source, notes=tuple(notes))

@@ -64,7 +64,7 @@ class ParallelConfig(Config):
             forward pass to its backward pass (ZeRO-2); ``parameters``, weights whole for a layer's pass alone (ZeRO-3).
         sharding_group_size: ranks that share one copy of weights and gradients, copies being equal (hybrid sharding: those of a
             node); None: all of them.
-        overlap_grad_reduce: reduce gradients while the backward pass runs.
+        overlap_grad_reduce: reduce gradients while the backward pass runs; where weights are cut, that is always so.
         accumulate_allreduce_grads_in_fp32: keep and reduce gradients in fp32.
         ddp_bucket_size: elements of one gradient bucket; None: megatron-core's choice.
         recompute_granularity: None; ``full``: each layer of decoder and tower, and the connector, keep their input alone and are

@@ -97,8 +97,8 @@ def measured(case: Case, device_type: str) -> dict[int, int]:
 
 def measure(case: Case, device_type: str) -> tuple[int, int]:
     """On a rank: (number of its stage, peak bytes of tensors) over two steps."""
-
     config, model_config, device = case.config(), case.model_config, torch.device(device_type)
+    row = make_row(case.row, model_config)  # of the host
     peak = PeakOnCpu() if device.type == "cpu" else PeakOnGpu()
     with peak:
         topology = build_topology(config.parallel, num_layers=model_config.text.num_layers, device=device)
@@ -108,12 +108,13 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
         for stage in model:
             for parameter in stage.parameters():
                 torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+        del parameter  # or it would lie here whole beside its shards
         if config.peft.active:  # on one rank: its tensors are the whole ones
             infos = {name: TensorInfo.of(parameter) for name, parameter in global_parameters(model).items()}
             model = adapt(config, model, infos)
         model = wrap_model(model, config.parallel)
         optimizer = build_optimizer(OptimizerConfig(lr=1e-5), model, config.parallel.host_share)
-        rows = [make_row(case.row, model_config)] * (config.num_microbatches_per_batch // topology.dp)
+        rows = [row] * (config.num_microbatches_per_batch // topology.dp)
         for step in range(2):
             seed_step(topology, 0, step)
             set_learning_rates(optimizer, dict.fromkeys(GROUPS, 1e-5), 0.01)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.conversion.load import load_model
+from megatron_vlm.conversion.load import load_into, load_model
 from megatron_vlm.data.row import Row
 from megatron_vlm.data.stream.counts import check_share
 from megatron_vlm.data.stream.loader import DataState, RowLoader, StepRows, evaluation_rows
@@ -247,16 +247,22 @@ class Trainer:
         config, layers = self.config, source.config.text.num_layers
         self.topology = build_topology(config.parallel, num_layers=layers, device=self.device)
         options = config.model_options
+        cut_first = options.build_on_cpu and source.quantization is None  # then filled: nothing is whole on the device
         with together(self.device):
             if self.peft is not None:
                 self.model = build_adapted(source, self.peft, self.topology, options, config.training.seed)
-            elif self.found is None:
+            elif self.found is None and not cut_first:
                 self.model = load_model(source, self.topology, options)
             else:
-                self.model = build_model(source.spec, source.config, self.topology, options).to(self.device)
+                self.model = build_model(source.spec, source.config, self.topology, options)
+                self.model = self.model if cut_first else self.model.to(self.device)
         self.optimizer = None
-        if not config.training.skip_train:
+        if config.parallel.fully_sharded or not config.training.skip_train:
             self.model = wrap_model(self.model, config.parallel)
+        if cut_first and self.found is None:
+            with together(self.device):
+                load_into(source, self.model)
+        if not config.training.skip_train:
             self.optimizer = build_optimizer(config.optimizer, self.model, config.parallel.host_share)
             if self.found is None:
                 with together(self.device):
@@ -275,12 +281,10 @@ class Trainer:
         self.data_state = DataState.from_dict(state["data"])
         if not self.config.checkpoint.no_load_rng:
             self.seed = state["seed"]
-        if self.config.training.seed != self.data_state.seed:
-            log.warning(
-                "training.seed is %d, but the checkpoint's data order has seed %d and goes on: --finetune starts a new one",
-                self.config.training.seed,
-                self.data_state.seed,
-            )
+        old, new = self.data_state.seed, self.config.training.seed
+        if new != old:
+            text = "training.seed is %d, but the checkpoint's data order has seed %d and goes on: --finetune starts a new one"
+            log.warning(text, new, old)
 
     def _start_saves(self) -> None:
         checkpoint, stop = self.config.checkpoint, self.stop

@@ -28,9 +28,18 @@ def test_no_launch_passes_and_starts_nothing(launch, data, tmp_path):
     assert code == 0, output
     for word in ("10 sound records", "layout     tp 1 pp 1 dp 1", "3 updates", "activations", "-m megatron_vlm train"):
         assert word in output, output
-    assert "with offload of optimizer state" in output and "fits like this as well" in output, output
+    assert "with offload of optimizer state" in output and "fits like this as well, and is faster" in output, output
     assert "--strict-sharding" in output, output
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_what_was_asked_is_kept_where_the_run_would_shard_or_offload_anyway(launch, data):
+    words = f"--train_json {data} --max_steps 3 --no-launch --num_processes 2 --deepspeed deepspeed_zero2"
+    code, output = launch(f"{words} --memory_gib 0.0009")
+    assert code == 0 and "the run does not fit without sharding or offload" in output, output
+    assert "becomes parallel.data_parallel_sharding=gradients" in output and "as well" not in output, output
+    code, output = launch(f"{words} --memory_gib 0.0014")  # recomputes on 2 stages: who knows which is faster
+    assert code == 0 and "fits like this as well: " in output and "recompute" in output, output
 
 
 def test_package_missing(launch, data, tmp_path):

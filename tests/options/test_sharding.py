@@ -210,8 +210,8 @@ def test_what_is_asked_for_is_kept_or_for_the_layout_search_to_do_without(ask, d
     assert kept.get("parallel.data_parallel_sharding") == shared
     assert kept.get("parallel.offload") == ("optimizer" if "offload" in named else None)
     assert any("weights stay on the device" in note for note in notes) == ("weights and optimizer state" in named)
-    parallel = request.complete({}, registry.get("idefics2"), 1).run.get("parallel") or {}
-    assert parallel.get("offload") is None and parallel.get("data_parallel_sharding") in (None, "optimizer")
+    parallel = request.complete({}, registry.get("idefics2"), 1).run["parallel"]
+    assert parallel == {"data_parallel_sharding": "optimizer"}  # whoever asks: the search begins with the same
     parallel = request.complete({}, registry.get("idefics2"), 1, keep_sharding=True).run["parallel"]
     assert parallel["data_parallel_sharding" if shared else "offload"] == (shared or "optimizer")
 
@@ -235,13 +235,47 @@ def test_stage_2_has_nothing_to_shard_beside_adapters(ask):
     for flags, file in (("--use_lora True", None), ("", {"peft": {"target_modules": ["q_proj"]}})):
         request = ask(ZERO2, f"--deepspeed FILE {flags}", file)
         assert request.sharding_asked is None and request.run["parallel"]["data_parallel_sharding"] == "optimizer"
+        assert len([note for note in request.notes if "nothing else has gradients" in note]) == 1
     assert ask(ZERO3, "--deepspeed FILE --use_lora True").sharding_asked is not None
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "named"),
+    [
+        (ZERO2, "--data-parallel-sharding parameters", "= gradients, but the command line says parameters"),
+        (ZERO3, "--data-parallel-sharding optimizer", "= parameters, but the command line says optimizer"),
+        (ZERO3, "--use-distributed-optimizer", "= parameters, but the command line says optimizer"),
+        (ZERO3, "--offload none", "offload = optimizer, but the command line says none"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, "--offload optimizer", "= none, .* says optimizer"),
+        (None, "--fsdp full_shard --data-parallel-sharding gradients", "= parameters, but the command line says gradients"),
+        (None, "--fsdp no_shard --data-parallel-sharding optimizer", "= none, but the command line says optimizer"),
+        (None, "--fsdp full_shard offload --offload none", "offload = optimizer, but the command line says none"),
+    ],
+)  # fmt: skip
+def test_the_command_lines_own_sharding_never_gives_way(ask, data, flags, named):
+    with pytest.raises(ConfigError, match=named):
+        ask(data, f"--deepspeed FILE {flags}" if data else flags)
+
+
+def test_the_command_line_may_say_the_same_or_more(ask):
+    for data, flags in (
+        (ZERO3, "--deepspeed FILE --data-parallel-sharding parameters"),
+        (ZERO2, "--deepspeed FILE --offload optimizer"),
+        (None, "--fsdp full_shard --data-parallel-sharding parameters --offload optimizer"),
+    ):
+        request = ask(data, flags)
+        assert request.sharding.named  # launch looks for no other
+        parallel = request.complete({}, registry.get("idefics2"), 1, keep_sharding=True).run["parallel"]
+        assert ("offload" in parallel) == ("offload" in flags or data is ZERO3)
+        assert parallel["data_parallel_sharding"] == ("gradients" if data is ZERO2 else "parameters")
+    assert not ask(ZERO3).sharding.named
 
 
 def test_options_that_are_switched_off(ask):
     request = ask(None, "--use_deepspeed False --use_fsdp False --fsdp_policy FULL_SHARD --fsdp none --deepspeed none")
     assert request.sharding_asked is None and "parallel" not in request.run
     assert ask(None, "--fsdp no_shard").sharding_asked is None
+    assert not any("adapters" in note for note in ask(ZERO2).notes)
 
 
 def test_a_schedule_of_the_command_line_replaces_the_files(ask):
@@ -253,5 +287,8 @@ def test_a_schedule_of_the_command_line_replaces_the_files(ask):
 def test_what_offload_leaves_out_is_said(ask):
     part = ask({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.25}}})
     assert "zero_optimization.offload_optimizer.ratio" in "".join(part.notes)
+    weights = ask({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}})
+    kept, notes = weights.sharding.kept(adapts=False)
+    assert kept == {"parallel.data_parallel_sharding": "parameters"} and "weights stay on the device" in notes[0]
     with pytest.raises(ConfigError, match=r"offload_param.device nvme is not built yet; use cpu"):
         ask({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})

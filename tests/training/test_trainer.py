@@ -210,6 +210,35 @@ def test_skip_train_equals_hf_on_the_same_samples(command, tmp_path, twin, valid
     assert metrics_of(tmp_path / "half", evaluations=True)[0]["eval_loss"] != pytest.approx(line["eval_loss"], rel=1e-4)
 
 
+def shards_at_load(argv: list[str]) -> tuple[tuple[int, str], list[float]]:
+    """On a rank: what ``train`` returns, and the share of the weights that it held when they came."""
+    from megatron_vlm.parallel.shards import held
+    from megatron_vlm.training import trainer
+
+    load, found = trainer.load_into, []
+
+    def watched(source, model):
+        sizes = [(p.numel(), held(p)[0].numel()) for _, p in model.named_parameters()]
+        found.append(sum(size for _, size in sizes) / sum(size for size, _ in sizes))
+        load(source, model)
+
+    trainer.load_into = watched
+    try:
+        return train(argv), found
+    finally:
+        trainer.load_into = load
+
+
+def test_a_model_in_shards_is_never_whole_trained_or_not(command, tmp_path, twin, valid_data):
+    """Main parameters of bf16 come finer than the weights; with --skip-train there is no optimizer."""
+    for more in ("--train-iters 1 --bf16", "--skip-train"):
+        argv = command("a", more, f"--data-parallel-sharding gradients {VALID} {valid_data}")
+        for code, found in run_distributed(shards_at_load, argv, dp=2):
+            assert code == (0, "") and found == [pytest.approx(0.5, abs=0.01)]
+    (line,) = (line for line in metrics_of(tmp_path / "a", evaluations=True) if line["iteration"] == 0)
+    assert line["eval_loss"] == pytest.approx(hf_loss(twin, valid_data), rel=2e-6)
+
+
 def test_skip_train_leaves_the_metrics_of_a_run_alone(command, tmp_path, valid_data):
     run(command("a", f"--train-iters 2 --save {tmp_path / 'a'}"))
     before = (tmp_path / "a" / "metrics.jsonl").read_text()

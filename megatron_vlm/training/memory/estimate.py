@@ -183,6 +183,8 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
         for name, p in global_named_parameters(chunk):
             held[group_of(name)] += p.numel()
             numel = sharding.numel(p) if sharding else p.numel()
+            if sharding and p.requires_grad:  # gathered in the run's precision: pairs of adapters, else fp32, too
+                p.data = p.data.to(chunk.config.params_dtype)
             weights += numel * (4 if sharding and p.requires_grad else p.itemsize)
             if p.requires_grad:
                 trained[group_of(name)] += p.numel()
@@ -191,6 +193,10 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
                 updated.append(torch.empty(numel, dtype=torch.float32, device="meta") if sharding else p)
     shards = topology.copies if parallel.data_parallel_sharding == "optimizer" else 1
     states, host, optimizer_peak = _optimizer(updated, parallel, device_kind, shards)
+    loading = 0
+    if sharding is not None and config.peft.active:  # the base is whole before it is cut: Trainer._build
+        base = (tensor.nbytes for chunk in model for tensor in (*chunk.parameters(), *chunk.buffers()))
+        loading = sum(base) - weights - gradients - states
     activations = peak = 0
     if row is not None:
         ahead = AheadBytes(held=0, peak=0)
@@ -212,7 +218,7 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
         optimizer=states,
         host=host,
         activations=activations,
-        temporary=max(peak, optimizer_peak) - activations,
+        temporary=max(peak, optimizer_peak, loading) - activations,
         constant=_constant(topology) if device_kind == "cuda" else 0,
     )
 

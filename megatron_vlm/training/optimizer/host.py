@@ -111,8 +111,10 @@ class HostOptimizer(MixedPrecisionOptimizer):
                 )
         betas = (config.adam_beta1, config.adam_beta2)
         inner = torch.optim.AdamW(
-            groups, lr=config.lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay
+            groups or [{"params": []}], lr=config.lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay
         )
+        if not groups:  # everything is frozen, on all ranks; torch refuses an empty list
+            inner.param_groups.clear()
         super().__init__(inner, config, _scaler(config), lambda unused: None)
         self.is_stub_optimizer = not self.parts
         self.chained_optimizers = [self]

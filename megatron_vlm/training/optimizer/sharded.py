@@ -131,7 +131,8 @@ class FullySharded(nn.Module):
         if num_tokens is not None:
             dist.all_reduce(num_tokens, group=self.topology.copies_group)
             scale = 1.0 / num_tokens.clamp(min=1)
-            torch._foreach_mul_([rows.main_grad for _, _, rows in self.trained], scale)
+            if self.trained:  # torch refuses an empty list
+                torch._foreach_mul_([rows.main_grad for _, _, rows in self.trained], scale)
 
     def for_optimizer(self) -> Any:
         """What megatron-core's optimizer reads of a model."""
@@ -154,12 +155,15 @@ def _mesh(parallel: ParallelConfig, topology: Topology) -> DeviceMesh:
 
 
 def _shard(unit: nn.Module, **how: Any) -> None:
-    """Cuts what is not in another unit yet; what trains is made fp32 first, so that no more than a unit is whole in fp32."""
+    """Cuts what is not in another unit yet; what trains is made fp32 first, so that no more than a unit is whole in fp32.
+
+    A stage in the CPU's memory comes to the device so, unit by unit.
+    """
     _cut_nf4(unit)
     before = {name: vars(parameter) for name, parameter in unit.named_parameters()}
     for parameter in unit.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(how["mesh"].device_type, torch.float32)
     fully_shard(unit, **how)
     for name, parameter in unit.named_parameters():
         vars(parameter).update(before[name])  # fully_shard makes new parameters, without megatron-core's marks

@@ -28,6 +28,7 @@ TP, PP = dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2
 SHARDED = dict(data_parallel_sharding="parameters")
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=("core_attention", "mlp", "norm", "connector"))
 HOST = dict(offload="optimizer")
+LORA = dict(target_modules="all-linear", r=4)
 CASES = [
     make_case(
         "idefics2",
@@ -69,6 +70,7 @@ MORE = [
         make_case("internvl3", "sharded parameters, rows of text", parallel=SHARDED, alone=True),
         row=RowShape(segments=(100, 92)),
     ),
+    make_case("internvl3", "sharded parameters, adapters", parallel=SHARDED, peft=LORA, alone=True),
     *(make_case(family, "pp 2", parallel=PP) for family in IMAGES),
     *(make_case(family, "tp 2", parallel=TP) for family in IMAGES),
     make_case("internvl3", "fp32", precision="fp32"),
@@ -119,13 +121,12 @@ def adapted(case: Case) -> list[tuple[int, ...]]:
     the optimizer on the host."""
     from megatron_vlm import registry
 
-    lora = dict(target_modules="all-linear", r=4)
     short = RowShape(segments=(96,), images=case.row.images[:1])
     found = []
     for other in (
         case,
-        replace(case, peft=lora),
-        replace(case, peft=lora | dict(quantize="nf4")),
+        replace(case, peft=LORA),
+        replace(case, peft=LORA | dict(quantize="nf4")),
         replace(case, row=short),
         replace(case, parallel=HOST | dict(offload_fraction=0.5)),
     ):

@@ -50,3 +50,28 @@ def test_each_rank_holds_its_part(twin):
         for what in ("weights", "gradients", "moments"):
             assert found[what] == pytest.approx(0.5, abs=0.01), what
     assert sum(found["weights"] for found in run("gradients", dp=4)) == pytest.approx(1)
+
+
+def frozen(hf_dir: str, ways: list[dict]) -> list[tuple[float, float, bool]]:
+    """On a rank: of each way, what a step of a model returns in which nothing trains."""
+    from megatron_vlm.training.step import train_step
+
+    found = []
+    for parallel in ways:
+        options = dict(freeze=("llm", "vision", "connector"))
+        model, optimizer = wrapped_for_test(hf_dir, parallel, options, None, OptimizerConfig())
+        row = row_from_samples(random_samples(model.config, ROWS[0], seed=0), multiple_of=2)
+        result = train_step(model, optimizer, [row])
+        found.append((result.loss, result.grad_norm, result.skipped))
+    return found
+
+
+def test_nothing_trains(twin):
+    ways = [
+        dict(data_parallel_sharding=kind, offload=host)
+        for kind in ("none", "parameters")
+        for host in ("none", "optimizer")
+    ]
+    plain, *others = run_distributed(frozen, str(twin), ways, dp=2)[0]
+    assert plain[0] > 1 and plain[1:] == (0.0, False)
+    assert others == [(pytest.approx(plain[0]), 0.0, False)] * 3

@@ -1,6 +1,8 @@
 """LoRA in the other families: equal to PEFT where HF has the model, elsewhere to the same model with B A in its weights."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,16 @@ LOSS = 2e-6
 GRADIENT = 1e-4
 
 
+QWEN3 = dict(text=dict(model_type="qwen3", head_dim=12))
+
+
+def write_internvl2(directory):
+    twin_internvl3.write_tiny_internvl2(directory / "both")
+    shutil.copytree(directory / "both" / "chat", directory, dirs_exist_ok=True)
+
+
 def write_chat(directory):
-    model = twin_internvl3.write_tiny_internvl3(directory / "native")
+    model = twin_internvl3.write_tiny_internvl3(directory / "native", **QWEN3)
     twin_internvl3.write_chat_layout(directory, model)
 
 
@@ -56,6 +66,11 @@ FAMILIES = {
         write_chat,
         image_samples(twin_internvl3),
         dict(target_modules=("attn.qkv", "attn.proj", "fc1", "q_proj", "up_proj", "mlp1.1"), r=3, vision_r=2),
+    ),
+    "internvl2": (
+        write_internvl2,
+        image_samples(twin_internvl3),
+        dict(target_modules=("attention.wqkv", "wo", "w1", "w2", "w3", "output", "attn.proj"), r=3),
     ),
     "llava_internlm2": (
         twin_llava_internlm2.write_tiny_llava_internlm2,
@@ -119,16 +134,20 @@ def test_equals_the_merged_model(tmp_path, name):
 @pytest.mark.parametrize(
     ("module", "write", "inputs", "specs"),
     [
-        (twin_llava_internlm2, "write_tiny_llava", "llava_inputs", [(1, 17), (0, 20)]),
+        (twin_llava_internlm2, twin_llava_internlm2.write_tiny_llava, "llava_inputs", [(1, 17), (0, 20)]),
         pytest.param(
-            twin_internvl3, "write_tiny_internvl3", "hf_inputs", [([3], 14), ([], 23)], marks=pytest.mark.full
+            twin_internvl3,
+            partial(twin_internvl3.write_tiny_internvl3, **QWEN3),
+            "hf_inputs",
+            [([3], 14), ([], 23)],
+            marks=pytest.mark.full,
         ),
     ],
     ids=["llava", "internvl3"],
 )
 def test_equals_peft(tmp_path, module, write, inputs, specs):
     """Names in memory that are not those of the files; a tower of which layers never run."""
-    hf = getattr(module, write)(str(tmp_path))
+    hf = write(str(tmp_path))
     settings = dict(target_modules="all-linear", modules_to_save=("linear_2",), r=3, alpha=6)
     with open_source(tmp_path) as source:
         samples = module.make_samples(source.config, specs)

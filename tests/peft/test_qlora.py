@@ -14,12 +14,15 @@ from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import (
     adapted_mapping,
     gradient_errors,
+    hf_inputs,
     layout_logits,
     layout_run,
     merge_gradients,
     random_samples,
 )
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.internvl3 import hf_inputs as internvl_inputs
+from megatron_vlm.testing.twins.internvl3 import make_samples, write_tiny_internvl3
 from megatron_vlm.testing.twins.peft import peft_gradients, peft_twin, twin_in_4bit
 from megatron_vlm.weights.nf4.tensor import Quantization, quantise
 
@@ -49,10 +52,25 @@ def twin(tmp_path_factory):
 def test_equals_peft_on_bitsandbytes(twin, double):
     """fp32: the parity bars of full precision, at tp 1 and 2; bf16: as near to PEFT in fp32 as PEFT in bf16 is."""
     directory, samples = twin
+    check_equals_peft(directory, samples, double=double)
+
+
+@pytest.mark.full
+def test_qwen3_equals_peft_on_bitsandbytes(tmp_path):
+    """Norms of queries and keys between linears in 4 bits."""
+    sizes = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, head_dim=48)
+    write_tiny_internvl3(tmp_path, text=dict(model_type="qwen3", num_key_value_heads=2, **sizes))
+    with open_source(tmp_path) as source:
+        samples = make_samples(source.config, [([3], 14), ([], 23)])
+    settings = {**TARGETS, "target_modules": r".*language_model.*_proj"}
+    check_equals_peft(str(tmp_path), samples, settings, inputs=internvl_inputs)
+
+
+def check_equals_peft(directory, samples, settings=TARGETS, *, double=True, inputs=hf_inputs):
     row = row_from_samples(samples)
-    model, tensors = peft_twin(twin_in_4bit(directory, torch.float32, double=double), TARGETS)
-    loss, logits, grads = peft_gradients(model, samples)
-    peft = {"tensors": tensors, "quantize": "nf4", **({} if double else {"double_quant": False}), **TARGETS}
+    model, tensors = peft_twin(twin_in_4bit(directory, torch.float32, double=double), settings)
+    loss, logits, grads = peft_gradients(model, samples, inputs)
+    peft = {"tensors": tensors, "quantize": "nf4", **({} if double else {"double_quant": False}), **settings}
     with open_source(directory) as source:
         mappings = {tp: adapted_mapping(source, {k: v for k, v in peft.items() if k != "tensors"}, tp) for tp in (1, 2)}
         vocab = source.config.text.vocab_size
@@ -206,7 +224,6 @@ def on_families(directories) -> list[tuple[int, int, list[str]]]:
 def test_linears_of_every_family(tmp_path):
     """All but the head, by the names of the weight map; XComposer2's own branches stay in full beside them."""
     from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
-    from megatron_vlm.testing.twins.internvl3 import write_tiny_internvl3
     from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava_internlm2
     from megatron_vlm.testing.twins.smolvlm import write_tiny_smolvlm
     from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2

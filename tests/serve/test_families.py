@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,10 @@ from tests.models.families.xcomposer2.reference import Reference
 NEW = 8
 WRITERS = {
     "idefics2": (write_tiny_idefics2, hf_inputs),
-    "internvl3": (internvl3.write_tiny_internvl3, internvl3.hf_inputs),
+    "internvl3": (
+        partial(internvl3.write_tiny_internvl3, text=dict(model_type="qwen3", head_dim=12)),
+        internvl3.hf_inputs,
+    ),
     "smolvlm": (smolvlm.write_tiny_smolvlm, smolvlm.hf_inputs),
     "internlm2": (internlm2.write_tiny_internlm2, internlm2.llama_inputs),
     "llava_internlm2": (llava_internlm2.write_tiny_llava_internlm2, llava_internlm2.llava_inputs),

@@ -43,17 +43,17 @@ def random_pairs(source: Any, settings: dict[str, Any], seed: int = 1, std: floa
 
 
 def twin_in_4bit(directory: str, dtype: torch.dtype, *, double: bool = True, device: str = "cpu") -> Any:
-    """transformers' own 4-bit Idefics2: its decoder's linears quantised by bitsandbytes from ``dtype``, computing in it."""
-    from transformers import BitsAndBytesConfig, Idefics2ForConditionalGeneration
+    """transformers' own 4-bit model: its decoder's linears quantised by bitsandbytes from ``dtype``, computing in it."""
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", ".*vision_model.*", ".*connector.*"],
+        llm_int8_skip_modules=["lm_head", *(f".*{part}.*" for part in ("vision_", "connector", "projector"))],
     )
-    model: Any = Idefics2ForConditionalGeneration.from_pretrained(
+    model: Any = AutoModelForImageTextToText.from_pretrained(
         directory, quantization_config=config, dtype=dtype, attn_implementation="eager", device_map={"": device}
     ).eval()
     linears = multiply_dequantised(model)

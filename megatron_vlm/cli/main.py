@@ -23,6 +23,10 @@ COMMANDS = {
     "chat": ("megatron_vlm.cli.chat", "talk to a model in the terminal, with pictures, beside another one"),
     "demo": ("megatron_vlm.cli.demo", "the same on a page in the browser"),
     "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf, merge, pth2hf and verify"),
+    "verify-card": (
+        "megatron_vlm.cli.verify_card",
+        "measure what is claimed of a family, on its tiny twin, without a GPU",
+    ),
     "report": ("megatron_vlm.cli.report", "one page about a run, or several: curves, data, answers, config, starts"),
     "recipe": ("megatron_vlm.cli.recipe", "list, show and copy the packaged recipes"),
     "list-cfg": ("megatron_vlm.cli.recipe", "recipes by XTuner's names too: list-cfg [-p PATTERN]"),

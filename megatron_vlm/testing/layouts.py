@@ -155,6 +155,22 @@ def whole_matrix(
     ] + [replace(case, twin=twin) for case in (*CONTEXT, *DEALT, *SHARDED)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayoutDistances:
+    """How far a layout is from one process: loss and worst gradient (at ``where``) before any update, then losses and norms."""
+
+    loss: float
+    gradient: float
+    where: str
+    step_loss: float
+    step_norm: float
+
+    @property
+    def passed(self) -> bool:
+        """Within LOSS, GRADIENT and NORM."""
+        return max(self.loss, self.step_loss) <= LOSS and self.gradient <= GRADIENT and self.step_norm <= NORM
+
+
 def mapping_of(
     spec: registry.FamilySpec,
     config: Any,
@@ -211,31 +227,42 @@ class LayoutCheck:
             self._alone[freeze] = self._run(Case(freeze=freeze))[:3]
         return self._alone[freeze]
 
-    def check(self, case: Case) -> None:
-        """Runs a case and compares; prints the distances.
+    def measure(self, case: Case) -> LayoutDistances:
+        """Runs a case beside one process.
 
         Raises:
-            AssertionError: beyond a tolerance.
+            AssertionError: no gradient at all.
         """
         loss, grads, history = self.alone(case.freeze)
         our_loss, our_grads, _, results = self._run(case)
         errors = gradient_errors(our_grads, grads)
-        worst = max(((e, n) for n, e in errors.items() if not self.no_true_gradient(n)), default=(0.0, ""))
-        loss_error = abs(our_loss - loss) / loss
+        worst, where = max(((e, n) for n, e in errors.items() if not self.no_true_gradient(n)), default=(0.0, ""))
         steps = [
             (abs(x - y) / y, abs(m - n) / n)
             for result in results
             for (x, m), (y, n) in zip(result["history"], history[: case.updates], strict=True)
         ]
         step_loss, step_norm = (max(column) for column in zip(*steps))
-        print(f"{case}: loss {loss_error:.1e}, worst gradient {worst[0]:.1e} {worst[1]}")
-        print(
-            f"{case.updates} updates: loss {history[0][0]:.4f} -> {history[-1][0]:.4f}, off {step_loss:.1e}; norm {step_norm:.1e}"
-        )
         if not any(float(g.norm()) > 0 for g in grads.values()):
             raise AssertionError("no gradient at all")
-        if loss_error > LOSS or worst[0] > GRADIENT or step_loss > LOSS or step_norm > NORM:
-            raise AssertionError(f"{case}: {loss_error=:.2e} gradient={worst} {step_loss=:.2e} {step_norm=:.2e}")
+        return LayoutDistances(
+            loss=abs(our_loss - loss) / loss, gradient=worst, where=where, step_loss=step_loss, step_norm=step_norm
+        )
+
+    def check(self, case: Case) -> None:
+        """Runs a case and compares; prints the distances.
+
+        Raises:
+            AssertionError: beyond a tolerance.
+        """
+        found = self.measure(case)
+        first, *_, last = self.alone(case.freeze)[2]
+        print(f"{case}: loss {found.loss:.1e}, worst gradient {found.gradient:.1e} {found.where}")
+        print(
+            f"{case.updates} updates: loss {first[0]:.4f} -> {last[0]:.4f}, off {found.step_loss:.1e}; norm {found.step_norm:.1e}"
+        )
+        if not found.passed:
+            raise AssertionError(f"{case}: {found}")
 
     def _run(self, case: Case) -> tuple[float, dict[str, Any], list[tuple[float, float]], list[dict[str, Any]]]:
         virtual = case.vp or (case.layers and len(case.layers) > case.pp)

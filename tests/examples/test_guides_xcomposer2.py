@@ -15,9 +15,9 @@ from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import layout_logits
 from megatron_vlm.testing.runs import metrics_of
 from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
+from megatron_vlm.testing.twins.xcomposer2_reference import Reference
 from tests.examples.guides import run_guide
 from tests.examples.shell import EXAMPLES, environment
-from tests.models.families.xcomposer2.reference import Reference
 
 STEPS = (
     "training.train_epochs=null training.precision=fp32 data.seq_length=256 data.num_workers=1 optimizer.lr=3e-3 "

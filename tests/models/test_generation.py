@@ -1,12 +1,10 @@
 """Answers equal those of transformers' ``generate``, token by token, in every layout, alone and together."""
 
-import dataclasses
-
 import pytest
-import torch
 
 from megatron_vlm import registry
 from megatron_vlm.models.generation import Answer
+from megatron_vlm.testing.cards.references import hf_answer, plain_answer
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_inputs, layout_answers, random_samples
 from megatron_vlm.testing.twins import internlm2 as twin_internlm2
@@ -15,7 +13,7 @@ from megatron_vlm.testing.twins import llava_internlm2 as twin_llava_internlm2
 from megatron_vlm.testing.twins import qwen2_5_vl as twin_qwen2_5_vl
 from megatron_vlm.testing.twins import xcomposer2 as twin_xcomposer2
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
-from tests.models.families.xcomposer2.reference import Reference
+from megatron_vlm.testing.twins.xcomposer2_reference import Reference
 
 NEW = 12
 PROMPTS = [([(40, 50)], 9), ([], 13), ([(24, 48), (16, 16)], 4), ([], 3), ([(16, 16)], 6)]
@@ -36,7 +34,7 @@ def twin(tmp_path_factory):
     hf = write_tiny_idefics2(directory, "mistral", sliding_window=11)
     config = registry.get("idefics2").config(hf.config.to_dict())
     prompts = random_samples(config, PROMPTS)
-    whole = [hf_answer(hf, prompt) for prompt in prompts]
+    whole = [hf_answer(hf, prompt, NEW, hf_inputs) for prompt in prompts]
     stop_ids = (whole[0][5], whole[3][0])  # one answer ends in the middle, one before its first token
     expected = []
     for ids in whole:
@@ -44,14 +42,6 @@ def twin(tmp_path_factory):
         expected.append(Answer(ids=tuple(ids[:end]), finished=end is not None))
     assert {answer.finished for answer in expected} == {True, False}
     return directory, prompts, stop_ids, expected
-
-
-def hf_answer(hf, prompt, inputs=hf_inputs):
-    with torch.no_grad():
-        out = hf.generate(
-            **inputs(prompt), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, bad_words_ids=None
-        )
-    return out[0, len(prompt.input_ids) :].tolist()
 
 
 def parallel_of(tp=1, pp=1, sp=False, vp=None):
@@ -99,7 +89,7 @@ def internvl3(directory):
     hf = twin_internvl3.write_tiny_internvl3(directory)
     config = registry.get("internvl3").config(hf.config.to_dict())
     prompts = twin_internvl3.make_samples(config, [([2, 1], 9), ([], 13), ([3], 4)])
-    return prompts, [hf_answer(hf, prompt, twin_internvl3.hf_inputs) for prompt in prompts]
+    return prompts, [hf_answer(hf, prompt, NEW, twin_internvl3.hf_inputs) for prompt in prompts]
 
 
 def qwen2_5_vl(directory):
@@ -118,29 +108,21 @@ def internlm2(directory):
     """Some answers go beyond the trained positions, where dynamic NTK scales with every token."""
     llama = twin_internlm2.write_tiny_internlm2(directory, max_position_embeddings=20)
     prompts = twin_internlm2.make_samples(llama.config.vocab_size, [5, 17, 26])
-    return prompts, [hf_answer(llama, prompt, twin_internlm2.llama_inputs) for prompt in prompts]
+    return prompts, [hf_answer(llama, prompt, NEW, twin_internlm2.llama_inputs) for prompt in prompts]
 
 
 def llava_internlm2(directory):
     hf = twin_llava_internlm2.write_tiny_llava_internlm2(directory)
     config = registry.get("llava_internlm2").config(hf.config.to_dict())
     prompts = twin_llava_internlm2.make_samples(config, [(2, 9), (0, 13), (1, 4)])
-    return prompts, [hf_answer(hf, prompt, twin_llava_internlm2.llava_inputs) for prompt in prompts]
+    return prompts, [hf_answer(hf, prompt, NEW, twin_llava_internlm2.llava_inputs) for prompt in prompts]
 
 
 def xcomposer2(directory):
     """No class of transformers: the plain-torch reference, whole prompts anew for every token."""
     config = twin_xcomposer2.write_tiny_xcomposer2(directory, "7b")
     prompts = twin_xcomposer2.make_samples(config, [([(1, 1)] * 2, 9), ([], 13), ([(1, 1)], 4)])
-    reference, answers = Reference(directory), []
-    for prompt in prompts:
-        ids = prompt.input_ids
-        for _ in range(NEW):
-            with torch.no_grad():
-                following = reference.logits(dataclasses.replace(prompt, input_ids=ids))[-1].argmax()
-            ids = torch.cat([ids, following[None]])
-        answers.append(ids[len(prompt.input_ids) :].tolist())
-    return prompts, answers
+    return prompts, [plain_answer(Reference(directory), prompt, NEW) for prompt in prompts]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.testing.parity import hf_inputs
 from megatron_vlm.testing.twins import internlm2, internvl3, llava_internlm2, smolvlm, xcomposer2
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.xcomposer2_reference import Reference
 from tests.examples.shell import environment
-from tests.models.families.xcomposer2.reference import Reference
 
 NEW = 8
 WRITERS = {

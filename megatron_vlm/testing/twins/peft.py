@@ -1,6 +1,7 @@
 """PEFT on an HF twin: the same pairs as ours, its gradients and its training, under the names that our weight map has."""
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def twin_in_4bit(directory: str, dtype: torch.dtype, *, double: bool = True, dev
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", *(f".*{part}.*" for part in ("vision_", "connector", "projector"))],
+        llm_int8_skip_modules=["lm_head", *(f".*{part}.*" for part in ("vision_", "visual", "connector", "projector"))],
     )
     model: Any = AutoModelForImageTextToText.from_pretrained(
         directory, quantization_config=config, dtype=dtype, attn_implementation="eager", device_map={"": device}
@@ -96,6 +97,13 @@ def peft_training(
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each of ``steps`` updates with our default AdamW: clipping at 1, no decay of biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    return adamw_training(parameters, lambda: hf_reference(model, samples, inputs=inputs)[0], steps, lr)
+
+
+def adamw_training(
+    parameters: Sequence[Tensor], loss: Callable[[], float], steps: int, lr: float
+) -> list[tuple[float, float]]:
+    """The same of any model: ``loss`` gives it and leaves gradients in ``parameters``."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
@@ -103,8 +111,7 @@ def peft_training(
     adam = torch.optim.AdamW(groups, lr=lr)
     history = []
     for _ in range(steps):
-        loss, _, _ = hf_reference(model, samples, inputs=inputs)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        history.append((loss, float(norm)))
+        value = loss()
+        history.append((value, float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))))
         adam.step()
     return history

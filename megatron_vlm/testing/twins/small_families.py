@@ -50,12 +50,14 @@ class SmallTwin:
         directory: of the HF checkpoint.
         hf_config: content of its config.json.
         draw: ``draw(twin, specs, seed)`` makes samples.
+        made: what the function that writes it returns: transformers' model, where it has one.
     """
 
     family: str
     directory: str
     hf_config: dict[str, Any]
     draw: Callable[["SmallTwin", Specs, int], list[EncodedSample]]
+    made: Any = None
 
     @functools.cached_property
     def config(self) -> Any:
@@ -71,12 +73,17 @@ def write_small_twin(name: str, directory: Path, **options: Any) -> SmallTwin:
     """Writes the twin called ``name`` (one of ``NAMES``); ``options`` go to the function that writes it."""
     family, write, draw = _TWINS[name]
     directory.mkdir(parents=True, exist_ok=True)
-    write(directory, **options)
-    return SmallTwin(family=family, directory=str(directory), hf_config=read_json(directory / "config.json"), draw=draw)
+    made, hf_config = write(directory, **options), read_json(directory / "config.json")
+    return SmallTwin(family=family, directory=str(directory), hf_config=hf_config, draw=draw, made=made)
 
 
-def _write_llama3(directory: Path, **options: Any) -> None:
-    write_tiny_idefics2(directory, **{"text": "llama", "tie": True, **options})
+def names_of(family: str) -> list[str]:
+    """The twins of a family of the registry."""
+    return [name for name in NAMES if _TWINS[name][0] == family]
+
+
+def _write_llama3(directory: Path, **options: Any) -> Any:
+    return write_tiny_idefics2(directory, **{"text": "llama", "tie": True, **options})
 
 
 def _idefics2(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:

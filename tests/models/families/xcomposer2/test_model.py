@@ -13,7 +13,7 @@ from megatron_vlm.testing.distributed import RankError, run_distributed
 from megatron_vlm.testing.mutations import assert_noticed, mutated_logits
 from megatron_vlm.testing.parity import build_for_test, layout_logits, layout_run
 from megatron_vlm.testing.twins.xcomposer2 import make_samples, write_tiny_xcomposer2
-from tests.models.families.xcomposer2.reference import Reference
+from megatron_vlm.testing.twins.xcomposer2_reference import Reference
 
 LOGITS = 1e-5  # the bar of test_xcomposer2_parity.py, of the largest logit
 TIMES = 30

@@ -10,7 +10,7 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.testing.parity_check import Bars, check_parity
 from megatron_vlm.testing.twins.xcomposer2 import make_samples, write_tiny_xcomposer2
-from tests.models.families.xcomposer2.reference import LINEARS, Reference
+from megatron_vlm.testing.twins.xcomposer2_reference import LINEARS, Reference
 
 BARS = Bars()  # measured: logits 2e-6 of the largest, 1.1 x noise, loss 1e-6, gradients 4e-6
 ANCHOR = 1e-5  # of the largest logit

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 TOWER = "vit.vision_tower.vision_model."
 # linear of InternLM2 -> linears of Llama that hold its rows
@@ -32,7 +32,7 @@ class Reference(nn.Module):
 
         super().__init__()
         config = self.config = json.loads((Path(directory) / "config.json").read_text())
-        weights = {}
+        weights: dict[str, Tensor] = {}
         for file in Path(directory).glob("*.safetensors"):
             weights |= load_file(file)
         self.weights = {name: tensor.to(dtype).requires_grad_() for name, tensor in weights.items()}
@@ -160,8 +160,8 @@ class Reference(nn.Module):
         """(mean token loss, logits of all samples, gradients by name) of one sample after the other."""
         with torch.set_grad_enabled(gradients):
             logits = [self.logits(sample) for sample in samples]
-            total = sum(F.cross_entropy(y[:-1], s.labels[1:], reduction="sum") for y, s in zip(logits, samples))
-            loss = total / sum(int((s.labels[1:] != -100).sum()) for s in samples)
+            losses = [F.cross_entropy(y[:-1], s.labels[1:], reduction="sum") for y, s in zip(logits, samples)]
+            loss = torch.stack(losses).sum() / sum(int((s.labels[1:] != -100).sum()) for s in samples)
             if gradients:
                 loss.backward()
         grads = {

@@ -29,6 +29,7 @@ from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards.writer import load_record
+from megatron_vlm.data.text.literal import unmarked
 from megatron_vlm.data.types import Processor
 from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError, MegatronVLMError
@@ -117,7 +118,10 @@ class Served:
             self._emit({"error": str(error)})
 
     def _start(self, ask: Mapping[str, Any], request: Mapping[str, Any]) -> "_Answer":
-        number, turns = ask["model"], tuple(Turn(role=role, text=text) for role, text in ask["turns"])
+        number = ask["model"]
+        # Files go with questions: what a model answered, or /system says, names none.
+        asked = [(role, text if role == "user" else unmarked(text)) for role, text in ask["turns"]]
+        turns = tuple(Turn(role=role, text=text) for role, text in asked)
         video = VideoSettings(max_frames=self.config.video_frames)
         source = RecordSource(path="", format="chat", root=os.curdir, video=video)
         record = Record(number=0, label="", turns=turns, images=tuple(ask["images"]), videos=tuple(ask["videos"]))

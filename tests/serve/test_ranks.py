@@ -43,10 +43,13 @@ def test_answers_equal_transformers_and_come_in_turns(twins, picture, tp):
     again = {"number": 1, "asks": [ask(1, *second, images=[picture])]}
     lost = {"number": 2, "asks": [ask(0, ("user", "<image>"), images=["none.png"])]}
     long = {"number": 3, "asks": [ask(0, ("user", "cats " * 1100))]}
-    for events in run_distributed(events_of, config, [both, again, lost, long], tp=tp):
+    odd = [("system", "<image>"), first, ("assistant", "an <image> of a <video>"), ("user", "Why?")]
+    marked = {"number": 4, "asks": [ask(0, *odd, images=[picture])]}
+    half, name = ({"number": 5, "asks": [ask(0, ("user", text))]} for text in ("a\ud800", "\ufdd09\ufdd1"))
+    for events in run_distributed(events_of, config, [both, again, lost, long, marked, half, name], tp=tp):
         assert events[0] == {"ready": [str(twin) for twin in twins]}
         ends = [i for i, event in enumerate(events) if "end" in event]
-        one, two, three, four = (events[a + 1 : b] for a, b in zip([0, *ends], ends))
+        one, two, three, four, five, six, seven = (events[a + 1 : b] for a, b in zip([0, *ends], ends))
         for model, twin in enumerate(twins):
             mine = [event for event in one if event["model"] == model]
             text, done = "".join(event.get("text", "") for event in mine), mine[-1]["done"]
@@ -56,6 +59,8 @@ def test_answers_equal_transformers_and_come_in_turns(twins, picture, tp):
         assert two[-1]["done"]["text"] == hf_answer(twins[1], second, picture)
         assert len(three) == len(four) == 1
         assert "cannot read image none.png" in three[0]["error"] and "/reset starts anew" in four[0]["error"]
+        assert five[-1]["done"]["tokens"] == NEW
+        assert "half a character" in six[0]["error"] and "U+FDD0" in seven[0]["error"]
 
 
 def test_an_answer_stops_where_any_rank_is_told(twins):

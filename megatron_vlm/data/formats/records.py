@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_vlm.data.formats import keys
 from megatron_vlm.data.sample import IMAGE_PLACEHOLDER as IMAGE_PLACEHOLDER
-from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.sample import VIDEO_PLACEHOLDER as VIDEO_PLACEHOLDER
+from megatron_vlm.data.sample import Turn, check_whole
 from megatron_vlm.errors import DataError, Reason, printable
 
-VIDEO_PLACEHOLDER = "<video>"
 RECORDS_VERSION = 2  # of what records mean: shards that were built of the same files with another one are built anew
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
          "system": "system"}  # fmt: skip
@@ -159,10 +159,7 @@ def make_record(
     texts = [(f"turn {index}", turn.text) for index, turn in enumerate(turns)] + [("'id'", str(label))]
     texts += [("a path", name) for name in (*images, *videos) if isinstance(name, str)]
     for what, text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{what} has half a character (a lone surrogate) at {error.start}") from error
+        check_whole(text, what)
     marks = "".join(turn.text for turn in turns)
     if (images or videos) and not (IMAGE_PLACEHOLDER in marks or VIDEO_PLACEHOLDER in marks):
         if not source.prepend:

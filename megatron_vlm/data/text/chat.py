@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.sample import IMAGE_PLACEHOLDER, Turn
 from megatron_vlm.data.text import literal
 from megatron_vlm.errors import ConfigError
 
@@ -91,7 +91,7 @@ class FastTokenizer:
     def ids(self, text: str) -> list[int]:
         """Returns the ids of a text alone: no BOS or EOS is added. What ``literal.hidden`` hid in it is text."""
         if literal.hides(text):
-            return self._renamed().encode(literal.shown(text, self.specials), add_special_tokens=False).ids
+            return self._renamed().encode(literal.shown(text, self._steering), add_special_tokens=False).ids
         return self._load().encode(text, add_special_tokens=False).ids
 
     def token_id(self, token: str) -> int | None:
@@ -106,7 +106,7 @@ class FastTokenizer:
             characters of each part.
         """
         if any(literal.hides(part) for part in parts):
-            parts = [literal.shown(part, self.specials) for part in parts]
+            parts = [literal.shown(part, self._steering) for part in parts]
             encoding = self._renamed().encode("".join(parts))
         else:
             encoding = self._load().encode("".join(parts))
@@ -119,13 +119,18 @@ class FastTokenizer:
         """Returns the text of ids, special tokens shown."""
         return self._load().decode(list(ids), skip_special_tokens=False)
 
+    @cached_property
+    def _steering(self) -> tuple[str, ...]:
+        """What a text that hides something may write: the special tokens, and the placeholder where it is a token."""
+        return (*self.specials, *((IMAGE_PLACEHOLDER,) if self.token_id(IMAGE_PLACEHOLDER) is not None else ()))
+
     def _renamed(self) -> Any:
         """The tokenizer under which a special token's own text is text; see ``literal.renamed``."""
         if self._literal is None:
             from tokenizers import Tokenizer
 
             try:
-                self._literal = Tokenizer.from_str(literal.renamed(self.text, self.specials))
+                self._literal = Tokenizer.from_str(literal.renamed(self.text, self._steering))
             except Exception as error:  # tokenizers has no narrower class
                 raise ConfigError(
                     f"a special token of tokenizer_config.json or tokenizer.json is also a piece of plain text, so that no text "

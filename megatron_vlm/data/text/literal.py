@@ -4,6 +4,8 @@
                                                                    the template's own tokens as names that no text has
     the tokenizer --renamed--> the same, its special tokens under those names: ids and offsets are otherwise its own
 
+    an answer that is given back, a system text --unmarked--> ``<image>`` and ``<video>`` in it as seven characters each
+
 The meaning is that of transformers' ``split_special_tokens``, laid on the texts alone and not on the prompt around them. A text
 without special tokens takes none of these steps. Marks and names are made of non-characters, which Unicode keeps for such uses.
 """
@@ -14,7 +16,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megatron_vlm.data.sample import IMAGE_PLACEHOLDER
+from megatron_vlm.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, check_whole
+from megatron_vlm.errors import DataError, Reason
 
 CONTENT_TOKENS = frozenset(
     f"{open}{name}{close}"
@@ -23,7 +26,8 @@ CONTENT_TOKENS = frozenset(
 )
 """Special tokens that a text writes on purpose: InternVL's and Qwen's marks of grounding, ``<box>`` and ``<|box_start|>``."""
 RESERVED = re.compile("[\ufdd0-\ufdd3]")
-_MARK = re.compile("\ufdd0([0-9]+)\ufdd1")
+_MARK = re.compile("\ufdd0([0-9]*)\ufdd1")
+_NOTHING = "\ufdd0\ufdd1"
 
 
 def specials_of(tokens: Iterable[str]) -> tuple[str, ...]:
@@ -43,6 +47,21 @@ def hidden(text: str, specials: tuple[str, ...]) -> str:
     return _any_of(specials).sub(lambda match: f"\ufdd0{specials.index(match[0])}\ufdd1", text)
 
 
+def unmarked(text: str) -> str:
+    """Returns a text in which ``<image>`` and ``<video>`` mark no place: the tokenizer is given them as the text they are."""
+    for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER):
+        text = text.replace(mark, f"{mark[0]}{_NOTHING}{mark[1:]}")
+    return text
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises DataError for a text that no tokenizer takes: half a character, or characters of ``RESERVED``."""
+    check_whole(text, what)
+    if match := RESERVED.search(text.replace(_NOTHING, "")):
+        message = f"{what} has U+{ord(match[0]):04X}, which is no character (Unicode): leave it out"
+        raise DataError(message, reason=Reason.CONTROL_TOKENS)
+
+
 def hides(text: str) -> bool:
     """Whether a text has marks."""
     return "\ufdd0" in text
@@ -51,7 +70,7 @@ def hides(text: str) -> bool:
 def shown(text: str, specials: tuple[str, ...]) -> str:
     """Returns a part of a prompt for the tokenizer of ``renamed``: its own special tokens by name, marks as text."""
     text = _any_of(specials).sub(lambda match: _name(specials.index(match[0])), text)
-    return _MARK.sub(lambda match: specials[int(match[1])], text)
+    return _MARK.sub(lambda match: specials[int(match[1])] if match[1] else "", text)
 
 
 def renamed(tokenizer: str, specials: Sequence[str]) -> str:

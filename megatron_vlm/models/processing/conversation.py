@@ -25,7 +25,7 @@ from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards.writer import num_placeholders
 from megatron_vlm.data.text.chat import FastTokenizer, Tokens, fit
-from megatron_vlm.data.text.literal import RESERVED, found, hidden
+from megatron_vlm.data.text.literal import RESERVED, check_text, found, hidden
 from megatron_vlm.data.types import NO_OPTIONS, TokenCount
 from megatron_vlm.errors import DataError, Reason
 
@@ -101,7 +101,7 @@ class ConversationProcessor:
     @cached_property
     def fingerprint(self) -> str:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer"}
-        text = json.dumps([4, self.tokenizer.text, values], sort_keys=True, default=dataclasses.asdict)
+        text = json.dumps([5, self.tokenizer.text, values], sort_keys=True, default=dataclasses.asdict)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def count(
@@ -135,8 +135,10 @@ class ConversationProcessor:
         """Encodes a conversation up to where the assistant answers; every label is -100.
 
         Raises:
-            DataError: as many images as placeholders are needed.
+            DataError: as many images as placeholders are needed; a text that no tokenizer takes.
         """
+        for turn in turns:
+            check_text(turn.text, f"the text of the {turn.role} turn")
         if num_placeholders(turns) != len(images):
             message = f"{num_placeholders(turns)} <image> placeholders for {len(images)} images"
             raise DataError(message, reason=Reason.PLACEHOLDERS)
@@ -155,8 +157,12 @@ class ConversationProcessor:
         return [dataclasses.replace(turn, text=hidden(turn.text, self.tokenizer.specials)) for turn in turns]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of an answer's ids, without the tokens that end it."""
-        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
+        """Returns the text of an answer's ids, without special tokens but for marks of grounding (``literal.CONTENT_TOKENS``)."""
+        return self.tokenizer.decode([i for i in ids if i not in self._silent]).strip()
+
+    @cached_property
+    def _silent(self) -> frozenset[int | None]:
+        return frozenset((*map(self.tokenizer.token_id, self.tokenizer.specials), self.image_token_id, *self.stop_ids))
 
     def _sample(
         self,
@@ -181,7 +187,7 @@ class ConversationProcessor:
         elif self.max_image_num is not None and len(sizes) > self.max_image_num:
             reason = Reason.MAX_IMAGE_NUM
         steering = self.special_tokens(turns)
-        if steering and (self.special_tokens_in_text == "refuse" or any(RESERVED.search(t.text) for t in turns)):
+        if (steering and self.special_tokens_in_text == "refuse") or any(RESERVED.search(t.text) for t in turns):
             reason = reason or Reason.CONTROL_TOKENS
         reason = reason or self.unusable(turns, sizes)
         if reason:

@@ -2,7 +2,7 @@
 
 import json
 
-from megatron_vlm.data.text.literal import RESERVED, found, hidden, hides, renamed, shown, specials_of
+from megatron_vlm.data.text.literal import RESERVED, found, hidden, hides, renamed, shown, specials_of, unmarked
 
 SPECIALS = ("</s>", "<|im_end|>", "<|im_end|>x")
 
@@ -20,6 +20,12 @@ def test_a_text_is_hidden_and_shown_again():
     prompt = shown(marks + "</s>", SPECIALS)  # the template's own
     assert prompt.startswith(text) and not found(prompt.removeprefix(text), SPECIALS)
     assert RESERVED.search(prompt.removeprefix(text))
+
+
+def test_a_text_marks_no_place():
+    text = unmarked("an <image> or a <video>")
+    assert hides(text) and "<image>" not in text and "<video>" not in text
+    assert shown(text + "<image>", (*SPECIALS, "<image>")).startswith("an <image> or a <video>\ufdd2")
 
 
 def test_a_tokenizer_keeps_its_ids():

@@ -8,6 +8,7 @@ from PIL import Image
 from megatron_vlm import registry
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.text.literal import hidden, unmarked
 from megatron_vlm.errors import DataError, Reason
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
@@ -81,13 +82,39 @@ def test_the_other_policy_leaves_such_a_sample_out(make):
 
 
 def test_names_that_stand_for_special_tokens_cannot_be_written(make):
-    """The marks between text and tokenizer are non-characters: a text that has them beside a special token is left out."""
+    """The marks between text and tokenizer are non-characters: a text that has them is left out, and is no question."""
     processor = make()
     token = processor.tokenizer.specials[0]
-    for mark in ("\ufdd00\ufdd1", "\ufdd20\ufdd3"):
-        assert processor.count(talk("Hi", f"{token}{mark}"), []).reason is Reason.CONTROL_TOKENS
-        alone, usual = (processor.encode("k", talk("Hi", text), []).input_ids for text in (mark, "x"))
-        assert steering(processor, alone) - Counter({"<unk>": 9}) == steering(processor, usual)
+    for mark in ("\ufdd00\ufdd1", "\ufdd0999\ufdd1", "\ufdd20\ufdd3", "\ufdd0"):
+        for text in (mark, f"{token}{mark}"):
+            assert processor.count(talk("Hi", text), []).reason is Reason.CONTROL_TOKENS
+            with pytest.raises(DataError, match=r"user turn has U\+FDD[02], which is no character"):
+                processor.encode_prompt(talk(text), [])
+    with pytest.raises(DataError, match="system turn has half a character"):
+        processor.encode_prompt(talk("Hi", system="a\ud800"), [])
+
+
+def test_marks_of_images_in_what_is_given_back_are_text(make):
+    """In an answer, say: as many tokens for images as without it, and its characters all there."""
+    processor = make()
+    images = [IMAGE] * (processor.image_token_id >= 0)
+    asked = ("<image>" * len(images) + "What?", unmarked("an <image>, a <video>"), "And?")
+    said, usual = (processor.encode_prompt(talk(*turns), images) for turns in (asked, (asked[0], "a cat", "And?")))
+    assert len(said.image_positions) == len(usual.image_positions)
+    assert steering(processor, said.input_ids) == steering(processor, usual.input_ids)
+    text = processor.tokenizer.decode([i for i in said.input_ids.tolist() if i != processor.image_token_id])
+    assert "".join(text.split()).count("an<image>,a<video>") == 1
+
+
+def test_an_answer_is_its_text(make):
+    """As transformers' with skip_special_tokens, but for marks of grounding."""
+    processor = make()
+    ids = processor.tokenizer.ids("two cats")
+    special = [processor.tokenizer.token_id(token) for token in processor.tokenizer.specials]
+    image = [processor.image_token_id] * (processor.image_token_id >= 0)
+    assert processor.decode([*special, *ids, *image, *special]) == processor.tokenizer.decode(ids).strip()
+    if box := processor.tokenizer.token_id("<box>"):
+        assert "<box>" in processor.decode([*ids, box])
 
 
 @pytest.mark.parametrize("answer_only", [True, False])
@@ -119,8 +146,6 @@ def test_split_special_tokens_of_transformers(tmp_path):
         processor = registry.get(name).processor(tmp_path / name, DataConfig(seq_length=64))
         theirs = AutoTokenizer.from_pretrained(tmp_path / name)
         for text in ("a</s>b", "<|im_end|>\n", "x <end_of_utterance> y<|endoftext|>", "<s><s>"):
-            from megatron_vlm.data.text.literal import hidden
-
             specials = processor.tokenizer.specials
             expected = theirs(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
             assert processor.tokenizer.ids(hidden(text, specials)) == expected, (name, text)

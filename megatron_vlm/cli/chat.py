@@ -5,8 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from megatron_vlm.cli.arguments import add_path, add_verify_hashes
-from megatron_vlm.config import apply_overrides
+from megatron_vlm.cli.arguments import add_path, add_running, add_verify_hashes, data_of, sampling_of
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.serve.config import ServeConfig
 from megatron_vlm.serve.conversation import Conversation
@@ -35,17 +34,9 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     add_verify_hashes(parser)
     add("--system", metavar="TEXT", help="a system turn before the conversation")
     add("--prompt-template", metavar="NAME", help="as data.template=NAME (default: the model's own)")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="most of an answer (default: 512)")
-    add("--temperature", type=float, default=0.0, metavar="X", help="0 (default): the likeliest token each time")
-    add("--top-p", type=float, default=1.0, metavar="P")
-    add("--seed", type=int, default=0, metavar="N")
     add("--stop-words", nargs="+", default=[], metavar="TEXT", help="texts that end an answer")
     add("--video-frames", type=int, default=32, metavar="N", help="most frames of a video (default: 32)")
-    add("--tp", "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="ranks, which are started here")
-    add("--pp", "--pipeline-model-parallel-size", type=int, default=1, metavar="N")
-    add("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 on the CPU")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
-    add("data", nargs="*", metavar="data.key=value", help="how images are treated, as in the training config")
+    add_running(parser, max_new_tokens=512, precision=None)
 
 
 def serve_config(args: argparse.Namespace) -> ServeConfig:
@@ -70,14 +61,14 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         for path in filter(None, model.values()):
             if not os.path.exists(path) and not _HUB_ID.fullmatch(path):
                 raise ConfigError(f"{path} does not exist: name a folder, or a model of the hub as OWNER/NAME")
-    data = apply_overrides({}, args.data).get("data", {})
+    data = data_of(args)
     if args.prompt_template is not None:
         data["template"] = args.prompt_template
     return ServeConfig.from_dict(
         {
             "models": models,
             "data": data,
-            "sampling": {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")},
+            "sampling": sampling_of(args),
             **{
                 name: getattr(args, name)
                 for name in ("tp", "pp", "precision", "device", "verify_hashes", "stop_words", "video_frames")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron_vlm.cli.arguments import add_path
 from megatron_vlm.cli.chat import add_models, serve_config
+from megatron_vlm.data.images.pictures import MAX_BYTES
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.serve.demo import serve_demo
-from megatron_vlm.serve.engine import Engine
 
 USAGE = """A conversation with a model in the browser: pictures, two models side by side, sampling,
 a run's curves and held-out examples."""
@@ -31,24 +31,20 @@ def run(argv: Sequence[str]) -> int:
     add("--format", default="llava", help="format of --examples, as of data build (default: llava)")
     add_path(parser, "--image-root", "folder that relative image paths of --examples start from", default=".")
     args = parser.parse_args(argv)
-    if args.token is not None and not re.fullmatch(r"[\w-]{8,}", args.token):
-        raise ConfigError("--token is at least 8 letters, digits, _ and -")
-    if not 0 < args.max_upload_mb <= 64:
-        raise ConfigError(f"--max-upload-mb must be above 0 and at most 64, got {args.max_upload_mb:g}")
-    config = serve_config(args)
-    examples = {"format": args.format, "files": args.examples, "image_root": args.image_root, "most": 12}
-    print(f"loading {' and '.join(model.name for model in config.models)} ...", flush=True)
-    with Engine(config) as engine:
-        names = engine.ready()
-        serve_demo(
-            engine,
-            names,
-            host=args.host,
-            port=args.port,
-            token=args.token,
-            system=args.system,
-            most_mb=args.max_upload_mb,
-            run=Path(args.run or args.model),
-            examples=examples if args.examples else {},
-        )
+    if args.token is not None and not re.fullmatch(r"[\w-]{8,}", args.token, re.ASCII):
+        raise ConfigError("--token is at least 8 letters (a to z), digits, _ and -")
+    most = MAX_BYTES >> 20
+    if not 0 < args.max_upload_mb <= most:
+        raise ConfigError(f"--max-upload-mb must be above 0 and at most {most}, got {args.max_upload_mb:g}")
+    examples = {"format": args.format, "files": args.examples, "image_root": args.image_root}
+    serve_demo(
+        serve_config(args),
+        host=args.host,
+        port=args.port,
+        token=args.token,
+        system=args.system,
+        most_mb=args.max_upload_mb,
+        run=Path(args.run or args.model),
+        examples=examples if args.examples else {},
+    )
     return 0

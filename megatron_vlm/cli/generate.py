@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_vlm.cli.arguments import add_path, add_verify_hashes
-from megatron_vlm.config import apply_overrides
+from megatron_vlm.cli.arguments import add_path, add_running, add_verify_hashes, data_of, sampling_of
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.log import setup_logging
 
@@ -24,27 +23,18 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
     add("--format", default="llava", help="format of --input, as of data build (default: llava)")
     add_path(parser, "--image-root", "folder that relative image paths of --input start from", default=".")
     add("--limit", type=int, metavar="N", help="answer the first N records of each input")
-    add("--max-new-tokens", type=int, default=128, metavar="N")
-    add("--temperature", type=float, default=0.0, metavar="X", help="0 (default): the likeliest token each time")
-    add("--top-p", type=float, default=1.0, metavar="P")
-    add("--seed", type=int, default=0, metavar="N")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts answered together (default: 8)")
-    add("--tp", "--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    add("--pp", "--pipeline-model-parallel-size", type=int, default=1, metavar="N")
-    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="dtype of the weights (default: fp32)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
-    add("data", nargs="*", metavar="data.key=value", help="how images are treated, as in the training config")
+    add_running(parser, max_new_tokens=128, precision="fp32")
 
 
 def asking(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what AskConfig is made of."""
     names = ("load", "base", "verify_hashes", "family", "input", "format", "image_root", "limit", "precision", "device")
-    sampling = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")
     return {
         **{name: getattr(args, name) for name in names},
-        "sampling": {name: getattr(args, name) for name in sampling},
+        "sampling": sampling_of(args) | {"batch_size": args.batch_size},
         "parallel": {"tensor_model_parallel_size": args.tp, "pipeline_model_parallel_size": args.pp},
-        "data": apply_overrides({}, args.data).get("data", {}),
+        "data": data_of(args),
     }
 
 

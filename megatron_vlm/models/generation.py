@@ -8,7 +8,7 @@ The rank that knows the logits chooses; the others of its replica are told.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,14 @@ def generate(
     """Answers some prompts together; arguments as of ``stream``. A collective of one replica's ranks."""
     answers: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
-    given = dict(stop_ids=stop_ids, filler_token_id=filler_token_id, first_number=first_number)
-    for tokens in stream(model, prompts, sampling, **given):  # type: ignore[arg-type]
+    for tokens in stream(
+        model,
+        prompts,
+        sampling,
+        stop_ids=stop_ids,
+        filler_token_id=filler_token_id,
+        first_number=first_number,
+    ):
         for prompt, token in tokens.items():
             if token is None:
                 finished[prompt] = True
@@ -94,7 +100,7 @@ def stream(
     stop_ids: Sequence[int],
     filler_token_id: int = 0,
     first_number: int = 0,
-) -> Iterator[dict[int, int | None]]:
+) -> Generator[dict[int, int | None], None, None]:
     """Answers some prompts together, token by token. A collective of one replica's ranks, which go equally far.
 
     Args:

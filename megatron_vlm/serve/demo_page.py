@@ -32,14 +32,15 @@ function preview(parent, source) {
   const image = document.createElement('img');
   image.src = source; image.alt = ''; parent.append(image);
 }
-function attach(id) { pictures.push(id); preview(by('attached'), '/picture/' + id); }
+const place = id => '/picture/' + SESSION + '/' + id;
+function attach(id) { pictures.push(id); preview(by('attached'), place(id)); }
 async function problem(answer) {
   try { return (await answer.json()).error; } catch { return 'the server says ' + answer.status; }
 }
 by('file').addEventListener('change', async () => {
   for (const file of by('file').files) {
     if (file.size > MOST) { tell(file.name + ' has ' + file.size + ' bytes, the limit is ' + MOST); continue; }
-    const answer = await send('/upload', file, {'X-Name': encodeURIComponent(file.name)});
+    const answer = await send('/upload', file, {'X-Session': SESSION, 'X-Name': encodeURIComponent(file.name)});
     if (!answer.ok) { tell(await problem(answer)); continue; }
     attach((await answer.json()).id); tell('');
   }
@@ -60,7 +61,7 @@ by('ask').addEventListener('submit', async event => {
     const turn = add(column, 'user', text);
     const shown = document.createElement('div');
     shown.className = 'pictures'; turn.append(shown);
-    for (const id of pictures) preview(shown, '/picture/' + id);
+    for (const id of pictures) preview(shown, place(id));
     return add(column, 'answer', '');
   });
   try {
@@ -133,7 +134,7 @@ def demo_page(
         f'<label>{name} <input type="number" id="{name}" value="{escape(value)}" step="any" min="0"></label>'
         for name, value in sampling.items()
     )
-    buttons = "".join(_example(*example) for example in examples)
+    buttons = "".join(_example(session, *example) for example in examples)
     script = f"const SESSION = '{session}', MOST = {most_bytes};{_SCRIPT}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">'
@@ -150,8 +151,8 @@ def demo_page(
     )
 
 
-def _example(question: str, answer: str, images: list[str]) -> str:
-    shown = "".join(f'<img src="/picture/{number}" alt="">' for number in images)
+def _example(session: str, question: str, answer: str, images: list[str]) -> str:
+    shown = "".join(f'<img src="/picture/{session}/{number}" alt="">' for number in images)
     return (
         f'<p class="pick">{shown}<button type="button" class="example" data-text="{escape(question)}" '
         f'data-images="{escape(json.dumps(images))}">{escape(question)}</button> '

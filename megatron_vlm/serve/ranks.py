@@ -16,14 +16,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from functools import partial
 from typing import Any, TextIO
 
 import torch
-import torch.distributed as dist
 
-from megatron_vlm.conversion.load import load_model
-from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.formats.records import Record, RecordSource, VideoSettings
 from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.row import EncodedSample
@@ -31,12 +28,10 @@ from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards.writer import load_record
 from megatron_vlm.data.text.literal import unmarked
 from megatron_vlm.data.types import Processor
-from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError, MegatronVLMError
 from megatron_vlm.log import quiet_libraries, setup_logging
 from megatron_vlm.models.built import Model
 from megatron_vlm.models.generation import SamplingConfig, stream
-from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.parallel.batch import any_rank, together
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import seed_step
@@ -45,6 +40,7 @@ from megatron_vlm.processes import signal_with_parent
 from megatron_vlm.serve.config import ServeConfig, ServedModel
 from megatron_vlm.serve.opening import open_served
 from megatron_vlm.serve.text_stream import TextStream
+from megatron_vlm.training.answering.job import load_for_answers, opened
 from megatron_vlm.training.device import start_device
 
 Event = dict[str, Any]
@@ -74,25 +70,16 @@ class Served:
 
     def _load(self, served: ServedModel) -> None:
         config, device = self.config, self.device
-        with ExitStack() as stack:
+        with opened(partial(open_served, served), config.verify_hashes, device) as source:
             with together(device):
-                verify = config.verify_hashes and os.environ.get("LOCAL_RANK", "0") == "0"
-                source = stack.enter_context(open_served(served, verify))
-                if config.verify_hashes:
-                    check_records(source.records(), share=dist.get_rank(), shares=dist.get_world_size())
                 if self._models and config.pp > 1 and self._text(0).num_layers != source.config.text.num_layers:
                     raise ConfigError("models that answer side by side have equally many layers, or run with --pp 1")
-            text = source.config.text
             if not self._models:
                 parallel = ParallelConfig(tensor_model_parallel_size=config.tp, pipeline_model_parallel_size=config.pp)
-                self.topology = build_topology(parallel, num_layers=text.num_layers, device=device)
+                self.topology = build_topology(parallel, num_layers=source.config.text.num_layers, device=device)
                 seed_step(self.topology, seed=0, iteration=0)
             precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
-            options = ModelOptions(params_dtype=precision, make_vocab_size_divisible_by=1)
-            with together(device):
-                data = DataConfig.from_dict({"seq_length": text.longest, **config.data}, "data")
-                processor = source.spec.open_processor(source.hf_dir, data)
-                self._models.append((load_model(source, self.topology, options), processor))
+            self._models.append(load_for_answers(source, self.topology, precision, config.data))
 
     def _text(self, number: int) -> Any:
         return self._models[number][0].config.text
@@ -157,7 +144,7 @@ class _Answer:
     ):
         self._text, self._emit, self._started = text, emit, time.monotonic()
         self._prompt_tokens = len(sample.input_ids)
-        self._tokens: Iterator[dict[int, int | None]] = stream(
+        self._tokens = stream(
             model,
             [sample],
             sampling,
@@ -180,7 +167,7 @@ class _Answer:
 
     def end(self, why: str) -> None:
         """Tells that it is over: the model ended it, its length is reached, a stop word came, or the user stopped it."""
-        self._tokens.close()  # type: ignore[attr-defined]
+        self._tokens.close()
         if text := self._text.rest():
             self._emit({"text": text})
         seconds = time.monotonic() - self._started

@@ -9,7 +9,6 @@ import dataclasses
 import os
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -288,9 +287,10 @@ class Trainer:
 
     def _start_saves(self) -> None:
         checkpoint, stop = self.config.checkpoint, self.stop
-        if checkpoint.keep_best is not None:
-            best = Best(Path(str(checkpoint.save)), checkpoint.keep_best, self.iteration, dist.get_rank() == 0)
-            self.origin = dataclasses.replace(self.origin, best=best)
+        with together(self.device):
+            if checkpoint.keep_best is not None and checkpoint.folder is not None and dist.get_rank() == 0:
+                best = Best(checkpoint.folder, checkpoint.keep_best, self.iteration, checkpoint.url)
+                self.origin = dataclasses.replace(self.origin, best=best)
         self.saver = Saver(checkpoint, self.model, self.optimizer, self.origin, self.locks, lambda: stop.requested)
         self.closing.callback(self.saver.close)
 

@@ -22,6 +22,7 @@ from megatron_vlm.files import read_json, read_text
 from megatron_vlm.log import get_logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 RELEASE = "release"

@@ -21,6 +21,7 @@ from megatron_vlm.errors import CheckpointError
 from megatron_vlm.files import file_digest, sync_path, sync_tree, write_json, write_synced
 from megatron_vlm.log import get_logger
 from megatron_vlm.weights.checkpoint_dir import (
+    BEST,
     FORMAT,
     MANIFEST,
     SEQUENCE,
@@ -107,6 +108,7 @@ def finish(
     keep_last: int | None,
     protect: Iterable[Path],
     url: str | None = None,
+    best: Mapping[str, Any] | None = None,
 ) -> Path:
     """What rank 0 does once all rank files are there: the files beside them, the commit, and then the end of old checkpoints.
 
@@ -117,6 +119,7 @@ def finish(
         hf_files: for ``hf/``.
         keep_last, protect: see ``purge``.
         url: store that the checkpoint is copied to (remote.py), where ``keep_last`` counts; here the newest stays.
+        best: of best.json; the iteration under ``best`` stays as well.
 
     Returns:
         The new folder.
@@ -128,10 +131,16 @@ def finish(
         hf_files.write(temporary / "hf")
     write_json(temporary / STATE, state)
     final = commit(temporary, records, facts, newest_sequence(url) if url is not None else 0)
+    kept = (best or {}).get("best")
+    if best is not None:
+        write_json(final.parent / BEST, best)
     if url is not None:
-        upload(final, url, keep_last)
+        upload(final, url, keep_last, kept, [BEST] if best is not None else [])
+        keep_last = 1
+    elif kept is not None:
+        protect = [*protect, final.parent / folder_name(kept)]
     with contextlib.suppress(OSError):
-        purge(final.parent, iteration_of(final), 1 if url is not None else keep_last, protect)
+        purge(final.parent, iteration_of(final), keep_last, protect)
     return final
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,13 +48,15 @@ def is_url(text: str | os.PathLike | None) -> bool:
     return "://" in str(text or "")
 
 
-def upload(folder: Path, url: str, keep_last: int | None) -> None:
+def upload(folder: Path, url: str, keep_last: int | None, keep: int | None = None, beside: Sequence[str] = ()) -> None:
     """Copies a checkpoint into the store, then removes there what ``keep_last`` says, as ``checkpoint_write.purge`` does here.
 
     Args:
         folder: ``iter_N``; every file is compared with its manifest first.
         url: that holds iterations.
         keep_last: None keeps all.
+        keep: iteration that stays in any case.
+        beside: files beside ``folder`` that go along.
 
     Raises:
         CheckpointError: a file was changed, or the store refuses it again and again; what is there already is untouched.
@@ -64,17 +66,18 @@ def upload(folder: Path, url: str, keep_last: int | None) -> None:
     store.remove(f"{folder.name}/{MANIFEST}")
     for name in [*record.files, MANIFEST]:
         store.put(folder / name, f"{folder.name}/{name}")
-    store.put(folder.parent / TRACKER, TRACKER)
+    for name in (TRACKER, *beside):
+        store.put(folder.parent / name, name)
     if keep_last is not None:
-        _purge(store, iteration_of(folder), keep_last)
+        _purge(store, iteration_of(folder), keep_last, keep)
 
 
-def _purge(store: "Store", newest: int, keep_last: int) -> None:
+def _purge(store: "Store", newest: int, keep_last: int, keep: int | None) -> None:
     """Removes what ``upload`` says, and what killed uploads and removals left. The new checkpoint is whole: no failure is its."""
     try:
         kept = [number for number in store.sequences() if number <= newest][-keep_last:]
         for number in store.iterations():
-            if number <= newest and number not in kept:
+            if number <= newest and number not in (*kept, keep):
                 store.remove(f"{folder_name(number)}/{MANIFEST}")
                 store.remove(folder_name(number))
     except CheckpointError as error:
@@ -134,6 +137,16 @@ def fetch(url: str, into: Path | None = None, ckpt_step: int | None = None) -> P
     )
 
 
+def fetch_file(url: str, name: str, path: Path) -> None:
+    """Brings a file beside the iterations of a store here, if it is there.
+
+    Raises:
+        CheckpointError: the store does not answer.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        Store(url).get(name, path)
+
+
 def iterations(url: str) -> list[int]:
     """Iterations that have a manifest in the store, in order; nothing where there is no such place.
 
@@ -158,8 +171,11 @@ class Store:
         import fsspec  # costs a tenth of a second, and is needed for URLs alone
 
         self.url = url.rstrip("/")
+        options = (
+            {"auto_mkdir": True} if self.url.startswith(("file:", "local:")) else {}
+        )  # a store has no folders to make
         try:
-            self._files, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            self._files, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
         except (ImportError, ValueError) as error:
             scheme = self.url.partition("://")[0]
             advice = f": {_PACKAGES[scheme]}" if scheme in _PACKAGES else ""

@@ -12,4 +12,4 @@ def test_names_and_texts_are_text():
         [HOSTILE], "", [(HOSTILE, HOSTILE, ["ab12"])], {"temperature": 0.5}, session="s", nonce="n", most_bytes=7
     )
     assert len(re.findall("<script", page)) == 1 and "MOST = 7" in page and 'value="0.5"' in page
-    assert 'data-images="[&quot;ab12&quot;]"' in page and 'src="/picture/ab12"' in page
+    assert 'data-images="[&quot;ab12&quot;]"' in page and 'src="/picture/s/ab12"' in page

@@ -6,8 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.serve.oracle import hf_answer
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +25,6 @@ def spawn(tmp_path, *words):
     return pexpect.spawn(sys.executable, command, env=variables, timeout=60, dimensions=(50, 160), encoding="utf-8")
 
 
-@pytest.mark.full
 def test_a_talk_with_two_models(twins, picture, tmp_path):
     child = spawn(tmp_path, twins[1], "--compare", twins[0], "--max-new-tokens", 900)
     child.expect("lists the commands")

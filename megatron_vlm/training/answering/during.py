@@ -57,8 +57,7 @@ class Asking:
         job = Job(
             model=model, processor=self._processor, positions=self._positions, folders=(), sampling=self._sampling
         )
-        asked = ((q, q.encode(self._processor, self._positions, self._sampling)[1]) for q in self._asked)
-        texts = [text for batch in job.answers(asked) for _, text in batch]
+        texts = [text for batch in job.ask(self._asked) for _, text in batch]
         scores = score(self._asked, texts, self._config.metrics)["all"]
         if metrics is not None:
             metrics.scores(iteration, scores)

@@ -5,12 +5,11 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import writing
 from megatron_vlm.parallel.batch import together
@@ -18,7 +17,7 @@ from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.training.answering.answers import check_length
 from megatron_vlm.training.answering.job import AskConfig, Job, open_job
 from megatron_vlm.training.answering.prompts import Prompt, encode_prompt
-from megatron_vlm.training.answering.questions import questions
+from megatron_vlm.training.answering.questions import Question, questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,34 +60,29 @@ def _run(config: GenerateConfig, job: Job) -> int:
             with writing(config.out):
                 out = config.out.open("w", encoding="utf-8")
     try:
-        for batch in job.answers(_asked(config, job)):
+        for batch in _answers(config, job):
             number += len(batch)
             with together(device):
-                for record, said in batch:
+                for question, said in batch:
                     if job.first:
                         with writing(config.out or "standard output"):
-                            _write(record, said, out)
+                            print(said if question is None else _line(question, said), file=out, flush=True)
         return number
     finally:
         if out is not None:
             out.close()
 
 
-def _asked(config: GenerateConfig, job: Job) -> Iterator[tuple[dict[str, Any], EncodedSample]]:
-    """What is written beside each answer, and its prompt."""
-    if config.prompt is not None:
+def _answers(config: GenerateConfig, job: Job) -> Iterator[Sequence[tuple[Question | None, str]]]:
+    if config.prompt is None:
+        yield from job.ask(questions(config.format, config.input, config.image_root, config.limit))
+        return
+    with together(job.model.device):
         sample = encode_prompt(job.processor, config.prompt)
         check_length(sample, job.positions, config.sampling, "--prompt")
-        yield {}, sample
-        return
-    for question in questions(config.format, config.input, config.image_root, config.limit):
-        text, sample = question.encode(job.processor, job.positions, config.sampling)
-        yield {"key": question.name, "prompt": text, "reference": question.record.turns[-1].text}, sample
+    yield from job.answers(iter([(None, sample)]))
 
 
-def _write(record: dict[str, Any], said: str, out: TextIO | None) -> None:
-    if not record:
-        print(said, flush=True)
-        return
-    line = json.dumps(record | {"answer": said}, ensure_ascii=False)
-    print(line, file=out, flush=True)
+def _line(question: Question, said: str) -> str:
+    record = {"key": question.name, "prompt": question.text, "reference": question.record.turns[-1].text}
+    return json.dumps(record | {"answer": said}, ensure_ascii=False)

@@ -6,12 +6,11 @@ questions --Job.answers--> answers.jsonl --METRICS--> scores.json, a table, mist
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import read_json, write_json, write_synced, writing
 from megatron_vlm.line_files import json_lines
@@ -130,36 +129,31 @@ def _answers(config: ScoreConfig, job: Job, asked: Sequence[Question], *, blind:
     texts = from_rank_0(texts)
     if texts and job.first:
         log.info("%s: %d of %d answers are there", path, len(texts), len(asked))
-
-    def left() -> Iterator[tuple[Question, EncodedSample]]:
-        for question in asked[len(texts) :]:
-            yield question, question.encode(job.processor, job.positions, job.sampling, blind=blind)[1]
-
-    waiting, number = left(), len(texts)
-    for batch in job.answers(waiting, number):
+    for batch in job.ask(asked[len(texts) :], len(texts), blind=blind):
         texts += [text for _, text in batch]
         with together(device):
             if job.first:
-                lines = [
-                    {"number": q.number, "key": q.name, "prompt": q.record.turns[-2].text}
-                    | {"references": list(q.references), "answer": text}
-                    for q, text in batch
-                ]
                 with writing(path), path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                    file.writelines(_line(question, text) for question, text in batch)
     return texts
 
 
+def _line(question: Question, answer: str) -> str:
+    asked = {"number": question.number, "key": question.name, "asked": question.digest, "prompt": question.text}
+    return json.dumps(asked | {"references": question.references, "answer": answer}, ensure_ascii=False) + "\n"
+
+
 def _kept(path: Path, asked: Sequence[Question]) -> list[str]:
-    """Answers of an earlier run up to where it broke off; the file is cut there."""
-    kept = []
+    """Answers of an earlier run up to where it broke off, or where something else is asked; the file is cut there."""
+    kept: list[str] = []
     for question, line in zip(asked, json_lines(path)):
-        if (line.get("number"), line.get("key")) != (question.number, question.name):
+        answer = line.get("answer")
+        if not isinstance(answer, str) or line != json.loads(_line(question, answer)):
             break
-        kept.append(line)
+        kept.append(answer)
     if path.exists():
-        write_synced(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept).encode())
-    return [line["answer"] for line in kept]
+        write_synced(path, "".join(map(_line, asked, kept)).encode())
+    return kept
 
 
 def _report(

@@ -4,8 +4,8 @@ AskConfig --open_job--> Job --answers(questions)--> batches of (question, text),
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,11 +32,14 @@ from megatron_vlm.parallel.batch import together
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
-from megatron_vlm.parallel.topology import build_topology, init_process_group
+from megatron_vlm.parallel.topology import Topology, build_topology, init_process_group
+from megatron_vlm.sources.source import WeightSource
 from megatron_vlm.training.answering.answers import answer
+from megatron_vlm.training.answering.questions import Question
 from megatron_vlm.training.device import start_device
 
 Asked = TypeVar("Asked")
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class AskConfig(Config):
     limit: int | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     device: Literal["cpu", "cuda"] | None = None
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -122,6 +125,64 @@ class Job:
             number += len(batch)
             yield [(question, text) for (question, _), text in zip(batch, texts)]
 
+    def ask(
+        self, asked: Iterable[Question], number: int = 0, *, blind: bool = False
+    ) -> Iterator[list[tuple[Question, str]]]:
+        """Yields the answers to records, as ``answers``; ``blind``: asked without their images."""
+        return self.answers(
+            ((q, q.encode(self.processor, self.positions, self.sampling, blind=blind)) for q in asked), number
+        )
+
+
+@contextmanager
+def opened(
+    open_it: Callable[[bool], AbstractContextManager[WeightSource]], verify_hashes: bool, device: torch.device
+) -> Iterator[WeightSource]:
+    """Opens a model on every rank of the job. A collective of it.
+
+    Args:
+        open_it: opens it; whether its small files are compared with their digests, which is done once a machine.
+        verify_hashes: compare all files, tensors by all ranks in shares.
+        device: of this rank.
+
+    Raises:
+        MegatronVLMError: on every rank.
+    """
+    with ExitStack() as stack:
+        with together(device):
+            source = stack.enter_context(open_it(verify_hashes and os.environ.get("LOCAL_RANK", "0") == "0"))
+        with together(device):
+            if verify_hashes:
+                check_records(source.records(), share=dist.get_rank(), shares=dist.get_world_size())
+        yield source
+
+
+def load_for_answers(
+    source: WeightSource,
+    topology: Topology,
+    precision: Precision,
+    data: Mapping[str, Any],
+    *,
+    sequence_parallel: bool = False,
+) -> tuple[Model, Processor]:
+    """Loads a model and its processor. A collective of the job.
+
+    Args:
+        source: the model.
+        topology: its layout.
+        precision: dtype of the weights.
+        data: how images are treated, as in training.
+        sequence_parallel: see ParallelConfig.
+
+    Raises:
+        MegatronVLMError: on every rank.
+    """
+    options = ModelOptions(params_dtype=precision, sequence_parallel=sequence_parallel, make_vocab_size_divisible_by=1)
+    with together(topology.device):
+        config = DataConfig.from_dict({"seq_length": source.config.text.longest, **data}, "data")
+        processor = source.spec.open_processor(source.hf_dir, config)
+        return load_model(source, topology, options), processor
+
 
 @contextmanager
 def open_job(config: AskConfig, heartbeat: Heartbeat, outputs: Sequence[tuple[str, Path]] = ()) -> Iterator[Job]:
@@ -137,30 +198,23 @@ def open_job(config: AskConfig, heartbeat: Heartbeat, outputs: Sequence[tuple[st
     """
     device = start_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     init_process_group(device, config.parallel.distributed_timeout_minutes, heartbeat)
-    rank = dist.get_rank()
-    setup_logging(rank)
+    setup_logging(dist.get_rank())
     with together(device):
         for flag, path in outputs:
             _check_out(config, flag, path)
-        verify = config.verify_hashes and os.environ.get("LOCAL_RANK", "0") == "0"  # of small files: once a machine
-        source = open_source(config.load, config.family, config.base, verify_hashes=verify)
-        for flag, path in outputs:
-            check_output(path, source.folders(), flag)
-    with source:
+
+    def open_it(verify: bool) -> WeightSource:
+        return open_source(config.load, config.family, config.base, verify_hashes=verify)
+
+    with opened(open_it, config.verify_hashes, device) as source:
         with together(device):
-            if config.verify_hashes:
-                check_records(source.records(), share=rank, shares=dist.get_world_size())
-        text = source.config.text
-        topology = build_topology(config.parallel, num_layers=text.num_layers, device=device)
-        options = ModelOptions(
-            params_dtype=config.precision,
-            sequence_parallel=config.parallel.sequence_parallel,
-            make_vocab_size_divisible_by=1,
+            for flag, path in outputs:
+                check_output(path, source.folders(), flag)
+        parallel, text = config.parallel, source.config.text
+        topology = build_topology(parallel, num_layers=text.num_layers, device=device)
+        model, processor = load_for_answers(
+            source, topology, config.precision, config.data, sequence_parallel=parallel.sequence_parallel
         )
-        with together(device):
-            data = DataConfig.from_dict({"seq_length": text.longest, **config.data}, "data")
-            processor = source.spec.open_processor(source.hf_dir, data)
-            model = load_model(source, topology, options)
         folders = [Path(folder) for folder in source.folders()]
     seed_step(topology, seed=config.sampling.seed, iteration=0)
     yield Job(model=model, processor=processor, positions=text.longest, folders=folders, sampling=config.sampling)

@@ -3,6 +3,8 @@
 files --questions--> Question: where it stands, its references --encode--> EncodedSample, with its images or blind
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -59,10 +61,23 @@ class Question:
         turns, files = load_record(self.source, self.record)
         return turns[:-1], files
 
+    @property
+    def text(self) -> str:
+        """What is asked last."""
+        return self.record.turns[-2].text
+
+    @property
+    def digest(self) -> str:
+        """Of all that is asked: the turns before the answer, the names or bytes of the files."""
+        digest = hashlib.sha256(json.dumps([(turn.role, turn.text) for turn in self.record.turns[:-1]]).encode())
+        for file in (*self.record.images, *self.record.videos):
+            digest.update(hashlib.sha256(file.encode() if isinstance(file, str) else file).digest())
+        return digest.hexdigest()[:16]
+
     def encode(
         self, processor: Processor, positions: int, sampling: SamplingConfig, *, blind: bool = False
-    ) -> tuple[str, EncodedSample]:
-        """Returns the text that is asked and the prompt; ``blind``: without the images, and without their marks.
+    ) -> EncodedSample:
+        """Returns the prompt; ``blind``: without the images, and without their marks.
 
         Raises:
             DataError: it cannot be asked.
@@ -74,7 +89,7 @@ class Question:
         except DataError as error:
             raise DataError(error.message, **self.where) from error  # type: ignore[arg-type]
         check_length(sample, positions, sampling, ", ".join(self.where.values()))
-        return turns[-1].text, sample
+        return sample
 
     def _blind(self) -> tuple[Turn, ...]:
         turns = []

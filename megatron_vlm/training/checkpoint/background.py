@@ -191,6 +191,7 @@ class BackgroundSaves:
         self._flight = None
         place, seconds = content.place(self._config), time.monotonic() - flight.began
         log.info("saved %s (%.2f GB) in the background, %.1f s after its step", place, content.num_bytes / 1e9, seconds)
+        self._origin.finished(content.iteration)
 
     def _failed(self, flight: _Flight, error: CheckpointError) -> None:
         self.process.abandon()  # another rank failed, this one may be at work

@@ -76,9 +76,9 @@ class CheckpointConfig(Config):
             raise ConfigError(f"checkpoint.async_save: another process cannot write to {self.url}: leave it out")
         if self.async_save and self.save is None:
             raise ConfigError("checkpoint.async_save is on, but checkpoint.save is not set: name a folder (--save)")
-        if self.keep_best is not None and (self.save is None or is_url(self.save)):
+        if self.keep_best is not None and self.save is None:
             raise ConfigError(
-                f"checkpoint.keep_best {self.keep_best} needs checkpoint.save to be a folder, got {self.save}"
+                f"checkpoint.keep_best is {self.keep_best}, but checkpoint.save is not set: name a folder (--save)"
             )
         if self.save_retries < 0 or self.save_retry_seconds < 0:
             raise ConfigError("neither checkpoint.save_retries nor checkpoint.save_retry_seconds may be negative")

@@ -50,7 +50,7 @@ class Origin:
         hf_files: HF files of the model, which are carried along; None on ranks that write none.
         loaded_from: the checkpoint that it went on from.
         peft: of its adapters; None: it trains the model itself.
-        best: which checkpoint is, where ``checkpoint.keep_best`` asks; it grows with the run.
+        best: which checkpoint is, where ``checkpoint.keep_best`` asks, on rank 0; it grows with the run.
     """
 
     hf_files: CarriedFiles | None = None
@@ -61,12 +61,13 @@ class Origin:
     @property
     def protected(self) -> list[Path]:
         """Folders that are never removed."""
-        paths = (
-            self.loaded_from,
-            self.peft.base["path"] if self.peft else None,
-            self.best.folder if self.best else None,
-        )
+        paths = (self.loaded_from, self.peft.base["path"] if self.peft else None)
         return [Path(path) for path in paths if path]
+
+    def finished(self, iteration: int) -> None:
+        """Told of a save that is whole."""
+        if self.best is not None:
+            self.best.saved(iteration)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -148,6 +149,7 @@ def save_checkpoint(
             checkpoint_write.discard(folder)
         raise
     log.info("saved %s (%.2f GB)", content.place(config), content.num_bytes / 1e9)
+    origin.finished(content.iteration)
     return content.final
 
 
@@ -205,7 +207,9 @@ def finishing(
         folder: temporary, with the rank files in it.
     """
     named = {rank_file_name(writer): record for writer, record in enumerate(records)}
-    return folder, named, content.facts, content.state, origin.hf_files, config.keep_last, origin.protected, config.url
+    best = origin.best.record(content.iteration) if origin.best is not None else None
+    kept = (config.keep_last, origin.protected, config.url, best)
+    return folder, named, content.facts, content.state, origin.hf_files, *kept
 
 
 def _versions() -> dict[str, str]:

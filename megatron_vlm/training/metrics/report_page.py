@@ -43,14 +43,19 @@ def report_page(runs: Sequence[RunFiles], *, renew_seconds: int | None = None) -
         renew_seconds: see ``pages.page``.
     """
     names = _names(runs)
-    curves = [_losses(runs, names), *(_curve(runs, names, key, title) for key, title in _CURVES.items())]
-    scores = dict.fromkeys(score for run in runs for score in run.scores)
-    curves += [_points(runs, names, score) for score in scores]
+    losses, *scores = results(runs)
+    curves = [losses, *(_curve(runs, names, key, title) for key, title in _CURVES.items()), *scores]
     body = f'<h1>{escape(", ".join(names))}</h1>{_summary(runs, names)}<div class="charts">{"".join(curves)}</div>'
     for run, name in zip(runs, names):
         body += (f"<h1>{escape(name)}</h1>" if len(runs) > 1 else "") + _data(run) + _answers(run) + _starts(run)
         body += f"<details><summary>config.yaml</summary><pre>{escape(run.config)}</pre></details>"
     return page(f"Run {', '.join(names)}", body, style=_STYLE, renew_seconds=renew_seconds)
+
+
+def results(runs: Sequence[RunFiles]) -> list[str]:
+    """Figures: losses, raw, smoothed and held out, then each score that a run has."""
+    names, scores = _names(runs), dict.fromkeys(score for run in runs for score in run.scores)
+    return [_losses(runs, names), *(_points(runs, names, score) for score in scores)]
 
 
 def _names(runs: Sequence[RunFiles]) -> list[str]:

@@ -60,7 +60,7 @@ def test_settings_that_cannot_be(settings, words):
         ("--train-iters 2 --save {} --keep-best anls --eval-file a.json", "it may be exact_match"),
         (
             "--train-iters 2 --keep-best exact_match --eval-file a.json",
-            "needs checkpoint.save to be a folder, got None",
+            "checkpoint.keep_best is exact_match, but checkpoint.save is not set",
         ),
     ],
 )

@@ -63,6 +63,13 @@ def test_scores_by_hand_and_a_run_that_goes_on(twin, held_out, tmp_path):
     texts = [json.loads(line)["answer"] for line in (out / "answers.jsonl").read_text().splitlines()]
     assert texts == ["kept", *said[1:]]
     assert again["scores"]["model"]["all"]["exact_match"]["value"] == pytest.approx(1 / 3)
+    val = tmp_path / "val.json"
+    val.write_text(val.read_text().replace("What 1?", "What now?"))  # and the third picture is another
+    val.write_text(val.read_text().replace("2.png", "1.png"))
+    run_distributed(run_evaluate, config)
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert lines[0]["answer"] == "kept" and lines[1]["prompt"] == "<image>\nWhat now?"
+    assert lines[1]["answer"] != said[1] and lines[2]["answer"] != said[2]
     other = config.replace(sampling=config.sampling.replace(max_new_tokens=5))
     with pytest.raises(RankError, match=r"holds answers of another sampling .*name another folder"):
         run_distributed(run_evaluate, other)

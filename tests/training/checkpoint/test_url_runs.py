@@ -1,5 +1,6 @@
 """A run that saves to a URL: the files of one that saves to a folder, gone on with from there, exported from there."""
 
+import json
 import os
 from pathlib import Path
 
@@ -43,6 +44,24 @@ def test_saved_to_s3_in_the_background_and_gone_on_with_elsewhere(command, tmp_p
             monkeypatch.setenv(name, value)
         assert main(["convert", "mg2hf", "--load", url, "--out", str(tmp_path / "hf")]) == 0
         assert (tmp_path / "hf" / "config.json").exists()
+
+
+@pytest.mark.full
+def test_the_best_stays_in_the_store(command, valid_data, tmp_path):
+    """As in a folder, gone on with on another host."""
+    url, plain = f"file://{tmp_path / 'store'}", tmp_path / "plain"
+    more = f"--train-iters 5 --save-interval 1 --keep-last 2 --keep-best loss data.valid=[{valid_data}]"
+    assert run_distributed(train, command("plain", f"--save {plain} {more}")) == [(0, "")]
+    first = command(
+        "first", f"--save {url} {more} --train-iters 3 --lr-decay-iters 5 checkpoint.staging={tmp_path / 'a'}"
+    )
+    again = command("again", f"--save {url} {more} --async-save checkpoint.staging={tmp_path / 'b'}", load=url)
+    for words in (first, again):
+        assert run_distributed(train, words) == [(0, "")]
+    best = json.loads((plain / "best.json").read_text())
+    assert json.loads((tmp_path / "store" / "best.json").read_text()) == best
+    assert {p.name for p in plain.glob("iter_*")} == {p.name for p in (tmp_path / "store").glob("iter_*")}
+    assert f"iter_000000{best['best']}" in {p.name for p in plain.glob("iter_*")}
 
 
 def test_settings():

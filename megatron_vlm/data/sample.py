@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vlm.errors import DataError
-
 IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
 MAX_IMAGES = 2**16 - 1  # of a sample: their number
 MAX_SPAN = 2**30  # and bytes of its members
@@ -46,11 +44,3 @@ class RawSample:
     image_names: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
-
-
-def check_whole(text: str, what: str) -> None:
-    """Raises DataError for a text with half a character, which no file and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{what} has half a character (a lone surrogate) at {error.start}") from error

@@ -10,7 +10,8 @@ from typing import Any
 from megatron_vlm.data.formats import keys
 from megatron_vlm.data.sample import IMAGE_PLACEHOLDER as IMAGE_PLACEHOLDER
 from megatron_vlm.data.sample import VIDEO_PLACEHOLDER as VIDEO_PLACEHOLDER
-from megatron_vlm.data.sample import Turn, check_whole
+from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.text.literal import check_whole
 from megatron_vlm.errors import DataError, Reason, printable
 
 RECORDS_VERSION = 2  # of what records mean: shards that were built of the same files with another one are built anew

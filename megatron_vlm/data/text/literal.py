@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megatron_vlm.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, check_whole
+from megatron_vlm.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megatron_vlm.errors import DataError, Reason
 
 CONTENT_TOKENS = frozenset(
@@ -52,6 +52,14 @@ def unmarked(text: str) -> str:
     for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER):
         text = text.replace(mark, f"{mark[0]}{_NOTHING}{mark[1:]}")
     return text
+
+
+def check_whole(text: str, what: str) -> None:
+    """Raises DataError for a text with half a character, which no file and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} has half a character (a lone surrogate) at {error.start}") from error
 
 
 def check_text(text: str, what: str) -> None:

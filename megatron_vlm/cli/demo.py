@@ -9,7 +9,7 @@ from megatron_vlm.cli.arguments import add_path
 from megatron_vlm.cli.chat import add_models, serve_config
 from megatron_vlm.data.images.pictures import MAX_BYTES
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.serve.demo import serve_demo
+from megatron_vlm.serve.demo_server import serve_demo
 
 USAGE = """A conversation with a model in the browser: pictures, two models side by side, sampling,
 a run's curves and held-out examples."""

@@ -1,45 +1,27 @@
-"""`megatron-vlm demo`: a conversation in the browser, with the standard library's server.
+"""What `megatron-vlm demo` serves: pages with a conversation each, their pictures, a run's curves, held-out examples.
 
-GET / page | POST /upload picture -> id | POST /ask -> a line of JSON an event, as it comes | /stop | /reset
-           | GET /picture/SESSION/id: of that conversation, or of the examples
-
-Who may: the machine itself by its own names, or whoever has the token. A page of another site cannot: its requests lack the
-header that only scripts of this page send, and its name for this machine is not one of ours.
+Demo.page --> HTML | keep(picture) -> id | ask(question) -> events | demo_server.py has it over HTTP
 """
 
-import hmac
-import json
-import re
 import secrets
-import socket
-import tempfile
 import threading
-import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from http import HTTPStatus
-from http.cookies import CookieError, SimpleCookie
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote
 
 from megatron_vlm.data.formats import open_sources, read_source
 from megatron_vlm.data.images.pictures import probe_image
 from megatron_vlm.data.shards.writer import load_record
-from megatron_vlm.errors import ConfigError, DataError, MegatronVLMError, TrainingError, printable
-from megatron_vlm.serve.config import ServeConfig
+from megatron_vlm.errors import ConfigError, DataError, TrainingError
 from megatron_vlm.serve.conversation import Conversation
 from megatron_vlm.serve.demo_page import demo_page
 from megatron_vlm.serve.engine import Engine
 from megatron_vlm.training.metrics.report_page import results
 from megatron_vlm.training.metrics.run_files import RunFiles
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
-_MOST_QUESTION = 1 << 20  # bytes of a question
 _MOST_SESSIONS, _MOST_STORED = 100, 1 << 30  # conversations and bytes of uploads kept at a time; the oldest go
-_PORT = re.compile(r":\d*$")
 _LEAST_STORED = 1 << 16  # that a picture counts as, however small
 
 
@@ -203,151 +185,6 @@ class Demo:
             self.engine.stop()
 
 
-class DemoServer(ThreadingHTTPServer):
-    """A server of one demo.
-
-    Args:
-        host, port: where; 0 is any free port.
-
-    Raises:
-        ConfigError: the address cannot be served.
-    """
-
-    daemon_threads = True
-
-    demo: Demo
-
-    def __init__(self, host: str, port: int):
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            super().__init__((host, port), _Handler)
-        except (OSError, OverflowError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"cannot serve --host {host} --port {port}: {reason}") from error
-        self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: DemoServer
-    timeout = 60  # of a client that sends nothing
-    server_version, sys_version = "megatron-vlm", ""
-
-    def do_GET(self) -> None:
-        if not self._may():
-            return
-        demo, path = self.server.demo, self.path.partition("?")[0]
-        if path == "/":
-            nonce = secrets.token_urlsafe(16)
-            headers = {
-                "Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-                "style-src-attr 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-                "frame-ancestors 'none'"
-            }
-            if demo.token is not None:
-                headers["Set-Cookie"] = f"{self._cookie}={demo.token}; HttpOnly; SameSite=Strict; Path=/"
-            self._answer(HTTPStatus.OK, demo.page(nonce).encode(), "text/html; charset=utf-8", headers)
-        elif path.startswith("/picture/") and (
-            file := demo.picture(*path.removeprefix("/picture/").partition("/")[::2])
-        ):
-            kind = {"jpg": "jpeg"}.get(file.suffix[1:], file.suffix[1:])
-            self._answer(HTTPStatus.OK, file.read_bytes(), f"image/{kind}")
-        else:
-            self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
-
-    def do_POST(self) -> None:
-        if not self._may():
-            return
-        demo, path = self.server.demo, self.path.partition("?")[0]
-        if self.headers.get("X-Demo") != "1":
-            self._refuse(HTTPStatus.FORBIDDEN, "this is no request of the page")
-            return
-        most = demo.most_bytes if path == "/upload" else _MOST_QUESTION
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > most:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length or 'unknown'} bytes, the limit is {most}")
-            return
-        body = self.rfile.read(int(length))
-        try:
-            if path == "/upload":
-                name = printable(unquote(self.headers.get("X-Name", "picture"))[:200])
-                session = demo.session(self.headers.get("X-Session"))
-                self._json(HTTPStatus.OK, {"id": demo.keep(body, name, session)})
-                return
-            request = json.loads(body)
-            if not isinstance(request, dict):
-                raise ConfigError("a request is a mapping")
-            if path == "/ask":
-                self._stream(demo.ask(request))
-            elif path == "/stop":
-                demo.stop(request)
-                self._json(HTTPStatus.OK, {})
-            elif path == "/reset":
-                demo.session(request.get("session")).forget()
-                self._json(HTTPStatus.OK, {})
-            else:
-                self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
-        except (MegatronVLMError, ValueError) as error:
-            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
-
-    def _stream(self, events: Generator[dict[str, Any]]) -> None:
-        first: dict[str, Any] | None = next(events)  # what cannot be asked is told with a status of its own
-        self.send_response(HTTPStatus.OK)
-        self._headers({"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
-        try:
-            while first is not None:
-                self.wfile.write((json.dumps(first) + "\n").encode())
-                self.wfile.flush()
-                first = next(events, None)
-        except MegatronVLMError as error:
-            self.wfile.write((json.dumps({"error": str(error)}) + "\n").encode())
-        except OSError:  # the reader has left
-            events.close()
-
-    def _may(self) -> bool:
-        """Whether the caller may; tells it if not."""
-        demo, token = self.server.demo, self.server.demo.token
-        if token is None:
-            if _PORT.sub("", self.headers.get("Host", "")).strip("[]").lower() not in LOCAL:
-                self._refuse(HTTPStatus.FORBIDDEN, f"this page is served to {', '.join(LOCAL)} alone")
-                return False
-            return True
-        given = parse_qs(self.path.partition("?")[2]).get("token", [])
-        try:
-            cookie = SimpleCookie(self.headers.get("Cookie", ""))
-            given += [cookie[self._cookie].value] if self._cookie in cookie else []
-        except CookieError:
-            pass
-        if not any(hmac.compare_digest(word.encode(), str(demo.token).encode()) for word in given):
-            self._refuse(HTTPStatus.FORBIDDEN, "open the address with its token, as the program has printed it")
-            return False
-        return True
-
-    @property
-    def _cookie(self) -> str:
-        """Its name: a browser gives cookies to all ports of a machine."""
-        return f"token_{self.server.server_address[1]}"
-
-    def _json(self, status: HTTPStatus, data: dict[str, Any]) -> None:
-        self._answer(status, json.dumps(data).encode(), "application/json")
-
-    def _refuse(self, status: HTTPStatus, why: str) -> None:
-        self.close_connection = True
-        self._json(status, {"error": why})
-
-    def _answer(self, status: HTTPStatus, body: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        self._headers({"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})})
-        self.wfile.write(body)
-
-    def _headers(self, headers: dict[str, str]) -> None:
-        for name, value in {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal is for the address."""
-
-
 def curves(run: Path) -> str:
     """The run's loss, held-out loss and scores as figures; nothing of a folder that is no run's."""
     if not (run / "metrics.jsonl").is_file():
@@ -374,54 +211,3 @@ def held_out(
             ids = [demo.keep(data, name) for name, data in shown]
             found.append((turns[place].text, turns[place + 1].text, ids))
     return found
-
-
-def serve_demo(
-    config: ServeConfig,
-    *,
-    host: str,
-    port: int,
-    token: str | None,
-    system: str | None,
-    most_mb: float,
-    run: Path,
-    examples: dict[str, Any],
-) -> None:
-    """Serves until Ctrl-C. What can be wrong is looked at before the models are loaded.
-
-    Args:
-        config: the models.
-        host, port: where; 0 is any free port.
-        token: None: one is made where ``host`` is not this machine alone.
-        system: a system turn before every conversation.
-        most_mb: of an uploaded picture.
-        run: folder whose curves are shown, if it is a run's.
-        examples: arguments of ``held_out``; empty: none.
-
-    Raises:
-        ConfigError: the address cannot be served.
-        DataError: an example that cannot be read.
-    """
-    if token is None and host not in LOCAL:
-        token = secrets.token_urlsafe(16)
-    sampling = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 512, "seed": 0} | config.sampling
-    names, most = [model.name for model in config.models], int(most_mb * 2**20)
-    with tempfile.TemporaryDirectory(prefix="megatron_vlm_demo_") as folder, DemoServer(host, port) as server:
-        demo = Demo(names, system=system, sampling=sampling, folder=Path(folder), most_bytes=most, token=token)
-        server.demo, demo.charts = demo, curves(run)
-        if examples:
-            demo.examples = held_out(demo, **examples)
-        print(f"loading {' and '.join(names)} ...", flush=True)
-        with Engine(config) as demo.engine:
-            demo.engine.ready()
-            query = f"/?token={token}" if token is not None else ""
-            print(f"serving {server.address}{query} (Ctrl-C ends it)", flush=True)
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            try:
-                while demo.lost is None:
-                    time.sleep(0.5)
-                raise demo.lost
-            except KeyboardInterrupt:
-                pass
-            finally:
-                server.shutdown()

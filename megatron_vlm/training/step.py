@@ -214,7 +214,7 @@ def out_of_memory_message(topology: Topology, row: Row, error: BaseException) ->
         f"{len(row.pixels)} images, the largest "
         f"{largest[0]} x {largest[1]} pixels; samples: {keys or 'none'}; peak memory "
         f"{peak_memory_gib(topology.device):.2f} GiB. Lower, in this order: training.micro_batch_size (packing off) or "
-        "data.seq_length; data.max_image_num and data.image_size; then set parallel.recompute_granularity=full, "
+        "data.seq_length; data.max_image_num and data.image_size or max_pixels; then set parallel.recompute_granularity=full, "
         "parallel.offload_activations=true, parallel.offload=optimizer, "
         "parallel.data_parallel_sharding=optimizer, or parameters, with more data parallel ranks, "
         "parallel.sequence_parallel=true, or raise parallel.tensor_model_parallel_size. The allocator said: "

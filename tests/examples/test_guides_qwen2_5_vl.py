@@ -27,7 +27,7 @@ STEPS = (
 @pytest.mark.slow
 @pytest.mark.full
 def test_guide(tmp_path):
-    write_tiny_qwen2_5_vl(tmp_path / "model", std=0.05)
+    write_tiny_qwen2_5_vl(tmp_path / "model", std=0.05, text=dict(max_position_embeddings=8192))
     make = [sys.executable, str(EXAMPLES / "quickstart" / "make_digits.py"), "--out", str(tmp_path / "digits")]
     subprocess.run(make, check=True, env=environment(), timeout=120)
     work = tmp_path / "work"

@@ -225,6 +225,7 @@ def test_linears_of_every_family(tmp_path):
     """All but the head, by the names of the weight map; XComposer2's own branches stay in full beside them."""
     from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
     from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava_internlm2
+    from megatron_vlm.testing.twins.qwen2_5_vl import write_tiny_qwen2_5_vl
     from megatron_vlm.testing.twins.smolvlm import write_tiny_smolvlm
     from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 
@@ -235,6 +236,7 @@ def test_linears_of_every_family(tmp_path):
         write_tiny_llava_internlm2,
         write_tiny_xcomposer2,
         write_tiny_smolvlm,
+        write_tiny_qwen2_5_vl,
     )
     directories = [tmp_path / writer.__name__ for writer in writers]
     for writer, directory in zip(writers, directories):

@@ -11,6 +11,7 @@ Source of the semantics: transformers 5.23, models/qwen2_5_vl/modeling_qwen2_5_v
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -96,9 +97,8 @@ class QwenVisionModel(nn.Module):
                 )
         weight = self.patch_embedding.weight
         orders = [order(p.shape[1] // unit, p.shape[2] // unit, block, self.window) for p in pixels]
-        patches = torch.cat(
-            [patchify(image, size)[ordered.patches.to(image.device)] for image, ordered in zip(pixels, orders)]
-        )
+        index = _end_to_end([ordered.patches for ordered in orders]).to(weight.device, non_blocking=True)
+        patches = torch.cat([patchify(image, size) for image in pixels])[index]
         frames = patches.to(weight.dtype).view(len(patches), weight.shape[1], 1, -1).expand(-1, -1, weight.shape[2], -1)
         x = F.linear(frames.flatten(1), weight.flatten(1))
         x = self.encoder(
@@ -108,9 +108,8 @@ class QwenVisionModel(nn.Module):
             packed_seq_params=self._row(orders, x.device),
         )
         blocks = x[:, 0].unflatten(0, (-1, block * block))
-        starts = [0, *torch.tensor([len(ordered.back) for ordered in orders]).cumsum(0).tolist()]
-        back = torch.cat([ordered.back + start for ordered, start in zip(orders, starts)])
-        return blocks[back.to(x.device, non_blocking=True)].flatten(0, 1), [len(o.patches) for o in orders]
+        back = _end_to_end([ordered.back for ordered in orders]).to(x.device, non_blocking=True)
+        return blocks[back].flatten(0, 1), [len(ordered.patches) for ordered in orders]
 
     @property
     def _rotates(self) -> bool:
@@ -118,11 +117,11 @@ class QwenVisionModel(nn.Module):
 
     def _angles(self, orders: Sequence["Order"], device: torch.device) -> Tensor:
         """fp32 [P, 1, 1, D]: row and column of each patch turn a quarter of the dimensions each, and the halves are alike."""
-        quarter = torch.arange(0, self.encoder.config.kv_channels // 2, 2, dtype=torch.float32)
+        quarter = torch.arange(0, self.encoder.config.kv_channels // 2, 2, dtype=torch.float32, device=device)
         inverse = 1.0 / self.rotary_base ** (quarter / (2 * len(quarter)))
-        positions = torch.cat([ordered.positions for ordered in orders]).float()
-        half = (positions[:, :, None] * inverse).flatten(1)
-        return torch.cat((half, half), -1)[:, None, None].to(device, non_blocking=True)
+        positions = torch.cat([ordered.positions for ordered in orders]).to(device, non_blocking=True)
+        half = (positions.float()[:, :, None] * inverse).flatten(1)
+        return torch.cat((half, half), -1)[:, None, None]
 
     def _row(self, orders: Sequence["Order"], device: torch.device) -> WindowedRow:
         counts = [len(ordered.patches) for ordered in orders]
@@ -150,6 +149,12 @@ class Order:
     positions: Tensor
     windows: tuple[int, ...]
     back: Tensor
+
+
+def _end_to_end(indices: Sequence[Tensor]) -> Tensor:
+    """Permutations of parts -> one of the parts laid end to end."""
+    starts = accumulate((len(index) for index in indices), initial=0)
+    return torch.cat([index + start for index, start in zip(indices, starts)])
 
 
 @functools.lru_cache(maxsize=256)

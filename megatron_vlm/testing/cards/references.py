@@ -95,6 +95,8 @@ def side_of(twin: SmallTwin) -> TransformersSide | PlainTorchSide:
 
 def hf_answer(model: Any, prompt: EncodedSample, count: int, inputs: Any) -> list[int]:
     """The ``count`` likeliest tokens after a prompt, by transformers' ``generate``."""
+    if hasattr(model.base_model, "rope_deltas"):  # Qwen2.5-VL would go on with those of the prompt before
+        model.base_model.rope_deltas = None
     with torch.no_grad():
         out = model.generate(
             **inputs(prompt, torch.float32), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0,

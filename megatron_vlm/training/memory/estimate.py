@@ -294,7 +294,7 @@ def make_batch(row: RowShape, tokens: int, model_config: FamilyConfig, dtype: to
     if features > tokens:
         raise ConfigError(
             f"a row of {row} needs {features} tokens for its images: raise data.seq_length, or lower data.image_size, "
-            "max_dynamic_patch or hd_num"
+            "max_dynamic_patch, max_pixels or hd_num"
         )
     ids = torch.zeros(tokens, dtype=torch.int64)
     return Row.of(

@@ -15,7 +15,12 @@ from megatron_vlm.training.memory.estimate import estimate, passes, step_peak
 from megatron_vlm.training.memory.stages import RowShape
 from megatron_vlm.training.memory.trace import SMALL, ChunkBytes, Meter
 
-IMAGES = {"idefics2": (3, 84, 112), "internvl3": (3, 2 * 112, 112), "llava_internlm2": (3, 112, 112)}
+IMAGES = {
+    "idefics2": (3, 84, 112),
+    "internvl3": (3, 2 * 112, 112),
+    "llava_internlm2": (3, 112, 112),
+    "qwen2_5_vl": (3, 84, 140),
+}
 
 
 def make_case(family: str, name: str, **settings) -> Case:
@@ -56,6 +61,7 @@ CASES = [
     replace(make_case("internvl3", "rows of text", alone=True), row=RowShape(segments=(100, 92))),
 ]
 MORE = [
+    make_case("qwen2_5_vl", "three positions a token", alone=True),
     make_case("idefics2", "sharded parameters", parallel=SHARDED, alone=True),
     make_case("llava_internlm2", "sharded gradients", parallel=dict(data_parallel_sharding="gradients"), alone=True),
     make_case(

@@ -18,7 +18,7 @@ from megatron_vlm.options import recipes
 
 _BASH = """_megatron_vlm() {
   local IFS=$'\\n'
-  COMPREPLY=($(megatron-vlm completion words -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+  COMPREPLY=($(megatron-vlm completion words -- "${COMP_WORDS[@]:1:$COMP_CWORD}" 2>/dev/null))
 }
 complete -o default -F _megatron_vlm megatron-vlm
 """

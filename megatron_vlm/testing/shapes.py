@@ -28,7 +28,7 @@ def text(hidden: int, ffn: int, layers: int, heads: int, groups: int, vocab: int
     """A decoder."""
     return TextConfig(
         model_type="llama", hidden_size=hidden, ffn_hidden_size=ffn, num_layers=layers, num_attention_heads=heads,
-        num_query_groups=groups, head_dim=hidden // heads, vocab_size=vocab, max_position_embeddings=32768,
+        num_query_groups=groups, head_dim=more.pop("head_dim", hidden // heads), vocab_size=vocab, max_position_embeddings=32768,
         norm_epsilon=1e-5, rotary_base=10000.0, **more,
     )  # fmt: skip
 
@@ -82,7 +82,8 @@ def small() -> dict[str, Any]:
     return {
         "idefics2": idefics2(decoder, tower(SiglipConfig, 128, 512, 3, 4, 224), 8, 2, 32),
         "internvl3": internvl3(
-            text(256, 640, 4, 8, 4, 2048, qkv_bias=True), tower(InternVitConfig, 128, 512, 3, 4, 112, **_VIT)
+            text(256, 640, 4, 8, 4, 2048, qkv_bias=True, qk_norm=True, head_dim=48),
+            tower(InternVitConfig, 128, 512, 3, 4, 112, **_VIT),
         ),
         "llava_internlm2": llava(decoder, clip),
         "xcomposer2": XComposer2Config(text=decoder, vision=clip, hd=True, plora_rank=16, plora_dropout=0.05),

@@ -24,7 +24,14 @@ def classes(family: str) -> tuple[set[str], set[str], list[str]]:
     with torch.device("meta"):
         (stage,) = build_model(registry.get(family), config, topology, ModelOptions(make_vocab_size_divisible_by=1))
     backend = backend_of(stage.config)
-    ours = {backend.column, backend.row, backend.unbiased_column, backend.core_attention, *backend.norms.values()}
+    ours = {
+        backend.column,
+        backend.row,
+        backend.unbiased_column,
+        backend.core_attention,
+        *backend.norms.values(),
+        backend.head_norm,
+    }
     found = {type(m) for m in stage.modules() if "Norm" in type(m).__name__ or type(m).__name__.startswith("Core")}
     linears = {name: type(m) for name, m in stage.named_modules() if Place.of(m) is not None}
     plain = [name for name, kind in linears.items() if kind not in ours]

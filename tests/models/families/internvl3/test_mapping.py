@@ -150,7 +150,7 @@ def test_towers_that_do_not_divide_are_replicated(folders):
 
 
 def test_verify_runs_transformers_beside(folders, tmp_path):
-    both = folders("300m")
+    both = folders("3_5_38b")
     hf2mg(both["hf"], tmp_path / "mg", tp=2, pp=2)
     report = verify(both["hf"], tmp_path / "mg", level="full")
     assert report.passed, report.lines

@@ -144,8 +144,10 @@ class Row:
             pixels: False leaves the images behind, as meta tensors (stages without the tower).
         """
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        locks = torch.device(device).type == "cuda"  # only from page-locked memory does a copy not wait
+
+        def move(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            return (tensor.pin_memory() if locks and tensor.is_cpu else tensor).to(device, dtype, non_blocking=True)
 
         return replace(
             self,
@@ -154,7 +156,7 @@ class Row:
             loss_positions=move(self.loss_positions),
             image_positions=move(self.image_positions),
             part=self.part and (move(self.part[0]), self.part[1]),
-            pixels=tuple(p.to(device if pixels else "meta", dtype, non_blocking=True) for p in self.pixels),
+            pixels=tuple(move(p, dtype) if pixels else p.to("meta", dtype) for p in self.pixels),
         )
 
     def pack(self) -> tuple[dict[str, Any], Tensor]:

@@ -16,7 +16,13 @@ from megatron.core.transformer.mlp import MLP
 from torch import nn
 
 from megatron_vlm.layers.core_attention import CoreAttention
-from megatron_vlm.layers.fused import FusedMLP, FusedSelfAttention
+from megatron_vlm.layers.fused import (
+    FusedColumnLinear,
+    FusedMLP,
+    FusedRowLinear,
+    FusedSelfAttention,
+    FusedUnbiasedColumnLinear,
+)
 from megatron_vlm.layers.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
 from megatron_vlm.layers.norm import HeadRMSNorm, LayerNorm, RMSNorm
 
@@ -63,7 +69,15 @@ _LOCAL = Backend(
 )
 BACKENDS = {
     "local": _LOCAL,
-    "fused": dataclasses.replace(_LOCAL, mlp=FusedMLP, self_attention=FusedSelfAttention, rotates=True),
+    "fused": dataclasses.replace(
+        _LOCAL,
+        column=FusedColumnLinear,
+        row=FusedRowLinear,
+        unbiased_column=FusedUnbiasedColumnLinear,
+        mlp=FusedMLP,
+        self_attention=FusedSelfAttention,
+        rotates=True,
+    ),
 }
 
 

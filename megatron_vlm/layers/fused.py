@@ -1,6 +1,7 @@
 """Element-wise parts of a layer as one kernel each, forward and backward: torch.compile of exactly these functions.
 
     MLP: linear --bias, activation, gate--> linear     attention: linear --queries, keys, values apart, RoPE--> core attention
+    a linear's weight: gradient of its output, input --product--> added to the fp32 gradient buffer by the product itself
 
 Plain layers run half a dozen kernels in their place, each of which reads and writes all tokens. Only these pure functions are
 compiled, with sizes left open: nothing of a layer is traced, so that adapters, hooks and parallel regions stay as they are. What
@@ -16,6 +17,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from megatron_vlm.layers.core_attention import RowParams
+from megatron_vlm.layers.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -59,6 +61,16 @@ def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> T
     """Gradients of ``split_rotated``: they are rotated back."""
     q = rotate(q, cos, -sin).unflatten(1, (k.shape[1], -1))
     return torch.cat((q, rotate(k, cos, -sin)[:, :, None], v[:, :, None]), 2)
+
+
+def add_product(main: Tensor, grad: Tensor, x: Tensor, begin: bool) -> None:
+    """main [out, in] += grad.T [out, T] @ x [T, in]; ``begin``: =. One product, in the dtype of ``main``, where torch has it."""
+    if grad.dtype != main.dtype and main.is_cpu:
+        product = grad.t() @ x
+        _ = main.copy_(product) if begin else main.add_(product)
+        return
+    dtype = {} if grad.dtype == main.dtype else {"out_dtype": main.dtype}
+    _ = torch.mm(grad.t(), x, out=main, **dtype) if begin else torch.addmm(main, grad.t(), x, out=main, **dtype)
 
 
 def in_one(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,6 +126,55 @@ class SplitRotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None, None]:
         return KERNELS[join_rotated](q, k, v, *ctx.saved_tensors), None, None
+
+
+class AddProduct(torch.autograd.Function):
+    """``output`` as it is; on the way back the gradient of a linear's weight, into its ``main_grad``: see
+    training/optimizer/gradients.py."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, weight: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        rows = grad.flatten(0, -2), x.flatten(0, -2)
+        filler = getattr(weight, "guarded_by", None)
+        if filler is not None and filler.passing:
+            return grad, None, torch.zeros_like(weight)
+        if not hasattr(weight, "main_grad"):  # in shards, or not wrapped
+            return grad, None, rows[0].t() @ rows[1]
+        add_product(weight.main_grad, *rows, getattr(weight, "gradient_unset", False))
+        weight.gradient_unset, weight.grad_added_to_main_grad = False, True
+        return grad, None, torch.empty_like(weight)  # never read: DDP's hook runs where there is one
+
+
+class _AddsInPlace:
+    """Before a linear whose product with the weight's gradient needs nothing of other ranks at that time, or it is as ever."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **rest: Any) -> Tensor:
+        product: Any = super()._forward_impl  # type: ignore[misc]
+        exchanges = rest["sequence_parallel"] or rest["allreduce_dgrad"]
+        if exchanges or not (weight.requires_grad and torch.is_grad_enabled()):
+            return product(input=input, weight=weight, bias=bias, **rest)
+        output = product(input=input, weight=weight.detach(), bias=None, **rest)
+        output = AddProduct.apply(output, input, weight)
+        return output if bias is None else output + bias
+
+
+class FusedColumnLinear(_AddsInPlace, ColumnLinear):
+    """Column parallel."""
+
+
+class FusedUnbiasedColumnLinear(_AddsInPlace, UnbiasedColumnLinear):
+    """The same, never with a bias."""
+
+
+class FusedRowLinear(_AddsInPlace, RowLinear):
+    """Row parallel."""
 
 
 class FusedMLP(MLP):

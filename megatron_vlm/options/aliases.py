@@ -213,6 +213,8 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "async-save": ("checkpoint.async_save", True),
     "no-tensorboard": ("logging.tensorboard", False),
     "use-rslora": ("peft.rslora", True),
+    "fused-adamw": ("optimizer.fused", True),
+    "no-fused-adamw": ("optimizer.fused", False),
 }
 LAUNCH_SWITCHES: dict[str, tuple[str, Any]] = {
     "overwrite-output-dir": ("launch.overwrite_output_dir", True),

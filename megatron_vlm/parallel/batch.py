@@ -22,6 +22,7 @@ from megatron_vlm.data.row import Row, pack_pixels, unpack_pixels
 from megatron_vlm.errors import DataError, MegatronVLMError
 from megatron_vlm.layers.context.attention import Deal, all_to_all
 from megatron_vlm.layers.context.images import ImageParts, ImageShare, holders, share_images
+from megatron_vlm.parallel.host import copy_stream
 from megatron_vlm.parallel.topology import Topology
 
 ImageWork = Callable[[tuple[int, ...]], ImageParts]
@@ -35,13 +36,13 @@ def raise_together(error: BaseException | None, device: torch.device) -> None:
     ``echo`` so that the command line prints it once.
     """
     world = dist.get_world_size()
-    failed = torch.tensor([world if error is None else dist.get_rank()], device=device)
+    failed = torch.tensor([world if error is None else dist.get_rank()], device=_told_on(device))
     dist.all_reduce(failed, dist.ReduceOp.MIN)
     source = int(failed)
     if source == world:
         return
     text = json.dumps([type(error).__name__, str(error)]) if dist.get_rank() == source else ""
-    kind, message = json.loads(_broadcast_bytes(text.encode(), source, None, device))
+    kind, message = json.loads(_broadcast_bytes(text.encode(), source, None, _told_on(device)))
     if error is not None:
         error.echo = dist.get_rank() != source  # type: ignore[attr-defined]
         raise error
@@ -65,7 +66,7 @@ def together(device: torch.device) -> Iterator[None]:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if ``flag`` is on at least one. A collective."""
-    tensor = torch.tensor([int(flag)], device=device)
+    tensor = torch.tensor([int(flag)], device=_told_on(device))
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return bool(tensor)
 
@@ -93,7 +94,7 @@ def share_rows(
     if topology.replica_size == 1:
         assert rows is not None
         return tuple(rows), extra
-    source, group, device = topology.replica_source, topology.replica_group, topology.device
+    source, group, device = topology.replica_source, topology.replica_group, _told_on(topology.device)
     if topology.rank == source:
         assert rows is not None
         packed = [row.pack() for row in rows]
@@ -138,7 +139,16 @@ def device_batch(
         row = replace(row, pixels=send_images(topology, row.pixels, row.share.owners, dtype))
     elif pixels and topology.grid.size("tp", "cp") > 1 and row.pixels:
         row = replace(row, pixels=_share_pixels(topology, row, dtype))
-    return row.to(topology.device, dtype, pixels=pixels)
+    stream = copy_stream(topology.device, "rows")
+    if stream is None:
+        return row.to(topology.device, dtype, pixels=pixels)
+    with torch.cuda.stream(stream):  # it waits for nothing, so that a row travels while the one before it is at work
+        row = row.to(topology.device, dtype, pixels=pixels)
+    torch.cuda.current_stream().wait_stream(stream)
+    for tensor in (*row.tokens.values(), row.cu_seqlens, row.loss_positions, row.image_positions, *row.pixels):
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream())
+    return row
 
 
 def own_tokens(topology: Topology, row: Row, work: ImageWork | None = None) -> Row:
@@ -264,6 +274,11 @@ def _share_pixels(topology: Topology, row: Row, dtype: torch.dtype) -> tuple[tor
         flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=dtype, device=topology.device)
     dist.broadcast(flat, source, group=topology.stage_group)
     return unpack_pixels(flat, shapes)
+
+
+def _told_on(device: torch.device) -> torch.device:
+    """Where what ranks tell each other lies: beside a GPU on the host, so that to read it is no wait for a step at work."""
+    return torch.device("cpu") if device.type == "cuda" else device
 
 
 def _broadcast_bytes(data: bytes, source: int, group: Any, device: torch.device) -> bytes:

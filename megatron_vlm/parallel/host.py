@@ -29,6 +29,19 @@ def empty_beside(tensor: Tensor, on_host: bool) -> Tensor:
     return host_empty(tensor.shape, tensor.dtype, tensor.device, locked=False) if on_host else torch.empty_like(tensor)
 
 
+def send(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on ``device``, without a wait for what that is at work on."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def fetch(tensor: Tensor) -> tuple[Tensor, Any]:
+    """A tensor on its way to the host, and the event of its arrival; None where it is there."""
+    if tensor.device.type != "cuda":
+        return tensor, None
+    there = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    return there, torch.cuda.current_stream().record_event()
+
+
 @functools.cache
 def copy_stream(device: torch.device, name: str = "") -> Any:
     """A stream of copies of this process, by name; None where there is no GPU."""

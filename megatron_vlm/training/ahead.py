@@ -101,10 +101,12 @@ def finish(model: Model) -> None:
                 gradient, part = gradient.split([len(gradient) - len(output), len(output)])
                 torch.autograd.backward(output, part)
                 _take_gradients(stage, sums)
+        ddp.settle()  # a rank may have had no image: its gradients are read as zeros from here on
         if topology.pp > 1:
             sums = sums or main_gradients(stage.trained)
             sum_over(sums, topology.pp_group, to=topology.grid.source(topology.rank, "pp"))
     if ddp.ddp_config.overlap_grad_reduce and not stage.holds_copies:
+        ddp.settle()
         for parameter in stage.trained:
             ddp.param_to_bucket_group[parameter].register_grad_ready(parameter)
 

@@ -166,6 +166,8 @@ class RunConfig(Config):
                 f"model.freeze_{self.model.freeze[0]} together with peft: everything but adapters and peft.modules_to_save is "
                 "frozen there; leave it out"
             )
+        if self.optimizer.fused and self.parallel.host_share:
+            raise ConfigError("optimizer.fused has no effect on an update of the host, parallel.offload: leave one out")
         if data.packing and training.micro_batch_size != 1:
             raise ConfigError(
                 f"data.packing is on, so training.micro_batch_size must be 1, got {training.micro_batch_size}: a row "

@@ -1,12 +1,13 @@
 """One optimizer step over this rank's microbatches.
 
     rows --device_batch--> forward_step --(megatron-core schedule, loss SUM, token COUNT)--> gradients
-         --finalize_model_grads: dp sum, / tokens of the global batch--> optimizer.step: norm, clipping, AdamW
+         --finish_gradients: dp sum, / tokens of the global batch--> optimizer.step: norm, clipping, AdamW
 
 Loss and gradients are sums over the global batch divided by its supervised tokens, so they do not depend on the layout
 or on how samples were packed into rows.
 """
 
+import math
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,7 @@ from megatron_vlm.errors import TrainingError
 from megatron_vlm.models.built import Model, unwrapped
 from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.parallel.batch import device_batch
+from megatron_vlm.parallel.host import fetch, send
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.training.ahead import encode_ahead
 from megatron_vlm.training.memory.flops import forward_flops
@@ -79,8 +81,55 @@ class Cursor:
         return self.rows[max(0, self.position - 1)]
 
 
+class RunningStep:
+    """A step that the device may still be at work on. What the host knows at once, and what ``result`` waits for.
+
+    Attributes:
+        skipped: gradients overflowed in fp16 and no weight was changed.
+    """
+
+    def __init__(self, skipped: bool, values: Tensor, rows: Sequence[Row]):
+        self.skipped, self.rows = skipped, rows
+        self._values, self._arrived = fetch(values)
+
+    def result(self) -> StepResult:
+        """Waits for the step.
+
+        Raises:
+            TrainingError: on every rank: loss or norm is not finite.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss_sum, *counts = self._values.tolist()
+        flops, (norm, loss_scale, memory) = counts[len(_COUNTS) : -3], counts[-3:]
+        numbers = {name: int(number) for name, number in zip(_COUNTS, counts)}
+        loss = loss_sum / numbers["supervised_tokens"] if numbers["supervised_tokens"] else 0.0
+        if not self.skipped and not (math.isfinite(loss) and math.isfinite(norm)):
+            keys = [key for row in self.rows for key in row.keys]
+            raise TrainingError(
+                f"loss {loss} or gradient norm {norm} is not finite; this rank's samples: {', '.join(keys[:20])}"
+                f"{' ...' if len(keys) > 20 else ''}. No checkpoint of this state is written. Lower optimizer.lr, raise "
+                "the warm-up, or look at these samples"
+            )
+        return StepResult(
+            loss=loss,
+            grad_norm=norm,
+            skipped=self.skipped,
+            loss_scale=loss_scale,
+            memory_gib=memory,
+            **numbers,
+            forward_flops=tuple(flops),
+        )
+
+
 def train_step(model: Model, optimizer: Any, rows: Sequence[Row]) -> StepResult:
-    """Runs forward, backward and the update for one global batch.
+    """``start_step``, and its result."""
+    return start_step(model, optimizer, rows).result()
+
+
+def start_step(model: Model, optimizer: Any, rows: Sequence[Row]) -> RunningStep:
+    """Runs forward, backward and the update for one global batch, without a wait for the device where nothing asks for one:
+    fp16, whose overflow decides whether there is an update, and AdamW that is not ``optimizer.fused``, do.
 
     Args:
         model: of ``wrap_model``.
@@ -88,35 +137,21 @@ def train_step(model: Model, optimizer: Any, rows: Sequence[Row]) -> StepResult:
         rows: this replica's microbatches, the same number on every data parallel rank, as ``share_rows`` gives them.
 
     Raises:
-        TrainingError: out of memory (on the rank it happened on), or a loss or norm that is not finite (on every rank).
+        TrainingError: out of memory (on the rank it happened on).
     """
     topology = model.topology
     for stage in model:
         stage.zero_grad_buffer()
     optimizer.zero_grad()
-    loss_scale = float(optimizer.get_loss_scale())
+    loss_scale = optimizer.get_loss_scale() if optimizer.config.fp16 else 1.0
     losses = run_schedule(model, rows, forward_only=False)
     updated, grad_norm, _ = optimizer.step()
-    totals = reduce_over_job(losses, rows, topology, model.config)
-    supervised, loss_sum = int(totals["supervised_tokens"]), totals["loss_sum"]
-    loss = loss_sum / supervised if supervised else 0.0
-    norm = float(grad_norm or 0.0)
-    if updated and not torch.isfinite(torch.tensor([loss, norm])).all():
-        keys = [key for row in rows for key in row.keys]
-        raise TrainingError(
-            f"loss {loss} or gradient norm {norm} is not finite; this rank's samples: {', '.join(keys[:20])}"
-            f"{' ...' if len(keys) > 20 else ''}. No checkpoint of this state is written. Lower optimizer.lr, raise "
-            "the warm-up, or look at these samples"
-        )
-    return StepResult(
-        loss=loss,
-        grad_norm=norm,
-        skipped=not updated,
-        loss_scale=loss_scale,
-        memory_gib=_largest(peak_memory_gib(topology.device), topology.device),
-        **{name: int(totals[name]) for name in _COUNTS},
-        forward_flops=tuple(totals[name] for name in _FLOPS),
-    )
+    sums = sum_over_job(losses, rows, topology, model.config)
+    memory = send([peak_memory_gib(topology.device)], torch.float64, topology.device)
+    dist.all_reduce(memory, dist.ReduceOp.MAX)
+    more = [grad_norm if isinstance(grad_norm, Tensor) else float(grad_norm or 0.0), loss_scale]
+    values = [x.double().reshape(1) if isinstance(x, Tensor) else sums.new_full((1,), x) for x in more]
+    return RunningStep(not updated, torch.cat([sums, *values, memory]), rows)
 
 
 def run_schedule(model: Model, rows: Sequence[Row], *, forward_only: bool) -> list[dict[str, Tensor]]:
@@ -164,7 +199,7 @@ def _loss(row: Row, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]
 
     ``row`` is what the device has of it: under context parallelism this rank's tokens, counts and gradients being summed over
     dp x cp."""
-    count = torch.tensor(row.num_supervised, dtype=torch.int, device=loss_sum.device)
+    count = torch.full((), row.num_supervised, dtype=torch.int, device=loss_sum.device)
     return loss_sum, count, {"loss_sum": loss_sum.detach()}
 
 
@@ -176,19 +211,28 @@ def reduce_over_job(
     Each row is counted once: by tensor and context parallel rank 0 of the last stage. Its loss is the sum of what all context
     parallel ranks there know.
     """
-    values = torch.zeros(1 + len(_COUNTS) + len(_FLOPS), dtype=torch.float64, device=topology.device)
-    if topology.last_stage and topology.tp_rank == 0:
-        values[0] = torch.stack([loss["loss_sum"].double() for loss in losses]).sum()
+    values = sum_over_job(losses, rows, topology, model_config)
+    return dict(zip(("loss_sum", *_COUNTS, *_FLOPS), values.tolist()))
+
+
+def sum_over_job(
+    losses: list[dict[str, Tensor]], rows: Sequence[Row], topology: Topology, model_config: FamilyConfig
+) -> Tensor:
+    """The same as numbers on the device, float64, without a wait for it."""
+    sums = [0.0] * (1 + len(_COUNTS) + len(_FLOPS))
     if topology.last_stage and topology.tp_rank == topology.cp_rank == 0:
         for row in rows:
             counts = (row.num_tokens, row.num_supervised, len(row.pixels), len(row.keys), row.holes, row.truncated)
             images = [(p.shape[0], p.shape[1], p.shape[2]) for p in row.pixels]
             segments = row.segments[:-1] if row.num_filler else row.segments
             flops = forward_flops(model_config, images=images, segments=segments, supervised=row.num_supervised)
-            sums = [*counts, *(getattr(flops, name) for name in _FLOPS)]
-            values[1:] += torch.tensor(sums, dtype=torch.float64, device=topology.device)
+            numbers = [0.0, *counts, *(getattr(flops, name) for name in _FLOPS)]
+            sums = [a + b for a, b in zip(sums, numbers)]
+    values = send(sums, torch.float64, topology.device)
+    if topology.last_stage and topology.tp_rank == 0:
+        values[0] = torch.stack([loss["loss_sum"].double() for loss in losses]).sum()
     dist.all_reduce(values)
-    return dict(zip(("loss_sum", *_COUNTS, *_FLOPS), values.tolist()))
+    return values
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -220,9 +264,3 @@ def out_of_memory_message(topology: Topology, row: Row, error: BaseException) ->
         "parallel.sequence_parallel=true, or raise parallel.tensor_model_parallel_size. The allocator said: "
         f"{str(error).splitlines()[0]}"
     )
-
-
-def _largest(value: float, device: torch.device) -> float:
-    tensor = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return float(tensor)

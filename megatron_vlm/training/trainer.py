@@ -1,13 +1,12 @@
 """Trainer: the one loop.
 
-    RunConfig --setup--> model, optimizer, loader, state --train()--> { rows -> train_step -> metrics -> evaluate -> save }
+    RunConfig --setup--> model, optimizer, loader, state --train()--> { rows -> start_step -> metrics -> evaluate -> save }
 
 Every rank runs the same code; the source rank of each replica reads the data, rank 0 writes the reports.
 """
 
 import dataclasses
 import os
-import time
 from contextlib import ExitStack
 
 import torch
@@ -36,13 +35,14 @@ from megatron_vlm.training.device import start_device
 from megatron_vlm.training.due import Due
 from megatron_vlm.training.evaluate import EvalResult, evaluate
 from megatron_vlm.training.metrics.facts import Facts
-from megatron_vlm.training.metrics.logger import Metrics, progress_line, show_sample
+from megatron_vlm.training.metrics.logger import Metrics, show_sample
+from megatron_vlm.training.metrics.reports import StepReports, Unread
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.optimizer.main_parameters import fill_main
 from megatron_vlm.training.peft_run import build_adapted, check_source, open_run
 from megatron_vlm.training.run_config import RunConfig
-from megatron_vlm.training.step import StepResult, train_step
+from megatron_vlm.training.step import start_step
 from megatron_vlm.training.stop import STOPPED, StopSignal
 
 log = get_logger(__name__)
@@ -118,7 +118,7 @@ class Trainer:
         self.show_answers()
         stopping, warm_up = False, WarmUp()
         while not stopping and not self._due.finished:
-            started = time.monotonic()
+            self.reports.begin()
             self.heartbeat.at("data", self.iteration + 1)
             rows = self._next_rows()
             self.heartbeat.at("step")
@@ -126,9 +126,10 @@ class Trainer:
             rates = self.schedule.at(self.iteration - self.num_skipped)
             set_learning_rates(self.optimizer, rates, self.config.optimizer.weight_decay)
             with warm_up:
-                result = train_step(self.model, self.optimizer, rows)
-            self._commit(result)
-            self._report(result, rates, time.monotonic() - started)
+                step = start_step(self.model, self.optimizer, rows)
+            self._commit(step.skipped)
+            done, ids = self.consumed_samples, self.sample_ids
+            self.reports.add(Unread(step, self.iteration, rates, done, ids))
             if self._due.evaluation:
                 self.evaluate()
             if self._due.answers:
@@ -137,6 +138,7 @@ class Trainer:
             self.saver.advance()
             if stopping or self._due.save:
                 self.save(last=stopping or self._due.finished)
+        self.reports.flush()
         done = f"{self.iteration} iterations, {self.consumed_samples} samples, {self.num_skipped} updates skipped"
         if stopping:
             log.warning("stopped by a signal after %s; exit code %d", done, STOPPED)
@@ -146,6 +148,7 @@ class Trainer:
 
     def evaluate(self) -> EvalResult:
         """Loss over ``data.valid``, recorded in the metrics."""
+        self.reports.flush()
         self.heartbeat.at("evaluation")
         config, topology, data = self.config, self.topology, self.config.data
         seed_step(topology, self.seed, self.iteration)  # sequence parallel layers ask for seeded generators
@@ -173,6 +176,7 @@ class Trainer:
     def show_answers(self) -> None:
         """Answers ``evaluate.prompts`` and ``evaluate.file`` as the model now does."""
         if self.asking:
+            self.reports.flush()
             self.heartbeat.at("answers")
             seed_step(self.topology, self.seed, self.iteration)
             self.scores |= self.asking.ask(self.model, self.iteration, self.metrics)
@@ -187,6 +191,7 @@ class Trainer:
             log.warning("checkpoint.save is not set: nothing is saved")
             return
         assert self.data_state is not None
+        self.reports.flush()  # a step that is not finite is never saved
         self.heartbeat.at("save")
         state = {
             "iteration": self.iteration,
@@ -360,6 +365,9 @@ class Trainer:
                 if not config.training.skip_train:
                     self.metrics.started(self.facts.of_start(self.iteration, self.num_iterations))
 
+        late, interval = self.device.type == "cuda", config.logging.log_interval
+        self.reports = StepReports(self.facts, self.metrics, self.num_iterations, interval, self.saver.times, late=late)
+
     # ---- one iteration ----
 
     def _next_rows(self) -> tuple[Row, ...]:
@@ -379,10 +387,10 @@ class Trainer:
             log.info("first sample, its supervised text in [[ ]]:\n%s", show_sample(rows[0], self.processor))
         return rows
 
-    def _commit(self, result: StepResult) -> None:
+    def _commit(self, skipped: bool) -> None:
         self.previous_samples = self.consumed_samples
         self.iteration += 1
-        self.num_skipped += result.skipped
+        self.num_skipped += skipped
         self.scores = {}
         self.data_state = self.next_state
 
@@ -390,11 +398,3 @@ class Trainer:
     def _due(self) -> Due:
         consumed = (self.previous_samples, self.consumed_samples)
         return Due(self.config, self.iteration, consumed, self.samples_per_epoch)
-
-    def _report(self, result: StepResult, rates: dict[str, float], seconds: float) -> None:
-        if self.metrics is not None:
-            done = self.consumed_samples
-            more = {**self.saver.times(), **self.facts.of_step(result, seconds, self.sample_ids)}
-            self.metrics.step(self.iteration, result, rates, seconds=seconds, consumed_samples=done, **more)
-        elif self.iteration % self.config.logging.log_interval == 0 or self.iteration in (1, self.num_iterations):
-            log.info(progress_line(self.iteration, self.num_iterations, result, rates["llm"], seconds))

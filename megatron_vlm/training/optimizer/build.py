@@ -10,11 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, ParamKey, ParamPredicate
 
@@ -23,8 +20,10 @@ from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.training import ahead
 from megatron_vlm.training.ahead import main_gradients, note_trained, sum_over
 from megatron_vlm.training.optimizer.config import OptimizerConfig
+from megatron_vlm.training.optimizer.gradients import Gradients
 from megatron_vlm.training.optimizer.host import HostOptimizer
-from megatron_vlm.training.optimizer.sharded import FullySharded, finalise
+from megatron_vlm.training.optimizer.sharded import FullySharded
+from megatron_vlm.training.optimizer.update import fold_update, gradient_norm
 from megatron_vlm.weights.mapping import GROUPS, group_of
 
 
@@ -44,9 +43,7 @@ def wrap_model(model: Model, parallel: ParallelConfig) -> Model:
         bucket_size=parallel.ddp_bucket_size,
     )
     stages = [
-        DistributedDataParallel(
-            config=stage.config, ddp_config=dataclasses.replace(ddp), module=stage, disable_bucketing=number > 0
-        )
+        Gradients(config=stage.config, ddp_config=dataclasses.replace(ddp), module=stage, disable_bucketing=number > 0)
         for number, stage in enumerate(model)
     ]
     return dataclasses.replace(model, stages=stages)
@@ -56,24 +53,42 @@ def connect(model: Model, optimizer: Any) -> None:
     """Tells megatron-core's schedules, through the model's config, how to scale the loss and finish gradients."""
     for stage in model:
         config = stage.config
-        sharded = isinstance(stage, FullySharded)
-        config.finalize_model_grads_func = finalise if sharded else partial(finish_gradients, model)
+        config.finalize_model_grads_func = partial(finish_gradients, model, optimizer)
         config.grad_scale_func = optimizer.scale_loss if optimizer.config.fp16 else None
-        if sharded or stage.ddp_config.overlap_grad_reduce:
+        if isinstance(stage, FullySharded) or stage.ddp_config.overlap_grad_reduce:
             functions = [other.no_sync for other in model]
             config.no_sync_func = functions if len(functions) > 1 else functions[0]
 
 
-def finish_gradients(model: Model, chunks: Any, num_tokens: Any = None, **rest: Any) -> None:
-    """What megatron-core's schedules call at their end: gradients of the step, summed over all ranks that have a part in them."""
+def finish_gradients(model: Model, optimizer: Any, chunks: Any, num_tokens: Any = None, **rest: Any) -> None:
+    """What megatron-core's schedules call at their end: gradients of the step, summed over all ranks that have a part in them,
+    / tokens of the global batch, which an optimizer with a ``mean`` takes into its update.
+
+    megatron-core's own division asks the device whether there are tokens, and waits for the answer.
+    """
     stage, topology = unwrapped(model.stages[0]), model.topology
-    if topology.encodes_ahead:
-        ahead.finish(model)
-    finalize_model_grads(chunks, num_tokens, **rest)
-    if topology.tp > 1:
+    sharded = isinstance(model.stages[0], FullySharded)
+    if sharded:
+        for chunk in chunks:
+            chunk.finalise()
+    else:
+        if topology.encodes_ahead:
+            ahead.finish(model)
+        finalize_model_grads(chunks, None, **rest)
+    if topology.pp > 1:
+        last = dist.get_process_group_ranks(topology.pp_group)[-1]
+        dist.broadcast(num_tokens, last, group=topology.pp_group)
+    dist.all_reduce(num_tokens, group=topology.copies_group)
+    mean = 1.0 / num_tokens.clamp(min=1)
+    if hasattr(optimizer, "mean"):
+        optimizer.mean = mean
+    else:
+        for chunk in chunks:
+            chunk.scale_gradients(mean)
+    if not sharded and topology.tp > 1:
         parts = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "part_over_heads", False)]
         sum_over(main_gradients([p for p in parts if p.requires_grad]), topology.tp_group)
-    if topology.whole_tower and not stage.holds_copies:
+    if not sharded and topology.whole_tower and not stage.holds_copies:
         # After the sum over data parallel ranks, which may have begun in the last backward pass: sums commute, and tensor
         # parallel ranks hold the same shards of them.
         sum_over(main_gradients(stage.trained), topology.tp_group)
@@ -127,30 +142,12 @@ def build_optimizer(config: OptimizerConfig, model: Model, host_share: float = 0
         optimizer = get_megatron_optimizer(mcore_config, stages, overrides, use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers if sharded else ():
         part.grad_stats_parallel_group = torch.distributed.group.WORLD  # all ranks hold parts of the gradients
-    optimizer.get_grad_norm = partial(gradient_norm, optimizer, model.stages[0].replicas if sharded else 1)
-    for group in optimizer.param_groups:
-        # torch's AdamW, where neither apex nor Transformer Engine is installed: one kernel instead of a dozen.
-        if group["params"] and group["params"][0].is_cuda:
-            group["fused"] = True
+    replicas = model.stages[0].replicas if sharded else 1
+    optimizer.get_grad_norm = partial(gradient_norm, optimizer, replicas)
+    if not host_share:
+        fold_update(optimizer, config.fused, replicas, model.topology.device)
     connect(model, optimizer)
     return optimizer
-
-
-def gradient_norm(optimizer: Any, replicas: int = 1) -> float:
-    """Norm of all gradients of the model, each counted once; in place of megatron-core's, a collective of the same ranks.
-
-    ``replicas``: how often those ranks hold each gradient.
-
-    Without apex and Transformer Engine, megatron-core 0.16.1 asks the GPU for the norm of each parameter in turn: 279 waits, a
-    tenth of the step of a model of 1.2B.
-    """
-    grads = [grad for part in optimizer.chained_optimizers for grad in part.get_main_grads_for_grad_norm()]
-    if grads:
-        square = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32))) ** 2
-    else:
-        square = torch.zeros((), device=torch.cuda.current_device())
-    torch.distributed.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
-    return (square.item() / replicas) ** 0.5
 
 
 def set_learning_rates(optimizer: Any, rates: dict[str, float], weight_decay: float) -> None:

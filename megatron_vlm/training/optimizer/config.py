@@ -37,6 +37,8 @@ class OptimizerConfig(Config):
         initial_loss_scale, min_loss_scale: start and floor of the dynamic scale.
         loss_scale_window: updates without overflow after which the scale doubles.
         hysteresis: overflows in a row before the scale halves.
+        fused: torch's fused AdamW, which takes / tokens and clipping as a factor, so that neither is a pass over the gradients
+            and no step waits for their norm; None: on a GPU, where neither Transformer Engine nor apex brings another AdamW.
     """
 
     lr: float = 1e-4
@@ -60,6 +62,7 @@ class OptimizerConfig(Config):
     min_loss_scale: float = 1.0
     loss_scale_window: int = 1000
     hysteresis: int = 2
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "vision_lr", "connector_lr"):

@@ -1,7 +1,7 @@
 """Weights, gradients and optimizer state in shards over data parallel ranks: torch's ``fully_shard`` (FSDP2) around a stage.
 
     a layer's pass --all-gather--> its parameters whole, in the run's dtype --pass--> only this rank's rows again
-    its gradients  --reduce-scatter in fp32--> this rank's rows --finalise: tp sum, / tokens--> main_grad of the optimizer's
+    its gradients  --reduce-scatter in fp32--> this rank's rows --finalise: tp sum--> main_grad of the optimizer's
 
 Each decoder and tower layer is a unit; embeddings, connector, norms and head are the root's, whole from the start of the
 forward pass to the end of the backward pass. A parameter that trains lies in fp32, cut: it is its own main parameter, and the
@@ -111,8 +111,8 @@ class FullySharded(nn.Module):
     def _units(self) -> Iterator[FSDPModule]:
         return (module for module in self.modules() if isinstance(module, FSDPModule))
 
-    def finalise(self, num_tokens: Tensor | None) -> None:
-        """In place of megatron-core's ``finalize_model_grads``: the rest of the sum, and / tokens, into ``main_grad``."""
+    def finalise(self) -> None:
+        """In place of megatron-core's ``finalize_model_grads``: the rest of the sum, into ``main_grad``."""
         summed, whole_tower = [], self.topology.whole_tower
         for name, parameter, rows in self.trained:
             grad = cast(Any, parameter.grad)
@@ -128,22 +128,16 @@ class FullySharded(nn.Module):
             dist.all_reduce(flat, group=self.topology.tp_group)
             for grad, whole in zip(summed, _unflatten_dense_tensors(flat, summed)):
                 grad.copy_(whole)
-        if num_tokens is not None:
-            dist.all_reduce(num_tokens, group=self.topology.copies_group)
-            scale = 1.0 / num_tokens.clamp(min=1)
-            if self.trained:  # torch refuses an empty list
-                torch._foreach_mul_([rows.main_grad for _, _, rows in self.trained], scale)
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """As of megatron-core's DDP."""
+        if self.trained:  # torch refuses an empty list
+            torch._foreach_mul_([rows.main_grad for _, _, rows in self.trained], factor)
 
     def for_optimizer(self) -> Any:
         """What megatron-core's optimizer reads of a model."""
         rows = [(name, rows) for name, _, rows in self.trained]
         return SimpleNamespace(named_parameters=lambda: rows, ddp_config=self.ddp_config, config=self.config)
-
-
-def finalise(stages: list[FullySharded], num_tokens: Tensor | None = None, **unused: Any) -> None:
-    """``finalize_model_grads_func`` of a model in shards."""
-    for stage in stages:
-        stage.finalise(num_tokens)
 
 
 def _mesh(parallel: ParallelConfig, topology: Topology) -> DeviceMesh:

@@ -69,8 +69,8 @@ def add_product(main: Tensor, grad: Tensor, x: Tensor, begin: bool) -> None:
         product = grad.t() @ x
         _ = main.copy_(product) if begin else main.add_(product)
         return
-    dtype = {} if grad.dtype == main.dtype else {"out_dtype": main.dtype}
-    _ = torch.mm(grad.t(), x, out=main, **dtype) if begin else torch.addmm(main, grad.t(), x, out=main, **dtype)
+    rest: dict[str, Any] = {"out": main} | ({} if grad.dtype == main.dtype else {"out_dtype": main.dtype})
+    _ = torch.mm(grad.t(), x, **rest) if begin else torch.addmm(main, grad.t(), x, **rest)
 
 
 def in_one(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -85,7 +85,7 @@ class Filler:
             if parameter.requires_grad and parameter not in self._guarded:
                 self._guarded.add(parameter)
                 parameter.register_hook(self._zeros)
-                parameter.guarded_by = self  # type: ignore[attr-defined] - where a product adds to the gradient itself
+                setattr(parameter, "guarded_by", self)  # noqa: B010 - read where a product adds to the gradient itself
 
     def real(self, features: Tensor) -> Tensor:
         """Returns features of images as they are; their gradient is none of filler's."""

@@ -128,8 +128,7 @@ class Trainer:
             with warm_up:
                 step = start_step(self.model, self.optimizer, rows)
             self._commit(step.skipped)
-            done, ids = self.consumed_samples, self.sample_ids
-            self.reports.add(Unread(step, self.iteration, rates, done, ids))
+            self.reports.add(Unread(step, self.iteration, rates, self.consumed_samples, self.sample_ids))
             if self._due.evaluation:
                 self.evaluate()
             if self._due.answers:

@@ -30,6 +30,35 @@ def test_gpu_smoke_runs_without_a_gpu_on_request():
         assert row in output, output
 
 
+@pytest.mark.full
+def test_the_table_of_both_trainers_in_its_small_form(tmp_path):
+    """All parts, both sides; a second call measures nothing again."""
+    toy = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--steps",
+        "1",
+        "--warm-up",
+        "1",
+        "--batch",
+        "4",
+        "--hf-batch",
+        "2",
+        "--row",
+        "512",
+    ]
+    code, output = run("vlm_table.py", *toy, "--out", str(tmp_path), timeout=900)
+    assert code == 0 and output.count("losses differ by") == 3 and output.count("| ours |") == 3, output[-3000:]
+    first = [float(line.split()[3]) for line in output.splitlines() if line.startswith("losses differ by")]
+    assert max(first[:2]) < 1e-5 and first[2] < 1e-3, first  # 4-bit kernels round in other places
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    assert len(files) == 6
+    code, one = run("vlm_table.py", *toy, "--out", str(tmp_path), "--parts", "8b-lora", timeout=120)
+    assert code == 0 and one.strip() in output and "8b-qlora" not in one
+    assert all(file.stat().st_mtime_ns == time for file, time in files.items())
+
+
 @pytest.mark.gpu
 def test_gpu_smoke():
     code, output = run("gpu_smoke.py", "--steps", "5", timeout=1200)

@@ -95,13 +95,12 @@ def internvl3(directory):
 def qwen2_5_vl(directory):
     """The positions of an answer go on where those of the prompt end, which is below its number of tokens."""
     hf = twin_qwen2_5_vl.write_tiny_qwen2_5_vl(directory)
-    config = registry.get("qwen2_5_vl").config(hf.config.to_dict())
+    config, inputs = (
+        registry.get("qwen2_5_vl").config(hf.config.to_dict()),
+        twin_qwen2_5_vl.inputs_of(hf.config.to_dict()),
+    )
     prompts = twin_qwen2_5_vl.make_samples(config, [([(3, 4), (2, 2)], 9), ([], 13), ([(1, 5)], 4)])
-    answers = []
-    for prompt in prompts:
-        hf.model.rope_deltas = None  # transformers would go on with those of the prompt before
-        answers.append(hf_answer(hf, prompt, twin_qwen2_5_vl.inputs_of(hf.config.to_dict())))
-    return prompts, answers
+    return prompts, [hf_answer(hf, prompt, NEW, inputs) for prompt in prompts]
 
 
 def internlm2(directory):

@@ -107,7 +107,8 @@ class FamilySpec:
         assemble: ``assemble(llm, vision, files, options) -> HFModel`` makes one model out of two (HFModel) and writes its
             non-weight files to the folder ``files``; ``options`` is plain data. None: not offered. A family whose trained
             projector may come with them takes it as a fifth argument.
-        towers: beginnings of ``model_type`` of the vision towers that ``assemble`` takes.
+        towers: beginnings of ``model_type`` of the vision towers that ``assemble`` takes, ``decoders``: ``model_type`` of the
+            language models, and ``connector``: what it puts between them (``mlp``, ``pixel_shuffle``, ``perceiver``).
         parts: ``parts(directory) -> {"llm", "vision", "projector": folder}`` of a folder that holds the parts to assemble, or
             None. It says that ``assemble`` takes a projector.
         add_end_of_utterance: ``(model, files, options) -> HFModel`` adds the token that ends a turn to a vocabulary without
@@ -131,6 +132,8 @@ class FamilySpec:
     mapping: Callable[..., Any]
     assemble: Callable[..., Any] | None = None
     towers: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ()
+    connector: str = ""
     parts: Callable[[Path], dict[str, Path] | None] | None = None
     add_end_of_utterance: Callable[..., Any] | None = None
     reference: Callable[[Any], Any] | None = None
@@ -246,3 +249,24 @@ def family_of(hf_config: dict[str, Any]) -> FamilySpec:
             if wanted in get(name).model_types:
                 return get(name)
     raise ConfigError(f"no model family reads model_type {model_type!r}; known families: {', '.join(FAMILIES)}")
+
+
+def assembler(tower: str, decoder: str, connector: str | None = None) -> FamilySpec:
+    """Returns the family that joins a tower and a decoder (their ``model_type``).
+
+    Args:
+        tower, decoder: what is joined.
+        connector: by what; None: the first family that takes both.
+
+    Raises:
+        ConfigError: there is none, with those that there are.
+    """
+    specs = [spec for spec in map(get, FAMILIES) if spec.assemble]
+    for spec in specs:
+        if tower.startswith(spec.towers) and decoder in spec.decoders and connector in (None, spec.connector):
+            return spec
+    offered = "; ".join(f"{'|'.join(s.towers)} + {s.connector} + {'|'.join(s.decoders)}" for s in specs)
+    raise ConfigError(
+        f"{tower} + {connector or 'any connector'} + {decoder} is not built (for most of such transformers has no class); "
+        f"what is: {offered}"
+    )

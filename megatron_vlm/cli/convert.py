@@ -10,8 +10,9 @@ from megatron_vlm.log import setup_logging
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds ``hf2mg``, ``mg2hf``, ``merge``, ``pth2hf`` and ``verify``; ``convert_commands`` runs them."""
+    """Adds ``hf2mg``, ``assemble``, ``mg2hf``, ``merge``, ``pth2hf`` and ``verify``; ``convert_commands`` runs them."""
     _add_hf2mg(commands)
+    _add_assemble(commands)
     parser = commands.add_parser("mg2hf", help="Megatron weights or a training checkpoint -> Hugging Face directory")
     add_path(parser, "--load", "Megatron weights, a training checkpoint or one iter_ folder", required=True)
     add_path(parser, "--out", "absent or an empty directory", required=True)
@@ -119,7 +120,26 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="add <end_of_utterance> to a vocabulary without it (the base variant): tokenizer, config, one new row",
     )
-    new = parser.add_argument_group("parts that are made new (--llm and --vision)")
+    _add_new_parts(parser.add_argument_group("parts that are made new (--llm and --vision)"))
+
+
+def _add_assemble(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "assemble", help="vision tower + connector + language model -> a new model, as transformers' class that runs it"
+    )
+    add_path(parser, "--vision", "the tower: CLIP, SigLIP or InternViT", required=True)
+    add_path(parser, "--llm", "the language model: Llama, Mistral, Qwen2, Qwen3 or InternLM2", required=True)
+    kinds = ("mlp", "pixel_shuffle", "perceiver")
+    parser.add_argument("--connector", choices=kinds, required=True, help="what joins them; drawn anew")
+    add_path(parser, "--projector", "trained projector of a LLaVA: a folder, or XTuner's .pth", metavar="PATH")
+    add_path(parser, "--out", "absent or an empty directory", required=True)
+    _add_dtype(parser)
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (5GB)")
+    parser.set_defaults(end_of_utterance=False)
+    _add_new_parts(parser.add_argument_group("parts that are made new"))
+
+
+def _add_new_parts(new: "argparse._ArgumentGroup") -> None:
     new.add_argument("--seed", type=int, metavar="N", help="of everything drawn (default: 0)")
     new.add_argument(
         "--image-size",
@@ -144,7 +164,11 @@ def run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megatron-vlm convert", description="Converts weights between Hugging Face and Megatron layouts."
     )
-    add_parser(parser.add_subparsers(dest="command", required=True, metavar="hf2mg | mg2hf | merge | pth2hf | verify"))
+    add_parser(
+        parser.add_subparsers(
+            dest="command", required=True, metavar="hf2mg | assemble | mg2hf | merge | pth2hf | verify"
+        )
+    )
     args = parser.parse_args(argv)
     setup_logging(rank=0)
     from megatron_vlm.cli import convert_commands  # torch

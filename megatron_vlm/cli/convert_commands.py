@@ -4,13 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm import registry
 from megatron_vlm.config import apply_overrides
 from megatron_vlm.conversion import convert
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.conversion.verify import verify as compare
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.options import xtuner
+from megatron_vlm.weights.hf_io import CONFIG_NAME, resolve_directory
 
 
 def hf2mg(args: argparse.Namespace) -> int:
@@ -36,6 +39,21 @@ def hf2mg(args: argparse.Namespace) -> int:
         quantize_groups=args.quantize_groups or ("llm",),
         verify_hashes=args.verify_hashes,
     )
+    return 0
+
+
+def assemble(args: argparse.Namespace) -> int:
+    """Vision tower + connector + language model -> Hugging Face directory."""
+    tower, decoder = (
+        str(read_json(resolve_directory(part) / CONFIG_NAME, ConversionError).get("model_type"))
+        for part in (args.vision, args.llm)
+    )
+    family = registry.assembler(tower, decoder, args.connector).name
+    options = _assemble_options(args)
+    with convert.open_model(
+        None, family=family, llm=args.llm, vision=args.vision, projector=args.projector, assemble=options
+    ) as source:
+        convert.export_hf(source, args.out, dtype=convert.params_dtype(args.dtype), max_shard_size=args.max_shard_size)
     return 0
 
 
@@ -115,4 +133,12 @@ def verify(args: argparse.Namespace) -> int:
     return 0 if compare(args.hf, args.load, level=args.level, family=args.family).passed else 1
 
 
-COMMANDS = {"hf2mg": hf2mg, "mg2hf": mg2hf, "merge": merge, "pth2hf": pth2hf, "pth_to_hf": pth2hf, "verify": verify}
+COMMANDS = {
+    "hf2mg": hf2mg,
+    "assemble": assemble,
+    "mg2hf": mg2hf,
+    "merge": merge,
+    "pth2hf": pth2hf,
+    "pth_to_hf": pth2hf,
+    "verify": verify,
+}

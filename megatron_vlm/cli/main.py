@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": ("megatron_vlm.cli.evaluate", "answer held-out records and score the answers"),
     "chat": ("megatron_vlm.cli.chat", "talk to a model in the terminal, with pictures, beside another one"),
     "demo": ("megatron_vlm.cli.demo", "the same on a page in the browser"),
-    "convert": ("megatron_vlm.cli.convert", "hf2mg, mg2hf, merge, pth2hf and verify"),
+    "convert": ("megatron_vlm.cli.convert", "hf2mg, assemble, mg2hf, merge, pth2hf and verify"),
     "verify-card": (
         "megatron_vlm.cli.verify_card",
         "measure what is claimed of a family, on its tiny twin, without a GPU",

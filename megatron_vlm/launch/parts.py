@@ -44,15 +44,18 @@ def assemble(launch: LaunchConfig, family: str | None, output: Path, precision: 
     folder = output / f"assembled-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
     if not (folder / MANIFEST).exists():
         log.info("assembling %s of %s and %s", folder, launch.llm, launch.vision)
-        family = family or _family_of(launch.vision)
+        family = family or _family_of(launch.vision, launch.llm)
         hf2mg(None, folder, family=family, llm=launch.llm, vision=launch.vision, projector=projector, dtype=precision)
     return str(folder)
 
 
-def _family_of(vision: str) -> str:
-    """The family that takes such a tower."""
-    tower = str(read_json(resolve_directory(vision) / CONFIG_NAME, ConversionError).get("model_type"))
-    for spec in map(registry.get, registry.FAMILIES):
-        if spec.towers and tower.startswith(spec.towers):
-            return spec.name
-    raise ConfigError(f"no family is known that takes the tower {vision} ({tower}): name it, --family NAME")
+def _family_of(vision: str, llm: str) -> str:
+    """The family that takes such parts."""
+    tower, decoder = (
+        str(read_json(resolve_directory(part) / CONFIG_NAME, ConversionError).get("model_type"))
+        for part in (vision, llm)
+    )
+    try:
+        return registry.assembler(tower, decoder).name
+    except ConfigError as error:
+        raise ConfigError(f"{vision} and {llm}: {error}; or name a family, --family NAME") from error

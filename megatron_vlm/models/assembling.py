@@ -1,7 +1,8 @@
-"""What families share that make one model out of parts: tensors drawn by name, and vocabularies with new rows."""
+"""What families share that make one model out of parts: tensors drawn by name or renamed, and vocabularies with new rows."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.files import read_bytes
+from megatron_vlm.weights.mapping import Entry, TensorInfo, TensorStore
+
+Tensors = tuple[dict[str, Callable[[], Tensor]], dict[str, TensorInfo]]
+"""Readers and infos of tensors by name."""
 
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md")
 
@@ -53,6 +58,33 @@ def extended_rows(
         return full
 
     return read_extended
+
+
+def renamed(store: TensorStore, own: Iterable[Entry], target: Mapping[str, Entry]) -> Tensors:
+    """Tensors of ``store``, which are named as ``own`` says, under the names of ``target`` (our name -> entry)."""
+    readers: dict[str, Callable[[], Tensor]] = {}
+    infos: dict[str, TensorInfo] = {}
+    for entry in own:
+        other = target[entry.name]
+        full = entry.to_full([store.infos[name].meta() for name in entry.hf])
+        for index, (name, part) in enumerate(zip(other.hf, other.from_full(full), strict=True)):
+            infos[name] = TensorInfo.of(part)
+            readers[name] = partial(_read_part, store, entry, other, index)
+    return readers, infos
+
+
+def prefixed(tensors: Tensors, prefix: str) -> Tensors:
+    """The same under longer names."""
+    readers, infos = tensors
+    return {prefix + name: read for name, read in readers.items()}, {
+        prefix + name: info for name, info in infos.items()
+    }
+
+
+def _read_part(store: TensorStore, entry: Entry, other: Entry, index: int) -> Tensor:
+    if len(entry.hf) == len(other.hf):
+        return store.read(entry.hf[index])
+    return other.from_full(entry.to_full([store.read(name) for name in entry.hf]))[index]
 
 
 def copy_small_files(source: Path, destination: Path) -> None:

@@ -1,10 +1,11 @@
-"""CLIP's vision transformer over square images of one size, several of them as segments of one row.
+"""CLIP's vision transformer, or SigLIP's, over square images of one size, several of them as segments of one row.
 
     pixels [C, S, S] each --patchify, linear--> [n * n, Hv] --CLS in front, + position table--> pre_layernorm --encoder-->
     states of the selected layer, CLS dropped: [I * n * n, Hv]
 
 Legend: I images of the row, S image size, n = S // patch size, Hv hidden size of the tower. No norm after the encoder: the users
-of this tower read one of its hidden states. Source of the semantics: transformers 5.23, models/clip/modeling_clip.py.
+of this tower read one of its hidden states. SigLIP's has no class token and no norm before the encoder. Source of the semantics:
+transformers 5.23, models/clip/modeling_clip.py and models/siglip/modeling_siglip.py.
 """
 
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ class ClipVisionModel(nn.Module):
         config: of the encoder, for the norms.
         patch_size, num_channels: of the tower.
         side: patches along one side of an image, which the position table is made for.
+        siglip: SigLIP's: no class token, biases of the patch embedding, no norm before the encoder.
 
     Attributes:
         smallest: patches along one side of the image that rows without images run on (models/fusion.py).
@@ -49,17 +51,18 @@ class ClipVisionModel(nn.Module):
         patch_size: int,
         num_channels: int,
         side: int,
+        siglip: bool = False,
     ):
         super().__init__()
         hidden, epsilon = config.hidden_size, config.layernorm_epsilon
         like = next(encoder.parameters())
         options: dict[str, Any] = dict(dtype=like.dtype, device=like.device)
         self.patch_size, self.side = patch_size, side
-        self.class_embedding = nn.Parameter(torch.zeros(hidden, **options))
-        self.patch_embedding = nn.Conv2d(num_channels, hidden, patch_size, stride=patch_size, bias=False, **options)
-        self.position_embedding = nn.Embedding(side * side + 1, hidden, **options)
+        self.class_embedding = None if siglip else nn.Parameter(torch.zeros(hidden, **options))
+        self.patch_embedding = nn.Conv2d(num_channels, hidden, patch_size, stride=patch_size, bias=siglip, **options)
+        self.position_embedding = nn.Embedding(side * side + (not siglip), hidden, **options)
         norm = backend_of(config).norm(config)
-        self.pre_layernorm = norm(config, hidden, epsilon)
+        self.pre_layernorm = nn.Identity() if siglip else norm(config, hidden, epsilon)
         self.unused_layers = nn.ModuleList(encoder.layers[num_run_layers:])
         self.unused_layernorm = norm(config, hidden, epsilon)
         encoder.layers = nn.ModuleList(encoder.layers[:num_run_layers])
@@ -85,20 +88,23 @@ class ClipVisionModel(nn.Module):
         for image in pixels:
             if tuple(image.shape[1:]) != (size, size):
                 raise DataError(
-                    f"the CLIP tower has positions for {size}x{size} pixels, got an image of "
+                    f"the tower has positions for {size}x{size} pixels, got an image of "
                     f"{image.shape[2]}x{image.shape[1]}: the processor's image size and the model's differ"
                 )
         weight = self.patch_embedding.weight
         patches = torch.stack([patchify(image, self.patch_size) for image in pixels]).to(weight.dtype)
-        x = F.linear(patches, weight.flatten(1))
-        count = 1 + side * side
+        x = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
+        first = int(self.class_embedding is not None)
+        count = first + side * side
         positions = self.position_embedding.weight[:count]  # of all, too: autograd's order must not depend on the row
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + positions
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+        x = x + positions
         row = RowParams.of(cumulative([count] * len(x), x.device), count, len(x) * count)
         x = self.pre_layernorm(x).reshape(-1, 1, x.shape[-1])
         x = self.encoder(x, attention_mask=None, packed_seq_params=row)
-        states = x.view(len(pixels), count, -1)[:, 1:].reshape(len(pixels) * (count - 1), -1)
-        return states, [count - 1] * len(pixels)
+        states = x.view(len(pixels), count, -1)[:, first:].reshape(len(pixels) * (count - first), -1)
+        return states, [count - first] * len(pixels)
 
     def side_of(self, pixels: Sequence[Tensor]) -> int:
         """Patches along one side of the images of a row: the table's, or ``smallest`` where an image of that size leads."""

@@ -79,7 +79,12 @@ def build_clip(
     clip: ClipConfig, topology: Topology, options: ModelOptions, tower: type[ClipVisionModel] | None = None
 ) -> ClipVisionModel:
     """The tower (of a subclass ``tower``, if given); whole on every rank where its heads do not divide."""
-    encoder = build_encoder(clip, topology, options, quick_gelu if clip.hidden_act == "quick_gelu" else F.gelu)
+    activations: dict[str, Callable[[Tensor], Tensor]] = {
+        "quick_gelu": quick_gelu,
+        "gelu": F.gelu,
+        "gelu_pytorch_tanh": gelu_tanh,
+    }
+    encoder = build_encoder(clip, topology, options, activations[clip.hidden_act])
     return (tower or ClipVisionModel)(
         encoder,
         num_run_layers=clip.num_run_layers,
@@ -87,6 +92,7 @@ def build_clip(
         patch_size=clip.patch_size,
         num_channels=clip.num_channels,
         side=clip.side,
+        siglip=clip.siglip,
     )
 
 

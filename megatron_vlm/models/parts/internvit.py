@@ -75,6 +75,22 @@ class InternVitConfig(TowerConfig):
         values = {**vision, **{name: size[0] for name, size in sizes.items()}}
         return cls._of(values, vision["attention_bias"], vision["use_qk_norm"])
 
+    def to_native(self) -> dict[str, Any]:
+        """As transformers' config has it."""
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "image_size": [self.image_size, self.image_size],
+            "patch_size": [self.patch_size, self.patch_size],
+            "num_channels": self.num_channels,
+            "norm_type": self.norm_type,
+            "layer_norm_eps": self.norm_epsilon,
+            "attention_bias": self.qkv_bias,
+            "use_qk_norm": self.qk_norm,
+        }
+
     @classmethod
     def _of(cls, values: Mapping[str, Any], qkv_bias: bool, qk_norm: bool) -> "InternVitConfig":
         require("vision_config.hidden_act", values["hidden_act"], "gelu", "InternVL3")

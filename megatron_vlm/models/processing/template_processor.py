@@ -106,7 +106,7 @@ def prompt_settings(hf_dir: Path, config: DataConfig, family: str, vocab_size: i
     """Fields of the processor that tokenizer files and the data section decide.
 
     Without ``data.template`` the prompt is the one of the folder's chat template, where that is one of ours; else
-    ``internlm2_chat`` where the vocabulary has its tokens, else ``vicuna``.
+    ``internlm2_chat`` where the vocabulary has its tokens, ``vicuna`` where it has ``</s>``, else ``default``, which needs none.
 
     Raises:
         ConfigError: no tokenizer, a template without its tokens, or tokens beyond the model's vocabulary.
@@ -115,10 +115,14 @@ def prompt_settings(hf_dir: Path, config: DataConfig, family: str, vocab_size: i
     tokenizer = load_tokenizer(hf_dir, ALIASES)
     bos, eos, pad = special_tokens(hf_dir).values()
     eos = eos or "</s>"
-    fits = all(tokenizer.token_id(token) is not None for token in TEMPLATES["internlm2_chat"].special)
+    fitting = (
+        name
+        for name in ("internlm2_chat", "vicuna", "default")
+        if all(tokenizer.token_id(token) is not None for token in TEMPLATES[name].special)
+    )
     written = chat_template(hf_dir)
     own = next((name for name, form in TEMPLATES.items() if form.jinja(bos or "", eos) == written), None)
-    template = TEMPLATES[config.template or own or ("internlm2_chat" if fits else "vicuna")]
+    template = TEMPLATES[config.template or own or next(fitting)]
     if own not in (None, template.name):
         LOGGER.warning(
             "data.template is %s, the chat template in %s is %s: whoever uses the trained model must write prompts as %s",

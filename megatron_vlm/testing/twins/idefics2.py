@@ -1,5 +1,6 @@
 """A tiny Idefics2 checkpoint with tokenizer and processor, written where a test wants it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(end_of_utterance: bool = True, vocab_size: int = 400):
+def tiny_tokenizer(end_of_utterance: bool = True, vocab_size: int = 400, added: Sequence[str] = SPECIAL_TOKENS):
     """Trains a byte-level BPE tokenizer with Llama's and Idefics2's special tokens: ids 0-2 are <unk>, <s>, </s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -37,7 +38,7 @@ def tiny_tokenizer(end_of_utterance: bool = True, vocab_size: int = 400):
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
-    fast.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[: 3 if end_of_utterance else 2])})
+    fast.add_special_tokens({"additional_special_tokens": list(added[: 3 if end_of_utterance else 2])})
     return fast
 
 

@@ -15,6 +15,10 @@ SPEC = FamilySpec(
     processor=_part("processor:Idefics2Processor.from_pretrained"),
     stop_ids=_part("processor:stop_ids"),
     mapping=_part("mapping:idefics2_mapping"),
+    assemble=_part("assemble:assemble"),
+    towers=("siglip",),
+    decoders=("mistral", "qwen2", "qwen3"),
+    connector="perceiver",
     add_end_of_utterance=_part("assemble:add_end_of_utterance"),
     reference=_part("reference:Idefics2Reference"),
     adapters=AdapterSpec(
@@ -29,7 +33,6 @@ LLAMA3_SPEC = replace(
     SPEC,
     name="idefics2_llama3",
     model_types=("idefics2/llama",),
-    assemble=_part("assemble:assemble"),
-    towers=("siglip",),
+    decoders=("llama", "internlm2"),
     recipes=lambda hf_config: replace(SPEC.recipes(hf_config), full="finetune_idefics2_llama3"),
 )

@@ -1,6 +1,6 @@
 """Makes an Idefics2 model out of parts, tensor by tensor: nothing is read until a converter asks for it.
 
-    assemble:               Llama 3 + SigLIP + fresh connector + 3 added tokens --> HFModel
+    assemble:               language model + SigLIP + fresh connector + 3 added tokens --> HFModel
     add_end_of_utterance:   Idefics2 without <end_of_utterance> + 1 token       --> HFModel
 
 Both write the non-weight files (config, generation config, tokenizer, processor, chat template) to a folder.
@@ -21,7 +21,8 @@ from megatron_vlm.errors import ConfigError, ConversionError, nearest
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.assembling import copy_licences, extended_rows, generator
-from megatron_vlm.models.processing.processor_files import add_stops
+from megatron_vlm.models.families.internlm2.llama import llama_config, llama_tensors
+from megatron_vlm.models.processing.processor_files import add_stops, load_tokenizer
 from megatron_vlm.weights.mapping import DerivedTensors, HFModel, TensorInfo, TensorStore
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
@@ -33,6 +34,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """Of HuggingFaceM4/idefics2-8b, processor_config.json."""
+_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "internlm2")
 _EMBEDDING, _HEAD = "model.text_model.embed_tokens.weight", "lm_head.weight"
 _POSITIONS = "model.vision_model.embeddings.position_embedding.weight"
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unk>")
@@ -61,10 +63,10 @@ class AssembleOptions(Config):
 
 
 def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any]) -> HFModel:
-    """Joins a Llama model and a SigLIP tower by a fresh connector.
+    """Joins a language model and a SigLIP tower by a fresh connector.
 
     Args:
-        llm: LlamaForCausalLM.
+        llm: a model of Llama's shape, or InternLM2ForCausalLM, which becomes one.
         vision: SiglipVisionModel, or a whole SiglipModel, of which the text tower is left out.
         files: empty folder that takes the non-weight files.
         settings: of AssembleOptions: how the new parts are made. They have the dtype of the LLM's embedding.
@@ -73,23 +75,26 @@ def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any
         ConversionError: a part is of another architecture, or has tensors missing or unknown.
     """
     options = AssembleOptions.from_dict(settings)
-    if llm.config.get("model_type") != "llama":
-        raise ConversionError(f"--llm {llm.directory} has model_type {llm.config.get('model_type')!r}, not 'llama'")
+    if llm.config.get("model_type") not in _DECODERS:
+        found = llm.config.get("model_type")
+        raise ConversionError(f"--llm {llm.directory} has model_type {found!r}, not one of {', '.join(_DECODERS)}")
+    language, language_infos = llama_tensors(llm)
     tokenizer = _tokenizer(llm.directory)
     known = len(tokenizer)
     _add_tokens(tokenizer, [FAKE, IMAGE, END_OF_UTTERANCE])
     pad = _reserve_pad(tokenizer)
     config = _config(llm, vision, tokenizer, options)
-    if "model.embed_tokens.weight" not in llm.tensors.infos:
+    if "model.embed_tokens.weight" not in language_infos:
         raise ConversionError(f"--llm {llm.directory} has no model.embed_tokens.weight")
-    dtype = llm.tensors.infos["model.embed_tokens.weight"].dtype
+    dtype = language_infos["model.embed_tokens.weight"].dtype
     config.dtype = dtype
     _write_files(files, llm, config, tokenizer, pad)
 
     infos: dict[str, TensorInfo] = {}
     readers: dict[str, Callable[[], Tensor]] = {}
     expected = _expected_shapes(config)
-    names = _source_names(llm, vision, expected)
+    stored = DerivedTensors(language_infos, language, (llm.tensors,))
+    names = _source_names(HFModel(directory=llm.directory, config=llm.config, tensors=stored), vision, expected)
     new_ids = list(range(known, len(tokenizer)))
     for name, shape in expected.items():
         if name not in names:
@@ -167,7 +172,7 @@ def _reserve_pad(tokenizer: Any) -> int:
 
 
 def _config(llm: HFModel, vision: HFModel, tokenizer: Any, options: AssembleOptions) -> Any:
-    from transformers import AutoConfig, Idefics2Config, SiglipVisionConfig
+    from transformers import AutoConfig, Idefics2Config, LlamaConfig, SiglipVisionConfig
     from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 
     model_type = vision.config.get("model_type")
@@ -176,7 +181,8 @@ def _config(llm: HFModel, vision: HFModel, tokenizer: Any, options: AssembleOpti
     tower = SiglipVisionConfig.from_dict(
         vision.config.get("vision_config", {}) if model_type == "siglip" else vision.config
     )
-    text = AutoConfig.from_pretrained(llm.directory).to_dict()
+    own = llm.config.get("model_type") != "internlm2"
+    text = (AutoConfig.from_pretrained(llm.directory) if own else LlamaConfig(**llama_config(llm.config))).to_dict()
     for key in ("_name_or_path", "architectures", "dtype", "transformers_version"):  # said once, for the whole
         text.pop(key, None)
     text["vocab_size"] = max(text["vocab_size"], len(tokenizer))
@@ -189,7 +195,7 @@ def _config(llm: HFModel, vision: HFModel, tokenizer: Any, options: AssembleOpti
         if key not in known:
             raise ConfigError(f"unknown perceiver option {key!r}{nearest(key, known)}")
     return Idefics2Config(
-        text_config={**text, "model_type": "llama"},
+        text_config=text,
         vision_config={
             key: getattr(tower, key)
             for key in (
@@ -303,11 +309,9 @@ def _resized(read: Callable[[], Tensor], shape: tuple[int, ...]) -> Callable[[],
 
 
 def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        return load_tokenizer(directory)
+    except ConfigError as error:
         raise ConversionError(f"{directory} has no tokenizer that tokens could be added to: {error}") from error
 
 

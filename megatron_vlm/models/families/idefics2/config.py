@@ -52,8 +52,6 @@ class Idefics2ModelConfig(Config):
                 f"an Idefics2 config has model_type 'idefics2', this one has {hf_config.get('model_type')!r}"
             )
         hf = Idefics2Config.from_dict(dict(hf_config))
-        if hf.text_config.model_type not in ("mistral", "llama"):
-            raise ConfigError(f"Idefics2's text model must be mistral or llama, got {hf.text_config.model_type!r}")
         return cls(
             vision=SiglipConfig.from_hf(hf.vision_config.to_dict()),
             perceiver=PerceiverConfig.from_hf(hf.perceiver_config.to_dict()),

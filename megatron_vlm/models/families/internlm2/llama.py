@@ -4,15 +4,19 @@ Query, key and value apart, InternLM2 computes what Llama does, dynamic NTK incl
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.models.assembling import copy_licences
-from megatron_vlm.models.families.internlm2.config import internlm2_text_config
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.assembling import Tensors, copy_licences, renamed
+from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig, internlm2_text_config
+from megatron_vlm.models.families.internlm2.mapping import internlm2_mapping, llama_mapping
 from megatron_vlm.models.families.internlm2.processor import InternLM2Processor
 from megatron_vlm.models.processing.processor_files import special_tokens
 from megatron_vlm.models.processing.template_processor import write_tokenizer
+from megatron_vlm.weights.mapping import HFModel, Mapping
 
 
 def write_llama_files(hf_dir: Path, hf_config: dict[str, Any], directory: Path) -> None:
@@ -49,3 +53,29 @@ def llama_config(hf_config: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": text.tie_word_embeddings,
         **{key: value for key, value in hf_config.items() if key in kept},
     }
+
+
+def llama_tensors(llm: HFModel) -> Tensors:
+    """Readers and infos of a language model's tensors by the names of Llama: InternLM2's taken apart, any other's as they are.
+
+    Raises:
+        ConversionError: tensors missing or unknown in an InternLM2.
+    """
+    stored = llm.tensors.infos
+    if llm.config.get("model_type") != "internlm2":
+        names = [name for name in stored if not name.endswith("rotary_emb.inv_freq")]
+        return {name: partial(llm.tensors.read, name) for name in names}, {name: stored[name] for name in names}
+    config = InternLM2ModelConfig.from_hf(llm.config)
+    own, llama = internlm2_mapping(config), llama_mapping(config).by_name()
+    _compare(own, set(stored) - set(own.hf_tied) - own.ignored, llm)
+    return renamed(llm.tensors, own, llama)
+
+
+def _compare(own: Mapping, stored: set[str], llm: HFModel) -> None:
+    wanted = own.hf_names()
+    missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
+    if missing or unknown:
+        raise ConversionError(
+            f"--llm {llm.directory} is not InternLM2: {len(missing)} tensors missing ({', '.join(missing[:10])}), "
+            f"{len(unknown)} unknown ({', '.join(unknown[:10])})"
+        )

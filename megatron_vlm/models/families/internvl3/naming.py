@@ -11,7 +11,10 @@ from megatron_vlm.models.families.internvl3.processor import CONTEXT, START, STO
 from megatron_vlm.models.families.internvl3.prompts import CLOSE, PROMPTS
 from megatron_vlm.models.processing.processor_files import load_tokenizer, processor_settings
 
-VIDEO = "<video>"
+MARKS = {
+    "start_image_token": START, "end_image_token": STOP, "context_image_token": CONTEXT, "video_token": "<video>",
+}  # fmt: skip
+"""Tokens that transformers' processor asks its tokenizer for."""
 # Same value, other name: chat -> hf.
 _TEXT = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
@@ -31,8 +34,7 @@ def _write_native(model: InternVL3ModelConfig, hf_dir: Path, hf_config: dict[str
     from transformers import GenerationConfig, InternVLConfig
 
     llm, vision = hf_config["llm_config"], model.vision
-    marks = {"start_image_token": START, "end_image_token": STOP, "context_image_token": CONTEXT, "video_token": VIDEO}
-    tokenizer = load_tokenizer(hf_dir, extra_special_tokens=marks)
+    tokenizer = load_tokenizer(hf_dir, extra_special_tokens=MARKS)
     tokenizer.save_pretrained(directory)
     ids = tokenizer.convert_tokens_to_ids
     side = hf_config.get("force_image_size") or vision.image_size
@@ -47,19 +49,7 @@ def _write_native(model: InternVL3ModelConfig, hf_dir: Path, hf_config: dict[str
         text |= {"model_type": model.text.model_type, "tie_word_embeddings": model.text.tie_word_embeddings}
     config = InternVLConfig(
         text_config=text,
-        vision_config={
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.ffn_hidden_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_attention_heads,
-            "image_size": [vision.image_size, vision.image_size],
-            "patch_size": [vision.patch_size, vision.patch_size],
-            "num_channels": vision.num_channels,
-            "norm_type": vision.norm_type,
-            "layer_norm_eps": vision.norm_epsilon,
-            "attention_bias": vision.qkv_bias,
-            "use_qk_norm": vision.qk_norm,
-        },
+        vision_config=vision.to_native(),
         image_token_id=ids(CONTEXT),
         image_seq_length=model.tile_tokens(side),
         downsample_ratio=1 / model.shuffle,

@@ -1,4 +1,4 @@
-"""LLaVA: a CLIP tower, a two-layer MLP, and InternLM2 or a decoder of Llama's shape (LLaVA-1.5)."""
+"""LLaVA: a CLIP or SigLIP tower, a two-layer MLP, and InternLM2 or a decoder of Llama's shape (LLaVA-1.5)."""
 
 from functools import partial
 
@@ -23,7 +23,9 @@ SPEC = FamilySpec(
     stop_ids=_part("processor:stop_ids"),
     mapping=_part("mapping:llava_mapping"),
     assemble=_part("assemble:assemble"),
-    towers=("clip",),
+    towers=("clip", "siglip"),
+    decoders=("internlm2", "llama", "mistral", "qwen2", "qwen3"),
+    connector="mlp",
     parts=_part("xtuner:find_parts"),
     reference=_part("reference:LlavaReference"),
     adapters=AdapterSpec(

@@ -1,8 +1,8 @@
-"""Makes a LLaVA out of a language model, a CLIP tower and, where there is one, a trained projector.
+"""Makes a LLaVA out of a language model, a vision tower and, where there is one, a trained projector.
 
-    InternLM2 (query, key and value taken apart) | Llama  --+
-    CLIP vision tower  -------------------------------------+--> HFModel, as transformers' LlavaForConditionalGeneration
-    XTuner's projector | fresh one  ------------------------+
+    InternLM2 (query, key and value taken apart), Llama, Mistral, Qwen2, Qwen3  --+
+    CLIP or SigLIP vision tower  -------------------------------------------------+--> HFModel, as transformers'
+    XTuner's projector, or a fresh one  ------------------------------------------+    LlavaForConditionalGeneration
 
 Nothing is read until a converter asks for it. The non-weight files of the language model are kept in a folder ``xtuner``, so
 that it can be written back in its own form.
@@ -23,20 +23,18 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.text.templates import IMAGE
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_json
-from megatron_vlm.models.assembling import copy_licences, copy_small_files, extended_rows, generator
-from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
-from megatron_vlm.models.families.internlm2.llama import llama_config
-from megatron_vlm.models.families.internlm2.mapping import internlm2_mapping, llama_mapping
+from megatron_vlm.models.assembling import copy_licences, copy_small_files, extended_rows, generator, prefixed
+from megatron_vlm.models.families.internlm2.llama import llama_config, llama_tensors
 from megatron_vlm.models.families.llava_internlm2.config import SOURCE, LlavaModelConfig
 from megatron_vlm.models.families.llava_internlm2.mapping import PROJECTOR, VISION, llava_mapping
-from megatron_vlm.models.processing.pixels import CLIP
+from megatron_vlm.models.processing.pixels import CLIP, HALF
 from megatron_vlm.models.processing.processor_files import special_tokens
 from megatron_vlm.models.processing.template_processor import (
     TemplateProcessor,
     prompt_settings,
     write_tokenizer,
 )
-from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, Mapping, TensorInfo, TensorStore
+from megatron_vlm.weights.mapping import DerivedTensors, HFModel, TensorInfo
 
 FEATURE_LAYER = -2
 PARTS = "xtuner"
@@ -45,7 +43,10 @@ _LINEARS = {  # XTuner's name -> transformers'
     for old, new in ((0, 1), (2, 2))
     for kind in ("weight", "bias")
 }
-_LEFT_OUT = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")  # of a whole CLIP
+_LEFT_OUT = (  # of a whole CLIP or SigLIP
+    "text_model.", "visual_projection.", "text_projection.", "logit_", "vision_model.head.", "head.",
+)  # fmt: skip
+_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # of a whole model, and of the tower alone
 _SAID_ONCE = ("_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version")
 
 
@@ -71,7 +72,8 @@ def assemble(
 
     Args:
         llm: InternLM2ForCausalLM, or a model of Llama's shape.
-        vision: CLIPVisionModel, or a whole CLIPModel, of which the text tower is left out.
+        vision: CLIPVisionModel or SiglipVisionModel, or a whole model, of which the text tower is left out; SigLIP's pooling
+            head too.
         files: empty folder that takes the non-weight files.
         settings: of AssembleOptions: how the new parts are made. They have the dtype of the LLM's embedding.
         projector: under XTuner's names (``model.0.weight`` ...).
@@ -80,7 +82,7 @@ def assemble(
         ConversionError: a part is of another architecture, or has tensors missing, unknown or of a wrong shape.
     """
     options = AssembleOptions.from_dict(settings)
-    readers, infos = _language_tensors(llm)
+    readers, infos = prefixed(llama_tensors(llm), "language_model.")
     tower = _vision_config(vision)
     embedding, head = (f"language_model.{name}" for name in ("model.embed_tokens.weight", "lm_head.weight"))
     dtype, rows = infos[embedding].dtype, infos[embedding].shape[0]
@@ -122,54 +124,18 @@ def assemble(
     return HFModel(directory=files, config=config, tensors=DerivedTensors(infos, readers, sources))
 
 
-def _language_tensors(llm: HFModel) -> tuple[dict[str, Callable[[], Tensor]], dict[str, TensorInfo]]:
-    """Readers and infos of the language model under LLaVA's names."""
-    stored = llm.tensors.infos
-    if llm.config.get("model_type") != "internlm2":
-        names = {name: name for name in stored if not name.endswith("rotary_emb.inv_freq")}
-        return (
-            {f"language_model.{name}": partial(llm.tensors.read, name) for name in names},
-            {f"language_model.{name}": stored[name] for name in names},
-        )
-    config = InternLM2ModelConfig.from_hf(llm.config)
-    own, llama = internlm2_mapping(config), llama_mapping(config).by_name()
-    _compare(own, set(stored) - set(own.hf_tied) - own.ignored, llm)
-    readers: dict[str, Callable[[], Tensor]] = {}
-    infos: dict[str, TensorInfo] = {}
-    for entry in own:
-        target = llama[entry.name]
-        full = entry.to_full([stored[name].meta() for name in entry.hf])
-        for index, (name, part) in enumerate(zip(target.hf, target.from_full(full), strict=True)):
-            infos[f"language_model.{name}"] = TensorInfo.of(part)
-            readers[f"language_model.{name}"] = partial(_read_part, llm.tensors, entry, target, index)
-    return readers, infos
-
-
-def _read_part(store: TensorStore, entry: Entry, target: Entry, index: int) -> Tensor:
-    if len(entry.hf) == len(target.hf):
-        return store.read(entry.hf[index])
-    return target.from_full(entry.to_full([store.read(name) for name in entry.hf]))[index]
-
-
-def _compare(own: Mapping, stored: set[str], llm: HFModel) -> None:
-    wanted = own.hf_names()
-    missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
-    if missing or unknown:
-        raise ConversionError(
-            f"--llm {llm.directory} is not InternLM2: {len(missing)} tensors missing ({', '.join(missing[:10])}), "
-            f"{len(unknown)} unknown ({', '.join(unknown[:10])})"
-        )
-
-
 def _vision_config(vision: HFModel) -> dict[str, Any]:
-    kind = vision.config.get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise ConversionError(f"--vision {vision.directory} has model_type {kind!r}, not a CLIP one")
-    from transformers import CLIPVisionConfig
+    found = str(vision.config.get("model_type"))
+    kind, whole = _TOWERS.get(found, found), found in _TOWERS
+    if kind not in _TOWERS.values():
+        raise ConversionError(f"--vision {vision.directory} has model_type {kind!r}, not a CLIP or SigLIP one")
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-    tower = vision.config.get("vision_config", {}) if kind == "clip" else vision.config
-    resolved = CLIPVisionConfig.from_dict(dict(tower)).to_dict()
-    return {key: value for key, value in resolved.items() if key not in _SAID_ONCE}
+    classes = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
+    tower = vision.config.get("vision_config", {}) if whole else vision.config
+    resolved = classes[kind].from_dict(dict(tower)).to_dict()
+    head = {"vision_use_head": False} if kind == "siglip_vision_model" else {}
+    return {key: value for key, value in resolved.items() if key not in _SAID_ONCE} | head
 
 
 def _write_config(
@@ -186,7 +152,7 @@ def _write_config(
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": FEATURE_LAYER,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": _strategy(tower),
         "tie_word_embeddings": tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "text_config": {key: value for key, value in text.items() if key not in _SAID_ONCE} | {"vocab_size": rows},
@@ -197,10 +163,16 @@ def _write_config(
     return config
 
 
+def _strategy(tower: dict[str, Any]) -> str:
+    """transformers' word for the features that are used: without a class token all are."""
+    return "full" if tower["model_type"] == "siglip_vision_model" else "default"
+
+
 def _write_processor_files(files: Path, vision: HFModel, tower: dict[str, Any]) -> None:
     """Files of transformers' LlavaProcessor, which pads images to squares as LLaVA-1.5 and XTuner do."""
     path, side = vision.directory / "preprocessor_config.json", tower["image_size"]
     own = read_json(path, ConversionError) if path.is_file() else {}
+    statistics = CLIP if _strategy(tower) == "default" else HALF
     images = {
         "image_processor_type": "LlavaImageProcessor",
         "processor_class": "LlavaProcessor",
@@ -209,16 +181,16 @@ def _write_processor_files(files: Path, vision: HFModel, tower: dict[str, Any]) 
         "crop_size": {"height": side, "width": side},
         "resample": own.get("resample", 3),
         "rescale_factor": own.get("rescale_factor", 1 / 255),
-        "image_mean": own.get("image_mean", list(CLIP[0])),
-        "image_std": own.get("image_std", list(CLIP[1])),
+        "image_mean": own.get("image_mean", list(statistics[0])),
+        "image_std": own.get("image_std", list(statistics[1])),
         **{f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")},
     }
     processor = {
         "processor_class": "LlavaProcessor",
         "patch_size": tower["patch_size"],
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": _strategy(tower),
         "image_token": IMAGE,
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": int(_strategy(tower) == "default"),
     }
     for name, content in (("preprocessor_config.json", images), ("processor_config.json", processor)):
         (files / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -40,7 +40,7 @@ class LlavaModelConfig(Config):
         patches = self.vision.side**2
         return ImageCost(
             patches=patches,
-            segments=(patches + 1,),
+            segments=(self.vision.tokens,),
             features=patches,
             connector=projector_flops(patches, self.vision.hidden_size, self.text.hidden_size),
         )
@@ -57,9 +57,17 @@ class LlavaModelConfig(Config):
         if hf_config.get("model_type") != "llava":
             raise ConfigError(f"a LLaVA config has model_type 'llava', this one has {hf_config.get('model_type')!r}")
         hf = LlavaConfig.from_dict(dict(hf_config))
+        strategies = {
+            "clip_vision_model": "default",
+            "siglip_vision_model": "full",
+        }  # without a class token all is features
+        tower = hf.vision_config.model_type
+        if tower not in strategies:
+            raise ConfigError(
+                f"vision_config.model_type {tower!r} is not built for LLaVA: one of {', '.join(strategies)} is"
+            )
         for name, value, wanted in (
-            ("vision_config.model_type", hf.vision_config.model_type, "clip_vision_model"),
-            ("vision_feature_select_strategy", hf.vision_feature_select_strategy, "default"),
+            ("vision_feature_select_strategy", hf.vision_feature_select_strategy, strategies[tower]),
             ("projector_hidden_act", hf.projector_hidden_act, "gelu"),
             ("multimodal_projector_bias", hf.multimodal_projector_bias, True),
         ):

@@ -209,7 +209,7 @@ def test_parts_that_do_not_fit(parts, tmp_path):
         with pytest.raises(error, match=message):
             hf2mg(None, tmp_path / "mg", **{"family": FAMILY, **models, **options})
 
-    refused(ConversionError, "model_type 'internlm2', not a CLIP one", vision=parts["llm"])
+    refused(ConversionError, "model_type 'internlm2', not a CLIP or SigLIP one", vision=parts["llm"])
     refused(ConfigError, "need --family .*llava_internlm2", family=None)
     refused(
         ConfigError,
@@ -251,7 +251,11 @@ def test_a_whole_clip_gives_its_tower(parts, native, tmp_path):
         (dict(vision_feature_select_strategy="full"), "vision_feature_select_strategy 'full' is not built"),
         (dict(vision_feature_layer=[-2, -5]), "vision_feature_layer .* only one layer"),
         (dict(projector_hidden_act="relu"), "projector_hidden_act 'relu'"),
-        (dict(vision_config={"model_type": "siglip_vision_model"}), "vision_config.model_type 'siglip_vision_model'"),
+        (dict(vision_config={"model_type": "siglip_vision_model"}), "strategy 'default' is not built: only 'full'"),
+        (
+            dict(vision_config={"model_type": "internvl_vision"}),
+            "vision_config.model_type 'internvl_vision' is not built",
+        ),
     ],
 )
 def test_configs_that_are_not_built(native, change, message):

@@ -31,7 +31,7 @@ def load_model(
 
     Args:
         source: of the weights.
-        topology, options: as of ``models.built.build_model``.
+        topology, options: as of ``models.built.build_model``; with ``build_on_cpu`` it stays in the CPU's memory.
         quantize: linears to keep in 4 bits; None: those that ``source`` stores so. Their weights never lie on the device in full.
         keep: global names of weights that train, and so are not quantised.
 
@@ -39,12 +39,12 @@ def load_model(
         ConfigError: the model does not divide over the topology, or is stored in 4 bits otherwise than asked for.
         ConversionError: the weights do not fit the model.
     """
-    quantization = agree(source, quantize, options.params_dtype)
+    quantization, stays = agree(source, quantize, options.params_dtype), options.build_on_cpu
     if quantization is not None:
         options = dataclasses.replace(options, build_on_cpu=True)
     model = build_model(source.spec, source.config, topology, options)
     linears = take_weights(model, source, quantization, keep) if quantization is not None else {}
-    model = model.to(topology.device)
+    model = model if stays else model.to(topology.device)
     load_into(source, model)
     if quantization is not None:
         fill(linears, source, quantization, model)

@@ -69,6 +69,7 @@ class Layout:
         recomputing = ", recomputing" + (f" {count} layers" if count else "") if parallel.recompute_granularity else ""
         share = "" if parallel.host_share == 1 else f"{parallel.host_share:.0%} of "
         host = f", {share}the optimizer on the host" if parallel.host_share else ""
+        host = ", weights and optimizer on the host" if parallel.offloads_parameters else host
         sharded = f", {parallel.data_parallel_sharding} sharded" if parallel.fully_sharded else ""
         return " ".join(sizes or ["one rank"]) + sharded + recomputing + host + rows
 
@@ -165,7 +166,7 @@ def _with_less(
         most = max(found.step.layers) // found.step.virtual
         counts = {most * quarters // 4 for quarters in (1, 2, 3)} - {0}
         choices += [dict(recompute_num_layers=count) for count in sorted(counts)]
-    if parallel.offload != asked.parallel.offload:
+    if parallel.offload != asked.parallel.offload and not parallel.offloads_parameters:
         choices += [dict(offload_fraction=share) for share in (0.25, 0.5, 0.75)]
     done: set[str] = set()
     for choice in choices:
@@ -226,7 +227,7 @@ def candidates(
         # Weights that travel for each row cost what the predicted time does not know: only where nothing fits without.
         parallel = layout.config.parallel
         return (
-            parallel.offload != "none",
+            ("none", "optimizer", "optimizer+parameters").index(parallel.offload),
             parallel.fully_sharded,
             layout.step.time,
             layout.grid.pp,
@@ -244,11 +245,14 @@ def _ways(parallel: ParallelConfig, grid: Grid) -> Iterator[ParallelConfig]:
     if asked == "none" and copies > 1:
         never = grid.pp > 1 or parallel.ddp_bucket_size or parallel.vision_parallel == "ahead"
         shardings = ("optimizer",) if never else ("optimizer", "parameters")
-    elif parallel.fully_sharded and copies == 1:
+    elif parallel.fully_sharded and copies == 1 and not parallel.offloads_parameters:
         shardings = ("none",)
     recomputes = (None, "full") if parallel.recompute_granularity is None else (parallel.recompute_granularity,)
     offloads = ("none", "optimizer") if parallel.offload == "none" else (parallel.offload,)
-    for recompute, offload, sharding in itertools.product(recomputes, offloads, shardings):
+    ways = list(itertools.product(offloads, shardings))
+    if asked in ("none", "parameters") and parallel.offload == "none" and grid.pp == 1 and not parallel.ddp_bucket_size:
+        ways.append(("optimizer+parameters", "parameters"))  # the last resort, on one rank too
+    for recompute, (offload, sharding) in itertools.product(recomputes, ways):
         yield parallel.replace(
             **{SETTINGS[axis]: getattr(grid, axis) for axis in SETTINGS},
             decoder_layers_per_stage="auto" if grid.pp > 1 else None,

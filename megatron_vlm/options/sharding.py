@@ -60,8 +60,14 @@ class Sharding:
         """Keys of the run that keep what it asks for beyond stage 1, and lines about what they leave out."""
         wanted, notes = self._wanted(adapts=adapts), []
         settings = {key: value for key, value in wanted.items() if value != self.start.get(key, "none")}
-        if any("weights" in part for part in self.offload):
-            notes.append(f"{self.source}: weights stay on the device: their offload is not built yet")
+        if self._weights and self.stage != 3:
+            notes.append(
+                f"{self.source}: weights stay on the device: they are offloaded with ZeRO stage 3, FSDP FULL_SHARD, alone"
+            )
+        elif self._weights and not self._optimizer:
+            notes.append(
+                f"{self.source}: the optimizer goes to the host with the weights, which are its main parameters"
+            )
         if settings:
             notes.append(f"{self.source} becomes {', '.join(f'{key}={value}' for key, value in settings.items())}")
         return settings, tuple(notes)
@@ -97,9 +103,19 @@ class Sharding:
         if self.stage is not None:
             kinds = ("none", "optimizer", "optimizer" if adapts else "gradients", "parameters")
             wanted["parallel.data_parallel_sharding"] = kinds[self.stage]
-        if self.keeps or any("optimizer" in part for part in self.offload):
+        if self._weights and self.stage == 3:
+            wanted["parallel.offload"] = "optimizer+parameters"
+        elif self.keeps or self._optimizer:
             wanted["parallel.offload"] = "none" if self.keeps else "optimizer"
         return wanted
+
+    @property
+    def _weights(self) -> bool:
+        return any("weights" in part for part in self.offload)
+
+    @property
+    def _optimizer(self) -> bool:
+        return any("optimizer" in part for part in self.offload)
 
 
 def read_sharding(flags: FlagValues, given: Mapping[str, Any], launch: LaunchConfig) -> Sharding:

@@ -72,7 +72,8 @@ class ParallelConfig(Config):
         recompute_num_layers: with ``full``, only so many decoder layers of each stage, the first; None: all.
         recompute_modules: with ``selective``, of a decoder layer ``core_attention``, ``mlp``, ``norm``; ``connector``; ``tower``,
             each layer of it. Empty: core_attention, as in Megatron.
-        offload: ``optimizer``: fp32 main parameters, AdamW's moments and its update are the host's.
+        offload: ``optimizer``: fp32 main parameters, AdamW's moments and its update are the host's; ``optimizer+parameters``: so
+            are weights, frozen ones too, and their gradients, which come to the device for a layer's pass alone.
         offload_fraction: of the numbers that the optimizer holds, on the host.
         offload_activations: what is kept of a forward pass waits in the host's memory, parameters and small tensors left out.
         distributed_timeout_minutes: a collective that waits longer ends the run.
@@ -127,10 +128,10 @@ class ParallelConfig(Config):
                 f"parallel.offload_fraction must be above 0 and at most 1, and goes with offload optimizer, got "
                 f"{self.offload_fraction} and {self.offload}"
             )
-        if self.offload == "optimizer+parameters":
+        if self.offloads_parameters and (self.data_parallel_sharding != "parameters" or self.offload_fraction != 1):
             raise ConfigError(
-                "parallel.offload optimizer+parameters: weights in the host's memory are not built yet: set offload optimizer, "
-                "with data_parallel_sharding parameters on several ranks"
+                "parallel.offload optimizer+parameters goes with data_parallel_sharding parameters, on one rank too, and all of "
+                f"them, got {self.data_parallel_sharding} and offload_fraction {self.offload_fraction}"
             )
         check_recomputation(self.recompute_granularity, self.recompute_num_layers, self.recompute_modules)
         self._check_sharding()
@@ -168,6 +169,11 @@ class ParallelConfig(Config):
     def fully_sharded(self) -> bool:
         """Weights are cut over data parallel ranks."""
         return self.data_parallel_sharding in ("gradients", "parameters")
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Weights and gradients lie in the host's memory between passes."""
+        return self.offload == "optimizer+parameters"
 
     def _check_sharding(self) -> None:
         size, what = self.sharding_group_size, f"parallel.data_parallel_sharding {self.data_parallel_sharding}"

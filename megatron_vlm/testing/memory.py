@@ -4,6 +4,7 @@ Case --measured: real model of random weights, optimizer, two steps on each rank
 """
 
 import gc
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -100,7 +101,9 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
     config, model_config, device = case.config(), case.model_config, torch.device(device_type)
     row = make_row(case.row, model_config)  # of the host
     peak = PeakOnCpu() if device.type == "cpu" else PeakOnGpu()
-    with peak:
+    with ExitStack() as stack:
+        if not config.parallel.offloads_parameters:
+            stack.enter_context(peak)
         topology = build_topology(config.parallel, num_layers=model_config.text.num_layers, device=device)
         seed_step(topology, 0, 0)
         options = config.model_options
@@ -113,6 +116,8 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
             infos = {name: TensorInfo.of(parameter) for name, parameter in global_parameters(model).items()}
             model = adapt(config, model, infos)
         model = wrap_model(model, config.parallel)
+        if config.parallel.offloads_parameters:  # built in the host's memory, and cut there
+            stack.enter_context(peak)
         optimizer = build_optimizer(OptimizerConfig(lr=1e-5), model, config.parallel.host_share)
         rows = [row] * (config.num_microbatches_per_batch // topology.dp)
         for step in range(2):

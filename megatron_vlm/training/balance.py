@@ -38,6 +38,8 @@ _PER_BYTE = 2000.0
 """Operations of a GPU in the time that a byte takes to another of its node: 400 TFLOP/s, 200 GB/s. Between nodes 8 times that."""
 _HELPS, _LONG = 0.9, 1e13
 """Images are encoded ahead where that saves a tenth of a step, of one of more operations of a rank than this: 25 ms."""
+_PER_HOST_BYTE = 16_000.0
+"""Operations of a GPU in the time that a byte takes over the link to its host: 25 GB/s."""
 _PER_HOST_NUMBER = 200_000.0
 """The same of a number whose update is the host's: 6 bytes over its link at 25 GB/s, 28 in its memory at 100 GB/s."""
 _MICROBATCH_TOKENS = 512
@@ -256,6 +258,8 @@ def _shared(
             2 + 2 * (config.training.precision == "fp32"),
         )
         each = (copies - 1) / copies * _link(grid.size("tp", *COPIES)) * (gathers * width * held + 4 * trained)
+        if parallel.offloads_parameters:  # this rank's part comes as often, in fp32 where it trains; its gradients go
+            each += _PER_HOST_BYTE / copies * (gathers * (width * held + (4 - width) * trained) + 4 * trained)
     owned = trained if parallel.data_parallel_sharding == "none" else trained / copies
     return each, _PER_HOST_NUMBER * parallel.host_share * owned
 

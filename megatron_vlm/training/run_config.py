@@ -175,6 +175,11 @@ class RunConfig(Config):
             )
         if training.precision == "fp16" and training.torch_device == "cpu":
             raise ConfigError("training.precision fp16 does not run on the CPU: use bf16 or fp32 there, fp16 on a GPU")
+        if training.precision == "fp16" and self.parallel.offloads_parameters:
+            raise ConfigError(
+                "training.precision fp16 with parallel.offload optimizer+parameters is not built: its loss scale is for "
+                "gradients on the device. Set bf16, or offload optimizer"
+            )
         if training.device == "cuda" and not torch.cuda.is_available() and not training.dry_run:
             raise ConfigError("training.device is cuda, but torch sees no GPU: set training.device=cpu or leave it out")
         if training.precision == "fp32" and not self.parallel.accumulate_allreduce_grads_in_fp32:
@@ -252,7 +257,7 @@ class RunConfig(Config):
             freeze=self.model.freeze,
             drop_path_rate=self.model.drop_path_rate,
             transformer_impl=self.model.transformer_impl,
-            build_on_cpu=self.parallel.fully_sharded and not self.peft.active,
+            build_on_cpu=self.parallel.fully_sharded and (not self.peft.active or self.parallel.offloads_parameters),
         )
 
     @property

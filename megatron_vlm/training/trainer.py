@@ -250,7 +250,8 @@ class Trainer:
         config, layers = self.config, source.config.text.num_layers
         self.topology = build_topology(config.parallel, num_layers=layers, device=self.device)
         options = config.model_options
-        cut_first = options.build_on_cpu and source.quantization is None  # then filled: nothing is whole on the device
+        # Cut, then filled: nothing is whole on the device.
+        cut_first = options.build_on_cpu and self.peft is None and source.quantization is None
         with together(self.device):
             if self.peft is not None:
                 self.model = build_adapted(source, self.peft, self.topology, options, config.training.seed)

@@ -78,8 +78,9 @@ def test_candidates_divide_the_model_and_the_batch():
     assert {layout.grid.dp for layout in found} == {1, 2, 4}  # 8 replicas have no whole row each
     assert {layout.grid.tp for layout in found} == {1, 2, 4, 8} and {layout.grid.cp for layout in found} == {1}
     ways = [(layout.config.parallel, layout.step.time) for layout in found]
-    times = [(parallel.offload != "none", parallel.fully_sharded, time) for parallel, time in ways]
-    assert times == sorted(times) and len({way[:2] for way in times}) == 4  # the host comes last
+    kinds = ("none", "optimizer", "optimizer+parameters")
+    times = [(kinds.index(parallel.offload), parallel.fully_sharded, time) for parallel, time in ways]
+    assert times == sorted(times) and len({way[:2] for way in times}) == 5  # the host comes last
     grown = candidates(case.config(), case.model_config, 8, lambda dp: replace(case, microbatches=4 * dp).config())
     assert {layout.grid.dp for layout in grown} == {1, 2, 4, 8} and {layout.step.microbatches for layout in grown} == {
         4

@@ -208,8 +208,8 @@ def test_what_is_asked_for_is_kept_or_for_the_layout_search_to_do_without(ask, d
     words = {"weights, grad": "parameters", "of gradients": "gradients"}
     shared = next((kind for word, kind in words.items() if word in request.sharding_asked), None)
     assert kept.get("parallel.data_parallel_sharding") == shared
-    assert kept.get("parallel.offload") == ("optimizer" if "offload" in named else None)
-    assert any("weights stay on the device" in note for note in notes) == ("weights and optimizer state" in named)
+    both = "optimizer+parameters" if "weights and optimizer state" in named else "optimizer"
+    assert kept.get("parallel.offload") == (both if "offload" in named else None) and len(notes) == 1
     parallel = request.complete({}, registry.get("idefics2"), 1).run["parallel"]
     assert parallel == {"data_parallel_sharding": "optimizer"}  # whoever asks: the search begins with the same
     parallel = request.complete({}, registry.get("idefics2"), 1, keep_sharding=True).run["parallel"]
@@ -227,8 +227,8 @@ def test_presets_have_names(name):
     )
     shared = {"1": "optimizer", "2": "gradients", "3": "parameters"}[re.search(r"\d", name)[0]]
     assert config.parallel.data_parallel_sharding == shared and config.optimizer.clip_grad == 1.0
-    assert config.parallel.offload == ("optimizer" if "offload" in name else "none")
-    assert any("weights stay" in note for note in notes) == (name == "zero3_offload")
+    offloads = {"deepspeed_zero2_offload": "optimizer", "zero3_offload": "optimizer+parameters"}
+    assert config.parallel.offload == offloads.get(name, "none") and not any("stay" in note for note in notes)
 
 
 def test_stage_2_has_nothing_to_shard_beside_adapters(ask):
@@ -249,7 +249,7 @@ def test_stage_2_has_nothing_to_shard_beside_adapters(ask):
         ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, "--offload optimizer", "= none, .* says optimizer"),
         (None, "--fsdp full_shard --data-parallel-sharding gradients", "= parameters, but the command line says gradients"),
         (None, "--fsdp no_shard --data-parallel-sharding optimizer", "= none, but the command line says optimizer"),
-        (None, "--fsdp full_shard offload --offload none", "offload = optimizer, but the command line says none"),
+        (None, "--fsdp full_shard offload --offload none", "= optimizer.parameters, but the command line says none"),
     ],
 )  # fmt: skip
 def test_the_command_lines_own_sharding_never_gives_way(ask, data, flags, named):
@@ -289,6 +289,9 @@ def test_what_offload_leaves_out_is_said(ask):
     assert "zero_optimization.offload_optimizer.ratio" in "".join(part.notes)
     weights = ask({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}})
     kept, notes = weights.sharding.kept(adapts=False)
-    assert kept == {"parallel.data_parallel_sharding": "parameters"} and "weights stay on the device" in notes[0]
+    both = {"parallel.data_parallel_sharding": "parameters", "parallel.offload": "optimizer+parameters"}
+    assert kept == both and "the optimizer goes to the host with the weights" in notes[0]
+    kept, notes = ask(None, "--fsdp shard_grad_op offload").sharding.kept(adapts=False)
+    assert kept["parallel.offload"] == "optimizer" and "weights stay on the device" in notes[0]
     with pytest.raises(ConfigError, match=r"offload_param.device nvme is not built yet; use cpu"):
         ask({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})

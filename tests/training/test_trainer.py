@@ -145,6 +145,21 @@ def test_a_run_goes_on_in_other_layouts(command, tmp_path, layouts):
     assert states[0]["run"]["data"] == states[1]["run"]["data"]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("more", ["--bf16", "--bf16 peft.target_modules=all-linear peft.r=4"], ids=["full", "adapters"])
+def test_weights_on_the_host_go_on_bit_for_bit(command, tmp_path, more):
+    """A preset of the guides as asked; cut in two, against the same shards on the device."""
+    whole, host = tmp_path / "whole", tmp_path / "host"
+    common = f"{more} --lr-decay-iters 12 --max-grad-norm 1.0"
+    run(command("whole", f"--train-iters 4 --data-parallel-sharding parameters {common} --save {whole}"), 2)
+    run(command("host", f"--train-iters 2 --deepspeed zero3_offload {common} --save {host}"), 2)
+    run(command("host", f"--train-iters 4 --deepspeed zero3_offload {common} --save {host}", load=host), 2)
+    resolved = yaml.safe_load((host / "config.yaml").read_text())["parallel"]
+    assert (resolved["data_parallel_sharding"], resolved["offload"]) == ("parameters", "optimizer+parameters")
+    assert metrics_of(host) == metrics_of(whole)
+    assert_same_weights(host / "iter_0000004", whole / "iter_0000004")
+
+
 def test_stage_switch_starts_schedule_samples_and_clipping_anew(command, tmp_path):
     save = f"--save {tmp_path / 'first'}"
     schedule = "--lr-warmup-iters 2 --lr-warmup-init 1e-4 --clip-grad 0.01"

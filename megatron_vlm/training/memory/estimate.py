@@ -176,7 +176,7 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
     weights = gradients = 0
     updated: list[Tensor] = []
     grad_width = None if parallel.accumulate_allreduce_grads_in_fp32 else "own"
-    sharding = _sharding(config, topology)
+    sharding = _sharding(config, topology, device_kind)
     for chunk in model:
         chunk.lockstep = sharding is not None
         weights += cut_bytes(chunk.buffers(), sharding)
@@ -193,8 +193,14 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
                 updated.append(torch.empty(numel, dtype=torch.float32, device="meta") if sharding else p)
     shards = topology.copies if parallel.data_parallel_sharding == "optimizer" else 1
     states, host, optimizer_peak = _optimizer(updated, parallel, device_kind, shards)
+    if parallel.offloads_parameters:  # weights are their own main parameters
+        buffers = sum(buffer.nbytes for chunk in model for buffer in chunk.buffers() if buffer.dtype != torch.uint8)
+        host += weights - buffers + gradients - 4 * sum(p.numel() for p in updated)
+        weights, gradients, optimizer_peak = buffers, 0, 0
     loading = 0
-    if sharding is not None and config.peft.active:  # the base is whole before it is cut: Trainer._build
+    if (
+        sharding is not None and config.peft.active and not parallel.offloads_parameters
+    ):  # the base is whole before it is cut: Trainer._build
         base = (tensor.nbytes for chunk in model for tensor in (*chunk.parameters(), *chunk.buffers()))
         loading = sum(base) - weights - gradients - states
     activations = peak = 0
@@ -244,7 +250,7 @@ def _optimizer(
     return -(-states // shards), -(-host // shards), peak
 
 
-def _sharding(config: RunConfig, topology: Topology) -> Sharding | None:
+def _sharding(config: RunConfig, topology: Topology, device_kind: Any) -> Sharding | None:
     parallel = config.parallel
     if not parallel.fully_sharded:
         return None
@@ -256,6 +262,8 @@ def _sharding(config: RunConfig, topology: Topology) -> Sharding | None:
         frees=not (keeps and several),
         adds=several,
         reduced=4 if parallel.accumulate_allreduce_grads_in_fp32 else None,
+        host=parallel.offloads_parameters,
+        copies=parallel.offloads_parameters and device_kind == "cuda",
     )
 
 

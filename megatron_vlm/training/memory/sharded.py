@@ -26,6 +26,8 @@ class Sharding:
         frees: whole ones go after a backward pass; False: they stay for the next microbatch.
         adds: shards of gradients are there already, of the microbatch before.
         reduced: bytes of a number in the reduction; None: as many as the parameter's.
+        host: shards lie in the host's memory: they come to the device to be gathered, gradients leave it when they are summed.
+        copies: device and host are not one.
     """
 
     ranks: int
@@ -33,6 +35,8 @@ class Sharding:
     frees: bool
     adds: bool
     reduced: int | None
+    host: bool = False
+    copies: bool = False
 
     def numel(self, tensor: Tensor) -> int:
         """Elements that rank 0 holds of it, which is never fewer than another's."""
@@ -96,8 +100,10 @@ class Gathering:
 
     def _gather(self, unit: _Unit) -> None:
         cast = _bytes(sum(p.nbytes for p in unit.trained if p.itemsize < 4) // self.sharding.ranks)
+        more = sum((4 - p.itemsize) * p.numel() for p in unit.trained)
+        came = _bytes((unit.whole + more) // self.sharding.ranks if self.sharding.copies else 0)
         unit.gathered = _bytes(unit.whole)
-        del cast
+        del cast, came
 
     def _before(self, unit: _Unit) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -155,7 +161,8 @@ class Gathering:
             self.reducing = _bytes(unit.reduction)
             for parameter in unit.trained:
                 parameter.grad = None
-            shards = _bytes(unit.reduction // self.sharding.ranks) if self.sharding.adds else None
+            there = self.sharding.adds or self.sharding.host
+            shards = _bytes(unit.reduction // self.sharding.ranks) if there else None
             del shards
 
 

@@ -58,7 +58,7 @@ class StageMemory:
         activations: kept for the backward pass by all microbatches in flight.
         temporary: on top of these at the worst moment of a step, or of loading what is cut afterwards.
         constant: of the device's context and libraries, outside the allocator.
-        host: of the optimizer, in the host's memory.
+        host: of the optimizer, and of weights and gradients where they are offloaded, in the host's memory.
     """
 
     stage: int

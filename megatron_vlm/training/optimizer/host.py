@@ -45,7 +45,7 @@ class Part:
         start, end: place in the flat parameter.
         host: main parameter and moments lie on the host.
         main: fp32 [end - start]; the weight itself, where that is fp32 on the same side.
-        weight: [end - start], on the device.
+        weight: [end - start], on the device, or with ``offload: optimizer+parameters`` on the host.
         group: of the inner AdamW.
     """
 
@@ -104,7 +104,7 @@ class HostOptimizer(MixedPrecisionOptimizer):
             group["params"] = []
             for parameter, start, end in found:
                 there, weight = next(host), parameter.detach().view(-1)[start:end]
-                main = _main(weight, there)
+                main = weight if getattr(parameter, "on_host", False) else _main(weight, there)
                 group["params"].append(main)
                 self.parts.append(
                     Part(parameter=parameter, start=start, end=end, host=there, main=main, weight=weight, group=group)
@@ -193,7 +193,9 @@ class HostOptimizer(MixedPrecisionOptimizer):
             for number in range(len(pieces) + _SLOTS - 1):
                 if number < len(pieces):
                     part, begin, end = pieces[number]
-                    grads[number] = self._slots[number % _SLOTS].down(part.grad[begin:end])
+                    grad = part.grad[begin:end]
+                    stays = part.main is part.weight  # all of it is on the host
+                    grads[number] = (lambda here=grad: here) if stays else self._slots[number % _SLOTS].down(grad)
                 if number < _SLOTS - 1:
                     continue
                 number -= _SLOTS - 1
@@ -206,7 +208,8 @@ class HostOptimizer(MixedPrecisionOptimizer):
                     grad.mul_(factor)
                 kept = {name: tensor[begin:end] if tensor.dim() else tensor for name, tensor in state.items()}
                 self._adamw(part.group, [part.main[begin:end]], [grad], [kept])
-                self._slots[number % _SLOTS].up(part.main[begin:end], part.weight[begin:end])
+                if part.main is not part.weight:
+                    self._slots[number % _SLOTS].up(part.main[begin:end], part.weight[begin:end])
         if self.device.type == "cuda":
             torch.cuda.current_stream().wait_stream(copy_stream(self.device, "up"))
 

@@ -44,7 +44,7 @@ def fill_main(source: WeightSource, model: Model, optimizer: Any, tensors: Mappi
                 continue
             if name in tensors:
                 shard = splits[name].shard(tensors[name], topology.tp, topology.tp_rank)
-            elif source.infos[name].dtype != part.dtype:
+            elif name in source.infos and source.infos[name].dtype != part.dtype:  # new pairs are in none
                 shard = source.read_shard(name, splits[name], topology.tp, topology.tp_rank)
             else:
                 continue

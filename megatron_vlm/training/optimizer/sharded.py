@@ -26,11 +26,19 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from megatron_vlm.models.built import global_named_parameters
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.config import ParallelConfig
+from megatron_vlm.parallel.host import host_empty
 from megatron_vlm.parallel.shards import held
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.weights.mapping import group_of
@@ -60,18 +68,24 @@ class FullySharded(nn.Module):
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
         if dtype == torch.float32:
             policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        host = OffloadPolicy()
+        if parallel.offloads_parameters:
+            host = CPUOffloadPolicy(pin_memory=topology.device.type == "cuda")
         layers = [module for module in stage.modules() if isinstance(module, TransformerLayer)]
         for unit in (*layers, stage):  # the root is kept whole, or it would be gathered again at once
             again = not self.keeps and unit is not stage
-            _shard(unit, mesh=mesh, reshard_after_forward=again, mp_policy=policy)
+            _shard(unit, mesh=mesh, reshard_after_forward=again, mp_policy=policy, offload_policy=host)
         for name in ("logits", "next_logits"):
             register_fsdp_forward_method(stage, name)
         stage.lockstep, decoder = True, set(stage.language_model.modules())
         for layer in layers:
             layer.register_forward_pre_hook(partial(_entering, stage, layer not in decoder))
         self.module = stage
+        if parallel.offloads_parameters and topology.device.type == "cpu":
+            for unit in self._units():
+                _to_host(unit)
         self.trained: list[tuple[str, nn.Parameter, Any]] = [
-            (name, parameter, _rows(parameter))
+            (name, parameter, _rows(parameter, parallel.offloads_parameters))
             for name, parameter in global_named_parameters(stage)
             if parameter.requires_grad and held(parameter)[0].numel()
         ]
@@ -124,7 +138,7 @@ class FullySharded(nn.Module):
             if over_tokens or own_images or getattr(parameter, "part_over_heads", False):
                 summed.append(rows.main_grad)
         if summed and self.topology.tp > 1:
-            flat = _flatten_dense_tensors(summed)
+            flat = _flatten_dense_tensors(summed).to(self.topology.device)
             dist.all_reduce(flat, group=self.topology.tp_group)
             for grad, whole in zip(summed, _unflatten_dense_tensors(flat, summed)):
                 grad.copy_(whole)
@@ -132,7 +146,8 @@ class FullySharded(nn.Module):
     def scale_gradients(self, factor: Tensor) -> None:
         """As of megatron-core's DDP."""
         if self.trained:  # torch refuses an empty list
-            torch._foreach_mul_([rows.main_grad for _, _, rows in self.trained], factor)
+            grads = [rows.main_grad for _, _, rows in self.trained]
+            torch._foreach_mul_(grads, factor.to(grads[0].device))
 
     def for_optimizer(self) -> Any:
         """What megatron-core's optimizer reads of a model."""
@@ -184,12 +199,37 @@ def _entering(stage: VisionLanguageModel, sees_filler: bool, layer: nn.Module, a
         stage.filler.guard(layer.parameters())
 
 
-def _rows(parameter: nn.Parameter) -> nn.Parameter:
-    """This rank's rows as a parameter of their own, of the same memory, with the marks that megatron-core reads."""
+def _to_host(unit: FSDPModule) -> None:
+    """On the CPU, which is device and host in one: shards into the memory that stands for the host's (parallel/host.py).
+
+    On a GPU FSDP2 has copied them to the host, page-locked, and copies gradients there.
+    """
+    group = unit._get_fsdp_state()._fsdp_param_group
+    for held_by in group.fsdp_params if group is not None else ():
+        flat, parameter = held_by._sharded_param_data, cast(Any, held_by.sharded_param)
+        mine, host = parameter._local_tensor, host_empty(flat.shape, flat.dtype, flat.device).copy_(flat)
+        flat.set_(host.untyped_storage(), 0, flat.shape, flat.stride())
+        mine.set_(host.untyped_storage(), 0, mine.shape, mine.stride())
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                partial(_gradient_to_host, host_empty(mine.shape, mine.dtype, mine.device))
+            )
+
+
+def _gradient_to_host(host: Tensor, parameter: Any) -> None:
+    if parameter.grad._local_tensor.data_ptr() != host.data_ptr():  # else it was added to what is there
+        parameter.grad._local_tensor = host.copy_(parameter.grad._local_tensor)
+
+
+def _rows(parameter: nn.Parameter, on_host: bool) -> nn.Parameter:
+    """This rank's rows as a parameter of their own, of the same memory, with the marks that megatron-core reads.
+
+    ``on_host``: that memory is the host's.
+    """
     mine, start = held(parameter)
     rows = nn.Parameter(mine)
     vars(rows).update(vars(parameter))
-    rows.shard_of = (parameter, start)  # type: ignore[attr-defined]
+    rows.shard_of, rows.on_host = (parameter, start), on_host  # type: ignore[attr-defined]
     if hasattr(rows, "trained_rows"):
-        rows.trained_rows = rows.trained_rows[start : start + len(mine)]
+        rows.trained_rows = rows.trained_rows[start : start + len(mine)].to(mine.device)
     return rows

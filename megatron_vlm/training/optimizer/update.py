@@ -75,7 +75,8 @@ def squared_norm(optimizer: Any) -> Tensor:
     """
     grads = [grad for part in optimizer.chained_optimizers for grad in part.get_main_grads_for_grad_norm()]
     if grads:
-        square = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32))) ** 2
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
+        square = norm.to(torch.cuda.current_device()) ** 2  # of gradients on the host, too
     else:
         square = torch.zeros((), device=torch.cuda.current_device())
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())

@@ -57,6 +57,12 @@ CASES = [
     make_case(
         "internvl3", "sharded parameters, recompute", parallel=SHARDED | dict(recompute_granularity="full"), alone=True
     ),
+    make_case(
+        "internvl3",
+        "weights and optimizer on the host",
+        parallel=SHARDED | dict(offload="optimizer+parameters"),
+        alone=True,
+    ),
     # Tower and connector run on a few patches of zeros.
     replace(make_case("internvl3", "rows of text", alone=True), row=RowShape(segments=(100, 92))),
 ]

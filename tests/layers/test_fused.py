@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_vlm import registry
+from megatron_vlm.data.row import row_from_samples
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.layers import core_attention, fused, norm
+from megatron_vlm.layers import attention, core_attention, fused, norm
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.models.built import build_model
 from megatron_vlm.models.language import gelu_tanh
@@ -24,9 +25,12 @@ from megatron_vlm.parallel.topology import build_topology
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.layouts import GRADIENT, Case, idefics2_check
-from megatron_vlm.testing.parity import gradient_errors, layout_gradients
+from megatron_vlm.testing.parity import gradient_errors, layout_gradients, random_samples, wrapped_for_test
+from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.testing.twins.small_families import NAMES, write_small_twin
+from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.run_config import RunConfig
+from megatron_vlm.training.step import start_step
 
 SPECS = [[(1, 9), (0, 4)], [(0, 11)], [(2, 7)]]  # samples of a row: images, text tokens
 MLPS = [(F.silu, True, False), (F.silu, True, True), (F.gelu, False, True), (gelu_tanh, False, True)]
@@ -259,3 +263,77 @@ def test_a_run_says_what_layers_are_made_of():
     assert run.model_options.transformer_impl == "fused"
     with pytest.raises(ConfigError, match="transformer_impl must be one of local, fused, got 'transformer_engine'"):
         RunConfig.from_dict({"model": {"transformer_impl": "transformer_engine"}})
+
+
+def kernels_of_a_row(hf_dir, rows):
+    """On a rank: kernels that a second row adds to a step in bf16, kernels of ours, norms and attention as one each."""
+    options = {"params_dtype": "bf16", "transformer_impl": "fused"}
+    model, optimizer = wrapped_for_test(hf_dir, {}, options, None, OptimizerConfig(fused=True))
+    start_step(model, optimizer, rows[:1])
+    numbers = []
+    for some in (rows[:1], rows):
+        count = Launches()
+        with pytest.MonkeyPatch.context() as patch:
+            for function in fused.KERNELS:
+                patch.setitem(fused.KERNELS, function, count.one(function))
+            patch.setattr(fused, "add_product", count.one(fused.add_product))
+            patch.setattr(attention, "_segments", lambda *args, count=count: OneKernel.apply(count, segments, *args))
+            patch.setattr(norm.F, "rms_norm", lambda *args, count=count: OneKernel.apply(count, F_rms_norm, *args))
+            with count:
+                start_step(model, optimizer, some)
+        numbers.append(count.kernels)
+    return numbers[1] - numbers[0]
+
+
+segments, F_rms_norm = attention._segments, F.rms_norm
+
+
+class Launches(Count):
+    """Kernels, products too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        empty = func.overloadpacket.__name__ in (
+            "detach",
+            "_unsafe_view",
+            "empty",
+            "empty_like",
+            "new_empty",
+            "empty_strided",
+        )
+        self.kernels += self.on and not func.is_view and not empty and func.namespace != "c10d"
+        return output
+
+    def add(self, *tensors):
+        self.kernels += 1
+
+
+class OneKernel(torch.autograd.Function):
+    """A function that is one kernel on CUDA each way."""
+
+    @staticmethod
+    def forward(ctx, count, function, *args):
+        ctx.count, ctx.function, ctx.args = count, function, args
+        return count.one(function)(*args)
+
+    @staticmethod
+    def backward(ctx, grad):
+        def again():
+            with torch.enable_grad():
+                args = [a.detach().requires_grad_(a.is_floating_point()) if torch.is_tensor(a) else a for a in ctx.args]
+                inputs = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+                found = iter(torch.autograd.grad(ctx.function(*args), inputs, grad))
+                return [next(found) if torch.is_tensor(a) and a.requires_grad else None for a in args]
+
+        return None, None, *ctx.count.one(again)()
+
+
+def test_kernels_of_a_row(tmp_path):
+    """As many layers as the 1.17B model that was measured has; it launched 2,221 more for a second row."""
+    directory = str(tmp_path)
+    hf = write_tiny_idefics2(directory, layers=16, vision_layers=12, depth=3)
+    config = registry.get("idefics2").config(hf.config.to_dict())
+    rows = [row_from_samples(random_samples(config, [([(28, 28)], 40)] * 4, seed=i)) for i in range(2)]
+    ((number),) = run_distributed(kernels_of_a_row, directory, rows)
+    print(number, "kernels a row")
+    assert number <= 1400

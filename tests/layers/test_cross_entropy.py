@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_vlm.layers import cross_entropy
 from megatron_vlm.layers.cross_entropy import linear_cross_entropy_sum
 from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.training.memory.trace import Meter
 
 TOKENS, HIDDEN, VOCAB = 37, 16, 101
 SMALL = dict(CHUNK_ELEMENTS=1, CHUNK_TOKENS={True: 10, False: 7}, PIECE_ELEMENTS=300, CACHED_ELEMENTS=300)
@@ -156,3 +157,15 @@ def test_few_passes_over_the_gradient_of_the_weight(monkeypatch):
     with Writes() as writes:
         linear_cross_entropy_sum(hidden, weight, torch.randint(0, vocab, (tokens,)), vocab, None).backward()
     assert 6 <= writes.count <= 8
+
+
+def test_pieces_on_meta_are_those_of_the_device_it_stands_for(monkeypatch):
+    """fp32 logits of a piece are 1 MiB on the CPU and up to 64 MiB on a GPU: what memory is estimated by."""
+    peaks = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(cross_entropy, "meta_stands_for", device)
+        with Meter() as meter, torch.no_grad():
+            hidden, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (4096, 2048))
+            linear_cross_entropy_sum(hidden, weight, torch.zeros(4096, dtype=torch.int64, device="meta"), 2048, None)
+        peaks[device] = meter.peak
+    assert 28 << 20 <= peaks["cuda"] - peaks["cpu"] <= 36 << 20

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_vlm.layers import cross_entropy
 from megatron_vlm.training.memory.sharded import Gathering, Sharding
 
 SMALL = 4096
@@ -196,6 +197,7 @@ def _measure(
     sharding: Sharding | None = None,
 ) -> ChunkBytes:
     """``gradient``: shape of the output's; (): its own; None: the output is a loss."""
+    cross_entropy.meta_stands_for = device_kind
     meter = Meter(_BLOCK if device_kind == "cuda" else 1)
     meter.ignore(chunk)
     gathering = Gathering(chunk, sharding) if sharding else None

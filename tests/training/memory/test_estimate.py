@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import run_alone, run_distributed
-from megatron_vlm.testing.memory import Case, estimated, measured
+from megatron_vlm.testing.memory import Case, PeakOnCpu, estimated, measured
 from megatron_vlm.training.memory.estimate import estimate, passes, step_peak
 from megatron_vlm.training.memory.stages import RowShape
 from megatron_vlm.training.memory.trace import SMALL, ChunkBytes, Meter
@@ -111,6 +112,30 @@ MORE = [
         alone=True,
     ),
 ]
+
+
+def long_row(name: str, world: int = 1, family: str = "internvl3", **parallel) -> Case:
+    """A row of 8,192 tokens whose images differ in size; ``world`` real processes where there are stages, else one of them."""
+    sides = (13, 5, 4, 1) if family == "internvl3" else (4, 2, 3, 3, 1)
+    images = tuple((3, n * 112, 112) if family == "internvl3" else (3, n * 56, 112) for n in sides)
+    case = make_case(
+        family, f"{name}, a long row", parallel=parallel, alone=world > 1 and parallel.keys().isdisjoint(PP)
+    )
+    return replace(case, row=RowShape(segments=(6000, 1500, 692), images=images), world=world, microbatches=2)
+
+
+CP2, CP4 = dict(context_parallel_size=2), dict(context_parallel_size=4)
+LONG = [
+    long_row("one rank"),
+    long_row("cp 2", 2, **CP2),
+    long_row("cp 4", 4, **CP4),
+    long_row("cp 4", 4, "idefics2", **CP4),
+    long_row("cp 4, heads", 4, **CP4, context_parallel_exchange="heads"),
+    long_row("cp 4, images not shared", 4, **CP4, vision_parallel="tensor"),
+    long_row("cp 2, tp 2, images shared", 4, **CP2, **TP, sequence_parallel=True, vision_parallel="share"),
+    long_row("cp 2, images ahead", 2, **CP2, vision_parallel="ahead"),
+    long_row("cp 2, pp 2, images ahead", 4, **CP2, **PP, vision_parallel="ahead"),
+]
 CHECKED = [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE)]
 
 
@@ -120,10 +145,17 @@ def test_as_measured(case):
     check(case, 0.1 if case.name == "tp 2" else 0.04)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("case", LONG, ids=lambda case: f"{case.family} {case.name}")
+def test_long_rows_over_ranks_are_as_measured(case):
+    """Largest of all ranks of a stage. Worst case seen: 3.8 % below."""
+    check(case, 0.05)
+
+
 def check(case: Case, bar: float) -> None:
     """Compares the estimate with what is measured, stage by stage."""
-    guesses = run_alone(estimated, case, "cpu")
-    peaks = run_alone(measured, case, "cpu") if case.alone else measured(case, "cpu")
+    guesses = run_alone(estimated, case, "cpu", timeout=600)
+    peaks = run_alone(measured, case, "cpu", timeout=600) if case.alone else measured(case, "cpu")
     for stage in peaks:
         assert guesses[stage] == pytest.approx(peaks[stage], rel=bar), f"stage {stage}"
 
@@ -280,3 +312,14 @@ def test_shapes_are_the_first_that_a_process_asks_for():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and int(done.stdout) > 20, done.stderr
+
+
+def test_what_another_thread_frees_is_not_counted_on():
+    """Gloo's threads hold what they send or receive, at times the longest."""
+    with PeakOnCpu() as peak:
+        for _ in range(20):
+            held = [torch.empty(1 << 21)]
+            thread = threading.Thread(target=held.clear)
+            thread.start()
+            thread.join()
+    assert (8 << 20) <= peak.bytes <= (48 << 20)  # of 160; 32 seen: a few addresses take turns

@@ -48,7 +48,13 @@ def add_running(parser: argparse.ArgumentParser, *, max_new_tokens: int, precisi
     default = precision or "bf16 on a GPU, fp32 on the CPU"
     add("--precision", choices=("fp32", "bf16", "fp16"), default=precision, help=f"of the weights (default: {default})")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
-    add("data", nargs="*", metavar="data.key=value", help="how images are treated, as in the training config")
+    add(
+        "data",
+        nargs="*",
+        default=[],
+        metavar="data.key=value",
+        help="how images are treated, as in the training config",
+    )
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def run(argv: Sequence[str]) -> int:
     """Talks and returns the exit code."""
     parser = argparse.ArgumentParser(prog="megatron-vlm chat", description=USAGE)
     add_models(parser)
-    add_path(parser, "--image", "pictures or videos of the first question, also after /reset", nargs="+", default=[])
+    what = "pictures or videos of the first question, also after /reset"
+    add_path(parser, "--image", what, nargs="+", default=[], metavar="FILE")
     args = parser.parse_args(argv)
     config = serve_config(args)
     conversation = Conversation([model.name for model in config.models], args.system, args.image)

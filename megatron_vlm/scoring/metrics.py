@@ -67,7 +67,7 @@ def check_metrics(names: Sequence[str]) -> None:
     """Raises ConfigError unless all are metrics, and there is one."""
     for name in names:
         if name not in METRICS:
-            raise ConfigError(f"unknown metric {name!r}{nearest(name, METRICS)}; known: {', '.join(METRICS)}")
+            raise ConfigError(f"unknown metric {name!r}{nearest(name, METRICS)}")
     if not names:
         raise ConfigError(f"no metric is named: choose of {', '.join(METRICS)}")
 

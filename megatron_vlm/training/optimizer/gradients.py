@@ -43,6 +43,8 @@ class Gradients(DistributedDataParallel):
             if param.grad is not None and getattr(param, "gradient_unset", False):
                 known.main_grad.copy_(param.grad)
                 known.gradient_unset, known.grad_added_to_main_grad = False, True
+                if getattr(param, "zero_out_wgrad", False):  # tied to a head: megatron-core adds it whatever was said
+                    param.grad.zero_()
             add()
             known.grad_added_to_main_grad = False
 

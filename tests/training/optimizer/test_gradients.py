@@ -1,5 +1,6 @@
 """Gradient buffers that no pass zeroes: what they hold of an earlier step is never read."""
 
+import pytest
 import torch
 
 from megatron_vlm.testing.distributed import run_distributed
@@ -51,3 +52,26 @@ def test_what_no_gradient_came_to_is_zero(tmp_path):
     twin = write_small_twin("idefics2", tmp_path)
     ((before, after),) = run_distributed(frozen, twin.directory, [twin.row([(1, 9)], seed=0)])
     assert before > 0 and after == 0
+
+
+def of_microbatches(directory, row):
+    """On a rank: the gradients after one microbatch, and after the same one twice, by name."""
+    model, _ = wrapped_for_test(directory, {}, {}, None, OptimizerConfig())
+    found = []
+    for count in (1, 2):
+        for stage in model:
+            stage.zero_grad_buffer()
+        run_schedule(model, [row] * count, forward_only=False)
+        found.append({name: p.main_grad.clone() for name, p in model.named_parameters()})
+    return found
+
+
+@pytest.mark.parametrize("name", ["idefics2", "smolvlm"])
+def test_each_microbatch_counts_once(tmp_path, name):
+    """megatron-core adds the gradient of weights that a head shares with the embeddings, whatever is said of them."""
+    twin = write_small_twin(name, tmp_path)
+    (((one, two)),) = run_distributed(of_microbatches, twin.directory, twin.row([(1, 9)], seed=0))
+    tied = not any("output_layer" in name for name in one)
+    assert tied == (name == "smolvlm")
+    for key, gradient in one.items():
+        torch.testing.assert_close(two[key], gradient, rtol=1e-5, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}")

@@ -242,15 +242,15 @@ def _ways(parallel: ParallelConfig, grid: Grid) -> Iterator[ParallelConfig]:
     """The settings of a grid's candidates: all that the search may decide, and what was asked for."""
     asked, copies = parallel.data_parallel_sharding, grid.size(*COPIES)
     shardings: tuple[str, ...] = (asked,)
+    never = grid.pp > 1 or parallel.ddp_bucket_size or parallel.vision_parallel == "ahead"  # are weights cut
     if asked == "none" and copies > 1:
-        never = grid.pp > 1 or parallel.ddp_bucket_size or parallel.vision_parallel == "ahead"
         shardings = ("optimizer",) if never else ("optimizer", "parameters")
     elif parallel.fully_sharded and copies == 1 and not parallel.offloads_parameters:
         shardings = ("none",)
     recomputes = (None, "full") if parallel.recompute_granularity is None else (parallel.recompute_granularity,)
     offloads = ("none", "optimizer") if parallel.offload == "none" else (parallel.offload,)
     ways = list(itertools.product(offloads, shardings))
-    if asked in ("none", "parameters") and parallel.offload == "none" and grid.pp == 1 and not parallel.ddp_bucket_size:
+    if asked in ("none", "parameters") and parallel.offload == "none" and not never:
         ways.append(("optimizer+parameters", "parameters"))  # the last resort, on one rank too
     for recompute, (offload, sharding) in itertools.product(recomputes, ways):
         yield parallel.replace(

@@ -262,6 +262,8 @@ def folder_beside(target: Path) -> Iterator[Path]:
     """A name for a folder beside ``target``, absent before and removed after; what killed processes left there goes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target)
+    if _old(target).exists() and not target.exists():  # killed while it was replaced
+        _old(target).rename(target)
     folder = unique_temporary(target)
     try:
         yield folder
@@ -270,12 +272,17 @@ def folder_beside(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(folder: Path, target: Path) -> None:
-    """Puts ``folder`` in the place of ``target``, if there is one; a kill in between leaves one of them whole."""
-    old = unique_temporary(target)
+    """Puts ``folder`` in the place of ``target``, if there is one; after a kill in between ``folder_beside`` gives that back."""
     if target.exists():
-        target.rename(old)
+        shutil.rmtree(_old(target), ignore_errors=True)
+        target.rename(_old(target))
     folder.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_old(target), ignore_errors=True)
+
+
+def _old(target: Path) -> Path:
+    """Where a folder is while another takes its place."""
+    return target.with_name(f".{target.name}.old")
 
 
 def check_output(

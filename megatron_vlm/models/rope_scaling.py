@@ -48,8 +48,9 @@ def scaled_config(hf_config: dict[str, Any], text: TextConfig, setting: RopeScal
     if setting.rope_type == "llama3":
         scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **scaling}
     config = copy.deepcopy(hf_config)
-    name = next((name for name in ("llm_config", "text_config") if name in config), "text_config")
-    decoder = config if "num_hidden_layers" in config else section(config, name)
+    # A section goes before the same keys beside it, which older versions of transformers wrote too.
+    name = next((name for name in ("llm_config", "text_config") if config.get(name)), "text_config")
+    decoder = config if "num_hidden_layers" in config and not config.get(name) else section(config, name)
     if decoder is not config:
         config[name] = decoder
     decoder.pop("rope_parameters", None)

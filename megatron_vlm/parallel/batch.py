@@ -145,7 +145,8 @@ def device_batch(
     with torch.cuda.stream(stream):  # it waits for nothing, so that a row travels while the one before it is at work
         row = row.to(topology.device, dtype, pixels=pixels)
     torch.cuda.current_stream().wait_stream(stream)
-    for tensor in (*row.tokens.values(), row.cu_seqlens, row.loss_positions, row.image_positions, *row.pixels):
+    part = row.part[:1] if row.part else ()
+    for tensor in (*row.tokens.values(), row.cu_seqlens, row.loss_positions, row.image_positions, *part, *row.pixels):
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream())
     return row

@@ -52,6 +52,8 @@ START_SECONDS = 180.0
 """A worker that has not imported megatron-core by then is given up."""
 GRACE_SECONDS = 15.0
 """After one rank failed, the others have this long to finish or fail before they are killed."""
+MAX_THREADS = 100
+"""Of an idle worker: 3 for each group of ranks that something still holds, each of them awake 100 times a second."""
 SEED = 1234
 
 
@@ -211,7 +213,10 @@ class _Pool:
         for worker in self.workers[:world]:
             with contextlib.suppress(BrokenPipeError):  # it died since; reported below
                 worker.connection.send_bytes(job)
-        return self._collect(self.workers[:world], timeout)
+        answers = self._collect(self.workers[:world], timeout)
+        if any(len(os.listdir(f"/proc/{worker.process.pid}/task")) > MAX_THREADS for worker in self.workers[:world]):
+            self._kill()  # the next call gets new ones, in less time than such threads take from every call
+        return answers
 
     def _start(self, world: int) -> None:
         if any(not worker.process.is_alive() for worker in self.workers):

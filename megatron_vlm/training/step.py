@@ -92,6 +92,11 @@ class RunningStep:
         self.skipped, self.rows = skipped, rows
         self._values, self._arrived = fetch(values)
 
+    @property
+    def arrived(self) -> bool:
+        """``result`` has nothing to wait for."""
+        return self._arrived is None or self._arrived.query()
+
     def result(self) -> StepResult:
         """Waits for the step.
 

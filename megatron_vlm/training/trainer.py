@@ -108,6 +108,7 @@ class Trainer:
             return self._train()
         except BaseException:
             self.stop.ignore()
+            self.reports.give_up()
             raise
 
     def _train(self) -> int:
@@ -364,7 +365,6 @@ class Trainer:
                 self.closing.callback(self.metrics.close)
                 if not config.training.skip_train:
                     self.metrics.started(self.facts.of_start(self.iteration, self.num_iterations))
-
         late, interval = self.device.type == "cuda", config.logging.log_interval
         self.reports = StepReports(self.facts, self.metrics, self.num_iterations, interval, self.saver.times, late=late)
 

@@ -122,7 +122,7 @@ def fetch(url: str, into: Path | None = None, ckpt_step: int | None = None) -> P
         problems = []
         for number in wanted:
             try:
-                found = _fetch_iteration(store, root, number)
+                found = _fetch_iteration(store, root, number, own=into is not None)
             except _NoAnswer:  # what lies there may be sound: an older one would lose the work since
                 raise
             except CheckpointError as error:
@@ -276,7 +276,8 @@ def _sequence(manifest: bytes) -> int:
         return 0
 
 
-def _fetch_iteration(store: Store, root: Path, number: int) -> Path:
+def _fetch_iteration(store: Store, root: Path, number: int, own: bool) -> Path:
+    """``own``: the folder is of a run that saves there, and may know more than the store."""
     name = folder_name(number)
     final = root / name
     with folder_beside(final) as temporary:
@@ -288,7 +289,7 @@ def _fetch_iteration(store: Store, root: Path, number: int) -> Path:
         with contextlib.suppress(CheckpointError, OSError):
             here = (final / MANIFEST).read_bytes()
             # A later save of this iteration that the store has not got, as it did not answer, is not replaced.
-            if here == there or _sequence(here) > _sequence(there):
+            if here == there or (own and _sequence(here) > _sequence(there)):
                 verify(final, hashes=False)
                 return final
         listed = read_json(temporary / MANIFEST, CheckpointError)

@@ -87,7 +87,7 @@ def test_busy_port_is_replaced(launch, data):
 
 
 def test_too_little_memory(launch, data, tmp_path):
-    code, output = launch(f"--train_json {data} --max_steps 3 --memory_gib 0.001")
+    code, output = launch(f"--train_json {data} --max_steps 3 --memory_gib 0.0005")
     assert_not_started(code, output, tmp_path, "FAILED   memory", "0.0 GiB", "--use_lora")
 
 

@@ -58,7 +58,10 @@ def test_the_digest_is_of_what_a_family_computes(tmp_path, monkeypatch):
 
     try:
         assert changed("layers/norm.py", '"""Normalisations', '"""More words of normalisations') == set()
-        assert changed("models/parts/build.py", "F.gelu)", "F.gelu)  # a remark") == set()
+        assert (
+            changed("models/parts/build.py", "activation_func=F.gelu,\n", "activation_func=F.gelu,  # a remark\n")
+            == set()
+        )
         assert changed("models/parts/perceiver.py", "24 * n", "25 * n") == {"idefics2", "idefics2_llama3"}
         assert changed("models/families/internlm2/mapping.py", "feed_forward", "feed") >= {"internlm2"}
         assert changed("models/parts/build.py", "PerceiverLayer(mcore", "PerceiverLayer(2 and mcore") == {

@@ -113,7 +113,7 @@ def sum_over_tp(*args: Any) -> Any:
 
 
 def test_a_sum_over_tensor_parallel_ranks_is_caught(idefics2):
-    with pytest.raises(AssertionError, match=r"gradient=\(1\.0.*(vision_model|connector)"):
+    with pytest.raises(AssertionError, match=r"gradient=1\.0.*(vision_model|connector)"):
         dataclasses.replace(idefics2, run=sum_over_tp).check(Case(tp=2, pp=2, vision="ahead", updates=1))
 
 

@@ -126,8 +126,8 @@ class RowLoader:
         if changed and not self._config.allow_data_change:
             raise ConfigError(
                 f"the checkpoint was trained on other data: {', '.join(changed)} changed, so its place in the order "
-                "means nothing here. Restore them, set data.allow_data_change=true to go on anyway, or "
-                "checkpoint.finetune=true to start the data anew"
+                "means nothing here. Restore them, set data.allow_data_change=true to go on anyway (the way where only the "
+                "processor changed, by a newer version of this package), or checkpoint.finetune=true to start the data anew"
             )
         if changed:
             LOGGER.warning(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_vlm.errors import TrainingError
 from megatron_vlm.log import get_logger
 from megatron_vlm.training.metrics.facts import Facts
 from megatron_vlm.training.metrics.logger import Metrics, progress_line
@@ -65,6 +66,14 @@ class StepReports:
         self._unread = started
         if not self.late:
             self.flush()
+
+    def give_up(self) -> None:
+        """The run ends by an error: reports the step before it if its result is there, and waits for nothing."""
+        if self._unread is not None and self._unread.step.arrived:
+            try:
+                self.flush()
+            except TrainingError as error:
+                log.error("%s", error)
 
     def flush(self) -> None:
         """Waits for the step that was not read yet, if there is one, and reports it.

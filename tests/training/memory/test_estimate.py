@@ -187,7 +187,9 @@ def test_adapters_need_less_and_short_rows_keep_less():
     assert full[4] == 0 and half[2] + half[4] == full[2] and half[4] == pytest.approx(full[2] / 2, rel=0.05)
     text = case.model_config.text
     h, heads = text.hidden_size, (text.num_attention_heads + 2 * text.num_query_groups) * text.head_dim
-    linears = text.num_layers * (h * heads + h * h + 3 * h * text.ffn_hidden_size)
+    linears = text.num_layers * (
+        h * heads + h * text.num_attention_heads * text.head_dim + 3 * h * text.ffn_hidden_size
+    )
     assert lora[0] - qlora[0] == pytest.approx(linears * (16 - 4.127) / 8, rel=0.01)
     assert full[1] == 2 * full[0] and full[2] == 6 * full[0]  # fp32 gradients; moments and fp32 weights
     assert lora[1] < 0.1 * full[1] and lora[2] == 2 * lora[1] and qlora[1:3] == lora[1:3]

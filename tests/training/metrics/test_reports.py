@@ -12,7 +12,7 @@ class Step:
     """A step at work: ``events`` says when its result was asked for."""
 
     def __init__(self, number, events, bad=False):
-        self.number, self.events, self.bad = number, events, bad
+        self.number, self.events, self.bad, self.arrived = number, events, bad, True
 
     def result(self):
         self.events.append(f"read {self.number}")
@@ -60,3 +60,19 @@ def test_a_step_that_is_not_finite_ends_the_run_before_a_save():
         found.flush()  # as Trainer.save does first
     found.flush()  # said once
     assert events == ["start 1", "read 1"]
+
+
+def test_what_is_there_when_a_run_fails_is_reported_and_nothing_waited_for(caplog):
+    events = []
+    found = reports(events, late=True)
+    run(found, events, [1, 2])
+    found.give_up()
+    found.give_up()
+    assert events[-2:] == ["read 2", (2, 2, [2], 20)]
+    run(found, events, [3], bad=3)
+    found.give_up()  # the error that ends the run goes on; what the step says stands beside it
+    assert events[-1] == "read 3" and "loss nan is not finite" in caplog.text
+    run(found, events, [4])
+    found._unread.step.arrived = False
+    found.give_up()
+    assert events[-1] == "start 4"

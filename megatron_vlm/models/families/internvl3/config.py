@@ -13,7 +13,7 @@ from megatron_vlm.models.parts.internvit import InternVitConfig
 from megatron_vlm.models.processing.image_cost import ImageCost, projector_flops
 
 _MAX_TILES = 12  # of an image where the data section does not say: InternVL's scripts
-_DECODERS = ("qwen2", "qwen3", "llama", "internlm2")  # of the original's naming
+DECODERS = ("qwen2", "qwen3", "llama", "internlm2")  # of the original's naming
 NAMINGS: dict[str, Literal["chat", "hf"]] = {"internvl_chat": "chat", "internvl": "hf"}
 
 
@@ -93,9 +93,9 @@ def _decoder(llm: dict[str, Any]) -> TextConfig:
     from transformers import AutoConfig
 
     kind = llm.setdefault("model_type", "qwen2")
-    if kind not in _DECODERS:
+    if kind not in DECODERS:
         raise ConfigError(
-            f"llm_config.model_type {kind!r} is not built for InternVL: one of {', '.join(_DECODERS)} is needed"
+            f"llm_config.model_type {kind!r} is not built for InternVL: one of {', '.join(DECODERS)} is needed"
         )
     return internlm2_text_config(llm) if kind == "internlm2" else text_config(AutoConfig.for_model(**llm))
 

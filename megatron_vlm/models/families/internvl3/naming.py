@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.assembling import copy_licences
 from megatron_vlm.models.families.internlm2.llama import llama_config
-from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
+from megatron_vlm.models.families.internvl3.config import DECODERS, InternVL3ModelConfig
 from megatron_vlm.models.families.internvl3.processor import CONTEXT, START, STOP, own_template
 from megatron_vlm.models.families.internvl3.prompts import CLOSE, PROMPTS
 from megatron_vlm.models.processing.processor_files import load_tokenizer, processor_settings
@@ -82,6 +83,11 @@ def _write_native(model: InternVL3ModelConfig, hf_dir: Path, hf_config: dict[str
 def _write_chat(model: InternVL3ModelConfig, hf_dir: Path, hf_config: dict[str, Any], directory: Path) -> None:
     _, images = processor_settings(hf_dir)
     vision, text = model.vision, dict(hf_config.get("text_config") or {})
+    if text.get("model_type") not in DECODERS:
+        raise ConversionError(
+            f"the original's naming knows decoders of {', '.join(DECODERS)}, this one is {text.get('model_type')}: "
+            "export it as transformers names it (--as hf)"
+        )
     rope = dict(text.get("rope_parameters") or {})
     scaling = text.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
     kind = scaling.get("rope_type") or scaling.get("type")

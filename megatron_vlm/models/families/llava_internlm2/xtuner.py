@@ -77,6 +77,10 @@ def _file_name(name: str) -> str:
 def write_xtuner_files(hf_dir: Path, hf_config: dict[str, Any], directory: Path) -> None:
     """Writes config, tokenizer and processor files of the three folders."""
     config = LlavaModelConfig.from_hf(hf_config)
+    if config.vision.siglip:
+        raise ConversionError(
+            "XTuner's folders hold a CLIP tower, this model's is SigLIP: export it as native LLaVA (--as hf)"
+        )
     dtype = {key: value for key, value in hf_config.items() if key in ("torch_dtype", "dtype")}
     if (hf_dir / PARTS).is_dir():
         copy_small_files(hf_dir / PARTS, directory)

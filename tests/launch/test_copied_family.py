@@ -29,7 +29,7 @@ def copy_family(package: Path, name: str) -> None:
     registry.write_text(text.replace(line, f"{line}\n{line.replace('idefics2', name)}"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_copied_family_is_launched_with_adapters(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "megatron_vlm", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(PACKAGE.parent / "examples", tmp_path / "examples")

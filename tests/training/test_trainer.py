@@ -56,12 +56,12 @@ def test_a_run_writes_what_it_says(command, tmp_path, valid_data):
 @pytest.mark.parametrize(
     ("layout", "world"),
     [
-        pytest.param(f"{TP2} --sequence-parallel", 2, marks=pytest.mark.slow),
+        pytest.param(f"{TP2} --sequence-parallel", 2, marks=pytest.mark.full),
         pytest.param(f"{PP2} --decoder-layers-per-stage auto", 2, marks=pytest.mark.slow),
         (f"{PP2} --num-layers-per-virtual-pipeline-stage 1", 2),
         ("--use-distributed-optimizer --overlap-grad-reduce", 2),
         (f"{PP2} --vision-parallel ahead --recompute-granularity full", 2),
-        ("--context-parallel-size 2 --use-distributed-optimizer", 2),
+        pytest.param("--context-parallel-size 2 --use-distributed-optimizer", 2, marks=pytest.mark.full),
         ("parallel.data_parallel_sharding=parameters", 2),
         pytest.param(f"{TP2} --sequence_parallel_size 2 --context-parallel-exchange heads", 4, marks=pytest.mark.slow),
     ],

@@ -136,7 +136,17 @@ LONG = [
     long_row("cp 2, images ahead", 2, **CP2, vision_parallel="ahead"),
     long_row("cp 2, pp 2, images ahead", 4, **CP2, **PP, vision_parallel="ahead"),
 ]
-CHECKED = [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE)]
+SLOW = (
+    "distributed optimizer, recompute",
+    "virtual stages, frozen tower",
+    "activations on the host",
+    "recompute in part",
+)
+"""Of CASES; what they measure is measured apart by others of them."""
+CHECKED = [
+    *(pytest.param(case, marks=[pytest.mark.full] if case.name in SLOW else []) for case in CASES),
+    *(pytest.param(case, marks=pytest.mark.full) for case in MORE),
+]
 
 
 @pytest.mark.parametrize("case", CHECKED, ids=lambda case: f"{case.family} {case.name}")

@@ -329,9 +329,9 @@ def test_shapes_are_the_first_that_a_process_asks_for():
 def test_what_another_thread_frees_is_not_counted_on():
     """Gloo's threads hold what they send or receive, at times the longest."""
     with PeakOnCpu() as peak:
-        for _ in range(20):
+        for _ in range(100):
             held = [torch.empty(1 << 21)]
             thread = threading.Thread(target=held.clear)
             thread.start()
             thread.join()
-    assert (8 << 20) <= peak.bytes <= (48 << 20)  # of 160; 32 seen: a few addresses take turns
+    assert (8 << 20) <= peak.bytes <= (160 << 20)  # of 800; 32 and 64 seen: a few addresses take turns

@@ -47,9 +47,16 @@ class Finding:
 
 @dataclass
 class Report:
-    """The findings so far; each is printed as it comes."""
+    """The findings and notes so far; each is printed as it comes, once: a plan that is made again says the same again."""
 
     findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """What settings come to."""
+        if text not in self.notes:
+            self.notes.append(text)
+            print(f"note     {text}", flush=True)
 
     def ok(self, check: str, text: str) -> None:
         """Something is as it must be."""
@@ -68,8 +75,9 @@ class Report:
         return [finding for finding in self.findings if finding.outcome == "FAILED"]
 
     def _add(self, finding: Finding) -> None:
-        self.findings.append(finding)
-        print(finding, flush=True)
+        if finding not in self.findings:
+            self.findings.append(finding)
+            print(finding, flush=True)
 
 
 # ---- packages ----
@@ -179,12 +187,13 @@ def check_processor(report: Report, source: WeightSource, data: DataConfig) -> P
 # ---- port ----
 
 
-def check_host(report: Report, need: int) -> None:
-    """``need``: bytes of the optimizer that ranks of this machine keep in its memory."""
+def check_host(report: Report, need: int, offload: str) -> None:
+    """``need``: bytes that ranks of this machine keep in its memory, of what ``parallel.offload`` says."""
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > 0.9 * have:
-        text = f"the optimizer takes {need / GIB:.1f} GiB of this machine's memory, which has {have / GIB:.1f}"
-        report.fail("memory", text, "more memory or machines, parallel.offload_fraction below 1, or --use_lora")
+        text = f"parallel.offload={offload} takes {need / GIB:.1f} GiB of this machine's memory, which has {have / GIB:.1f}"
+        less = "parallel.offload_fraction below 1" if offload == "optimizer" else "fewer ranks a machine"
+        report.fail("memory", text, f"more memory or machines, {less}, or --use_lora")
 
 
 def choose_port(report: Report, wanted: int) -> int:

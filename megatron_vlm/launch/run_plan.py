@@ -138,7 +138,7 @@ def _plan(
     scale_rope(config, source)
     check_output(cache_folder(launch), source.folders(), "launch.shard_cache", around=True)
     for note in notes:
-        print(f"note     {note}", flush=True)
+        report.note(note)
     processor = checks.check_processor(report, source, config.data)
     try:
         fixed = bool(launch.per_device_train_batch_size or launch.batch_size)
@@ -169,7 +169,7 @@ def _plan(
     config.check_model(source.config)
     if config.training.train_iters is not None:
         Schedule.of(config.optimizer, config.training.train_iters)  # raises where warm-up and length do not go together
-    checks.check_host(report, max(stage.host for stage in stages) * devices.ranks)
+    checks.check_host(report, max(stage.host for stage in stages) * devices.ranks, config.parallel.offload)
     report.ok("memory", f"{reason}\n" + "\n".join(rows))
     writes = folders_of(config)
     if train.sources or valid.sources:

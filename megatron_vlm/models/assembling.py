@@ -1,20 +1,24 @@
 """What families share that make one model out of parts: tensors drawn by name or renamed, and vocabularies with new rows."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_bytes
 from megatron_vlm.weights.mapping import Entry, TensorInfo, TensorStore
 
 Tensors = tuple[dict[str, Callable[[], Tensor]], dict[str, TensorInfo]]
 """Readers and infos of tensors by name."""
 
+NewRows = Literal["mean", "normal"]
+SAID_ONCE = ("_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version")
+"""Keys of a part's config that are said once, for the whole."""
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md")
 
 
@@ -24,12 +28,49 @@ def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def drawn(name: str, info: TensorInfo, seed: int, std: float = 0.02) -> Tensor:
+    """A new tensor: biases zero, norms one, the rest N(0, std)."""
+    if name.endswith("bias"):
+        return torch.zeros(info.shape, dtype=info.dtype)
+    if "norm" in name:
+        return torch.ones(info.shape, dtype=info.dtype)
+    return torch.empty(info.shape).normal_(0.0, std, generator=generator(seed, name)).to(info.dtype)
+
+
+def new_ids(tokens: Iterable[str], tokenizer: Any, before: Collection[str], rows: int) -> list[int]:
+    """Ids of ``tokens`` whose rows were never trained: the old vocabulary ``before`` lacks them (a model may have spare rows
+    for them, as Qwen's), or the model of ``rows`` rows does."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    return [index for token, index in ids.items() if token not in before or index >= rows]
+
+
+def extend_vocabulary(
+    tensors: Tensors, names: Sequence[str], rows: int, ids: Sequence[int], new_rows: NewRows, seed: int, *, tied: bool
+) -> None:
+    """Gives embedding and head, ``names``, ``rows`` rows, in place; a stored ``tied`` head gets those of the embedding."""
+    readers, infos = tensors
+    for name in names:
+        if name in infos:
+            infos[name] = TensorInfo(dtype=infos[name].dtype, shape=(rows, *infos[name].shape[1:]))
+            readers[name] = extended_rows(readers[name], names[0] if tied else name, rows, ids, new_rows, seed)
+
+
+def check_names(wanted: Collection[str], found: Collection[str], what: str) -> None:
+    """Raises ConversionError, which begins with ``what``, where tensors are missing or unknown."""
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or unknown:
+        raise ConversionError(
+            f"{what}: {len(missing)} tensors missing ({', '.join(missing[:10]) or 'none'}), {len(unknown)} unknown "
+            f"({', '.join(unknown[:10]) or 'none'})"
+        )
+
+
 def extended_rows(
     read: Callable[[], Tensor],
     name: str,
     rows: int,
     new_ids: Sequence[int],
-    new_rows: Literal["mean", "normal"],
+    new_rows: NewRows,
     seed: int,
 ) -> Callable[[], Tensor]:
     """Reads a vocabulary tensor [V, H] with ``rows`` rows: those of ``new_ids`` and all beyond the old ones are new.

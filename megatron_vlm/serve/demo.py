@@ -21,11 +21,12 @@ from megatron_vlm.serve.engine import Engine
 from megatron_vlm.training.metrics.report_page import results
 from megatron_vlm.training.metrics.run_files import RunFiles
 
+_FORGOTTEN = "this conversation is forgotten: load the page again"
 _MOST_SESSIONS, _MOST_STORED = 100, 1 << 30  # conversations and bytes of uploads kept at a time; the oldest go
 _LEAST_STORED = 1 << 16  # that a picture counts as, however small
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """A page: its conversation, the pictures that were uploaded from it, and their bytes as they count."""
 
@@ -91,6 +92,8 @@ class Demo:
         path = self.folder / f"{number}.{extension}"
         with self._lock:
             if session is not None:
+                if session not in self.sessions.values():
+                    raise ConfigError(_FORGOTTEN)
                 size = max(len(data), _LEAST_STORED)
                 self._make_room(size, session, name)
                 session.stored += size
@@ -137,7 +140,7 @@ class Demo:
         with self._lock:
             session = self.sessions.pop(str(name), None)
             if session is None:
-                raise ConfigError("this conversation is forgotten: load the page again")
+                raise ConfigError(_FORGOTTEN)
             self.sessions[str(name)] = session  # now the one that was used last
             return session
 
@@ -148,16 +151,19 @@ class Demo:
             MegatronVLMError: it cannot be answered.
         """
         session, text = self.session(request.get("session")), request.get("text")
+        images, sampling = request.get("images") or [], request.get("sampling") or {}
         if not isinstance(text, str) or not text.strip():
             raise ConfigError("a question is a text")
+        if not isinstance(images, list) or not isinstance(sampling, dict):
+            raise ConfigError("images are a list, sampling is a mapping")
         with self._turn:
             talk = session.talk
             talk.attached = []
-            for number in request.get("images") or ():
+            for number in images:
                 if (path := self.picture(request["session"], str(number))) is None:
                     raise ConfigError("a picture is no longer here: choose it again")
                 talk.attach(str(path))
-            sampling = {name: value for name, value in (request.get("sampling") or {}).items() if name in self.sampling}
+            sampling = {name: value for name, value in sampling.items() if name in self.sampling}
             self._asking = str(request["session"])
             self.engine.send(talk.ask(text) | {"sampling": sampling})
             texts: dict[int, str] = {}

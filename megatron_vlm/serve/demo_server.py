@@ -66,7 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._may():
             return
         demo, path = self.server.demo, self.path.partition("?")[0]
-        if path == "/":
+        if path == "/" and self._embeds():  # each page is a conversation, of which the oldest are forgotten
+            self._refuse(HTTPStatus.FORBIDDEN, "this page is not part of another")
+        elif path == "/":
             nonce = secrets.token_urlsafe(16)
             headers = {
                 "Content-Security-Policy": f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
@@ -116,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(HTTPStatus.OK, {})
             else:
                 self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
-        except (MegatronVLMError, ValueError) as error:
+        except (MegatronVLMError, ValueError, RecursionError) as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
 
     def _stream(self, events: Generator[dict[str, Any]]) -> None:
@@ -132,6 +134,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write((json.dumps({"error": str(error)}) + "\n").encode())
         except OSError:  # the reader has left
             events.close()
+
+    def _embeds(self) -> bool:
+        """A page of another site asks for a picture, a frame or the like; browsers that do not say so are believed."""
+        elsewhere = self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+        return elsewhere and self.headers.get("Sec-Fetch-Dest") != "document"
 
     def _may(self) -> bool:
         """Whether the caller may; tells it if not."""

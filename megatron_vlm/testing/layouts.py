@@ -6,11 +6,14 @@ rows --tp, pp, dp, sp, vp ... on gloo ranks--> the same, within LOSS, GRADIENT, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_vlm import registry
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import EncodedSample, row_from_samples
+from megatron_vlm.files import read_json
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import adapted_mapping, gradient_errors, layout_run, merge_gradients, random_samples
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
@@ -288,16 +291,33 @@ class LayoutCheck:
         return loss, grads, results[0]["history"], results
 
 
-def idefics2_check(directory: Any, rows: Sequence[Any] = IDEFICS2_ROWS, fill: int = 48, **twin: Any) -> LayoutCheck:
-    """Of an Idefics2 twin, written into ``directory`` with the options ``twin``; ``rows``: as of ``random_samples``, by row."""
+def family_check(
+    family: str,
+    directory: Path,
+    write: Callable[[Path], Any],
+    draw: Callable[..., list[EncodedSample]],
+    rows: Sequence[Any],
+    tower: str = "",
+    fill: int = 64,
+) -> LayoutCheck:
+    """Of a twin that ``write(directory)`` writes, on the samples ``draw(config, row, seed=)`` of each of ``rows``.
+
+    ``tower``: where the HF names of one without RoPE begin: a constant added to every key changes no attention weight.
+    """
+    write(directory)
     check = LayoutCheck(
-        family="idefics2",
+        family=family,
         directory=str(directory),
-        hf_config=write_tiny_idefics2(directory, **twin).config.to_dict(),
+        hf_config=read_json(directory / "config.json"),
         batches=[],
         fill=fill,
-        # A tower without RoPE: a constant added to every key changes no attention weight.
-        no_true_gradient=lambda name: "vision_model" in name and name.endswith("k_proj.bias"),
+        no_true_gradient=lambda name: bool(tower) and name.startswith(tower) and name.endswith("k_proj.bias"),
     )
-    check.batches = [random_samples(check.config, specs, seed=i) for i, specs in enumerate(rows)]
+    check.batches = [draw(check.config, row, seed=i) for i, row in enumerate(rows)]
     return check
+
+
+def idefics2_check(directory: Path, rows: Sequence[Any] = IDEFICS2_ROWS, fill: int = 48, **twin: Any) -> LayoutCheck:
+    """Of an Idefics2 twin, written into ``directory`` with the options ``twin``; ``rows``: as of ``random_samples``, by row."""
+    write = partial(write_tiny_idefics2, **twin)
+    return family_check("idefics2", directory, write, random_samples, rows, "model.vision_model.", fill)

@@ -179,7 +179,7 @@ def layout_run(
         what ``batch_gradients`` returns, before any update; loss and gradient norm of each of ``steps`` AdamW updates; and the
         dtype of the gradient buffers.
     """
-    optimizer_config = OptimizerConfig(lr=lr)
+    optimizer_config = OptimizerConfig(lr=lr, fused=False)  # which leaves 1 / tokens to its update
     model, optimizer = wrapped_for_test(hf_dir, parallel, options, peft, optimizer_config)
     gradients = batch_gradients(model, rows)
     mine = rows[model.topology.dp_rank :: model.topology.dp]
@@ -199,7 +199,7 @@ def layout_gradients(
 
     In fp16 the gradients are 256 times as large.
     """
-    model, _ = wrapped_for_test(hf_dir, parallel, options, peft, OptimizerConfig(loss_scale=256.0))
+    model, _ = wrapped_for_test(hf_dir, parallel, options, peft, OptimizerConfig(loss_scale=256.0, fused=False))
     return [batch_gradients(model, rows) for rows in batches]
 
 

@@ -360,8 +360,15 @@ def scale_rope(config: RunConfig, source: WeightSource) -> None:
     setting, before = config.model.rope_scaling, source.config.text
     if setting is None:
         return
-    source.use_config(scaled_config(source.hf_config, before, setting, config.data.seq_length))
+    scaled = scaled_config(source.hf_config, before, setting, config.data.seq_length)
+    if scaled is source.hf_config:  # says so already
+        return
+    source.use_config(scaled)
     text = source.config.text
-    if text != before and text.rope_scaling is not None:
+    if text == before:
+        raise ConfigError(
+            "model.rope_scaling has no effect: this model's config.json has no place for it; leave it out"
+        )
+    if text.rope_scaling is not None:
         how, ends = text.rope_scaling, (before.max_position_embeddings, text.max_position_embeddings)
         log.info("RoPE is scaled: %s, factor %g; positions: %d, before %d", how.rope_type, how.factor, *reversed(ends))

@@ -130,10 +130,18 @@ def finish(
     if hf_files is not None:
         hf_files.write(temporary / "hf")
     write_json(temporary / STATE, state)
-    final = commit(temporary, records, facts, newest_sequence(url) if url is not None else 0)
+    after, silence = 0, None
+    if url is not None:
+        try:
+            after = newest_sequence(url)
+        except CheckpointError as error:  # what was saved here stays, and is told of as not uploaded
+            silence = error
+    final = commit(temporary, records, facts, after)
     kept = (best or {}).get("best")
     if best is not None:
         write_json(final.parent / BEST, best)
+    if silence is not None:
+        raise silence
     if url is not None:
         upload(final, url, keep_last, kept, [BEST] if best is not None else [])
         keep_last = 1

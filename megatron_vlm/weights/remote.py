@@ -85,11 +85,12 @@ def _purge(store: "Store", newest: int, keep_last: int, keep: int | None) -> Non
 
 
 def newest_sequence(url: str) -> int:
-    """The number of the last save in the store; 0: none is there, or the store does not answer, which ``upload`` tells."""
-    try:
-        return max(Store(url).sequences().values(), default=0)
-    except CheckpointError:
-        return 0
+    """The number of the last save in the store; 0: none is there.
+
+    Raises:
+        CheckpointError: the store does not answer.
+    """
+    return max(Store(url).sequences().values(), default=0)
 
 
 def fetch(url: str, into: Path | None = None, ckpt_step: int | None = None) -> Path:

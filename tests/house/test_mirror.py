@@ -26,7 +26,6 @@ ELSEWHERE = {
     "layers/test_projector.py": "layers/mlp models/parts/projector",
     "layers/vision/test_siglip.py": "layers/vision/encoder models/parts/siglip models/parts/tower",
     "layers/vision/test_internvit.py": "models/parts/internvit",
-    "models/families/idefics2/test_assemble.py": "models/assembling",
     "models/families/idefics2/test_model.py": "layers/perceiver models/parts/perceiver models/parts/decoder",
     "models/families/idefics2/test_mutations.py": "layers/core_attention",
     "models/families/llava_internlm2/test_model.py": "layers/vision/clip",

@@ -37,6 +37,8 @@ def test_what_was_asked_is_kept_where_the_run_would_shard_or_offload_anyway(laun
     words = f"--train_json {data} --max_steps 3 --no-launch --num_processes 2 --deepspeed deepspeed_zero2"
     code, output = launch(f"{words} --memory_gib 0.0009")
     assert code == 0 and "the run does not fit without sharding or offload" in output, output
+    said = [line for line in output.splitlines() if line.startswith(("note ", "ok "))]
+    assert len(said) == len(set(said)), output  # though the plan was made twice
     assert "becomes parallel.data_parallel_sharding=gradients" in output and "as well" not in output, output
     code, output = launch(f"{words} --memory_gib 0.0014")  # recomputes on 2 stages: who knows which is faster
     assert code == 0 and "fits like this as well: " in output and "recompute" in output, output
@@ -163,7 +165,9 @@ def test_all_failures_are_told_at_once(launch, tmp_path):
 
 def test_a_host_without_room_for_the_optimizer():
     report = Report()
-    check_host(report, 1 << 30)
+    check_host(report, 1 << 30, "optimizer")
     assert not report.failed
-    check_host(report, 1 << 50)
-    assert report.failed
+    check_host(report, 1 << 50, "optimizer")
+    check_host(report, 1 << 50, "optimizer+parameters")
+    first, second = (finding.advice for finding in report.failed)
+    assert "offload_fraction" in first and "offload_fraction" not in second  # which it cannot have

@@ -48,6 +48,17 @@ def test_what_is_refused(serve):
         ("", 403),
     ):
         assert call("GET", "/", headers={"Host": host})[0] == status, host
+    for site, kind, status in (
+        ("cross-site", "image", 403),
+        ("same-site", "iframe", 403),
+        ("cross-site", "document", 200),
+    ):
+        assert call("GET", "/", headers={"Sec-Fetch-Site": site, "Sec-Fetch-Dest": kind})[0] == status, kind
+    name = next(iter(demo.sessions))
+    for wrong in ({"images": 5}, {"sampling": [1]}):
+        status, answer, _ = call("POST", "/ask", json.dumps({"session": name, "text": "a", **wrong}).encode())
+        assert status == 400 and b"images are a list" in answer, answer
+    assert call("POST", "/ask", b"[" * 9000)[0] == 400
     assert call("GET", "//[")[0] == 404
     assert call("GET", "/picture/..%2fx")[0] == call("GET", "/x")[0] == call("POST", "/x", b"{}")[0] == 404
     assert call("POST", "/ask", b"[]")[0] == call("POST", "/ask", b"{")[0] == 400

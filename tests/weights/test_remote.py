@@ -131,6 +131,28 @@ def test_a_run_that_went_back_on_another_host_is_the_newest(store, tmp_path):
     assert found.name == "iter_0000002" and (found / "x").is_file()
 
 
+def test_a_save_whose_number_the_store_does_not_tell_stays_here_and_goes_nowhere(store, tmp_path, monkeypatch):
+    """Numbered without the store it could be older than one there; tried again, it is numbered rightly."""
+    url, root = f"s3://{BUCKET}/k", tmp_path / "run"
+    remote.upload(make(tmp_path / "other", 5, after=6), url, None)
+
+    def refuse(*_, **__):
+        raise ConnectionError("reset")
+
+    def save():
+        temporary = begin(root, 2, 100)
+        (temporary / "x").write_text("x")
+        finish(temporary, {}, {"num_ranks": 0}, {}, None, None, (), url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "ls", refuse)
+        with pytest.raises(CheckpointError, match=r"listing s3://.* failed 4 times"):
+            save()
+    assert iterations(root) == [2] and remote.iterations(url) == [5]
+    save()
+    assert remote.fetch(url).name == "iter_0000002"
+
+
 def test_a_later_save_that_the_store_has_not_got_stays(store, tmp_path):
     url, mine = f"s3://{BUCKET}/g", tmp_path / "mine"
     remote.upload(make(tmp_path / "other", 4, b"old", after=3), url, None)

@@ -152,6 +152,8 @@ def _kept(path: Path, asked: Sequence[Question]) -> list[str]:
             break
         kept.append(answer)
     if path.exists():
+        if others := len(path.read_bytes().splitlines()) - len(kept):
+            log.warning("%s: %d answers are to other questions, or were cut off: they are given again", path, others)
         write_synced(path, "".join(map(_line, asked, kept)).encode())
     return kept
 

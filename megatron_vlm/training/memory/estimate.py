@@ -198,11 +198,12 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
         host += weights - buffers + gradients - 4 * sum(p.numel() for p in updated)
         weights, gradients, optimizer_peak = buffers, 0, 0
     loading = 0
-    if (
-        sharding is not None and config.peft.active and not parallel.offloads_parameters
-    ):  # the base is whole before it is cut: Trainer._build
-        base = (tensor.nbytes for chunk in model for tensor in (*chunk.parameters(), *chunk.buffers()))
-        loading = sum(base) - weights - gradients - states
+    if sharding is not None and config.peft.active:  # the base is whole before it is cut: Trainer._build
+        base = sum(tensor.nbytes for chunk in model for tensor in (*chunk.parameters(), *chunk.buffers()))
+        if parallel.offloads_parameters:
+            host = max(host, base)
+        else:
+            loading = base - weights - gradients - states
     activations = peak = 0
     if row is not None:
         ahead = AheadBytes(held=0, peak=0)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.testing.distributed import RankError, run_distributed
+from megatron_vlm.training.answering import held_out as answering
 from megatron_vlm.training.answering.generate import GenerateConfig, run_generate
 from megatron_vlm.training.answering.held_out import ScoreConfig, run_evaluate
 
@@ -29,6 +30,14 @@ def held_out(tmp_path):
         return str(tmp_path / "val.json")
 
     return write
+
+
+def evaluate_and_warn(config):
+    """On a rank: what ``run_evaluate`` returns, and what it warned of."""
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answering.log, "warning", lambda text, *values: said.append(text % values))
+        return run_evaluate(config), "\n".join(said)
 
 
 def test_scores_by_hand_and_a_run_that_goes_on(twin, held_out, tmp_path):
@@ -59,7 +68,8 @@ def test_scores_by_hand_and_a_run_that_goes_on(twin, held_out, tmp_path):
 
     kept = json.loads(lines[0]) | {"answer": "kept"}  # what is there is not answered again; a line cut short is
     (out / "answers.jsonl").write_text(json.dumps(kept) + "\n" + lines[1][:20])
-    (again,) = run_distributed(run_evaluate, config)
+    ((again, warned),) = run_distributed(evaluate_and_warn, config)
+    assert "1 answers are to other questions, or were cut off" in warned
     texts = [json.loads(line)["answer"] for line in (out / "answers.jsonl").read_text().splitlines()]
     assert texts == ["kept", *said[1:]]
     assert again["scores"]["model"]["all"]["exact_match"]["value"] == pytest.approx(1 / 3)

@@ -20,7 +20,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError, ConversionError, nearest
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.assembling import copy_licences, extended_rows, generator
+from megatron_vlm.models.assembling import NewRows, copy_licences, drawn, extend_vocabulary, extended_rows
 from megatron_vlm.models.families.internlm2.llama import llama_config, llama_tensors
 from megatron_vlm.models.processing.processor_files import add_stops, load_tokenizer
 from megatron_vlm.weights.mapping import DerivedTensors, HFModel, TensorInfo, TensorStore
@@ -57,7 +57,7 @@ class AssembleOptions(Config):
 
     seed: int = 0
     image_size: int | None = None
-    new_rows: Literal["mean", "normal"] = "mean"
+    new_rows: NewRows = "mean"
     latents: Literal["ones", "normal"] = "ones"
     perceiver: dict[str, int] | None = None
 
@@ -146,11 +146,10 @@ def add_end_of_utterance(model: HFModel, files: Path, settings: dict[str, Any]) 
     _write_json(files / "config.json", config)
     infos = dict(model.tensors.infos)
     readers: dict[str, Callable[[], Tensor]] = {name: partial(model.tensors.read, name) for name in infos}
-    for name in (_EMBEDDING, _HEAD):
-        if name in infos:
-            infos[name] = TensorInfo(dtype=infos[name].dtype, shape=(rows, *infos[name].shape[1:]))
-            key = _EMBEDDING if config.get("tie_word_embeddings") else name
-            readers[name] = extended_rows(readers[name], key, rows, [token_id], options.new_rows, options.seed)
+    tied = bool(config.get("tie_word_embeddings"))
+    extend_vocabulary(
+        (readers, infos), (_EMBEDDING, _HEAD), rows, [token_id], options.new_rows, options.seed, tied=tied
+    )
     return HFModel(directory=files, config=config, tensors=DerivedTensors(infos, readers, (model.tensors,)))
 
 
@@ -281,14 +280,10 @@ def _source_names(
 
 def _fresh(name: str, info: TensorInfo, config: Any, options: AssembleOptions) -> Tensor:
     """A tensor of the connector as HF initialises it: norms and latents ones, linears N(0, initializer_range)."""
-    std = config.perceiver_config.initializer_range
-    if name.endswith("latents"):
-        if options.latents == "ones":
-            return torch.ones(info.shape, dtype=info.dtype)
-        std = 0.02
-    elif "norm" in name:
+    latents = name.endswith("latents")
+    if latents and options.latents == "ones":
         return torch.ones(info.shape, dtype=info.dtype)
-    return torch.empty(info.shape).normal_(0.0, std, generator=generator(options.seed, name)).to(info.dtype)
+    return drawn(name, info, options.seed, 0.02 if latents else config.perceiver_config.initializer_range)
 
 
 def _resized(read: Callable[[], Tensor], shape: tuple[int, ...]) -> Callable[[], Tensor]:

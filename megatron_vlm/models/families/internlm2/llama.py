@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.errors import ConversionError
-from megatron_vlm.models.assembling import Tensors, copy_licences, renamed
+from megatron_vlm.models.assembling import Tensors, check_names, copy_licences, renamed
 from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig, internlm2_text_config
 from megatron_vlm.models.families.internlm2.mapping import internlm2_mapping, llama_mapping
 from megatron_vlm.models.families.internlm2.processor import InternLM2Processor
 from megatron_vlm.models.processing.processor_files import special_tokens
 from megatron_vlm.models.processing.template_processor import write_tokenizer
-from megatron_vlm.weights.mapping import HFModel, Mapping
+from megatron_vlm.weights.mapping import HFModel
 
 
 def write_llama_files(hf_dir: Path, hf_config: dict[str, Any], directory: Path) -> None:
@@ -67,15 +66,6 @@ def llama_tensors(llm: HFModel) -> Tensors:
         return {name: partial(llm.tensors.read, name) for name in names}, {name: stored[name] for name in names}
     config = InternLM2ModelConfig.from_hf(llm.config)
     own, llama = internlm2_mapping(config), llama_mapping(config).by_name()
-    _compare(own, set(stored) - set(own.hf_tied) - own.ignored, llm)
+    found = stored.keys() - own.hf_tied.keys() - own.ignored
+    check_names(own.hf_names(), found, f"--llm {llm.directory} is not InternLM2")
     return renamed(llm.tensors, own, llama)
-
-
-def _compare(own: Mapping, stored: set[str], llm: HFModel) -> None:
-    wanted = own.hf_names()
-    missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
-    if missing or unknown:
-        raise ConversionError(
-            f"--llm {llm.directory} is not InternLM2: {len(missing)} tensors missing ({', '.join(missing[:10])}), "
-            f"{len(unknown)} unknown ({', '.join(unknown[:10])})"
-        )

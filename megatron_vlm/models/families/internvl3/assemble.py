@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_json
-from megatron_vlm.models.assembling import copy_licences, extended_rows, generator, prefixed, renamed
+from megatron_vlm.models.assembling import (
+    SAID_ONCE,
+    NewRows,
+    check_names,
+    copy_licences,
+    drawn,
+    extend_vocabulary,
+    new_ids,
+    prefixed,
+    renamed,
+)
 from megatron_vlm.models.families.internlm2.llama import llama_config, llama_tensors
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.families.internvl3.mapping import internvl3_mapping
@@ -31,7 +40,6 @@ from megatron_vlm.weights.mapping import DerivedTensors, HFModel, TensorInfo
 _EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _PROJECTOR, _TOWER = "multi_modal_projector.", "vision_tower."
 _SHUFFLE = 2
-_SAID_ONCE = ("_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +52,7 @@ class AssembleOptions(Config):
     """
 
     seed: int = 0
-    new_rows: Literal["mean", "normal"] = "mean"
+    new_rows: NewRows = "mean"
 
 
 def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any]) -> HFModel:
@@ -68,16 +76,14 @@ def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any
     config = _write_config(files, llm, vision, tokenizer, total, dtype)
     _write_processor_files(files, vision, tokenizer, config)
     copy_licences(llm.directory, files)
-    for name in (_EMBEDDING, _HEAD):
-        if name in infos:
-            infos[name] = TensorInfo(dtype=infos[name].dtype, shape=(total, *infos[name].shape[1:]))
-            new = [index for index in tokenizer.convert_tokens_to_ids([*MARKS.values(), OPEN, CLOSE]) if index >= rows]
-            key = _EMBEDDING if config["tie_word_embeddings"] else name
-            readers[name] = extended_rows(readers[name], key, total, new, options.new_rows, options.seed)
+    ids = new_ids([*MARKS.values(), OPEN, CLOSE], tokenizer, load_tokenizer(llm.directory).get_vocab(), rows)
+    tied = config["tie_word_embeddings"]
+    extend_vocabulary((readers, infos), (_EMBEDDING, _HEAD), total, ids, options.new_rows, options.seed, tied=tied)
     model = InternVL3ModelConfig.from_hf(config)
     naming: Literal["chat", "hf"] = "hf" if vision.config.get("model_type") == "internvl_vision" else "chat"
     own = internvit_entries(model.vision, 1, naming, "")
-    _compare({name for entry in own for name in entry.hf}, set(vision.tensors.infos), vision)
+    makes_none = "does not make part of an InternVL"
+    check_names({name for entry in own for name in entry.hf}, vision.tensors.infos, f"{vision.directory} {makes_none}")
     target = {entry.name: entry for entry in internvit_entries(model.vision, 1, "hf", _TOWER)}
     tower = renamed(vision.tensors, own, target)
     readers, infos = readers | tower[0], infos | tower[1]
@@ -87,21 +93,12 @@ def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any
         for kind, size in (("weight", shape), ("bias", shape[:1])):
             name = f"{_PROJECTOR}{module}.{kind}"
             infos[name] = TensorInfo(dtype=dtype, shape=size)
-            readers[name] = partial(_fresh, name, infos[name], options.seed)
+            readers[name] = partial(drawn, name, infos[name], options.seed)
     mapping = internvl3_mapping(model)
-    _compare(mapping.hf_names(), set(infos) - set(mapping.hf_tied), llm)
+    check_names(mapping.hf_names(), infos.keys() - mapping.hf_tied.keys(), f"{llm.directory} {makes_none}")
     return HFModel(
         directory=files, config=config, tensors=DerivedTensors(infos, readers, (llm.tensors, vision.tensors))
     )
-
-
-def _compare(wanted: set[str], found: set[str], part: HFModel) -> None:
-    missing, unknown = sorted(wanted - found), sorted(found - wanted)
-    if missing or unknown:
-        raise ConversionError(
-            f"{part.directory} does not make part of an InternVL: {len(missing)} tensors missing "
-            f"({', '.join(missing[:10]) or 'none'}), {len(unknown)} unknown ({', '.join(unknown[:10]) or 'none'})"
-        )
 
 
 def _write_config(
@@ -125,7 +122,7 @@ def _write_config(
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
         "dtype": str(dtype).removeprefix("torch."),
-        "text_config": {key: value for key, value in text.items() if key not in _SAID_ONCE} | {"vocab_size": rows},
+        "text_config": {key: value for key, value in text.items() if key not in SAID_ONCE} | {"vocab_size": rows},
         "vision_config": vit.to_native(),
     }
     (files / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -166,11 +163,3 @@ def _write_processor_files(files: Path, vision: HFModel, tokenizer: Any, config:
     tokenizer.save_pretrained(files)
     ends = {"eos_token_id": tokenizer.convert_tokens_to_ids(CLOSE), "pad_token_id": tokenizer.pad_token_id}
     GenerationConfig(bos_token_id=tokenizer.bos_token_id, **ends).save_pretrained(files)
-
-
-def _fresh(name: str, info: TensorInfo, seed: int) -> Tensor:
-    if name.endswith("bias"):
-        return torch.zeros(info.shape, dtype=info.dtype)
-    if "layer_norm" in name:
-        return torch.ones(info.shape, dtype=info.dtype)
-    return torch.empty(info.shape).normal_(0.0, 0.02, generator=generator(seed, name)).to(info.dtype)

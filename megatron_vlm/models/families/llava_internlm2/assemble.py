@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,17 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.text.templates import IMAGE
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_json
-from megatron_vlm.models.assembling import copy_licences, copy_small_files, extended_rows, generator, prefixed
+from megatron_vlm.models.assembling import (
+    SAID_ONCE,
+    NewRows,
+    check_names,
+    copy_licences,
+    copy_small_files,
+    drawn,
+    extend_vocabulary,
+    new_ids,
+    prefixed,
+)
 from megatron_vlm.models.families.internlm2.llama import llama_config, llama_tensors
 from megatron_vlm.models.families.llava_internlm2.config import SOURCE, LlavaModelConfig
 from megatron_vlm.models.families.llava_internlm2.mapping import PROJECTOR, VISION, llava_mapping
@@ -47,7 +57,6 @@ _LEFT_OUT = (  # of a whole CLIP or SigLIP
     "text_model.", "visual_projection.", "text_projection.", "logit_", "vision_model.head.", "head.",
 )  # fmt: skip
 _TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # of a whole model, and of the tower alone
-_SAID_ONCE = ("_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +70,7 @@ class AssembleOptions(Config):
     """
 
     seed: int = 0
-    new_rows: Literal["mean", "normal"] = "mean"
+    new_rows: NewRows = "mean"
     template: str | None = None
 
 
@@ -92,18 +101,15 @@ def assemble(
     )
     tokenizer = write_tokenizer(files, TemplateProcessor(**prompts), special, [IMAGE])
     image_token = tokenizer.convert_tokens_to_ids(IMAGE)
-    known = prompts["tokenizer"].token_id(IMAGE)
-    new_ids = [image_token] if known is None or known >= rows else []
+    before = () if prompts["tokenizer"].token_id(IMAGE) is None else (IMAGE,)
+    new = new_ids([IMAGE], tokenizer, before, rows)
     total = max(rows, image_token + 1)
     config = _write_config(files, llm, tower, image_token, total, dtype)
     _write_processor_files(files, vision, tower)
     copy_small_files(llm.directory, files / PARTS)
     copy_licences(llm.directory, files)
-    for name in (embedding, head):
-        if name in infos:
-            infos[name] = TensorInfo(dtype=infos[name].dtype, shape=(total, *infos[name].shape[1:]))
-            key = embedding if config["tie_word_embeddings"] else name
-            readers[name] = extended_rows(readers[name], key, total, new_ids, options.new_rows, options.seed)
+    tied = config["tie_word_embeddings"]
+    extend_vocabulary((readers, infos), (embedding, head), total, new, options.new_rows, options.seed, tied=tied)
     for name in vision.tensors.infos:
         target = VISION + name.removeprefix("vision_model.")
         if not name.startswith(_LEFT_OUT) and "position_ids" not in name:
@@ -119,7 +125,7 @@ def assemble(
             for kind, shape in (("weight", (widths["linear_2"], width)), ("bias", (widths["linear_2"],))):
                 full = f"{PROJECTOR}{name}.{kind}"
                 infos[full] = TensorInfo(dtype=dtype, shape=shape)
-                readers[full] = partial(_fresh, full, infos[full], options.seed)
+                readers[full] = partial(drawn, full, infos[full], options.seed)
     _check(config, infos, llm, vision, projector)
     return HFModel(directory=files, config=config, tensors=DerivedTensors(infos, readers, sources))
 
@@ -135,7 +141,7 @@ def _vision_config(vision: HFModel) -> dict[str, Any]:
     tower = vision.config.get("vision_config", {}) if whole else vision.config
     resolved = classes[kind].from_dict(dict(tower)).to_dict()
     head = {"vision_use_head": False} if kind == "siglip_vision_model" else {}
-    return {key: value for key, value in resolved.items() if key not in _SAID_ONCE} | head
+    return {key: value for key, value in resolved.items() if key not in SAID_ONCE} | head
 
 
 def _write_config(
@@ -155,7 +161,7 @@ def _write_config(
         "vision_feature_select_strategy": _strategy(tower),
         "tie_word_embeddings": tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "text_config": {key: value for key, value in text.items() if key not in _SAID_ONCE} | {"vocab_size": rows},
+        "text_config": {key: value for key, value in text.items() if key not in SAID_ONCE} | {"vocab_size": rows},
         "vision_config": tower,
         SOURCE: {"model_type": kind, "vocab_size": text["vocab_size"]},
     }
@@ -198,20 +204,9 @@ def _write_processor_files(files: Path, vision: HFModel, tower: dict[str, Any]) 
 
 def _take_projector(projector: HFModel, infos: dict[str, TensorInfo], readers: dict[str, Callable[[], Tensor]]) -> None:
     stored = projector.tensors.infos
-    missing, unknown = sorted(set(_LINEARS) - set(stored)), sorted(set(stored) - set(_LINEARS))
-    if missing or unknown:
-        raise ConversionError(
-            f"--projector {projector.directory} is not XTuner's two-layer projector: tensors missing "
-            f"{', '.join(missing) or 'none'}; unknown {', '.join(unknown[:10]) or 'none'}"
-        )
+    check_names(_LINEARS, stored, f"--projector {projector.directory} is not XTuner's two-layer projector")
     for name, target in _LINEARS.items():
         infos[target], readers[target] = stored[name], partial(projector.tensors.read, name)
-
-
-def _fresh(name: str, info: TensorInfo, seed: int) -> Tensor:
-    if name.endswith("bias"):
-        return torch.zeros(info.shape, dtype=info.dtype)
-    return torch.empty(info.shape).normal_(0.0, 0.02, generator=generator(seed, name)).to(info.dtype)
 
 
 def _check(
@@ -220,13 +215,8 @@ def _check(
     """Names and the widths that the parts must share; the converter checks every other shape."""
     model = LlavaModelConfig.from_hf(config)
     mapping = llava_mapping(model)
-    wanted = mapping.hf_names()
-    missing, unknown = sorted(wanted - set(infos)), sorted(set(infos) - wanted - set(mapping.hf_tied))
-    if missing or unknown:
-        raise ConversionError(
-            f"--llm {llm.directory} and --vision {vision.directory} do not make a LLaVA: {len(missing)} tensors missing "
-            f"({', '.join(missing[:10]) or 'none'}), {len(unknown)} unknown ({', '.join(unknown[:10]) or 'none'})"
-        )
+    parts = f"--llm {llm.directory} and --vision {vision.directory} do not make a LLaVA"
+    check_names(mapping.hf_names(), infos.keys() - mapping.hf_tied.keys(), parts)
     hidden = (model.text.hidden_size, model.vision.hidden_size)
     shapes = {"linear_1": hidden, "linear_2": (hidden[0], hidden[0])}
     for name, shape in shapes.items():

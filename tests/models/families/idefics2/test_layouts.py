@@ -52,17 +52,8 @@ WHOLE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def checks(tmp_path_factory):
-    """Twin -> its LayoutCheck, made when first asked for."""
-    made = {}
-
-    def make(twin):
-        if twin not in made:
-            made[twin] = idefics2_check(tmp_path_factory.mktemp(twin), **TWINS[twin])
-        return made[twin]
-
-    return make
+def make_check(name, directory):
+    return idefics2_check(directory, **TWINS[name])
 
 
 @pytest.mark.parametrize("case", [dataclasses.replace(case, updates=3) for case in PAIRWISE], ids=str)

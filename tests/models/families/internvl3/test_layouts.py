@@ -1,9 +1,10 @@
 """Every layout trains InternVL3 as one process does."""
 
+from functools import partial
+
 import pytest
 
-from megatron_vlm import registry
-from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, Case, LayoutCheck, whole_matrix
+from megatron_vlm.testing.layouts import PAIRWISE_MORE, PAIRWISE_SMALL, Case, family_check, whole_matrix
 from megatron_vlm.testing.twins.internvl3 import make_samples, write_tiny_internvl3
 
 # Texts first, so that a rank without images meets one with; 0, 1 and 3 images of several tiles.
@@ -19,26 +20,9 @@ TWINS = {
 }
 
 
-@pytest.fixture(scope="module")
-def checks(tmp_path_factory):
-    made = {}
-
-    def make(name):
-        if name not in made:
-            directory = str(tmp_path_factory.mktemp(name or "twin"))
-            hf_config = write_tiny_internvl3(directory, **TWINS[name]).config.to_dict()
-            config = registry.get("internvl3").config(hf_config)
-            made[name] = LayoutCheck(
-                family="internvl3",
-                directory=directory,
-                hf_config=hf_config,
-                batches=[make_samples(config, row, seed=i) for i, row in enumerate(ROWS)],
-                fill=64,
-                no_true_gradient=lambda n: n.startswith("vision_tower") and n.endswith("k_proj.bias"),
-            )
-        return made[name]
-
-    return make
+def make_check(name, directory):
+    write = partial(write_tiny_internvl3, **TWINS[name])
+    return family_check("internvl3", directory, write, make_samples, ROWS, "vision_tower.")
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_a_projector_from_a_pth(parts, native, tmp_path):
 
     convert(state, "flat")
     convert({"state_dict": state, "meta": {"epoch": 1}}, "nested")
-    with pytest.raises(ConversionError, match=r"tensors missing model\.2\.bias"):
+    with pytest.raises(ConversionError, match=r"1 tensors missing \(model\.2\.bias"):
         convert({name: tensor for name, tensor in state.items() if name != "projector.model.2.bias"}, "missing")
     with pytest.raises(ConversionError, match=r"holds 1 tensors beside a projector's \(llm\.lora\)"):
         convert(state | {"llm.lora": torch.zeros(1)}, "adapters")

@@ -23,25 +23,16 @@ TWINS = {
 }
 
 
-@pytest.fixture(scope="module")
-def checks(tmp_path_factory):
-    made = {}
-
-    def make(name):
-        if name not in made:
-            directory = str(tmp_path_factory.mktemp(name or "twin"))
-            hf_config = write_tiny_xcomposer2(directory, **TWINS[name])
-            made[name] = LayoutCheck(
-                family="xcomposer2",
-                directory=directory,
-                hf_config=hf_config,
-                batches=[make_samples(hf_config, row, seed=i) for i, row in enumerate(ROWS[TWINS[name]["variant"]])],
-                fill=64,
-                no_true_gradient=lambda n: n.startswith("vit.") and n.endswith("k_proj.bias"),
-            )
-        return made[name]
-
-    return make
+def make_check(name, directory):
+    hf_config = write_tiny_xcomposer2(directory, **TWINS[name])
+    return LayoutCheck(
+        family="xcomposer2",
+        directory=str(directory),
+        hf_config=hf_config,
+        batches=[make_samples(hf_config, row, seed=i) for i, row in enumerate(ROWS[TWINS[name]["variant"]])],
+        fill=64,
+        no_true_gradient=lambda n: n.startswith("vit.") and n.endswith("k_proj.bias"),
+    )
 
 
 @pytest.mark.parametrize("case", [*PAIRWISE_SMALL, Case(pp=2, cp=2, vision="ahead", updates=2)], ids=str)

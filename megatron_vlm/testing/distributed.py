@@ -52,8 +52,6 @@ START_SECONDS = 180.0
 """A worker that has not imported megatron-core by then is given up."""
 GRACE_SECONDS = 15.0
 """After one rank failed, the others have this long to finish or fail before they are killed."""
-MAX_THREADS = 100
-"""Of an idle worker: 3 for each group of ranks that something still holds, each of them awake 100 times a second."""
 SEED = 1234
 
 
@@ -213,10 +211,7 @@ class _Pool:
         for worker in self.workers[:world]:
             with contextlib.suppress(BrokenPipeError):  # it died since; reported below
                 worker.connection.send_bytes(job)
-        answers = self._collect(self.workers[:world], timeout)
-        if any(len(os.listdir(f"/proc/{worker.process.pid}/task")) > MAX_THREADS for worker in self.workers[:world]):
-            self._kill()  # the next call gets new ones, in less time than such threads take from every call
-        return answers
+        return self._collect(self.workers[:world], timeout)
 
     def _start(self, world: int) -> None:
         if any(not worker.process.is_alive() for worker in self.workers):
@@ -384,7 +379,8 @@ def _clean_up() -> None:
     from megatron_vlm.parallel.topology import destroy_topology  # loads megatron-core, which the parent may not need
 
     destroy_topology()
-    gc.collect()
+    for _ in range(2):  # an optimizer first, which holds the graph's nodes that DDP's hooks are on
+        gc.collect()
 
 
 def _die_with_parent(parent: int) -> None:

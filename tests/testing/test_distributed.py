@@ -1,5 +1,6 @@
 """The pool of ranks: results by rank, failures by rank, deadlines, and that it goes on afterwards."""
 
+import gc
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.testing.distributed import RankError, run_distributed
+from megatron_vlm.testing.twins.small_families import write_small_twin
 
 
 def gathered(offset, *, scale=1.0):
@@ -70,6 +72,30 @@ def test_topologies_follow_each_other():
 def test_calls_leave_no_trace():
     run_distributed(leaves_traces, dp=2)
     assert run_distributed(finds_traces, dp=2) == [(None, os.getcwd(), str(rank), "2") for rank in range(2)]
+
+
+def trained(directory, row, dtype):
+    from megatron_vlm.testing.parity import wrapped_for_test
+    from megatron_vlm.training.optimizer.config import OptimizerConfig
+    from megatron_vlm.training.step import train_step
+
+    parallel, options = {"data_parallel_sharding": "optimizer", "overlap_grad_reduce": True}, {"params_dtype": dtype}
+    model, optimizer = wrapped_for_test(directory, parallel, options, None, OptimizerConfig(loss_scale=256.0))
+    train_step(model, optimizer, [row, row])
+
+
+def left_behind():
+    from megatron.core.distributed import DistributedDataParallel
+
+    return [type(found).__name__ for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_run_leaves_no_model_and_so_no_threads_of_its_groups(tmp_path, dtype):
+    """Each group that something holds keeps three threads, which wake a hundred times a second: a suite of them is slow."""
+    twin = write_small_twin("internlm2", tmp_path)
+    run_distributed(trained, twin.directory, twin.row([(0, 9)], seed=0), dtype, dp=2)
+    assert run_distributed(left_behind, dp=2) == [[], []]
 
 
 @pytest.mark.parametrize("ranks", [(0, 1), (1,)])

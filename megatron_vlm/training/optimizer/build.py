@@ -23,7 +23,7 @@ from megatron_vlm.training.optimizer.config import OptimizerConfig
 from megatron_vlm.training.optimizer.gradients import Gradients
 from megatron_vlm.training.optimizer.host import HostOptimizer
 from megatron_vlm.training.optimizer.sharded import FullySharded
-from megatron_vlm.training.optimizer.update import fold_update, gradient_norm
+from megatron_vlm.training.optimizer.update import Mean, fold_update, gradient_norm
 from megatron_vlm.weights.mapping import GROUPS, group_of
 
 
@@ -49,20 +49,24 @@ def wrap_model(model: Model, parallel: ParallelConfig) -> Model:
     return dataclasses.replace(model, stages=stages)
 
 
-def connect(model: Model, optimizer: Any) -> None:
-    """Tells megatron-core's schedules, through the model's config, how to scale the loss and finish gradients."""
+def connect(model: Model, optimizer: Any, mean: Mean | None) -> None:
+    """Tells megatron-core's schedules, through the model's config, how to scale the loss and finish gradients.
+
+    In fp32 the config must not lead to the optimizer: a distributed one's parts of parameters hold the nodes of the graph that
+    DDP's hooks are on, a circle through C++ that Python's collector cannot see.
+    """
     for stage in model:
         config = stage.config
-        config.finalize_model_grads_func = partial(finish_gradients, model, optimizer)
+        config.finalize_model_grads_func = partial(finish_gradients, model, mean)
         config.grad_scale_func = optimizer.scale_loss if optimizer.config.fp16 else None
         if isinstance(stage, FullySharded) or stage.ddp_config.overlap_grad_reduce:
             functions = [other.no_sync for other in model]
             config.no_sync_func = functions if len(functions) > 1 else functions[0]
 
 
-def finish_gradients(model: Model, optimizer: Any, chunks: Any, num_tokens: Any = None, **rest: Any) -> None:
+def finish_gradients(model: Model, left: Mean | None, chunks: Any, num_tokens: Any = None, **rest: Any) -> None:
     """What megatron-core's schedules call at their end: gradients of the step, summed over all ranks that have a part in them,
-    / tokens of the global batch, which an optimizer with a ``mean`` takes into its update.
+    / tokens of the global batch, which may be ``left`` to the update.
 
     megatron-core's own division asks the device whether there are tokens, and waits for the answer.
     """
@@ -80,8 +84,8 @@ def finish_gradients(model: Model, optimizer: Any, chunks: Any, num_tokens: Any 
         dist.broadcast(num_tokens, last, group=topology.pp_group)
     dist.all_reduce(num_tokens, group=topology.copies_group)
     mean = 1.0 / num_tokens.clamp(min=1)
-    if hasattr(optimizer, "mean"):
-        optimizer.mean = mean
+    if left is not None:
+        left.value = mean
     else:
         for chunk in chunks:
             chunk.scale_gradients(mean)
@@ -144,9 +148,8 @@ def build_optimizer(config: OptimizerConfig, model: Model, host_share: float = 0
         part.grad_stats_parallel_group = torch.distributed.group.WORLD  # all ranks hold parts of the gradients
     replicas = model.stages[0].replicas if sharded else 1
     optimizer.get_grad_norm = partial(gradient_norm, optimizer, replicas)
-    if not host_share:
-        fold_update(optimizer, config.fused, replicas, model.topology.device)
-    connect(model, optimizer)
+    mean = None if host_share else fold_update(optimizer, config.fused, replicas, model.topology.device)
+    connect(model, optimizer, mean)
     return optimizer
 
 

@@ -6,6 +6,7 @@ Bytes a parameter: norm 4, AdamW 32 (the kernel writes the scaled gradient back)
 (gradients.py). megatron-core reads the norm on the host, and takes 8 for / tokens, 16 for clipping and 4 for zeros.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,15 @@ from torch import Tensor
 from megatron_vlm.errors import ConfigError
 
 
-def fold_update(optimizer: Any, fused: bool | None, replicas: int, device: torch.device) -> None:
-    """Has megatron-core's optimizer update by torch's fused AdamW, with ``mean`` (1 / tokens, fp32) and clipping folded in.
+@dataclass
+class Mean:
+    """1 / tokens of the step, fp32, which ``finish_gradients`` leaves to the update."""
+
+    value: Tensor | None = None
+
+
+def fold_update(optimizer: Any, fused: bool | None, replicas: int, device: torch.device) -> Mean | None:
+    """Has megatron-core's optimizer update by torch's fused AdamW, with 1 / tokens and clipping folded in; None: it is as ever.
 
     Args:
         optimizer: as ``get_megatron_optimizer`` returns it.
@@ -36,20 +44,22 @@ def fold_update(optimizer: Any, fused: bool | None, replicas: int, device: torch
             "installed: leave optimizer.fused out"
         )
     if others or not (device.type == "cuda" if fused is None else fused):
-        return
+        return None
     for adam in inner:
         for group in adam.param_groups:
             group["fused"] = True
-    optimizer.mean = None  # of the step: finish_gradients
-    optimizer.step = partial(_step, optimizer, replicas)
+    mean = Mean()
+    optimizer.step = partial(_step, optimizer, replicas, mean)
+    return mean
 
 
 @torch.no_grad()
-def _step(optimizer: Any, replicas: int) -> tuple[bool, Tensor | None, None]:
+def _step(optimizer: Any, replicas: int, mean: Mean) -> tuple[bool, Tensor | None, None]:
     """(whether there was an update, norm of the gradients before clipping, None); as megatron-core's, the norm still a tensor."""
     if optimizer.prepare_grads():
         return False, None, None
-    factor = optimizer.mean
+    assert mean.value is not None
+    factor = mean.value
     norm = (squared_norm(optimizer) / replicas).sqrt() * factor
     if optimizer.config.clip_grad > 0:
         factor = factor * (optimizer.config.clip_grad / (norm + 1.0e-6)).clamp(max=1.0)

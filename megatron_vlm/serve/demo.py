@@ -22,15 +22,16 @@ from megatron_vlm.training.metrics.report_page import results
 from megatron_vlm.training.metrics.run_files import RunFiles
 
 _FORGOTTEN = "this conversation is forgotten: load the page again"
-_MOST_SESSIONS, _MOST_STORED = 100, 1 << 30  # conversations and bytes of uploads kept at a time; the oldest go
+_MOST_SESSIONS, _MOST_STORED = 100, 1 << 30  # conversations (and pages not yet used), bytes of uploads; the oldest go
 _LEAST_STORED = 1 << 16  # that a picture counts as, however small
 
 
 @dataclass(eq=False)
 class Session:
-    """A page: its conversation, the pictures that were uploaded from it, and their bytes as they count."""
+    """A page: its conversation, whether it has been used, the pictures that were uploaded from it, their bytes as they count."""
 
     talk: Conversation
+    used: bool = False
     pictures: dict[str, Path] = field(default_factory=dict)
     stored: int = 0
 
@@ -118,9 +119,8 @@ class Demo:
         """The page, with a conversation of its own."""
         session = secrets.token_hex(16)
         with self._lock:
-            while len(self.sessions) >= _MOST_SESSIONS:
-                self.sessions.pop(next(name for name in self.sessions if name != self._asking)).forget()
             self.sessions[session] = Session(Conversation(self.names, self.system))
+            self._forget_oldest(used=False)  # alone: whoever makes a browser load pages ends no conversation
         return demo_page(
             self.names,
             self.charts,
@@ -131,8 +131,13 @@ class Demo:
             most_bytes=self.most_bytes,
         )
 
+    def _forget_oldest(self, used: bool) -> None:
+        names = [name for name, session in self.sessions.items() if session.used == used and name != self._asking]
+        for name in names[:-_MOST_SESSIONS]:
+            self.sessions.pop(name).forget()
+
     def session(self, name: Any) -> Session:
-        """The session of that name.
+        """The session of that name, which is in use from now on.
 
         Raises:
             ConfigError: it is forgotten.
@@ -142,6 +147,8 @@ class Demo:
             if session is None:
                 raise ConfigError(_FORGOTTEN)
             self.sessions[str(name)] = session  # now the one that was used last
+            session.used = True
+            self._forget_oldest(used=True)
             return session
 
     def ask(self, request: dict[str, Any]) -> Generator[dict[str, Any]]:

@@ -12,6 +12,7 @@ import json
 import re
 import secrets
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -24,9 +25,12 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from megatron_vlm.errors import ConfigError, MegatronVLMError, printable
+from megatron_vlm.log import get_logger
 from megatron_vlm.serve.config import ServeConfig
 from megatron_vlm.serve.demo import Demo, curves, held_out
 from megatron_vlm.serve.engine import Engine
+
+log = get_logger(__name__)
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _MOST_QUESTION = 1 << 20  # bytes of a question
@@ -56,6 +60,12 @@ class DemoServer(ThreadingHTTPServer):
             raise ConfigError(f"cannot serve --host {host} --port {port}: {reason}") from error
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A caller that leaves, or a fault of ours, ends that request alone; the terminal gets at most a line."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            log.warning("a request failed: %s: %s", type(error).__name__, printable(str(error)))
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: DemoServer
@@ -66,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._may():
             return
         demo, path = self.server.demo, self.path.partition("?")[0]
-        if path == "/" and self._embeds():  # each page is a conversation, of which the oldest are forgotten
+        if path == "/" and self._embeds():
             self._refuse(HTTPStatus.FORBIDDEN, "this page is not part of another")
         elif path == "/":
             nonce = secrets.token_urlsafe(16)
@@ -95,8 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         most = demo.most_bytes if path == "/upload" else _MOST_QUESTION
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > most:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length or 'unknown'} bytes, the limit is {most}")
+        if not length.isdecimal() or len(length) > 18 or int(length) > most:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length[:18] or 'unknown'} bytes, the limit is {most}")
             return
         body = self.rfile.read(int(length))
         try:

@@ -54,7 +54,7 @@ def serve(tmp_path):
         names = ["base", "<img src=x onerror=alert(1)>"]
         demo = Demo(names, system=None, sampling=sampling, folder=tmp_path, most_bytes=1 << 20, token=token)
         server = DemoServer("127.0.0.1", 0)
-        demo.engine, server.demo = Echo(), demo
+        demo.engine, server.demo, demo.port = Echo(), demo, server.server_address[1]
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
 

@@ -1,5 +1,6 @@
 """The demo's server: who may call, what may be uploaded; and in Chromium the whole page with two real models."""
 
+import http.client
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,62 @@ def test_what_is_refused(serve):
     assert call("GET", "/picture/..%2fx")[0] == call("GET", "/x")[0] == call("POST", "/x", b"{}")[0] == 404
     assert call("POST", "/ask", b"[]")[0] == call("POST", "/ask", b"{")[0] == 400
     assert not demo.sessions[session["X-Session"]].pictures
+
+
+def test_malformed_requests_leave_the_terminal_alone(serve, capfd, caplog):
+    demo, call = serve()
+    call("GET", "/")
+    name, port = next(iter(demo.sessions)), demo.port
+    host = b"Host: localhost\r\nX-Demo: 1\r\n"
+    ask = json.dumps({"session": name, "text": "a"}).encode()
+    post = b"POST /ask HTTP/1.1\r\n" + host + b"Content-Length: "
+    for raw in (
+        b"\r\n",
+        b"\x16\x03\x01\x02\x00\x01",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"BREW / HTTP/1.1\r\n" + host + b"\r\n",
+        b"GET /\xff\x00 HTTP/1.1\r\n" + host + b"\r\n",
+        b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+        b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        post + b"9" * 5000 + b"\r\n\r\n",
+        post + b"100\r\n\r\n{",
+        post + b"-1\r\n\r\n",
+        post + b"2\r\n\r\n\xff\xfe",
+        post + b"%d\r\n\r\n" % len(ask) + ask,
+    ):
+        with socket.create_connection(("127.0.0.1", port)) as caller:  # leaves before it has read, with a reset
+            caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            caller.sendall(raw)
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as caller:
+            caller.sendall(raw)
+            caller.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: caller.recv(1 << 16), b""))
+            assert not answer or b"HTTP/1." in answer or b"<!DOCTYPE" in answer[:200], (raw, answer)
+    demo.ask = lambda request: 1 / 0  # a fault of ours is a line
+    call("POST", "/reset", json.dumps({"session": name}).encode())
+    with pytest.raises(http.client.RemoteDisconnected):
+        call("POST", "/ask", ask)
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err + said.out, said.err
+    assert [record.getMessage() for record in caplog.records] == [
+        "a request failed: ZeroDivisionError: division by zero"
+    ]
+
+
+def test_loading_pages_ends_no_conversation(serve, monkeypatch):
+    demo, call = serve()
+    monkeypatch.setattr("megatron_vlm.serve.demo._MOST_SESSIONS", 2)
+    call("GET", "/")
+    (talk,) = demo.sessions
+    question = json.dumps({"session": talk, "text": "a"}).encode()
+    assert call("POST", "/ask", question)[0] == 200
+    for _ in range(5):
+        call("GET", "/")
+    assert len(demo.sessions) == 3 and call("POST", "/ask", question)[0] == 200
+    for name in [name for name in demo.sessions if name != talk]:
+        assert call("POST", "/reset", json.dumps({"session": name}).encode())[0] == 200
+    assert talk not in demo.sessions and len(demo.sessions) == 2  # of those in use the oldest goes
 
 
 def test_a_token_opens_the_page_and_a_cookie_keeps_it_open(serve):

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.conversion.convert import hf2mg
+from megatron_vlm.conversion.convert import hf2mg, mg2hf
 from megatron_vlm.conversion.load import load_into
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
+from megatron_vlm.testing.twins.model_folders import assert_same_model
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 
@@ -41,12 +42,11 @@ def loaded(hf_dir, weights, parallel):
     return {name: parameter.detach().clone() for name, parameter in parameters}
 
 
-@pytest.mark.parametrize("tp, pp", [(2, 2), (1, 2)])
-def test_any_layout_loads_any_other(twins, tmp_path, tp, pp):
-    hf2mg(twins / "tied", tmp_path / "mg", tp=2, pp=4, vocab_multiple=64)
-    parallel = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    ranks = run_distributed(loaded, twins / "tied", tmp_path / "mg", parallel, tp=tp, pp=pp)
-    with open_source(twins / "tied") as source:
+def assert_loaded(hf_dir, weights, tp=1, pp=1, **parallel):
+    """Every tensor of every rank is the part of the HF one that it should be, bit for bit, and none is missing."""
+    parallel |= dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    ranks = run_distributed(loaded, hf_dir, weights, parallel, tp=tp, pp=pp)
+    with open_source(hf_dir) as source:
         splits = {e.name: e.split for e in source.spec.mapping(source.config, tp=tp).padded(8)}
         seen = set()
         for rank, parameters in enumerate(ranks):
@@ -55,6 +55,29 @@ def test_any_layout_loads_any_other(twins, tmp_path, tp, pp):
                 seen.add(name)
                 assert torch.equal(value, splits[full].shard(source.read(full), tp, rank % tp)), name
     assert seen == {*splits, "language_model.output_layer.weight"}
+
+
+@pytest.mark.parametrize("tp, pp", [(2, 2), (1, 2)])
+def test_any_layout_loads_any_other(twins, tmp_path, tp, pp):
+    hf2mg(twins / "tied", tmp_path / "mg", tp=2, pp=3, vocab_multiple=64)  # 1, 2 and 1 layers
+    assert_loaded(twins / "tied", tmp_path / "mg", tp, pp)
+
+
+@pytest.mark.full
+def test_28_layers_in_folders_and_stages_of_other_splits(tmp_path):
+    """Folders of 8 and of 4 stages (7 layers each) into stages that are even, as even as can be, and as told; and back."""
+    hf = tmp_path / "hf"
+    write_tiny_idefics2(hf, text="llama", tie=True, layers=28)
+    for files, stages in ((8, 4), (4, 8)):
+        mg = tmp_path / f"mg{files}"
+        hf2mg(hf, mg, pp=files)
+        assert_loaded(hf, mg, pp=stages)
+        assert_loaded(hf, mg, pp=8, decoder_layers_per_stage=(0, 5, 5, 4, 4, 4, 4, 2))
+        mg2hf(mg, tmp_path / f"hf{files}")
+        assert_same_model(hf, tmp_path / f"hf{files}")
+    hf2mg(tmp_path / "mg8", tmp_path / "again", pp=4)
+    for path in sorted((tmp_path / "mg4").glob("mp_rank_*/*")):
+        assert (tmp_path / "again" / path.relative_to(tmp_path / "mg4")).read_bytes() == path.read_bytes()
 
 
 def test_shapes_that_differ_are_listed(twins):

@@ -14,6 +14,7 @@ SMALL = dict(text_hidden=32, ffn=48, vision_hidden=32, vision_ffn=40, vision_lay
 TWINS = {
     "mistral": dict(text="mistral", sliding_window=11, **SMALL),
     "tied": dict(text="llama", tie=True, **SMALL),
+    "deep": dict(text="llama", tie=True, std=0.05, layers=28, **SMALL),
 }
 
 

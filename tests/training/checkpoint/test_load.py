@@ -99,6 +99,10 @@ CHAINS = {
         [at(1, 2, 2, vision="ahead", **SHARDED, **BF16), at(2, 2, vision="ahead", vp=1, **BF16), at(**BF16)],
     ),
     "uneven": ("tied", [at(1, 2), at(1, 2, layers=(0, 4)), at(1, 3), at(1, 2, layers=(0, 1, 1, 2), do=True), at()]),
+    "deep": (
+        "deep",
+        [at(1, 8), at(1, 4), at(1, 8, layers=(0, 5, 5, 4, 4, 4, 4, 2), do=True), at(1, 2, layers=(9, 5, 5, 9)), at()],
+    ),
     "frozen_stage": (
         "mistral",
         [

@@ -20,6 +20,8 @@ TWINS = {
     # already: such a twin cannot tell layouts apart at 1e-5. With seed 1 it moves by 1.5e-6.
     "odd_heads": dict(text="llama", vision_heads=3, perceiver_heads=3, perceiver_kv_heads=3, seed=1),
     "one_kv_head": dict(text="llama", kv_heads=2, perceiver_kv_heads=1),
+    # As deep as InternVL3-8B and Qwen2.5-VL-7B, whose layers 8 stages do not divide; std 0.15 would multiply round-off.
+    "deep": dict(text="llama", layers=28, std=0.05),
 }
 PAIRWISE = [
     Case(tp=2, twin="odd_heads"),
@@ -46,6 +48,8 @@ PAIRWISE = [
 ]
 FREEZES = ((), ("llm",), ("vision",), ("vision", "connector"))
 WHOLE = [
+    Case(pp=8, twin="deep"),
+    Case(pp=8, layers=(0, 5, 5, 4, 4, 4, 4, 2), twin="deep"),
     *(dataclasses.replace(case, twin="mistral") for case in EIGHT),
     *whole_matrix("mistral", FREEZES, (False, True)),
     *(case for twin in ("tied", "odd_heads", "one_kv_head") for case in whole_matrix(twin)),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vlm.data.formats.records import OWN_VIDEO, VideoSettings
 from megatron_vlm.errors import ConfigError, MegatronVLMError, nearest
 from megatron_vlm.files import describe
 from megatron_vlm.models.hf_config import check_numbers, check_parts
@@ -120,6 +121,7 @@ class FamilySpec:
         adapters: what the flags of adapters mean.
         recipes: ``recipes(hf_config) -> RecipeSpec``, by the variant that the config is of.
         record_format: format of records that nothing else tells apart.
+        video: ``video(hf_dir)`` says how the model's own processor takes frames of a video.
         facts: flag of the original program that says how the model is -> (keys of config.json, value without any).
     """
 
@@ -142,6 +144,7 @@ class FamilySpec:
     adapters: AdapterSpec
     recipes: Callable[[Mapping[str, Any]], RecipeSpec]
     record_format: str = "llava"
+    video: "Callable[[Path], VideoSettings]" = lambda hf_dir: OWN_VIDEO
     facts: Mapping[str, tuple[tuple[str, ...], Any]] = field(default_factory=dict)
 
     def read_config(self, hf_config: dict[str, Any], path: Path) -> "FamilyConfig":

@@ -35,7 +35,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT", help="a system turn before the conversation")
     add("--prompt-template", metavar="NAME", help="as data.template=NAME (default: the model's own)")
     add("--stop-words", nargs="+", default=[], metavar="TEXT", help="texts that end an answer")
-    add("--video-frames", type=int, default=32, metavar="N", help="most frames of a video (default: 32)")
+    add("--video-frames", type=int, metavar="N", help="most frames of a video (default: the model's own, else 32)")
     add_running(parser, max_new_tokens=512, precision=None)
 
 

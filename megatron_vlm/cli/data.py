@@ -10,7 +10,7 @@ from typing import Any
 from megatron_vlm.cli import data_check
 from megatron_vlm.cli.arguments import add_path
 from megatron_vlm.data.formats import guess_records, open_sources
-from megatron_vlm.data.formats.records import VideoSettings
+from megatron_vlm.data.formats.records import SAMPLING, VideoSettings
 from megatron_vlm.data.shards.build import build_shards
 from megatron_vlm.data.shards.split import SplitSettings
 from megatron_vlm.errors import ConfigError
@@ -55,9 +55,18 @@ def _add_build(commands: Any) -> None:
     add("--split-by", metavar="id|image|KEY",
         help="what halves must not share besides images; of tars also __key__ (default: image)")  # fmt: skip
     add("--split-seed", type=int, metavar="N", help="another draw of the halves")
-    add("--video-frames", type=int, nargs=2, default=[1, 32], metavar=("MIN", "MAX"),
-        help="frames taken of a video, spread evenly; a shorter one is refused (default: 1 32)")  # fmt: skip
-    add("--frame-text", default="Frame-{i}: <image>", metavar="TEXT", help="line of each frame (default: %(default)s)")
+    add("--video-frames", type=int, nargs=2, default=[1, None], metavar=("MIN", "MAX"),
+        help="frames taken of a video, at most; a shorter one is refused (default: 1 32, by time 1 64 or 1 768)")  # fmt: skip
+    add("--video-sampling", choices=SAMPLING,
+        help="which frames: middles of equal parts; by time from end to end (SmolVLM2), or in pairs (Qwen-VL)")  # fmt: skip
+    add("--video-fps", type=float, metavar="N", help="frames taken a second (default: ends 1, pairs 2)")
+    add("--video-folder-fps", type=float, default=24.0, metavar="N",
+        help="frames a second of a folder of frames, for time stamps (default: %(default)s)")  # fmt: skip
+    add(
+        "--frame-text",
+        metavar="TEXT",
+        help="line of each frame, <image> in it (default: the model that reads it writes it)",
+    )
     add("--split", "--part", dest="part", default="", metavar="NAME",
         help="of a folder or glob with several, Energon's too: train, validation, test ..., or all (default: train)")  # fmt: skip
 
@@ -125,7 +134,14 @@ def _build(args: argparse.Namespace) -> int:
         root=args.image_root or ".",
         prepend=args.missing_placeholder == "prepend",
         part=args.part,
-        video=VideoSettings(min_frames=least, max_frames=most, announce=args.frame_text),
+        video=VideoSettings(
+            sampling=args.video_sampling,
+            min_frames=least,
+            max_frames=most,
+            fps=args.video_fps,
+            folder_fps=args.video_folder_fps,
+            announce=args.frame_text,
+        ),
     )
     split = None
     if args.val_fraction is not None:

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_vlm.config import parse_value
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.config import DataConfig, SourceConfig
+from megatron_vlm.data.formats.records import OWN_VIDEO
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import read_json
@@ -60,12 +61,12 @@ class ViewSettings:
 
     def raw(self) -> Inputs:
         """What the inputs are, by their content."""
-        record_format = "llava"
+        record_format, own = "llava", OWN_VIDEO
         if self.model is not None:
-            with opened_model(self.model) as (_, _, spec):
-                record_format = spec.record_format
+            with opened_model(self.model) as (folder, _, spec):
+                record_format, own = spec.record_format, spec.video(folder)
         return open_inputs(
-            "preview", [str(getattr(item, "path", item)) for item in self.inputs], self.launch, record_format
+            "preview", [str(getattr(item, "path", item)) for item in self.inputs], self.launch, record_format, own
         )
 
     def processor(self) -> Processor | None:

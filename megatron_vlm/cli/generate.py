@@ -42,8 +42,15 @@ def run(argv: Sequence[str]) -> int:
     """Answers and returns the exit code."""
     parser = argparse.ArgumentParser(prog="megatron-vlm generate", description=USAGE)
     add = parser.add_argument
-    add("--prompt", metavar="TEXT", help="a question; <image> marks an image's place, else images come first")
-    add_path(parser, "--image", "images of --prompt, in order", nargs="+", default=[], metavar="FILE")
+    add("--prompt", metavar="TEXT", help="a question; <image> and <video> mark places, else files come first")
+    add_path(
+        parser,
+        "--image",
+        "images, videos or folders of frames of --prompt, in order",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+    )
     add("--system", metavar="TEXT", help="a system turn before --prompt")
     add_path(parser, "--out", "where JSON lines go (default: standard output)", metavar="FILE")
     add_asking(parser)

@@ -10,18 +10,45 @@ MAX_SPAN = 2**30  # and bytes of its members
 
 
 @dataclass(frozen=True, kw_only=True)
+class Video:
+    """A video of which some frames were taken.
+
+    Attributes:
+        frames: their numbers in the video, from 0, in order.
+        total: frames of the whole.
+        fps: frames that it shows a second.
+    """
+
+    frames: tuple[int, ...]
+    total: int
+    fps: float
+
+    @property
+    def times(self) -> list[float]:
+        """Second at which each of the frames is shown."""
+        return [number / self.fps for number in self.frames]
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.total / self.fps
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     """One message.
 
     Attributes:
         role: ``user``, ``assistant`` or ``system``.
-        text: ``<image>`` in it marks an image's place.
+        text: ``<image>`` in it marks an image's place, ``<video>`` that of the frames of a video.
+        videos: of each ``<video>`` in it; none in a record whose videos were not read yet.
         loss: false where its author wants no loss taken on it, whatever the settings; true: as they say.
     """
 
     role: str
     text: str
     loss: bool = True
+    videos: tuple[Video, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # loads torch, which a look at raw records does without
     from PIL import Image
     from torch import Tensor
 
+    from megatron_vlm.data.formats.records import VideoSettings
     from megatron_vlm.data.row import EncodedSample
     from megatron_vlm.data.text.chat import FastTokenizer
 
@@ -52,7 +53,7 @@ class Processor(Protocol):
     ``std`` undo the normalisation of pixels: a model without images has neither.
     """
 
-    image_token_id: int
+    image_ids: tuple[int, ...]
     filler_token_id: int
     stop_ids: tuple[int, ...]
     tokenizer: FastTokenizer
@@ -60,6 +61,10 @@ class Processor(Protocol):
     std: tuple[float, ...]
     seq_length: int
     truncate: bool
+
+    @property
+    def video(self) -> VideoSettings:
+        """How frames of a video are taken for the model."""
 
     @property
     def fingerprint(self) -> str:

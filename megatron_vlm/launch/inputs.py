@@ -22,7 +22,7 @@ from typing import Any
 from megatron_vlm.data.file_kinds import is_meta
 from megatron_vlm.data.formats import FORMATS, WEBDATASET, expand_inputs, open_sources
 from megatron_vlm.data.formats.json_file import read_json, read_json_records
-from megatron_vlm.data.formats.records import RECORDS_VERSION, RecordSource, VideoSettings
+from megatron_vlm.data.formats.records import OWN_VIDEO, RECORDS_VERSION, RecordSource, VideoSettings
 from megatron_vlm.data.formats.splits import HELD_OUT
 from megatron_vlm.data.image_roots import names_of
 from megatron_vlm.data.shards.writer import MANIFEST, MANIFEST_VERSION
@@ -77,8 +77,10 @@ def cache_folder(launch: LaunchConfig) -> Path:
     return Path(launch.shard_cache or expand_path("~/.cache/megatron_vlm/shards"))
 
 
-def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, record_format: str) -> Inputs:
-    """Tells what each input is, and finds its place in the cache.
+def open_inputs(
+    name: str, inputs: Sequence[str], launch: LaunchConfig, record_format: str, own: VideoSettings = OWN_VIDEO
+) -> Inputs:
+    """Tells what each input is, and finds its place in the cache; ``own``: how the model takes frames of a video.
 
     Raises:
         ConfigError, DataError: an input that is not there or cannot be read, by name.
@@ -93,7 +95,7 @@ def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, record_f
         if os.path.isfile(Path(path) / MANIFEST):
             folders.append(path)
         else:
-            sources += _sources_of(path, launch, record_format, part if os.path.isdir(path) else "")
+            sources += _sources_of(path, launch, record_format, own, part if os.path.isdir(path) else "")
     if not sources:
         return Inputs(name=name, folders=tuple(folders))
     images = tuple(_states(dict.fromkeys(_files_of(sources))))
@@ -101,12 +103,19 @@ def open_inputs(name: str, inputs: Sequence[str], launch: LaunchConfig, record_f
     return Inputs(name=name, folders=tuple(folders), sources=tuple(sources), shards=shards, images=images)
 
 
-def _sources_of(path: str, launch: LaunchConfig, record_format: str, part: str) -> list[RecordSource]:
+def _sources_of(
+    path: str, launch: LaunchConfig, record_format: str, own: VideoSettings, part: str
+) -> list[RecordSource]:
     """The sources of one raw input, with the folder that their images start from."""
     format = launch.data_format or tell_format(path, record_format)
     policy = launch.missing_placeholder or ("prepend" if format in _PREPENDING else "refuse")
-    frames: dict[str, Any] = {"min_frames": launch.min_num_frame, "max_frames": launch.max_num_frame}
-    video = VideoSettings(**{key: value for key, value in frames.items() if value is not None})
+    frames: dict[str, Any] = {
+        "min_frames": launch.min_num_frame,
+        "max_frames": launch.max_num_frame,
+        "sampling": launch.video_sampling,
+        "fps": launch.video_fps,
+    }
+    video = VideoSettings(**{key: value for key, value in frames.items() if value is not None}).filled(own)
     root = launch.image_root or ""
     found = open_sources(format, [path], root=root, prepend=policy == "prepend", video=video, part=part)
     made = []

@@ -113,8 +113,9 @@ def _plan(
     keep_sharding: bool,
 ) -> RunPlan | None:
     launch, spec = request.launch, source.spec
-    train = open_inputs("train", launch.train_inputs or _folders(request.run, "train"), launch, spec.record_format)
-    valid = open_inputs("valid", launch.valid_inputs or _folders(request.run, "valid"), launch, spec.record_format)
+    how = (launch, spec.record_format, spec.video(source.hf_dir))
+    train = open_inputs("train", launch.train_inputs or _folders(request.run, "train"), *how)
+    valid = open_inputs("valid", launch.valid_inputs or _folders(request.run, "valid"), *how)
     adapts = request.adapts
 
     def config_for(dp: int) -> tuple[RunConfig, tuple[str, ...]]:

@@ -23,7 +23,8 @@ class LaunchConfig(Config):
         data_format: how the files are to be read (as in ``data build --format``); None: told by their content.
         missing_placeholder: records with images and no place for them: ``refuse``, or ``prepend`` the images to the first
             question; None: as the format's own program does (InternVL prepends).
-        min_num_frame, max_num_frame: frames taken of a video; None: as ``data build`` does.
+        min_num_frame, max_num_frame, video_sampling, video_fps: frames taken of a video, as ``--video-frames``,
+            ``--video-sampling`` and ``--video-fps`` of ``data build``; None: as the model's files say.
         given_num: the numbers of a list file are thousands of samples; False: they are shares of each file. None: thousands.
         llm, vision, projector: parts to make the model of, instead of ``checkpoint.load``: HF directories or hub ids of a
             language model and a tower, and a trained projector (a folder, XTuner's .pth, or the checkpoint of a first stage).
@@ -55,6 +56,8 @@ class LaunchConfig(Config):
     missing_placeholder: Literal["refuse", "prepend"] | None = None
     min_num_frame: int | None = None
     max_num_frame: int | None = None
+    video_sampling: Literal["middles", "ends", "pairs"] | None = None
+    video_fps: float | None = None
     given_num: bool | None = None
     llm: PathText | None = None
     vision: PathText | None = None

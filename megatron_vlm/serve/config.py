@@ -52,7 +52,7 @@ class ServeConfig(Config):
         data: how images and prompts are treated, as in training (``template``, ``image_size`` and the like).
         sampling: defaults of ``models.generation.SamplingConfig`` for every question.
         stop_words: texts that end an answer, and are left out of it.
-        video_frames: at most so many of a video, spread evenly.
+        video_frames: at most so many of a video; None: as many as the model takes.
     """
 
     models: tuple[ServedModel, ...]
@@ -64,12 +64,13 @@ class ServeConfig(Config):
     data: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     stop_words: tuple[str, ...] = ()
-    video_frames: int = 32
+    video_frames: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "video_frames"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if "" in self.stop_words:
             raise ConfigError("--stop-words '' would end every answer before it begins: leave the empty one out")
         if self.precision == "fp16" and self.device == "cpu":

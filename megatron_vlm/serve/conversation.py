@@ -12,10 +12,10 @@ from typing import Any
 
 from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megatron_vlm.data.images.pictures import open_image, read_image_file
+from megatron_vlm.data.images.video import is_video
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import expand_text, write_synced
 
-VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 _ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
 _MARKS = {"images": IMAGE_PLACEHOLDER, "videos": VIDEO_PLACEHOLDER}
 
@@ -122,8 +122,3 @@ class Conversation:
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error
         return path
-
-
-def is_video(path: str) -> bool:
-    """A video file by its name, or a folder of frames."""
-    return path.lower().endswith(VIDEOS) or os.path.isdir(path)

@@ -112,8 +112,8 @@ class Served:
         video = VideoSettings(max_frames=self.config.video_frames)
         source = RecordSource(path="", format="chat", root=os.curdir, video=video)
         record = Record(number=0, label="", turns=turns, images=tuple(ask["images"]), videos=tuple(ask["videos"]))
-        turns, files = load_record(source, record)
         model, processor = self._models[number]
+        turns, files = load_record(source, record, processor.video)
         sample = processor.encode_prompt(turns, [decode_image(data, name) for name, data in files])
         sampling = SamplingConfig.from_dict({**self.config.sampling, **request.get("sampling", {})}, "sampling")
         room = self._text(number).longest - len(sample.input_ids)

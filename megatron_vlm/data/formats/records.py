@@ -19,19 +19,42 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
          "system": "system"}  # fmt: skip
 
 
+SAMPLING: dict[str, tuple[float | None, int]] = {"middles": (None, 32), "ends": (1.0, 64), "pairs": (2.0, 768)}
+"""Rules by which frames are taken: frames a second, and most frames of a video, where nothing else says."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoSettings:
-    """How a video becomes frames.
+    """How a video becomes frames; None: as the model does it, else as ``SAMPLING`` says.
 
     Attributes:
+        sampling: which frames are taken, a key of ``SAMPLING``; see ``images/video.py``.
         min_frames: a shorter video is refused.
-        max_frames: of a longer one this many are taken, spread evenly.
-        announce: text of each frame, ``{i}`` its number from 1; frames stand on lines of their own.
+        max_frames: most frames that are taken.
+        fps: frames taken a second, by the rules that go by time.
+        folder_fps: frames a second of a folder of frames, of which no file tells; as transformers assumes.
+        announce: text of each frame, ``{i}`` its number from 1, on lines of their own; None: the model writes it.
     """
 
+    sampling: str | None = None
     min_frames: int = 1
-    max_frames: int = 32
-    announce: str = "Frame-{i}: <image>"
+    max_frames: int | None = None
+    fps: float | None = None
+    folder_fps: float = 24.0
+    announce: str | None = None
+
+    def filled(self, own: "VideoSettings") -> "VideoSettings":
+        """These settings; what they do not say is as in ``own``, a model's, unless another rule is named."""
+        rule = self.sampling or own.sampling or "middles"
+        same = own if (own.sampling or "middles") == rule else VideoSettings()
+        fps, most = SAMPLING[rule]
+        given = {"max_frames": (self.max_frames, same.max_frames, most), "fps": (self.fps, same.fps, fps)}
+        first = {name: next((value for value in values if value is not None), None) for name, values in given.items()}
+        return replace(self, sampling=rule, **first)  # type: ignore[arg-type]
+
+
+OWN_VIDEO = VideoSettings()
+"""Of a model that has no videos, or of none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,42 +1,73 @@
 """A video as frames: a folder of images, or a file decoded with PyAV (an optional extra).
 
-Frames are taken from the middles of equal parts of the video, so that the same video always gives the same ones.
+The same video always gives the same frames, by one of the rules of ``formats.records.SAMPLING``:
+
+    middles   from the middles of equal parts
+    ends      one or more a second, evenly from first to last, as transformers' ``SmolVLMVideoProcessor``
+    pairs     two or more a second, an even number, as transformers' ``Qwen2VLVideoProcessor``
 """
 
 import io
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, VideoSettings
+import numpy as np
+
+from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, OWN_VIDEO, SAMPLING, VIDEO_PLACEHOLDER, VideoSettings
 from megatron_vlm.data.images.pictures import MAX_ASPECT, MAX_PIXELS, MAX_SIDE, read_image_file
-from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.sample import Turn, Video
 from megatron_vlm.errors import ConfigError, DataError, Reason
 
+ANNOUNCE = "Frame-{i}: <image>"  # InternVL's way, and that of all models that have no videos
+VIDEO_FILES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 FRAME_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif", ".heic", ".heif")
 _unreadable = partial(DataError, reason=Reason.UNREADABLE_IMAGE)
+LEAST_PAIRS = 4  # frames of a video that has as many, in that rule
 MAX_VIDEO_FRAMES = 500_000  # of a file, before some are taken
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # of frames that were decoded from a file
 
 
-def spread(total: int, settings: VideoSettings, name: str = "video") -> list[int]:
-    """Returns the indices of the frames to take of ``total``, in order: at most ``max_frames``, evenly spread.
+def is_video(path: str) -> bool:
+    """A video file by its name, or a folder of frames."""
+    return path.lower().endswith(VIDEO_FILES) or os.path.isdir(path)
 
-    Raises:
-        DataError: fewer than ``min_frames``.
-    """
-    if total < settings.min_frames:
-        raise _unreadable(f"{name} has {total} frames, at least {settings.min_frames} are needed: lower --video-frames")
-    number = min(total, settings.max_frames)
+
+def spread(total: int, most: int) -> list[int]:
+    """Returns the indices of at most ``most`` of ``total`` frames, in order, from the middles of equal parts."""
+    number = min(total, most)
     return [(2 * i + 1) * total // (2 * number) for i in range(number)]
 
 
-def read_frames(root: str | Path, name: str, settings: VideoSettings) -> list[tuple[str, bytes]]:
-    """Returns (name, encoded image) of each frame that is taken of the video ``name`` in folder ``root``.
+def sampled(total: int, fps: float, settings: VideoSettings) -> list[int]:
+    """Returns the indices of the frames to take of ``total``, of which ``fps`` are shown a second.
 
-    A folder's frames are its image files in the order of their names, numbers in names compared as numbers.
+    Source of the rules by time: transformers 5.23, models/smolvlm/video_processing_smolvlm.py and
+    models/qwen2_vl/video_processing_qwen2_vl.py, ``sample_frames``.
+    """
+    most, rate = settings.max_frames or total, settings.fps
+    if rate is None:
+        return spread(total, most)
+    if settings.sampling == "ends":
+        wanted, first, last = max(1, min(round(rate * (total / fps)), most)), 0, total - 1
+        if total / fps - 2 > most * rate:  # a second at either end is passed over
+            begin, end = int(fps), min(int(total - fps), total - 1)
+            first, last = (begin, end) if begin < end else (first, last)
+        return np.unique(np.linspace(first, last, wanted, dtype=int)).tolist()
+    number = min(max(total / fps * rate, LEAST_PAIRS), min(most, total) // 2 * 2)
+    number = max(1, int(number) // 2 * 2)  # of a single frame it is one
+    return np.arange(0, total, total / number).astype(np.float32).astype(int).tolist()
+
+
+def read_frames(root: str | Path, name: str, settings: VideoSettings) -> tuple[Video, list[tuple[str, bytes]]]:
+    """Returns what is known of the video ``name`` in folder ``root``, and (name, encoded image) of each frame that is taken.
+
+    A folder's frames are its image files in the order of their names, numbers in names compared as numbers; they were taken
+    before: all are, or ``max_frames`` from the middles of equal parts.
 
     Raises:
         ConfigError: a video file, and PyAV is not installed.
@@ -45,12 +76,23 @@ def read_frames(root: str | Path, name: str, settings: VideoSettings) -> list[tu
     path = Path(root, name)
     if os.path.isdir(path):
         files = sorted((p for p in path.iterdir() if p.suffix.lower() in FRAME_FILES), key=_by_numbers)
-        wanted = spread(len(files), settings, f"video {path}")
-        return [(f"{name}/{files[i].name}", read_image_file(files[i])) for i in wanted]
+        _check_number(len(files), settings, path)
+        wanted = spread(len(files), settings.max_frames or len(files))
+        taken = [files[i] for i in wanted]
+        video = Video(frames=tuple(range(len(wanted))), total=len(wanted), fps=settings.folder_fps)
+        return video, [(f"{name}/{file.name}", read_image_file(file)) for file in taken]
     if not os.path.isfile(path):
         message = f"cannot read video {path}: {'not a regular file' if os.path.exists(path) else 'No such file'}"
         raise DataError(message, reason=Reason.MISSING_IMAGE)
-    return [(f"{name}#{index}", data) for index, data in _decode(path, settings)]
+    total, fps, frames = _decode(path, settings)
+    video = Video(frames=tuple(index for index, _ in frames), total=total, fps=fps)
+    return video, [(f"{name}#{index}", data) for index, data in frames]
+
+
+def _check_number(total: int, settings: VideoSettings, path: Path) -> None:
+    if total < max(1, settings.min_frames):
+        least = f"at least {settings.min_frames} are needed: lower --video-frames"
+        raise _unreadable(f"video {path} has {total} frames, {least}")
 
 
 def _by_numbers(path: Path) -> list[Any]:
@@ -66,7 +108,8 @@ def _by_numbers(path: Path) -> list[Any]:
     return parts
 
 
-def _decode(path: Path, settings: VideoSettings) -> list[tuple[int, bytes]]:
+def _decode(path: Path, settings: VideoSettings) -> tuple[int, float, list[tuple[int, bytes]]]:
+    """Frames of the whole, frames a second, and those that are taken."""
     try:
         import av
     except ImportError as error:
@@ -88,14 +131,16 @@ def _decode(path: Path, settings: VideoSettings) -> list[tuple[int, bytes]]:
             if not width or not height or max(width, height) > MAX_ASPECT * min(width, height):
                 raise _unreadable(f"video {path} is {width} x {height}")
             total = _count(container, stream, path)
-            wanted = spread(total, settings, f"video {path}")
+            _check_number(total, settings, path)
+            fps = float(stream.average_rate or settings.folder_fps)
+            wanted = sampled(total, fps, settings)
             container.seek(0)
             frames = _take(container, stream, wanted)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _unreadable(f"video {path} cannot be decoded: {error}") from error
     if len(frames) < settings.min_frames:
         raise _unreadable(f"video {path} cannot be decoded: {len(frames)} of {len(wanted)} frames came out")
-    return frames
+    return total, fps, frames
 
 
 def _count(container: Any, stream: Any, path: Path) -> int:
@@ -123,28 +168,40 @@ def _take(container: Any, stream: Any, wanted: list[int]) -> list[tuple[int, byt
     return found
 
 
-def announce(turns: tuple[Turn, ...], frames: list[int], settings: VideoSettings) -> tuple[Turn, ...]:
-    """Writes each ``<video>`` as its frames' lines.
-
-    Args:
-        turns: with a ``<video>`` per video.
-        frames: number of frames of each.
-        settings: the text of a frame.
-    """
-    left = iter(frames)
-    written = []
+def with_videos(turns: Sequence[Turn], videos: Sequence[Video], settings: VideoSettings) -> tuple[Turn, ...]:
+    """Gives turns with a ``<video>`` per video theirs; written as lines of frames where the settings have a text for them."""
+    left, made = iter(videos), []
     for turn in turns:
-        head, *rest = turn.text.split(VIDEO_PLACEHOLDER)
-        for part in rest:
-            lines = "\n".join(settings.announce.replace("{i}", str(i)) for i in range(1, next(left) + 1))
-            head = head + lines + part
-        written.append(replace(turn, text=head))
-    return tuple(written)
+        turn = replace(turn, videos=tuple(islice(left, turn.text.count(VIDEO_PLACEHOLDER))))
+        made.append(turn if settings.announce is None else announce(turn, settings.announce))
+    return tuple(made)
+
+
+def announce(turn: Turn, text: str = ANNOUNCE) -> Turn:
+    """Writes each ``<video>`` of a turn as its frames' lines: ``text``, ``{i}`` in it the number of the frame from 1."""
+    return spelled(turn, lambda video: "\n".join(text.replace("{i}", str(i + 1)) for i in range(len(video.frames))))
+
+
+def spelled(turn: Turn, text: Callable[[Video], str]) -> Turn:
+    """Writes each ``<video>`` of a turn as a text, with an ``<image>`` for each frame."""
+    if not turn.videos:
+        return turn
+    head, *rest = turn.text.split(VIDEO_PLACEHOLDER)
+    written = "".join(text(video) + part for video, part in zip(turn.videos, rest, strict=True))
+    return replace(turn, text=head + written, videos=())
 
 
 def check_settings(settings: VideoSettings) -> None:
     """Raises ConfigError for settings that cannot work."""
-    if not 1 <= settings.min_frames <= settings.max_frames:
-        raise ConfigError(f"--video-frames {settings.min_frames} {settings.max_frames}: give 1 <= MIN <= MAX")
-    if settings.announce.count(IMAGE_PLACEHOLDER) != 1:
+    if settings.sampling not in (None, *SAMPLING):
+        raise ConfigError(f"--video-sampling {settings.sampling}: one of {', '.join(SAMPLING)}")
+    filled = settings.filled(OWN_VIDEO)
+    if not 1 <= settings.min_frames <= (filled.max_frames or 0):
+        raise ConfigError(f"--video-frames {settings.min_frames} {filled.max_frames}: give 1 <= MIN <= MAX")
+    for name, value in (("fps", filled.fps), ("folder-fps", settings.folder_fps)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--video-{name} must be above 0, got {value}")
+    if settings.fps is not None and filled.sampling == "middles":
+        raise ConfigError("--video-fps has no effect on frames from the middles of equal parts: name --video-sampling")
+    if settings.announce is not None and settings.announce.count(IMAGE_PLACEHOLDER) != 1:
         raise ConfigError(f"--frame-text {settings.announce!r} must hold {IMAGE_PLACEHOLDER} once")

@@ -17,6 +17,8 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,16 @@ from numpy.typing import NDArray
 from megatron_vlm.data.formats.json_file import strict_decoder
 from megatron_vlm.data.formats.records import (
     IMAGE_PLACEHOLDER,
+    OWN_VIDEO,
     VIDEO_PLACEHOLDER,
     Record,
     RecordSource,
+    VideoSettings,
     check_turns,
 )
 from megatron_vlm.data.images.pictures import probe_image, read_image_file
-from megatron_vlm.data.images.video import announce, read_frames
-from megatron_vlm.data.sample import MAX_IMAGES, MAX_SPAN, RawSample, Turn
+from megatron_vlm.data.images.video import read_frames, with_videos
+from megatron_vlm.data.sample import MAX_IMAGES, MAX_SPAN, RawSample, Turn, Video
 from megatron_vlm.data.shards.tar import BLOCK
 from megatron_vlm.errors import DataError, Reason
 
@@ -59,11 +63,17 @@ IMAGE_DTYPE = np.dtype(
 )
 
 
-def load_record(source: RecordSource, record: Record) -> tuple[tuple[Turn, ...], list[tuple[str, bytes]]]:
+def load_record(
+    source: RecordSource, record: Record, own: VideoSettings = OWN_VIDEO
+) -> tuple[tuple[Turn, ...], list[tuple[str, bytes]]]:
     """Reads a record's images and the frames of its videos.
 
+    Args:
+        source, record: which.
+        own: how the model, where there is one, takes frames of a video.
+
     Returns:
-        Its turns, videos written as the lines of their frames, and (name, encoded image) in order of use.
+        Its turns with their videos, and (name, encoded image) in order of use, frames among them.
 
     Raises:
         DataError: a file that cannot be read.
@@ -77,8 +87,9 @@ def load_record(source: RecordSource, record: Record) -> tuple[tuple[Turn, ...],
     )
     if not record.videos:
         return record.turns, list(images)
-    videos = [read_frames(root, name, source.video) for name in record.videos]
-    left, found = iter(videos), []
+    settings = source.video.filled(own)
+    videos = [read_frames(root, name, settings) for name in record.videos]
+    left, found = iter(frames for _, frames in videos), []
     text = "".join(turn.text for turn in record.turns)
     while text:
         marks = [(text.find(mark), mark) for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) if mark in text]
@@ -87,7 +98,7 @@ def load_record(source: RecordSource, record: Record) -> tuple[tuple[Turn, ...],
         place, mark = min(marks)
         found += [next(images)] if mark == IMAGE_PLACEHOLDER else next(left)
         text = text[place + len(mark) :]
-    return announce(record.turns, [len(frames) for frames in videos], source.video), found
+    return with_videos(record.turns, [video for video, _ in videos], settings), found
 
 
 class ShardWriter:
@@ -218,14 +229,22 @@ def parse_text(name: str, content: bytes) -> RawSample:
 
 def _written(turn: Turn) -> dict[str, Any]:
     """As KEY.json has it; ``loss`` stands only where it is false, so that data without it has the bytes that it always had."""
-    return {"role": turn.role, "text": turn.text, **({} if turn.loss else {"loss": False})}
+    videos = [asdict(video) for video in turn.videos]
+    more = {**({} if turn.loss else {"loss": False}), **({"videos": videos} if videos else {})}
+    return {"role": turn.role, "text": turn.text, **more}
 
 
 def _turn(data: dict[str, Any]) -> Turn:
     role, text, loss = data["role"], data["text"], data.get("loss", True)
     if not isinstance(role, str) or not isinstance(text, str) or not isinstance(loss, bool):
         raise TypeError(f"turn {data!r:.200}")
-    return Turn(role=role, text=text, loss=loss)
+    videos = tuple(
+        Video(frames=tuple(map(int, video["frames"])), total=int(video["total"]), fps=float(video["fps"]))
+        for video in data.get("videos", ())
+    )
+    if any(not video.frames or not 0 < video.fps < inf for video in videos):
+        raise ValueError(f"videos of turn {data!r:.200}")
+    return Turn(role=role, text=text, loss=loss, videos=videos)
 
 
 def check_sample(sample: RawSample) -> list[tuple[int, int]]:
@@ -234,10 +253,11 @@ def check_sample(sample: RawSample) -> list[tuple[int, int]]:
     Raises:
         DataError: what is wrong with it.
     """
-    check_turns(sample.turns, len(sample.images))
+    frames = sum(len(video.frames) for turn in sample.turns for video in turn.videos)
+    check_turns(sample.turns, len(sample.images) - frames, sum(len(turn.videos) for turn in sample.turns))
     return [probe_image(data, f"image {name}")[1:] for name, data in zip(sample.image_names, sample.images)]
 
 
 def num_placeholders(turns: Iterable[Turn]) -> int:
-    """Returns the number of ``<image>`` placeholders."""
-    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    """Returns the number of images that the places in the texts are for, the frames of videos among them."""
+    return sum(turn.text.count(IMAGE_PLACEHOLDER) + sum(len(video.frames) for video in turn.videos) for turn in turns)

@@ -189,9 +189,9 @@ def _text(sample: EncodedSample, processor: Processor) -> str:
     learned = (sample.labels != IGNORE_INDEX).tolist()
     learned[0] = False
     parts = []
-    image = processor.image_token_id
+    images = frozenset(processor.image_ids)
     for (supervised, is_image), run in groupby(
-        zip(sample.input_ids.tolist(), learned), lambda item: (item[1], item[0] == image)
+        zip(sample.input_ids.tolist(), learned), lambda item: (item[1], item[0] in images)
     ):
         ids = [token for token, _ in run]
         text = escape(processor.tokenizer.decode(ids[:1] if is_image else ids))

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.formats.records import OWN_VIDEO, VideoSettings
 from megatron_vlm.data.images.pictures import StoredImages, upright_rgb
+from megatron_vlm.data.images.video import announce
 from megatron_vlm.data.row import IGNORE_INDEX, EncodedSample
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.shards.writer import num_placeholders
@@ -72,6 +75,20 @@ class ConversationProcessor:
         """Ids that the too-long policy does not cut off: of an image's tokens."""
         return (self.image_token_id,)
 
+    @property
+    def image_ids(self) -> tuple[int, ...]:
+        """Ids that hold the place of image features."""
+        return (self.image_token_id,)
+
+    @property
+    def video(self) -> VideoSettings:
+        """How frames of a video are taken for the model."""
+        return OWN_VIDEO
+
+    def written(self, turn: Turn) -> Turn:
+        """A turn as the prompt has it; here each frame of a video is an image, announced on a line of its own."""
+        return announce(turn)
+
     def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> Reason:
         """Why a sample is left out; ``Reason.NONE``: it is not."""
         return Reason.NONE
@@ -91,6 +108,10 @@ class ConversationProcessor:
     def views(self, image: Image.Image, plan: Any, draw: random.Random | None) -> Sequence[Tensor]:
         """Pixels of an upright RGB image, float32 [3, H, W] each; ``draw`` where it is augmented."""
         raise NotImplementedError
+
+    def pixels_of(self, images: Sequence[Image.Image], plans: Sequence[Any], draw: Any) -> tuple[Tensor, ...]:
+        """Pixels of all images of a sample."""
+        return tuple(view for image, plan in zip(images, plans) for view in self.views(image, plan, draw))
 
     def tiles(self, pixels: Tensor) -> tuple[int, int]:
         """See data.types.Processor."""
@@ -143,7 +164,7 @@ class ConversationProcessor:
             message = f"{num_placeholders(turns)} <image> placeholders for {len(images)} images"
             raise DataError(message, reason=Reason.PLACEHOLDERS)
         images = [upright_rgb(image) for image in images]
-        turns = self._as_text(turns)
+        turns = self._as_text([self.written(turn) for turn in turns])
         plans = self.plans(turns, [image.size for image in images], NO_OPTIONS)
         ids = torch.from_numpy(self.tokenise(turns, plans, prompt=True).ids)
         return self._sample("prompt", ids, torch.full_like(ids, IGNORE_INDEX), images, plans, None)
@@ -162,7 +183,7 @@ class ConversationProcessor:
 
     @cached_property
     def _silent(self) -> frozenset[int | None]:
-        return frozenset((*map(self.tokenizer.token_id, self.tokenizer.specials), self.image_token_id, *self.stop_ids))
+        return frozenset((*map(self.tokenizer.token_id, self.tokenizer.specials), *self.image_ids, *self.stop_ids))
 
     def _sample(
         self,
@@ -173,15 +194,15 @@ class ConversationProcessor:
         plans: Sequence[Any],
         draw: random.Random | None,
     ) -> EncodedSample:
-        positions = (ids == self.image_token_id).nonzero()[:, 0]
-        pixels = tuple(view for image, plan in zip(images, plans) for view in self.views(image, plan, draw))
+        positions = torch.isin(ids, torch.tensor(self.image_ids)).nonzero()[:, 0]
+        pixels = self.pixels_of(images, plans, draw)
         return EncodedSample(key=key, input_ids=ids, labels=labels, pixels=pixels, image_positions=positions)
 
     def _count(
         self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]
     ) -> tuple[TokenCount, Tokens | None, Sequence[Any]]:
         """Counts, tokens, and plans of the images that the too-long policy leaves."""
-        reason = Reason.NONE
+        reason, turns = Reason.NONE, [self.written(turn) for turn in turns]
         if num_placeholders(turns) != len(sizes):
             reason = Reason.PLACEHOLDERS
         elif self.max_image_num is not None and len(sizes) > self.max_image_num:
@@ -204,7 +225,7 @@ class ConversationProcessor:
         count = TokenCount(
             tokens=len(tokens.ids),
             supervised=tokens.num_supervised,
-            image_tokens=int((tokens.ids == self.image_token_id).sum()),
+            image_tokens=int(np.isin(tokens.ids, self.image_ids).sum()),
             patches=sum(self.patches(plan) for plan in plans),
             reason=Reason.NONE if tokens.num_supervised else Reason.NOTHING_SUPERVISED,
             truncated=tokens.truncated,

@@ -46,6 +46,24 @@ def processor_settings(hf_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, settings_of_images
 
 
+def video_processor_settings(hf_dir: Path) -> dict[str, Any]:
+    """Returns the settings of the video processor, from where transformers reads them: those of images where there are none.
+
+    Raises:
+        ConfigError: as ``processor_settings``.
+    """
+    settings, images = processor_settings(hf_dir)
+    file = hf_dir / "video_preprocessor_config.json"
+    if "video_processor" in settings or not file.is_file():
+        return settings.get("video_processor") or images
+    try:
+        found = read_json(file)
+        check_numbers(found)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return found
+
+
 def special_tokens(hf_dir: Path) -> dict[str, str | None]:
     """Returns bos_token (None where the tokenizer puts none before a text), eos_token and pad_token by name."""
     settings, found = _tokenizer_settings(hf_dir), {}

@@ -4,15 +4,17 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_vlm.config import Config, PathText
+from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, RecordSource
 from megatron_vlm.data.images.pictures import decode_image
+from megatron_vlm.data.images.video import is_video
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.shards.writer import load_record
 from megatron_vlm.data.types import Processor
-from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.files import read_bytes
+from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.scoring.metrics import check_metrics
 
-PLACEHOLDER = "<image>"
+MARKS = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +22,8 @@ class Prompt(Config):
     """One question.
 
     Attributes:
-        text: of the user; ``<image>`` marks an image's place. Without any mark the images come first, a line each.
-        images: files, in order.
+        text: of the user; ``<image>`` and ``<video>`` mark places. Without any mark the files come first, a line each.
+        images: files in order: images, videos and folders of a video's frames.
         system: a system turn before it; None: none (or the template's own).
     """
 
@@ -32,8 +34,8 @@ class Prompt(Config):
     @property
     def turns(self) -> tuple[Turn, ...]:
         text = self.text
-        if PLACEHOLDER not in text:
-            text = f"{PLACEHOLDER}\n" * len(self.images) + text
+        if not any(mark in text for mark in MARKS):
+            text = "".join(f"{MARKS[is_video(file)]}\n" for file in self.images) + text
         system = [] if self.system is None else [Turn(role="system", text=self.system)]
         return (*system, Turn(role="user", text=text))
 
@@ -80,10 +82,16 @@ class EvaluateConfig(Config):
 
 
 def encode_prompt(processor: Processor, prompt: Prompt) -> EncodedSample:
-    """Reads a prompt's images and encodes it.
+    """Reads a prompt's images and videos and encodes it.
 
     Raises:
-        DataError: an image that cannot be read, or another number of placeholders than of images.
+        DataError: a file that cannot be read, or another number of placeholders than of files.
     """
-    images = [decode_image(read_bytes(name, DataError), name) for name in prompt.images]
-    return processor.encode_prompt(prompt.turns, images)
+    kinds = [tuple(file for file in prompt.images if is_video(file) == kind) for kind in (False, True)]
+    for mark, files in zip(MARKS, kinds):
+        if (places := sum(turn.text.count(mark) for turn in prompt.turns)) != len(files):
+            message = f"{places} {mark} placeholders for {len(files)} {mark[1:-1]}s"
+            raise DataError(message, reason=Reason.PLACEHOLDERS)
+    record = Record(number=0, label="", turns=prompt.turns, images=kinds[0], videos=kinds[1])
+    turns, found = load_record(RecordSource(path="", format="prompt", root=""), record, processor.video)
+    return processor.encode_prompt(turns, [decode_image(data, name) for name, data in found])

@@ -11,7 +11,14 @@ from itertools import islice
 from typing import Any
 
 from megatron_vlm.data.formats import open_sources, read_source
-from megatron_vlm.data.formats.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, RecordSource
+from megatron_vlm.data.formats.records import (
+    IMAGE_PLACEHOLDER,
+    OWN_VIDEO,
+    VIDEO_PLACEHOLDER,
+    Record,
+    RecordSource,
+    VideoSettings,
+)
 from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.sample import Turn
@@ -52,13 +59,13 @@ class Question:
             "key": self.record.key or f"record {self.record.number}",
         }
 
-    def load(self) -> tuple[tuple[Turn, ...], list[tuple[str, bytes]]]:
-        """The turns before the answer, and (name, encoded image) in order of use.
+    def load(self, own: VideoSettings = OWN_VIDEO) -> tuple[tuple[Turn, ...], list[tuple[str, bytes]]]:
+        """The turns before the answer, and (name, encoded image) in order of use; ``own``: how the model takes frames.
 
         Raises:
             DataError: a file that cannot be read.
         """
-        turns, files = load_record(self.source, self.record)
+        turns, files = load_record(self.source, self.record, own)
         return turns[:-1], files
 
     @property
@@ -84,7 +91,7 @@ class Question:
             ConfigError: prompt and answer are longer than ``positions``.
         """
         try:
-            turns, files = (self._blind(), []) if blind else self.load()
+            turns, files = (self._blind(), []) if blind else self.load(processor.video)
             sample = processor.encode_prompt(turns, [decode_image(data, name) for name, data in files])
         except DataError as error:
             raise DataError(error.message, **self.where) from error  # type: ignore[arg-type]

@@ -254,9 +254,7 @@ def show_sample(row: Row, processor: Processor) -> str:
     ids = row.input_ids[:end].tolist()
     supervised = [False] + (row.labels[: end - 1] != IGNORE_INDEX).tolist()  # labels[t] is the token at t + 1
     parts: list[str] = []
-    for (learned, image), run in groupby(
-        zip(ids, supervised), lambda item: (item[1], item[0] == processor.image_token_id)
-    ):
+    for (learned, image), run in groupby(zip(ids, supervised), lambda item: (item[1], item[0] in processor.image_ids)):
         tokens = [token for token, _ in run]
         text = processor.tokenizer.decode(tokens[:1] if image else tokens)
         text += f" x {len(tokens)} " if image else ""

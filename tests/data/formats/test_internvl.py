@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_vlm.data.formats.records import VideoSettings
+from megatron_vlm.data.sample import Video
 from megatron_vlm.errors import DataError
 from tests.data.formats.make import built, picture, records_of, write_json, write_pictures
 
@@ -44,7 +45,8 @@ def test_meta_file(tmp_path):
     ]
     assert [s.options for s in samples] == [{"max_dynamic_patch": 6}] * 4 + [{"data_augment": True}]
     assert samples[1].images == (picture(1), picture(2))
-    assert samples[2].turns[0].text == "Frame-1: <image>\nFrame-2: <image>\nFrame-3: <image>\nWhat happens?"
+    assert samples[2].turns[0].text == "<video>\nWhat happens?"
+    assert samples[2].turns[0].videos == (Video(frames=(0, 1, 2), total=3, fps=24.0),)
     assert samples[2].images == (picture(0), picture(2), picture(4))
     assert samples[2].image_names == ("clip/0.png", "clip/2.png", "clip/4.png")
     assert samples[3].turns[0].role == "system" and samples[3].images == ()

@@ -2,9 +2,11 @@
 
 import pytest
 
-from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.formats.records import VideoSettings
+from megatron_vlm.data.sample import Turn, Video
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.training.answering.prompts import EvaluateConfig, Prompt, encode_prompt
+from tests.data.formats.make import write_pictures
 
 
 def test_images_come_first_unless_the_text_places_them():
@@ -33,4 +35,21 @@ def test_settings_that_cannot_work(settings, message):
 
 def test_an_image_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match=r"absent\.png"):
-        encode_prompt(None, Prompt(text="What?", images=(str(tmp_path / "absent.png"),)))
+        encode_prompt(Asked(), Prompt(text="What?", images=(str(tmp_path / "absent.png"),)))
+
+
+class Asked:
+    video = VideoSettings(max_frames=2)
+
+    def encode_prompt(self, turns, images):
+        return turns, [image.size for image in images]
+
+
+def test_a_video_by_its_path(tmp_path):
+    picture = write_pictures(tmp_path, 1) / "0.png"
+    clip = write_pictures(tmp_path / "clip", 5)
+    (turn,), sizes = encode_prompt(Asked(), Prompt(text="What?", images=(str(clip), str(picture))))
+    assert turn.text == "<video>\n<image>\nWhat?" and len(sizes) == 3
+    assert turn.videos == (Video(frames=(0, 1), total=2, fps=24.0),)
+    with pytest.raises(DataError, match="0 <video> placeholders for 1 videos"):
+        encode_prompt(Asked(), Prompt(text="<image>", images=(str(clip), str(picture))))

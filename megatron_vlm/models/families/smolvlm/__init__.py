@@ -13,6 +13,7 @@ SPEC = FamilySpec(
     build=_part("model:build_smolvlm"),
     processor=_part("processor:SmolVLMProcessor.from_pretrained"),
     stop_ids=_part("processor:stop_ids"),
+    video=_part("processor:video_settings"),
     mapping=_part("mapping:smolvlm_mapping"),
     reference=_part("reference:SmolVLMReference"),
     adapters=AdapterSpec(

@@ -9,13 +9,22 @@ The prompt is that of ``models/processing/utterances.py`` behind BOS. An image o
     ...\\n
     \\n<fake_token_around_image><global-img><image>...<fake_token_around_image>
 
-and one that is not split by its last line alone. No loss is taken on any of it. An image announced as ``Frame from 00:07:``
-(SmolVLM2's way) or ``Frame-1:`` is a frame of a video: never split. Semantics: transformers 5.23, models/idefics3, smolvlm.
+and one that is not split by its last line alone. No loss is taken on any of it. A video is written
+
+    You are provided the following series of two frames from a 0:00:09 [H:MM:SS] video.\n
+    \n
+    Frame from 00:00:<image>\n
+    Frame from 00:08:<image>\n
+    \n
+
+An image announced so, or as ``Frame-1:``, is a frame of a video: never split, and resized as transformers' video processor
+does, by torch. Semantics: transformers 5.23, models/idefics3, models/smolvlm.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -24,14 +33,16 @@ import torch
 from PIL import Image
 
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.formats.records import VideoSettings
 from megatron_vlm.data.images import tiling
 from megatron_vlm.data.images.pictures import size_of_longest
-from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.images.video import spelled
+from megatron_vlm.data.sample import Turn, Video
 from megatron_vlm.data.text.chat import Piece, Tokens, encode_pieces
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.families.smolvlm.config import SmolVLMModelConfig
 from megatron_vlm.models.processing.conversation import ConversationProcessor, Size, data_fields
-from megatron_vlm.models.processing.pixels import HALF, NormalisedPixels, pixel_fields
+from megatron_vlm.models.processing.pixels import HALF, pixel_fields
 from megatron_vlm.models.processing.processor_files import (
     check_image_settings,
     generation_stops,
@@ -40,18 +51,21 @@ from megatron_vlm.models.processing.processor_files import (
     read_json,
     token_ids,
     tokenizer_fields,
+    video_processor_settings,
 )
 from megatron_vlm.models.processing.utterances import END, FAKE, IMAGE, written_first
+from megatron_vlm.models.processing.videos import FramePixels, in_words
 
 WHOLE = "<global-img>"
 _LONGEST = 4096  # transformers' processors go no further
 _FRAME = re.compile(r"Frame(-?\d+| from \d+:\d\d): ?$")
 Grid = tuple[int, int]
-"""Of an image: rows and columns of tiles, (0, 0) where it is not split."""
+"""Of an image: rows and columns of tiles, (0, 0) where it is not split, ``FRAME`` of a video."""
+FRAME: Grid = (0, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmolVLMProcessor(NormalisedPixels, ConversationProcessor):
+class SmolVLMProcessor(FramePixels, ConversationProcessor):
     """Encodes samples for Idefics3 and SmolVLM. Plain values only: it travels to worker processes.
 
     Attributes:
@@ -61,7 +75,9 @@ class SmolVLMProcessor(NormalisedPixels, ConversationProcessor):
         tile_patches: patches of the tower of one.
         splitting: images are cut into tiles; else each is one.
         longest_edge: of an image before it is cut, in pixels.
+        frame_edge: the same of a frame of a video, before it becomes a tile.
         side: of a tile, in pixels.
+        frame_sampling: how frames of a video are taken.
     """
 
     begin: str
@@ -70,7 +86,9 @@ class SmolVLMProcessor(NormalisedPixels, ConversationProcessor):
     tile_patches: int
     splitting: bool
     longest_edge: int
+    frame_edge: int
     side: int
+    frame_sampling: VideoSettings
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "SmolVLMProcessor":
@@ -104,7 +122,9 @@ class SmolVLMProcessor(NormalisedPixels, ConversationProcessor):
             tile_patches=model.vision.side**2,
             splitting=written if config.image_splitting is None else config.image_splitting,
             longest_edge=longest,
+            frame_edge=_frame_edge(hf_dir),
             side=side,
+            frame_sampling=video_settings(hf_dir),
         )
 
     @property
@@ -113,7 +133,14 @@ class SmolVLMProcessor(NormalisedPixels, ConversationProcessor):
 
     def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> list[Grid]:
         before = [text for turn in turns for text in turn.text.split(IMAGE)[:-1]]  # of each placeholder
-        return [(0, 0) if _FRAME.search(text) else self.grid(size) for text, size in zip(before, sizes)]
+        return [FRAME if _FRAME.search(text) else self.grid(size) for text, size in zip(before, sizes)]
+
+    @property
+    def video(self) -> VideoSettings:
+        return self.frame_sampling
+
+    def written(self, turn: Turn) -> Turn:
+        return spelled(turn, _video_text)
 
     def grid(self, size: Size) -> Grid:
         """Rows and columns of an image of (width, height)."""
@@ -122,10 +149,12 @@ class SmolVLMProcessor(NormalisedPixels, ConversationProcessor):
         return (rows, columns) if self.splitting and rows * columns > 1 else (0, 0)
 
     def patches(self, plan: Grid) -> int:
-        return (1 + plan[0] * plan[1]) * self.tile_patches
+        return (1 if plan == FRAME else 1 + plan[0] * plan[1]) * self.tile_patches
 
     def views(self, image: Image.Image, plan: Grid, draw: Any) -> list[torch.Tensor]:
         """Pixels of an image's tiles row by row, then of the whole, bit for bit as transformers' ``*ImageProcessorPil``."""
+        if plan == FRAME:
+            return [self.frame(image, size_of_longest(*image.size, self.frame_edge), (self.side, self.side))]
         image = image.resize(size_of_longest(*image.size, self.longest_edge), resample=self.resample)
         cut, (rows, columns), side = [], plan, self.side
         if rows:
@@ -159,6 +188,28 @@ class SmolVLMProcessor(NormalisedPixels, ConversationProcessor):
             "".join(f"{FAKE}<row_{row + 1}_col_{column + 1}>{tile}" for column in range(columns)) for row in range(rows)
         ]
         return "".join(f"{line}\n" for line in lines) + ("\n" if lines else "") + f"{FAKE}{WHOLE}{tile}{FAKE}"
+
+
+def _video_text(video: Video) -> str:
+    """The prompt of a video, as transformers' ``SmolVLMProcessor`` writes it."""
+    lasts = timedelta(seconds=int(video.seconds))
+    frames = "".join(f"\nFrame from {int(at // 60):02d}:{int(at % 60):02d}:{IMAGE}" for at in video.times)
+    number = in_words(len(video.frames))
+    return f"You are provided the following series of {number} frames from a {lasts} [H:MM:SS] video.\n{frames}\n\n"
+
+
+def video_settings(hf_dir: Path) -> VideoSettings:
+    """How the model's own processor takes frames of a video; as SmolVLM2's does, where the files know of none."""
+    settings = video_processor_settings(hf_dir)
+    own = settings.get("video_sampling") or {}
+    most = own.get("max_frames") or settings.get("num_frames")
+    return VideoSettings(sampling="ends", max_frames=most, fps=own.get("fps") or settings.get("fps"))
+
+
+def _frame_edge(hf_dir: Path) -> int:
+    settings = video_processor_settings(hf_dir)
+    size = settings.get("size") or (settings.get("video_sampling") or {}).get("video_size") or {}
+    return min(_LONGEST, size.get("longest_edge", 4 * 364))
 
 
 def _tokens_of(hf_dir: Path, model: SmolVLMModelConfig, most: int = 0) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """InternVL3Processor: tiles, ids and pixels against transformers' own, prompts and label masks as golden ids."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -15,8 +16,8 @@ from transformers.image_utils import load_image
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import IGNORE_INDEX
-from megatron_vlm.data.sample import Turn
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.data.sample import Turn, Video
+from megatron_vlm.errors import ConfigError, DataError, Reason
 from megatron_vlm.models.families.idefics2.processor import Idefics2Processor
 from megatron_vlm.models.families.internvl3.processor import InternVL3Processor
 from megatron_vlm.models.families.internvl3.prompts import PROMPTS
@@ -246,6 +247,11 @@ def test_images_share_the_limit_of_tiles_and_frames_are_one_tile(folders):
         processor, processor.encode("k", turns_of("Frame-1: <image>\nFrame-2: <image>\nHi", "x", system=""), [wide] * 2)
     )
     assert "user\nFrame-1: [<img>(4)</img>]\nFrame-2: [<img>(4)</img>]\nHi<|im_end|>" in text
+    video = Video(frames=(0, 9), total=10, fps=1.0)
+    turns = [dataclasses.replace(turn, videos=(video,)) if "<video>" in turn.text else turn
+             for turn in turns_of("<video>\nHi", "x", system="")]  # fmt: skip
+    assert shown(processor, processor.encode("k", turns, [wide] * 2)) == text
+    assert processor.count(turns, [wide.size] * 2).reason is Reason.NONE
 
 
 def test_jpeg_augmentation_is_keyed_by_the_sample(folders):

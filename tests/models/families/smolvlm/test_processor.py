@@ -9,13 +9,16 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.formats.records import VideoSettings
 from megatron_vlm.data.images.pictures import open_image, probe_image
+from megatron_vlm.data.images.video import sampled
 from megatron_vlm.data.row import IGNORE_INDEX
-from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.sample import Turn, Video
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.families.smolvlm.processor import SmolVLMProcessor
 from megatron_vlm.testing.twins.smolvlm import hf_processor, tiny_config, tiny_tokenizer, write_processor
 from tests.models.families.idefics2.test_processor import ODD_IMAGES, hf_inputs
+from tests.models.processing.transformers_videos import metadata, smolvlm_text, video_processor
 
 MOST, SIDE, TOKENS = 4, 38, 9  # tiles along the longer edge, pixels and tokens of one
 KINDS = ("SmolVLM", "Idefics3")
@@ -159,26 +162,62 @@ def test_labels(folders):
     assert answers.decode(answers.tokenizer.ids(" two dogs<end_of_utterance>")) == "two dogs"
 
 
-def test_frames_of_a_video_equal_hf(folders, monkeypatch):
-    """The prompt of SmolVLM2's videos, made by transformers' processor from time stamps."""
+@pytest.mark.parametrize("size, total, fps", [((160, 90), 90, 29.97), ((33, 70), 5000, 24.0), ((38, 38), 1, 5.0)])
+def test_video_equals_hf(folders, size, total, fps):
+    """Frames, their times in the prompt, ids and pixels are those of transformers' video processor and processor."""
     folder, hf = folders["SmolVLM"]
-    frames = [Image.new("RGB", (160, 90), (9, 20 * i, 30)) for i in range(3)]
-
-    class Metadata:
-        fps, duration, timestamps = 1.0, 131.5, [0.0, 65.0, 130.0]
-
-    made = hf.replace_video_token({"pixel_values": torch.zeros(1, 3, 3, SIDE, SIDE), "video_metadata": [Metadata]}, 0)
-    told = "You are provided the following series of three frames from a 0:02:11 [H:MM:SS] video.\n"
-    text = told + "".join(f"\nFrame from {at}:<image>" for at in ("00:00", "01:05", "02:10")) + "\n\nWhat?"
     processor = ours(folder)
-    sample = processor.encode("k", turns_of(text, "a cat"), frames)
+    given = dict(
+        video_sampling={"fps": 1.5, "max_frames": 9, "video_size": {"longest_edge": 1}},
+        size={"longest_edge": MOST * SIDE},
+    )
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert processor.frame_edge == settings["size"]["longest_edge"] == MOST * SIDE
+    theirs = video_processor("smolvlm", "SmolVLMVideoProcessor", max_image_size={"longest_edge": SIDE}, **given)
+    width, height = size
+    whole = torch.randint(
+        0, 256, (total, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    data, told = theirs.frames(whole, metadata(total, fps))
+    taken = VideoSettings(sampling="ends", fps=1.5, max_frames=9)
+    video = Video(frames=tuple(sampled(total, fps, taken)), total=total, fps=fps)
+    assert list(video.frames) == told.frames_indices.tolist()
+    frames = [Image.fromarray(whole[i].permute(1, 2, 0).numpy()) for i in video.frames]
+    turns = (Turn(role="user", text="<video>What?", videos=(video,)), Turn(role="assistant", text="a cat"))
+    sample = processor.encode("k", turns, frames)
+    made = smolvlm_text(data, told, TOKENS)
     wanted = f"<|im_start|>User: {made}What?<end_of_utterance>\nAssistant: a cat<end_of_utterance>\n"
     assert sample.input_ids.tolist() == hf.tokenizer(wanted, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(hf.image_processor, "do_image_splitting", False)
-    assert torch.equal(torch.stack(sample.pixels), hf.image_processor([frames], return_tensors="pt")["pixel_values"][0])
+    assert torch.equal(torch.stack(sample.pixels), data["pixel_values"][0])
+    assert data["pixel_attention_mask"].all()
+    count = processor.count(turns, [size] * len(frames))
+    assert (count.tokens, count.image_tokens) == (len(sample.input_ids), TOKENS * len(frames))
+    assert count.patches == sum((p.shape[1] // 6) * (p.shape[2] // 6) for p in sample.pixels)
+
+
+def test_frames_written_by_hand_and_settings_of_videos(folders, tmp_path):
+    folder, _ = folders["SmolVLM"]
+    frames = [Image.new("RGB", (160, 90), (9, 20 * i, 30)) for i in range(3)]
+    video = Video(frames=(0, 65, 130), total=131, fps=1.0)
+    text = "You are provided the following series of three frames from a 0:02:11 [H:MM:SS] video.\n"
+    text += "".join(f"\nFrame from {at}:<image>" for at in ("00:00", "01:05", "02:10")) + "\n\nWhat?"
+    processor = ours(folder)
+    by_hand = processor.encode("k", turns_of(text, "a cat"), frames)
+    turns = (Turn(role="user", text="<video>What?", videos=(video,)), Turn(role="assistant", text="a cat"))
+    sample = processor.encode("k", turns, frames)
+    assert torch.equal(by_hand.input_ids, sample.input_ids)
+    assert all(torch.equal(a, b) for a, b in zip(by_hand.pixels, sample.pixels, strict=True))
     # A picture beside the frames is cut as ever.
     mixed = processor.encode("k", turns_of("<image>Frame from 00:07: <image>Frame-3: <image>", "x"), frames)
     assert len(mixed.pixels) == 1 + MOST * 3 + 2
+    # Where published files say how frames are taken, theirs holds; a file of videos alone comes before that of images.
+    write(tmp_path)
+    assert ours(tmp_path).video == VideoSettings(sampling="ends")
+    own = {"video_sampling": {"fps": 0.5, "max_frames": 20, "video_size": {"longest_edge": 60}}}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(own))
+    assert ours(tmp_path).video == VideoSettings(sampling="ends", max_frames=20, fps=0.5)
+    assert ours(tmp_path).frame_edge == 60
+    assert ours(tmp_path).fingerprint != processor.fingerprint
 
 
 def test_images_are_never_cut(folders):

@@ -2,6 +2,7 @@
 #
 #   MODEL                  an HF directory or hub id, Megatron weights, or a training checkpoint (--finetune is then added)
 #   LLM, VISION            instead of MODEL where a script says so: the parts to assemble a new model from
+#   PROJECTOR              a trained connector for them: a folder, a whole model, or a .pth
 #   DATA, VAL_DATA         folders that `megatron-vlm data build` wrote, separated by commas
 #   OUTPUT                 where checkpoints and logs go; on several nodes, a file system that all of them see
 #   GPUS                   ranks on this node (default: its GPUs)
@@ -79,7 +80,7 @@ count_gpus() {
 
 # settings [RECIPE]: fills in defaults, the batch as the recipe says; derives the accumulation, prints everything.
 settings() {
-    expand MODEL LLM VISION OUTPUT
+    expand MODEL LLM VISION PROJECTOR OUTPUT
     GPUS_PER_NODE=${GPUS_PER_NODE:-${GPUS:-$(count_gpus)}}
     [ "$GPUS_PER_NODE" -gt 0 ] || die "GPUS is not set, and no GPU was found: set GPUS to the number of ranks on this node"
     NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
@@ -99,7 +100,7 @@ settings() {
     BATCH_SIZE=${BATCH_SIZE:-$((dp * PER_DEVICE_BATCH_SIZE))}
     [ $((BATCH_SIZE % (dp * PER_DEVICE_BATCH_SIZE))) -eq 0 ] ||
         die "BATCH_SIZE $BATCH_SIZE is not a multiple of $dp data parallel ranks x PER_DEVICE_BATCH_SIZE $PER_DEVICE_BATCH_SIZE"
-    for name in MODEL LLM VISION DATA VAL_DATA OUTPUT DEVICE GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP CP PP \
+    for name in MODEL LLM VISION PROJECTOR DATA VAL_DATA OUTPUT DEVICE GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP CP PP \
         PER_DEVICE_BATCH_SIZE BATCH_SIZE; do
         eval "value=\${$name:-}"
         [ -z "$value" ] || echo "$name=$value"
@@ -111,7 +112,8 @@ settings() {
 assemble() {
     MODEL=$OUTPUT/assembled
     if [ "$NODE_RANK" -eq 0 ] && [ ! -f "$MODEL/megatron.json" ]; then
-        "$ROOT/toolkits/convert" hf2mg --family "$1" --llm "$LLM" --vision "$VISION" --tp "$TP" --pp "$PP" --out "$MODEL"
+        "$ROOT/toolkits/convert" hf2mg --family "$1" --llm "$LLM" --vision "$VISION" ${PROJECTOR:+--projector "$PROJECTOR"} \
+            --tp "$TP" --pp "$PP" --out "$MODEL"
     fi
     waited=0
     while [ ! -f "$MODEL/megatron.json" ]; do

@@ -105,13 +105,13 @@ class FamilySpec:
         stop_ids: ``stop_ids(hf_dir) -> ids`` that end an answer of a model with these tokenizer files.
         mapping: ``mapping(config, tp=1) -> weights.mapping.Mapping``, both directions. ``tp`` decides what runs replicated (heads
             that do not divide). The vocabulary is not padded: whoever cuts for Megatron calls ``Mapping.padded``.
-        assemble: ``assemble(llm, vision, files, options) -> HFModel`` makes one model out of two (HFModel) and writes its
-            non-weight files to the folder ``files``; ``options`` is plain data. None: not offered. A family whose trained
-            projector may come with them takes it as a fifth argument.
+        assemble: ``assemble(llm, vision, files, options, projector=None) -> HFModel`` makes one model out of two (HFModel), with
+            a fresh connector or a trained one, and writes its non-weight files to the folder ``files``; ``options`` is plain
+            data. None: not offered.
         towers: beginnings of ``model_type`` of the vision towers that ``assemble`` takes, ``decoders``: ``model_type`` of the
             language models, and ``connector``: what it puts between them (``mlp``, ``pixel_shuffle``, ``perceiver``).
         parts: ``parts(directory) -> {"llm", "vision", "projector": folder}`` of a folder that holds the parts to assemble, or
-            None. It says that ``assemble`` takes a projector.
+            None.
         add_end_of_utterance: ``(model, files, options) -> HFModel`` adds the token that ends a turn to a vocabulary without
             it; ``files`` holds a copy of the model's non-weight files. None: not offered.
         reference: ``reference(config)`` runs HF's model beside ours for ``convert verify``; None, or where it returns None: HF

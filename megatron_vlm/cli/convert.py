@@ -86,7 +86,7 @@ def _add_hf2mg(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_path(source, "--hf", "a whole model; Megatron weights of another layout work too")
     add_path(source, "--llm", "language model to assemble from, with --vision")
     add_path(source, "--vision", "vision tower to assemble from, with --llm")
-    add_path(source, "--projector", "trained projector for them: a folder, or XTuner's .pth", metavar="PATH")
+    add_path(source, "--projector", "trained connector for them: a folder, a whole model, or a .pth", metavar="PATH")
     add_path(parser, "--out", "absent or an empty directory", required=True)
     parser.add_argument(
         "--tp", "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="tensor parallel size"
@@ -131,7 +131,7 @@ def _add_assemble(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add_path(parser, "--llm", "the language model: Llama, Mistral, Qwen2, Qwen3 or InternLM2", required=True)
     kinds = ("mlp", "pixel_shuffle", "perceiver")
     parser.add_argument("--connector", choices=kinds, required=True, help="what joins them; drawn anew")
-    add_path(parser, "--projector", "trained projector of a LLaVA: a folder, or XTuner's .pth", metavar="PATH")
+    add_path(parser, "--projector", "trained connector: a folder, a whole model, or a .pth", metavar="PATH")
     add_path(parser, "--out", "absent or an empty directory", required=True)
     _add_dtype(parser)
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (5GB)")

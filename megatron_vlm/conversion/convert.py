@@ -62,7 +62,7 @@ def open_model(
         hf: an HF model, weights of another layout, or a folder that holds the parts of a model.
         family: needed for assembling; else told by the config.
         llm, vision: parts, instead of ``hf``.
-        projector: trained projector between them (see ``open_projector``), for the families that take one.
+        projector: trained connector between them (see ``open_projector``).
         end_of_utterance: add ``<end_of_utterance>`` where the vocabulary lacks it.
         assemble: the family's options for new parts (seed, image_size ...).
         verify_hashes: as of ``open_source``.
@@ -80,7 +80,7 @@ def open_model(
         if hf is not None and (found := _find_parts(hf, family)):
             family, llm, vision, projector = found
         if llm is not None and vision is not None:
-            spec = _assembling(family, projector)
+            spec = _assembling(family)
             models = [open_hf(resolve_directory(part)) for part in (llm, vision)]
             models += [] if projector is None else [open_projector(projector)]
             for model in models:
@@ -101,15 +101,13 @@ def open_model(
         yield source
 
 
-def _assembling(family: str | None, projector: str | os.PathLike | None) -> FamilySpec:
+def _assembling(family: str | None) -> FamilySpec:
     """The family that makes a model out of parts."""
-    specs = [registry.get(name) for name in registry.FAMILIES]
-    offered = [spec.name for spec in specs if spec.assemble and (spec.parts or projector is None)]
+    offered = [name for name in registry.FAMILIES if registry.get(name).assemble]
     if family not in offered:
-        flags = "--llm and --vision" if projector is None else "--projector"
         if family is not None:
             registry.get(family)  # says so where there is no such family
-        raise ConfigError(f"{flags} need --family {' or '.join(offered)}, got {family}")
+        raise ConfigError(f"--llm and --vision need --family {' or '.join(offered)}, got {family}")
     return registry.get(family)
 
 
@@ -124,24 +122,30 @@ def _find_parts(hf: str | os.PathLike, family: str | None) -> tuple[str, Path, P
 
 
 def open_projector(path: str | os.PathLike) -> HFModel:
-    """Opens a projector: a folder of its own, or a ``.pth`` of XTuner, which is read weights-only.
+    """Opens a trained connector: a folder of its own or of a whole model, or a file of ``torch.save`` (XTuner's ``.pth``, LLaVA's
+    ``mm_projector.bin``, what InternVL's ``--mlp_path`` reads), which is read weights-only.
 
     Raises:
-        ConversionError: the file holds other classes, other trained parts too, or no projector.
+        ConversionError: the file holds other classes, other trained parts too, or no tensors.
     """
     path = Path(path)
     if path.is_dir():
         return open_hf(path)
-    content = load_weights_only(path)
-    tensors = content.get("state_dict", content)
+    tensors = load_weights_only(path)
+    tensors = tensors.get("state_dict", tensors)
     prefix = "projector."
     others = sorted(name for name in tensors if not name.startswith(prefix))
-    if others:
+    if others and len(others) < len(tensors):
         raise ConversionError(
             f"{path} holds {len(others)} tensors beside a projector's ({list_names(others, 3)}), which would be lost: "
             "convert it with XTuner's pth_to_hf, merge its adapters, and give the folders"
         )
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    if len(own) < len(tensors):
+        odd = sorted(name for name in tensors if name.removeprefix(prefix) not in own)
+        raise ConversionError(
+            f"{path} is no state of a projector: {list_names(odd, 3)} are no tensors; save its state_dict alone"
+        )
     readers = {name: partial(torch.Tensor.contiguous, tensor) for name, tensor in own.items()}
     infos = {name: TensorInfo.of(tensor) for name, tensor in own.items()}
     return HFModel(directory=path, config={}, tensors=DerivedTensors(infos, readers))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.files import read_bytes
-from megatron_vlm.weights.mapping import Entry, TensorInfo, TensorStore
+from megatron_vlm.weights.mapping import Entry, HFModel, TensorInfo, TensorStore
 
 Tensors = tuple[dict[str, Callable[[], Tensor]], dict[str, TensorInfo]]
 """Readers and infos of tensors by name."""
@@ -53,6 +53,54 @@ def extend_vocabulary(
         if name in infos:
             infos[name] = TensorInfo(dtype=infos[name].dtype, shape=(rows, *infos[name].shape[1:]))
             readers[name] = extended_rows(readers[name], names[0] if tied else name, rows, ids, new_rows, seed)
+
+
+def with_biases(modules: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of linears and norms, by module -> those of weights and biases, by tensor."""
+    return {
+        f"{module}.{kind}": size
+        for module, shape in modules.items()
+        for kind, size in (("weight", shape), ("bias", shape[:1]))
+    }
+
+
+def add_connector(
+    tensors: Tensors,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    draw: Callable[[str, TensorInfo], Tensor],
+    projector: HFModel | None,
+    others: Iterable[Sequence[str]] = (),
+) -> None:
+    """Gives the whole its connector, in place: a trained one, or one that is drawn.
+
+    Args:
+        shapes: name in the whole -> shape that tower and language model need.
+        dtype: of what is drawn by ``draw(name, info)``.
+        projector: the trained one alone, or a whole model of the kind, of which nothing else is taken; None: drawn.
+        others: what others call the modules, where the tensors are those of ``with_biases``, in that order.
+
+    Raises:
+        ConversionError: names or shapes are others.
+    """
+    readers, infos = tensors
+    if projector is None:
+        infos |= {name: TensorInfo(dtype=dtype, shape=shape) for name, shape in shapes.items()}
+        readers |= {name: partial(draw, name, infos[name]) for name in shapes}
+        return
+    stored, what = projector.tensors.infos, f"--projector {projector.directory}"
+    namings = [dict(zip(shapes, shapes))]
+    namings += [dict(zip(with_biases(dict.fromkeys(modules, ())), shapes, strict=True)) for modules in others]
+    namings += [{f"model.{theirs}": ours for theirs, ours in naming.items()} for naming in namings]
+    naming = max(namings, key=lambda names: len(names.keys() & stored.keys()))
+    whole = "vision_config" in projector.config
+    check_names(naming, naming.keys() & stored.keys() if whole else stored, f"{what} is none of this model")
+    for theirs, ours in naming.items():
+        if (found := stored[theirs].shape) != shapes[ours]:
+            raise ConversionError(
+                f"{what}: {theirs} has shape {list(found)}, language model and tower need {list(shapes[ours])}"
+            )
+        infos[ours], readers[ours] = stored[theirs], partial(projector.tensors.read, theirs)
 
 
 def check_names(wanted: Collection[str], found: Collection[str], what: str) -> None:

@@ -119,9 +119,9 @@ LAUNCH_VALUES = _inverted(
         "launch.per_device_train_batch_size": "per-device-train-batch-size",
         "launch.batch_size": "batch-size",
         "launch.gradient_accumulation_steps": "gradient-accumulation-steps",
-        "launch.llm": "llm",
-        "launch.vision": "vision visual-encoder",
-        "launch.projector": "projector",
+        "launch.llm": "llm llm-path",
+        "launch.vision": "vision visual-encoder vision-path",
+        "launch.projector": "projector mlp-path",
         "launch.meta_path": "meta-path",
         "launch.image_root": "image-root media-dir",
         "launch.data_format": "data-format",
@@ -256,6 +256,7 @@ TRANSLATED: dict[str, dict[str, tuple[str, Any] | None]] = {
     "template": {"intern2": ("data.template", "internlm2_chat")},
     "stage": {"sft": None},
     "task-type": {"causal_lm": None},
+    **{key: {"none": None, "": None} for key in ("llm-path", "vision-path", "mlp-path")},
 }
 
 # why it means nothing here -> flags; whatever values follow are dropped
@@ -363,13 +364,6 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "overlap-param-gather": ((), f"gathering parameters during the forward pass {_NOT_BUILT}; leave it out"),
     # of the original programs
     "unfreeze-vit-layers": (("0",), "a tower trains whole or not at all; set it to 0, or use --freeze_backbone False"),
-    **dict.fromkeys(
-        ("vision-path", "llm-path", "mlp-path"),
-        (
-            _NONE,
-            "a model of parts: --llm DIR --vision DIR [--projector DIR], LLaVA's and Idefics2's; InternVL's is taken whole",
-        ),
-    ),
     "use-data-resampling": (
         _FALSE,
         "weights by the root of each data set's size: name the folders with weights, data.train=[{path, weight}, ...]",

@@ -87,7 +87,7 @@ def parse_flags(argv: Sequence[str], command: Command = "train") -> ParsedFlags:
         elif flag in TRANSLATED and " ".join(values).lower() in TRANSLATED[flag]:
             meant = TRANSLATED[flag][" ".join(values).lower()]
             parsed.settings += [meant] if meant else []
-        elif flag in TRANSLATED and not {flag} & {*VALUES, *FLAG_FIELDS}:
+        elif flag in TRANSLATED and not {flag} & {*VALUES, *LAUNCH_VALUES, *FLAG_FIELDS}:
             known = ", ".join(TRANSLATED[flag])
             raise ConfigError(f"--{name} {' '.join(values)}".rstrip() + f" is not built; known here: {known}")
         elif flag in REFUSED:

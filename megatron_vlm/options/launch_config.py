@@ -27,7 +27,8 @@ class LaunchConfig(Config):
             ``--video-sampling`` and ``--video-fps`` of ``data build``; None: as the model's files say.
         given_num: the numbers of a list file are thousands of samples; False: they are shares of each file. None: thousands.
         llm, vision, projector: parts to make the model of, instead of ``checkpoint.load``: HF directories or hub ids of a
-            language model and a tower, and a trained projector (a folder, XTuner's .pth, or the checkpoint of a first stage).
+            language model and a tower, and a trained connector (a folder, a whole model, a .pth, or the checkpoint of a first
+            stage).
         output_dir: everything the run leaves; None: ``logging.output_dir``, ``checkpoint.save``, or ``runs/<name>``.
         overwrite_output_dir: start anew although ``output_dir`` holds checkpoints; False: go on from them.
         save_merged_model: write ``merged_model/`` (base and adapter in one) at the end.

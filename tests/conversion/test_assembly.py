@@ -5,12 +5,14 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_vlm import registry
 from megatron_vlm.cli.convert import main
+from megatron_vlm.conversion.convert import export_hf, open_model
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.row import row_from_samples
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.layouts import NORM
 from megatron_vlm.testing.parity import layout_run
@@ -87,6 +89,55 @@ def test_cell(part, cell, tmp_path):
     losses, norms = ([abs(a[i] - b[i]) / b[i] for a, b in zip(ours["history"], theirs, strict=True)] for i in (0, 1))
     print(f"{cell}: {theirs[0][0]:.4f} -> {theirs[-1][0]:.4f}, losses off {max(losses):.1e}, norms {norms}")
     assert theirs[-1][0] < theirs[0][0] and max(losses) <= BAR and norms[0] <= BAR and max(norms) <= NORM
+
+
+@pytest.mark.parametrize(
+    ("cell", "numbers", "spellings"),
+    [
+        (("siglip", "mlp", "qwen3"), {"linear_1": 0, "linear_2": 2}, ("model.{}", "model.mm_projector.{n}.{kind}")),
+        (("siglip", "perceiver", "llama"), {}, ()),
+        (
+            ("internvit", "pixel_shuffle", "qwen3"),
+            {"layer_norm": 0, "linear_1": 1, "linear_2": 3},
+            ("mlp1.{n}.{kind}", "{n}.{kind}"),
+        ),
+    ],
+)
+def test_a_trained_connector(part, cell, numbers, spellings, tmp_path):
+    """Out of a whole model, or alone under the names that programs give it; no other part is taken from there."""
+    tower, connector, decoder = cell
+    spec = registry.assembler(MODEL_TYPES[tower], decoder, connector)
+    sizes = {name: int(value) for name, _, value in (word.partition("=") for word in PERCEIVER)}
+    options = {"perceiver": sizes} if connector == "perceiver" else {}
+    parts = dict(family=spec.name, llm=part(decoder), vision=part(tower))
+
+    def made(projector=None, seed=0):
+        with open_model(None, **parts, projector=projector, assemble={"seed": seed, **options}) as source:
+            return {name: source.read(name) for name in source.entries if name.startswith("connector.")}
+
+    fresh, trained = made(), made(seed=7)
+    assert any(not torch.equal(fresh[name], trained[name]) for name in trained)
+    with open_model(None, **parts, assemble={"seed": 7, **options}) as source:
+        export_hf(source, tmp_path / "whole")
+    state = load_file(tmp_path / "whole" / "model.safetensors")
+    own = {n: t for n, t in state.items() if "multi_modal_projector." in n or ".connector." in n}
+    forms = [tmp_path / "whole"]
+    for number, spelling in enumerate(("{}", *spellings)):
+        renamed = {}
+        for name, tensor in own.items():
+            *_, module, kind = name.removeprefix("model.").split(".")
+            renamed[spelling.format(name, n=numbers.get(module), kind=kind)] = tensor
+        forms.append(tmp_path / f"{number}.pth")
+        torch.save(renamed, forms[-1])
+    for form in forms:
+        found = made(form)
+        assert found.keys() == trained.keys() and all(torch.equal(found[name], trained[name]) for name in found), form
+    torch.save(own | {"language_model.lora": torch.zeros(1)}, tmp_path / "more.pth")
+    with pytest.raises(ConversionError, match=r"0 tensors missing \(none\), 1 unknown \(language_model\.lora\)"):
+        made(tmp_path / "more.pth")
+    torch.save({"epoch": 3, "model": own}, tmp_path / "training.pth")
+    with pytest.raises(ConversionError, match="epoch, model are no tensors"):
+        made(tmp_path / "training.pth")
 
 
 def test_every_other_cell_is_refused_by_name():

@@ -163,7 +163,7 @@ BATCHES = {
     "internvl3/finetune_internvl3": 128, "internvl3/lora_internvl3": 32, "internvl3/qlora_internvl3": 32,
     "smolvlm/finetune_smolvlm": 16, "smolvlm/lora_smolvlm": 16, "smolvlm/qlora_smolvlm": 16, "smolvlm/quickstart_smolvlm": 2,
     "smolvlm/video_smolvlm": 16,
-    "internvl3/finetune_internvl3_5": 512,
+    "internvl3/finetune_internvl3_5": 512, "internvl3/pretrain_internvl3": 512,
     "qwen2_5_vl/finetune_qwen2_5_vl": 32, "qwen2_5_vl/lora_qwen2_5_vl": 16, "qwen2_5_vl/qlora_qwen2_5_vl": 16,
     "llava_internlm2/pretrain_llava_internlm2": 256, "llava_internlm2/finetune_llava_internlm2": 128,
     "llava_internlm2/qlora_llava_internlm2": 128, "xcomposer2/finetune_xcomposer2": 64, "xcomposer2/lora_xcomposer2": 64,

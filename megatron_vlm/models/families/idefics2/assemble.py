@@ -20,7 +20,14 @@ from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError, ConversionError, nearest
 from megatron_vlm.files import read_json
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.assembling import NewRows, copy_licences, drawn, extend_vocabulary, extended_rows
+from megatron_vlm.models.assembling import (
+    NewRows,
+    add_connector,
+    copy_licences,
+    drawn,
+    extend_vocabulary,
+    extended_rows,
+)
 from megatron_vlm.models.families.internlm2.llama import llama_config, llama_tensors
 from megatron_vlm.models.processing.processor_files import add_stops, load_tokenizer
 from megatron_vlm.weights.mapping import DerivedTensors, HFModel, TensorInfo, TensorStore
@@ -62,17 +69,20 @@ class AssembleOptions(Config):
     perceiver: dict[str, int] | None = None
 
 
-def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any]) -> HFModel:
-    """Joins a language model and a SigLIP tower by a fresh connector.
+def assemble(
+    llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any], projector: HFModel | None = None
+) -> HFModel:
+    """Joins a language model and a SigLIP tower by a connector, which is fresh unless it is given.
 
     Args:
         llm: a model of Llama's shape, or InternLM2ForCausalLM, which becomes one.
         vision: SiglipVisionModel, or a whole SiglipModel, of which the text tower is left out.
         files: empty folder that takes the non-weight files.
         settings: of AssembleOptions: how the new parts are made. They have the dtype of the LLM's embedding.
+        projector: the connector alone (``model.connector. ...``), or an Idefics2 that has it.
 
     Raises:
-        ConversionError: a part is of another architecture, or has tensors missing or unknown.
+        ConversionError: a part is of another architecture, or has tensors missing, unknown or of a wrong shape.
     """
     options = AssembleOptions.from_dict(settings)
     if llm.config.get("model_type") not in _DECODERS:
@@ -96,12 +106,11 @@ def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any
     stored = DerivedTensors(language_infos, language, (llm.tensors,))
     names = _source_names(HFModel(directory=llm.directory, config=llm.config, tensors=stored), vision, expected)
     new_ids = list(range(known, len(tokenizer)))
-    for name, shape in expected.items():
-        if name not in names:
-            infos[name] = TensorInfo(dtype=dtype, shape=shape)
-            readers[name] = partial(_fresh, name, infos[name], config, options)
-            continue
-        store, source = names[name]
+    connector = {name: shape for name, shape in expected.items() if name not in names}
+    draw = partial(_fresh, config=config, options=options)
+    add_connector((readers, infos), connector, dtype, draw, projector)
+    for name, (store, source) in names.items():
+        shape = expected[name]
         infos[name] = TensorInfo(dtype=store.infos[source].dtype, shape=shape)
         readers[name] = partial(store.read, source)
         if name in (_EMBEDDING, _HEAD):
@@ -112,7 +121,8 @@ def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any
             raise ConversionError(
                 f"{source} has shape {list(store.infos[source].shape)}, the config gives {list(shape)}"
             )
-    tensors = DerivedTensors(infos, readers, (llm.tensors, vision.tensors))
+    stores = [part.tensors for part in (llm, vision, projector) if part is not None]
+    tensors = DerivedTensors(infos, readers, stores)
     return HFModel(directory=files, config=_read_json(files / "config.json"), tensors=tensors)
 
 

@@ -1,6 +1,8 @@
 """Makes an InternVL out of a language model and an InternViT tower, as transformers' InternVLForConditionalGeneration.
 
-    InternLM2 (query, key and value taken apart), Llama, Mistral, Qwen2, Qwen3 + InternViT + fresh connector --> HFModel
+    InternLM2 (query, key and value taken apart), Llama, Mistral, Qwen2, Qwen3  --+
+    InternViT  -------------------------------------------------------------------+--> HFModel
+    a trained connector, or a fresh one  -----------------------------------------+
 
 Nothing is read until a converter asks for it. The vocabulary gets the tokens around images and, if it lacks them, around turns.
 """
@@ -19,6 +21,7 @@ from megatron_vlm.files import read_json
 from megatron_vlm.models.assembling import (
     SAID_ONCE,
     NewRows,
+    add_connector,
     check_names,
     copy_licences,
     drawn,
@@ -26,6 +29,7 @@ from megatron_vlm.models.assembling import (
     new_ids,
     prefixed,
     renamed,
+    with_biases,
 )
 from megatron_vlm.models.families.internlm2.llama import llama_config, llama_tensors
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
@@ -35,7 +39,7 @@ from megatron_vlm.models.families.internvl3.prompts import CLOSE, DEFAULT, OPEN,
 from megatron_vlm.models.parts.internvit import InternVitConfig, internvit_entries
 from megatron_vlm.models.processing.pixels import IMAGENET
 from megatron_vlm.models.processing.processor_files import load_tokenizer
-from megatron_vlm.weights.mapping import DerivedTensors, HFModel, TensorInfo
+from megatron_vlm.weights.mapping import DerivedTensors, HFModel
 
 _EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _PROJECTOR, _TOWER = "multi_modal_projector.", "vision_tower."
@@ -55,17 +59,21 @@ class AssembleOptions(Config):
     new_rows: NewRows = "mean"
 
 
-def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any]) -> HFModel:
-    """Joins the parts; the connector is drawn N(0, 0.02), its biases zero, its norm one.
+def assemble(
+    llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any], projector: HFModel | None = None
+) -> HFModel:
+    """Joins the parts; a connector that is not given is drawn N(0, 0.02), its biases zero, its norm one.
 
     Args:
         llm: InternLM2ForCausalLM, or a model of Llama's shape.
         vision: InternVisionModel, or transformers' InternVLVisionModel.
         files: empty folder that takes the non-weight files.
         settings: of AssembleOptions. New parts have the dtype of the LLM's embedding.
+        projector: the connector alone (``mlp1.0.weight`` ..., or the state of ``mlp1`` as InternVL's ``--mlp_path`` reads it),
+            or an InternVL of either layout that has it.
 
     Raises:
-        ConversionError: a part is of another architecture, or has tensors missing or unknown.
+        ConversionError: a part is of another architecture, or has tensors missing, unknown or of a wrong shape.
     """
     options = AssembleOptions.from_dict(settings)
     readers, infos = prefixed(llama_tensors(llm), "language_model.")
@@ -89,16 +97,13 @@ def assemble(llm: HFModel, vision: HFModel, files: Path, settings: dict[str, Any
     readers, infos = readers | tower[0], infos | tower[1]
     width, hidden = model.vision.hidden_size * _SHUFFLE**2, model.text.hidden_size
     shapes = {"layer_norm": (width,), "linear_1": (hidden, width), "linear_2": (hidden, hidden)}
-    for module, shape in shapes.items():
-        for kind, size in (("weight", shape), ("bias", shape[:1])):
-            name = f"{_PROJECTOR}{module}.{kind}"
-            infos[name] = TensorInfo(dtype=dtype, shape=size)
-            readers[name] = partial(drawn, name, infos[name], options.seed)
+    shapes = with_biases({_PROJECTOR + module: shape for module, shape in shapes.items()})
+    draw = partial(drawn, seed=options.seed)
+    add_connector((readers, infos), shapes, dtype, draw, projector, (("mlp1.0", "mlp1.1", "mlp1.3"), ("0", "1", "3")))
     mapping = internvl3_mapping(model)
     check_names(mapping.hf_names(), infos.keys() - mapping.hf_tied.keys(), f"{llm.directory} {makes_none}")
-    return HFModel(
-        directory=files, config=config, tensors=DerivedTensors(infos, readers, (llm.tensors, vision.tensors))
-    )
+    stores = [part.tensors for part in (llm, vision, projector) if part is not None]
+    return HFModel(directory=files, config=config, tensors=DerivedTensors(infos, readers, stores))
 
 
 def _write_config(

@@ -2,21 +2,19 @@
 
     InternLM2 (query, key and value taken apart), Llama, Mistral, Qwen2, Qwen3  --+
     CLIP or SigLIP vision tower  -------------------------------------------------+--> HFModel, as transformers'
-    XTuner's projector, or a fresh one  ------------------------------------------+    LlavaForConditionalGeneration
+    a trained projector, or a fresh one  -----------------------------------------+    LlavaForConditionalGeneration
 
 Nothing is read until a converter asks for it. The non-weight files of the language model are kept in a folder ``xtuner``, so
 that it can be written back in its own form.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
@@ -26,6 +24,7 @@ from megatron_vlm.files import read_json
 from megatron_vlm.models.assembling import (
     SAID_ONCE,
     NewRows,
+    add_connector,
     check_names,
     copy_licences,
     copy_small_files,
@@ -33,6 +32,7 @@ from megatron_vlm.models.assembling import (
     extend_vocabulary,
     new_ids,
     prefixed,
+    with_biases,
 )
 from megatron_vlm.models.families.internlm2.llama import llama_config, llama_tensors
 from megatron_vlm.models.families.llava_internlm2.config import SOURCE, LlavaModelConfig
@@ -44,15 +44,11 @@ from megatron_vlm.models.processing.template_processor import (
     prompt_settings,
     write_tokenizer,
 )
-from megatron_vlm.weights.mapping import DerivedTensors, HFModel, TensorInfo
+from megatron_vlm.weights.mapping import DerivedTensors, HFModel
 
 FEATURE_LAYER = -2
 PARTS = "xtuner"
-_LINEARS = {  # XTuner's name -> transformers'
-    f"model.{old}.{kind}": f"{PROJECTOR}linear_{new}.{kind}"
-    for old, new in ((0, 1), (2, 2))
-    for kind in ("weight", "bias")
-}
+_LINEARS = (("model.0", "model.2"), ("mm_projector.0", "mm_projector.2"))  # of XTuner's projector, of LLaVA's
 _LEFT_OUT = (  # of a whole CLIP or SigLIP
     "text_model.", "visual_projection.", "text_projection.", "logit_", "vision_model.head.", "head.",
 )  # fmt: skip
@@ -85,7 +81,7 @@ def assemble(
             head too.
         files: empty folder that takes the non-weight files.
         settings: of AssembleOptions: how the new parts are made. They have the dtype of the LLM's embedding.
-        projector: under XTuner's names (``model.0.weight`` ...).
+        projector: alone, under XTuner's names (``model.0.weight`` ...), LLaVA's or transformers', or a LLaVA that has it.
 
     Raises:
         ConversionError: a part is of another architecture, or has tensors missing, unknown or of a wrong shape.
@@ -115,18 +111,13 @@ def assemble(
         if not name.startswith(_LEFT_OUT) and "position_ids" not in name:
             infos[target] = vision.tensors.infos[name]
             readers[target] = partial(vision.tensors.read, name)
-    sources = [llm.tensors, vision.tensors]
-    if projector is not None:
-        _take_projector(projector, infos, readers)
-        sources.append(projector.tensors)
-    else:
-        widths = {"linear_1": tower["hidden_size"], "linear_2": config["text_config"]["hidden_size"]}
-        for name, width in widths.items():
-            for kind, shape in (("weight", (widths["linear_2"], width)), ("bias", (widths["linear_2"],))):
-                full = f"{PROJECTOR}{name}.{kind}"
-                infos[full] = TensorInfo(dtype=dtype, shape=shape)
-                readers[full] = partial(drawn, full, infos[full], options.seed)
-    _check(config, infos, llm, vision, projector)
+    hidden, width = config["text_config"]["hidden_size"], tower["hidden_size"]
+    shapes = with_biases({f"{PROJECTOR}linear_1": (hidden, width), f"{PROJECTOR}linear_2": (hidden, hidden)})
+    add_connector((readers, infos), shapes, dtype, partial(drawn, seed=options.seed), projector, _LINEARS)
+    mapping = llava_mapping(LlavaModelConfig.from_hf(config))
+    parts = f"--llm {llm.directory} and --vision {vision.directory} do not make a LLaVA"
+    check_names(mapping.hf_names(), infos.keys() - mapping.hf_tied.keys(), parts)
+    sources = [part.tensors for part in (llm, vision, projector) if part is not None]
     return HFModel(directory=files, config=config, tensors=DerivedTensors(infos, readers, sources))
 
 
@@ -200,29 +191,3 @@ def _write_processor_files(files: Path, vision: HFModel, tower: dict[str, Any]) 
     }
     for name, content in (("preprocessor_config.json", images), ("processor_config.json", processor)):
         (files / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _take_projector(projector: HFModel, infos: dict[str, TensorInfo], readers: dict[str, Callable[[], Tensor]]) -> None:
-    stored = projector.tensors.infos
-    check_names(_LINEARS, stored, f"--projector {projector.directory} is not XTuner's two-layer projector")
-    for name, target in _LINEARS.items():
-        infos[target], readers[target] = stored[name], partial(projector.tensors.read, name)
-
-
-def _check(
-    config: dict[str, Any], infos: dict[str, TensorInfo], llm: HFModel, vision: HFModel, projector: HFModel | None
-) -> None:
-    """Names and the widths that the parts must share; the converter checks every other shape."""
-    model = LlavaModelConfig.from_hf(config)
-    mapping = llava_mapping(model)
-    parts = f"--llm {llm.directory} and --vision {vision.directory} do not make a LLaVA"
-    check_names(mapping.hf_names(), infos.keys() - mapping.hf_tied.keys(), parts)
-    hidden = (model.text.hidden_size, model.vision.hidden_size)
-    shapes = {"linear_1": hidden, "linear_2": (hidden[0], hidden[0])}
-    for name, shape in shapes.items():
-        found = infos[f"{PROJECTOR}{name}.weight"].shape
-        if found != shape:
-            where = projector.directory if projector else ""
-            raise ConversionError(
-                f"--projector {where}: {name} has shape {list(found)}, language model and tower need {list(shape)}"
-            )

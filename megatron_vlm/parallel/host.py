@@ -20,8 +20,9 @@ def host_empty(size: Sequence[int], dtype: torch.dtype, device: torch.device, *,
         return torch.empty(0)  # nothing is kept of what has no data (training/memory/trace.py)
     if device.type == "cuda" and locked:
         return torch.empty(size, dtype=dtype, pin_memory=True)
-    count = torch.Size(size).numel() * dtype.itemsize
-    return torch.from_numpy(numpy.empty(count, numpy.uint8)).view(dtype).view(size)
+    numel = torch.Size(size).numel()
+    count = max(1, numel) * dtype.itemsize  # torch cannot view an empty one as another dtype
+    return torch.from_numpy(numpy.empty(count, numpy.uint8)).view(dtype)[:numel].view(size)
 
 
 def empty_beside(tensor: Tensor, on_host: bool) -> Tensor:

@@ -31,6 +31,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.linear import Place
 from megatron_vlm.models.built import Model, global_named_modules, global_named_parameters, mark_sharding
 from megatron_vlm.parallel.rng import derive_seed
+from megatron_vlm.parallel.shards import put
 from megatron_vlm.parallel.topology import Topology
 from megatron_vlm.peft.adapter_map import PeftPlan, Target, adapter_mapping, local_rows, shared_evenly, trained_mapping
 from megatron_vlm.weights.mapping import Entry, Split
@@ -166,10 +167,9 @@ def apply_lora(model: Model, plan: PeftPlan, seed: int) -> Model:
 def fill(model: Model, tensors: Mapping[str, Tensor]) -> None:
     """Copies full tensors (by global name, in the order of rows of the weight map) into this rank's parameters of those names."""
     entries, topology = model.mapping.by_name(), model.topology
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in tensors:
-                parameter.copy_(entries[name].split.shard(tensors[name], topology.tp, topology.tp_rank))
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            put(parameter, entries[name].split.shard(tensors[name], topology.tp, topology.tp_rank))
 
 
 def _add_pairs(

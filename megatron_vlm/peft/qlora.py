@@ -1,6 +1,7 @@
 """QLoRA (arXiv 2305.14314): linears whose frozen weight stays in NF4 and is dequantised for each product.
 
     source --HF tensor by HF tensor--> quantise whole --> this rank's blocks --> linear.weight (codes), linear.nf4 (scales)
+    which are there from the start, without values, so that ranks may share them first (training/optimizer/sharded.py)
     forward   y = x @ values(codes).T (+ bias)      backward   dx = dy @ values(codes), summed as megatron-core does
 
 Codes and scales are buffers: no gradient, no optimizer state, no part of a checkpoint. Linears take another ``product`` with
@@ -8,7 +9,7 @@ their weight (layers/linear.py); their classes, forward passes and other paramet
 norms, biases and the branches of partial LoRA keep the dtype of the run.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -21,11 +22,13 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.linear import Place
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.built import Model, global_named_modules
+from megatron_vlm.parallel.shards import put
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.sources.quantised import nf4_tensors, quantised_names
 from megatron_vlm.sources.source import WeightSource
+from megatron_vlm.weights.mapping import Entry
 from megatron_vlm.weights.nf4.shard import Lines, Nf4Weight, shard
-from megatron_vlm.weights.nf4.tensor import Quantization
+from megatron_vlm.weights.nf4.tensor import Nf4Tensor, Quantization
 from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES
 
 log = get_logger(__name__)
@@ -55,7 +58,7 @@ def take_weights(
         keep: global names of weights that train in full, and so stay.
 
     Returns:
-        Global name of the weight -> its linear, which cannot run until ``fill`` has been called.
+        Global name of the weight -> its linear, which cannot run until ``outline`` and ``fill`` have been called.
 
     Raises:
         ConfigError: one to keep is stored in 4 bits.
@@ -83,8 +86,8 @@ def take_weights(
     return taken
 
 
-def fill(linears: dict[str, nn.Module], source: WeightSource, quantization: Quantization, model: Model) -> None:
-    """Gives each of ``take_weights``' linears its NF4 weight, one HF tensor in memory at a time, on the model's device.
+def outline(linears: dict[str, nn.Module], source: WeightSource, quantization: Quantization, model: Model) -> None:
+    """Gives each of ``take_weights``' linears an NF4 weight without values, in the CPU's memory, which takes none until then.
 
     Args:
         linears: global name of the weight -> linear.
@@ -92,14 +95,38 @@ def fill(linears: dict[str, nn.Module], source: WeightSource, quantization: Quan
         quantization: how.
         model: of the linears.
     """
-    device, topology = model.device, model.topology
+    for entry, shapes, linear in _entries(linears, source, model):
+        tensors = [Nf4Tensor.on_meta(shape, double=quantization.double_quant) for shape in shapes]
+        codes, weight = _shard(entry, shapes, tensors, quantization, model)
+        install(linear, torch.empty_like(codes, device="cpu"), weight.to_empty(device="cpu"))
+
+
+def fill(linears: dict[str, nn.Module], source: WeightSource, quantization: Quantization, model: Model) -> None:
+    """Gives the weights of ``outline`` their values, one HF tensor in memory at a time: what this rank holds of them.
+
+    Args:
+        linears, source, quantization: as of ``outline``.
+        model: of the linears, wrapped or not; tensors are quantised on its device.
+    """
+    for entry, shapes, linear in _entries(linears, source, model):
+        tensors = nf4_tensors(source, entry, quantization, model.device)
+        codes, weight = _shard(entry, shapes, tensors, quantization, model)
+        for mine, whole in [(linear.weight, codes), *((getattr(linear.nf4, n), w) for n, w in weight.named_buffers())]:
+            put(mine, whole.view(mine.dtype))
+
+
+def _entries(linears: dict[str, nn.Module], source: WeightSource, model: Model) -> Iterator[tuple[Entry, list, Any]]:
+    """Yields (entry, shapes of its HF tensors, linear)."""
     entries = model.mapping.by_name()
     for name, linear in linears.items():
-        entry = entries[name]
-        shapes = [tuple(part.shape) for part in entry.from_full(source.infos[name].meta())]
-        lines = Lines.of(entry, shapes, topology.tp, topology.tp_rank)
-        tensors = nf4_tensors(source, entry, quantization, device)
-        install(linear, *shard(lines, tensors, PARAMS_DTYPES[quantization.dtype]))
+        yield entries[name], [tuple(part.shape) for part in entries[name].from_full(source.infos[name].meta())], linear
+
+
+def _shard(
+    entry: Entry, shapes: list, tensors: Iterable[Nf4Tensor], quantization: Quantization, model: Model
+) -> tuple[Tensor, Nf4Weight]:
+    lines = Lines.of(entry, shapes, model.topology.tp, model.topology.tp_rank)
+    return shard(lines, tensors, PARAMS_DTYPES[quantization.dtype])
 
 
 def install(linear: nn.Module, codes: Tensor, weight: Nf4Weight) -> None:

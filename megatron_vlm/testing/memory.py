@@ -19,6 +19,7 @@ from megatron_vlm.models.family_config import FamilyConfig
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import seed_step
+from megatron_vlm.parallel.shards import held
 from megatron_vlm.parallel.topology import build_topology, destroy_topology, init_process_group
 from megatron_vlm.peft.config import PeftConfig
 from megatron_vlm.testing.distributed import run_distributed
@@ -102,7 +103,7 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
     row = make_row(case.row, model_config)  # of the host
     peak = PeakOnCpu() if device.type == "cpu" else PeakOnGpu()
     with ExitStack() as stack:
-        if not config.parallel.offloads_parameters:
+        if not config.parallel.fully_sharded:
             stack.enter_context(peak)
         topology = build_topology(config.parallel, num_layers=model_config.text.num_layers, device=device)
         seed_step(topology, 0, 0)
@@ -116,7 +117,11 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
             infos = {name: TensorInfo.of(parameter) for name, parameter in global_parameters(model).items()}
             model = adapt(config, model, infos)
         model = wrap_model(model, config.parallel)
-        if config.parallel.offloads_parameters:  # built in the host's memory, and cut there
+        before = 0
+        if config.parallel.fully_sharded:  # built where nothing is held before it is cut
+            if not config.parallel.offloads_parameters:
+                before = sum(held(p)[0].nbytes for stage in model for p in stage.parameters())
+            before += sum(buffer.nbytes for stage in model for buffer in stage.buffers())
             stack.enter_context(peak)
         optimizer = build_optimizer(OptimizerConfig(lr=1e-5), model, config.parallel.host_share)
         rows = [row] * (config.num_microbatches_per_batch // topology.dp)
@@ -128,7 +133,7 @@ def measure(case: Case, device_type: str) -> tuple[int, int]:
     del model, stage, optimizer
     destroy_topology()
     gc.collect()
-    return number, peak.bytes
+    return number, before + peak.bytes
 
 
 def make_row(row: RowShape, model_config: FamilyConfig) -> Row:

@@ -1,7 +1,7 @@
 """What a run with adapters opens and trains: the base, the plan, and what it starts from.
 
 checkpoint.load + peft --open_run--> base (WeightSource), PeftRun | None, Checkpoint to go on from | None
-PeftRun --build_adapted--> Model with pairs, everything else frozen
+PeftRun --outline_adapted--> Model with pairs, everything else frozen
 
 load                                    peft    trains
 model, full checkpoint                  given   adapters on it, from the start
@@ -10,13 +10,14 @@ checkpoint of adapters, --finetune      none    the merged model, in full
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vlm.conversion.load import load_model
+from megatron_vlm.conversion.load import outline
 from megatron_vlm.conversion.open_source import open_base, open_source
 from megatron_vlm.digests import check_records
 from megatron_vlm.errors import ConfigError, ConversionError
@@ -190,10 +191,16 @@ def _go_on(config: RunConfig, found: Checkpoint, record: dict[str, Any]) -> tupl
     return source, PeftRun(config=peft, plan=plan, base={**record["base"], "path": absolute(path)}), found
 
 
-def build_adapted(source: WeightSource, peft: PeftRun, topology: Topology, options: ModelOptions, seed: int) -> Model:
-    """The model: base loaded (in 4 bits where the run says so), pairs added, everything else frozen."""
+def outline_adapted(
+    source: WeightSource, peft: PeftRun, topology: Topology, options: ModelOptions, seed: int
+) -> tuple[Model, Callable[[Model], None]]:
+    """The model, pairs added and everything else frozen, and what fills it, as of ``conversion.load.outline``: its base (in 4
+    bits where the run says so) and what ``peft.tensors`` says."""
     quantization = quantization_of(peft.config, options.params_dtype)
-    model = load_model(source, topology, options, quantize=quantization, keep=peft.plan.saved)
-    model = apply_lora(model, peft.plan, seed)
-    fill(model, peft.tensors)
-    return model
+    model, fill_base = outline(source, topology, options, quantize=quantization, keep=peft.plan.saved)
+
+    def fill_adapted(filled: Model) -> None:
+        fill_base(filled)
+        fill(filled, peft.tensors)
+
+    return apply_lora(model, peft.plan, seed), fill_adapted

@@ -257,7 +257,7 @@ class RunConfig(Config):
             freeze=self.model.freeze,
             drop_path_rate=self.model.drop_path_rate,
             transformer_impl=self.model.transformer_impl,
-            build_on_cpu=self.parallel.fully_sharded and (not self.peft.active or self.parallel.offloads_parameters),
+            build_on_cpu=self.parallel.fully_sharded,
         )
 
     @property

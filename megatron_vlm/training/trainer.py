@@ -12,12 +12,11 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.conversion.load import load_into, load_model
+from megatron_vlm.conversion.load import outline
 from megatron_vlm.data.row import Row
 from megatron_vlm.data.stream.counts import check_share
 from megatron_vlm.data.stream.loader import DataState, RowLoader, StepRows, evaluation_rows
 from megatron_vlm.log import get_logger, setup_logging
-from megatron_vlm.models.built import build_model
 from megatron_vlm.parallel.batch import any_rank, share_rows, together
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.rng import seed_step
@@ -40,7 +39,7 @@ from megatron_vlm.training.metrics.reports import StepReports, Unread
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import Schedule
 from megatron_vlm.training.optimizer.main_parameters import fill_main
-from megatron_vlm.training.peft_run import build_adapted, check_source, open_run
+from megatron_vlm.training.peft_run import check_source, open_run, outline_adapted
 from megatron_vlm.training.run_config import RunConfig
 from megatron_vlm.training.step import start_step
 from megatron_vlm.training.stop import STOPPED, StopSignal
@@ -251,22 +250,23 @@ class Trainer:
         config, layers = self.config, source.config.text.num_layers
         self.topology = build_topology(config.parallel, num_layers=layers, device=self.device)
         options = config.model_options
-        # Cut, then filled: nothing is whole on the device.
-        cut_first = options.build_on_cpu and self.peft is None and source.quantization is None
+        cut_first = (
+            config.parallel.fully_sharded
+        )  # then filled: nothing is whole on the device, or in the host's memory
         with together(self.device):
             if self.peft is not None:
-                self.model = build_adapted(source, self.peft, self.topology, options, config.training.seed)
-            elif self.found is None and not cut_first:
-                self.model = load_model(source, self.topology, options)
+                self.model, fill = outline_adapted(source, self.peft, self.topology, options, config.training.seed)
             else:
-                self.model = build_model(source.spec, source.config, self.topology, options)
-                self.model = self.model if cut_first else self.model.to(self.device)
+                self.model, fill = outline(source, self.topology, options)
+            fills = self.peft is not None or self.found is None
+            if fills and not cut_first:
+                fill(self.model)
         self.optimizer = None
-        if config.parallel.fully_sharded or not config.training.skip_train:
+        if cut_first or not config.training.skip_train:
             self.model = wrap_model(self.model, config.parallel)
-        if cut_first and self.found is None:
+        if fills and cut_first:
             with together(self.device):
-                load_into(source, self.model)
+                fill(self.model)
         if not config.training.skip_train:
             self.optimizer = build_optimizer(config.optimizer, self.model, config.parallel.host_share)
             if self.found is None:

@@ -1,6 +1,7 @@
 """``load_into`` fills every parameter, tied copies included, and lists all that does not fit."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,58 @@ def held_while_loading(hf_dir, parallel, options):
     source.read_shard = watched
     load_into(source, model)
     return sum(sizes.values()), most, max(4 * info.meta().numel() for info in source.infos.values())
+
+
+def held_while_cut_and_filled(hf_dir, quantize, offload):
+    """On a rank: the same three numbers of a base under adapters whose parameters are cut over ranks, and what of it is whole."""
+    from megatron_vlm.conversion.load import outline
+    from megatron_vlm.models.options import ModelOptions
+    from megatron_vlm.parallel.config import ParallelConfig
+    from megatron_vlm.parallel.shards import held
+    from megatron_vlm.parallel.topology import build_topology
+    from megatron_vlm.peft import qlora
+    from megatron_vlm.peft.config import PeftConfig
+    from megatron_vlm.peft.lora import apply_lora
+    from megatron_vlm.peft.qlora import quantization_of
+    from megatron_vlm.testing.parity import adapted_plan
+    from megatron_vlm.training.optimizer import sharded
+    from megatron_vlm.training.optimizer.build import wrap_model
+
+    settings = dict(target_modules="all-linear", r=2, quantize=quantize)
+    source, most = open_source(hf_dir), 0
+    layers = source.config.text.num_layers
+    parallel = ParallelConfig(data_parallel_sharding="parameters", offload=offload)
+    topology = build_topology(parallel, num_layers=layers, device=torch.device("cpu"))
+
+    def watched(work, *args, **kwargs):
+        nonlocal most
+        result = work(*args, **kwargs)
+        most = max(most, anonymous())
+        return result
+
+    options = ModelOptions(make_vocab_size_divisible_by=8, params_dtype="bf16", build_on_cpu=True)
+    plan = adapted_plan(source, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((sharded, "_shard"), (sharded, "_to_host"), (source, "read_shard"), (qlora, "shard")):
+            patch.setattr(owner, name, partial(watched, getattr(owner, name)))
+        before = anonymous()
+        model, fill = outline(source, topology, options, quantization_of(PeftConfig(**settings), "bf16"), plan.saved)
+        model = wrap_model(apply_lora(model, plan, seed=0), parallel)
+        fill(model)
+    own = sum(held(parameter)[0].nbytes for _, parameter in model.named_parameters())
+    whole = sum(parameter.nbytes for _, parameter in model.named_parameters())
+    return own, max(most, anonymous()) - before - own, max(2 * i.meta().numel() for i in source.infos.values()), whole
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("offload", ["none", "optimizer+parameters"])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_base_of_adapters_is_cut_before_it_comes(tmp_path, quantize, offload):
+    write_tiny_idefics2(tmp_path, dtype=torch.bfloat16, max_shard_size="30MB", text_hidden=512, ffn=1024, layers=24)
+    ranks = run_distributed(held_while_cut_and_filled, str(tmp_path), quantize, offload, dp=4, timeout=400)
+    for own, most, largest, whole in ranks:
+        print(f"{own >> 20} of {whole >> 20} MiB, {most >> 20} beside, largest tensor {largest >> 20} in bf16")
+        assert own == pytest.approx(whole / 4, rel=0.02) and most < (whole - own) / 2
 
 
 @pytest.mark.full

@@ -227,21 +227,21 @@ def test_skip_train_equals_hf_on_the_same_samples(command, tmp_path, twin, valid
 
 def shards_at_load(argv: list[str]) -> tuple[tuple[int, str], list[float]]:
     """On a rank: what ``train`` returns, and the share of the weights that it held when they came."""
+    from megatron_vlm.conversion import load
     from megatron_vlm.parallel.shards import held
-    from megatron_vlm.training import trainer
 
-    load, found = trainer.load_into, []
+    load_into, found = load.load_into, []
 
-    def watched(source, model):
-        sizes = [(p.numel(), held(p)[0].numel()) for _, p in model.named_parameters()]
+    def watched(source, model, added):
+        sizes = [(p.nbytes, held(p)[0].nbytes) for _, p in model.named_parameters()]
         found.append(sum(size for _, size in sizes) / sum(size for size, _ in sizes))
-        load(source, model)
+        load_into(source, model, added)
 
-    trainer.load_into = watched
+    load.load_into = watched
     try:
         return train(argv), found
     finally:
-        trainer.load_into = load
+        load.load_into = load_into
 
 
 def test_a_model_in_shards_is_never_whole_trained_or_not(command, tmp_path, twin, valid_data):
@@ -252,6 +252,19 @@ def test_a_model_in_shards_is_never_whole_trained_or_not(command, tmp_path, twin
             assert code == (0, "") and found == [pytest.approx(0.5, abs=0.01)]
     (line,) = (line for line in metrics_of(tmp_path / "a", evaluations=True) if line["iteration"] == 0)
     assert line["eval_loss"] == pytest.approx(hf_loss(twin, valid_data), rel=2e-6)
+
+
+@pytest.mark.parametrize("sharding", ["parameters", pytest.param("gradients", marks=pytest.mark.full)])
+@pytest.mark.parametrize("base", [pytest.param("", marks=pytest.mark.full), "peft.quantize=nf4"], ids=["lora", "nf4"])
+def test_a_base_of_adapters_in_shards_is_never_whole(command, tmp_path, base, sharding):
+    """In 4 bits codes and scales are cut before they come, too; losses are those of a rank that holds all of it."""
+    more = f"--train-iters 2 peft.target_modules=all-linear peft.r=2 {base}"
+    run(command("whole", more))
+    argv = command("cut", f"{more} --data-parallel-sharding {sharding}")
+    for code, found in run_distributed(shards_at_load, argv, dp=2):
+        assert code == (0, "") and found == [pytest.approx(0.5, abs=0.01)]
+    for cut, whole in zip(metrics_of(tmp_path / "cut"), metrics_of(tmp_path / "whole"), strict=True):
+        assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
 def test_skip_train_leaves_the_metrics_of_a_run_alone(command, tmp_path, valid_data):

@@ -197,13 +197,6 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
         buffers = sum(buffer.nbytes for chunk in model for buffer in chunk.buffers() if buffer.dtype != torch.uint8)
         host += weights - buffers + gradients - 4 * sum(p.numel() for p in updated)
         weights, gradients, optimizer_peak = buffers, 0, 0
-    loading = 0
-    if sharding is not None and config.peft.active:  # the base is whole before it is cut: Trainer._build
-        base = sum(tensor.nbytes for chunk in model for tensor in (*chunk.parameters(), *chunk.buffers()))
-        if parallel.offloads_parameters:
-            host = max(host, base)
-        else:
-            loading = base - weights - gradients - states
     activations = peak = 0
     if row is not None:
         ahead = AheadBytes(held=0, peak=0)
@@ -225,7 +218,7 @@ def _report(config: RunConfig, model: Model, row: RowShape | None, device_kind: 
         optimizer=states,
         host=host,
         activations=activations,
-        temporary=max(peak, optimizer_peak, loading) - activations,
+        temporary=max(peak, optimizer_peak) - activations,
         constant=_constant(topology) if device_kind == "cuda" else 0,
     )
 

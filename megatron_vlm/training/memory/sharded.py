@@ -118,11 +118,12 @@ class Gathering:
 
     def _after(self, unit: _Unit) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() == -1:  # no recomputation
+            again = torch._C._current_graph_task_id() != -1
+            if again or unit is self.root:  # what runs again is the root of a forward pass of its own
+                self.last = None
+            if not again:
                 self.order.append(unit)
-                if unit is self.root:
-                    self.last = None
-                elif not self.sharding.keeps:
+                if unit is not self.root and not self.sharding.keeps:
                     unit.copied = None
             for tensor in output if isinstance(output, tuple) else (output,):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:

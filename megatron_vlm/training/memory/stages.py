@@ -56,7 +56,7 @@ class StageMemory:
         parameters, trainable: numbers held by one rank, by parameter group (llm, vision, connector).
         weights, gradients, optimizer: what stays between steps.
         activations: kept for the backward pass by all microbatches in flight.
-        temporary: on top of these at the worst moment of a step, or of loading what is cut afterwards.
+        temporary: on top of these at the worst moment of a step.
         constant: of the device's context and libraries, outside the allocator.
         host: of the optimizer, and of weights and gradients where they are offloaded, in the host's memory.
     """

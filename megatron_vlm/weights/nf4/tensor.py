@@ -20,7 +20,9 @@ length (its AVX-512 kernel restarts blocks in each row), and its Linear4bit, whi
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -79,6 +81,18 @@ class Nf4Tensor:
     absmax: Tensor
     scales: Tensor | None = None
     offset: Tensor | None = None
+
+    @classmethod
+    def on_meta(cls, shape: tuple[int, ...], *, double: bool) -> "Nf4Tensor":
+        """One of that shape without values."""
+        numel = math.prod(shape)
+        blocks = -(-numel // BLOCK)
+        empty = partial(torch.empty, device="meta")
+        codes = empty(-(-numel // 2), dtype=torch.uint8)
+        if not double:
+            return cls(shape=shape, codes=codes, absmax=empty(blocks))
+        absmax = empty(blocks, dtype=torch.uint8)
+        return cls(shape=shape, codes=codes, absmax=absmax, scales=empty(-(-blocks // GROUP)), offset=empty(1))
 
     @property
     def num_blocks(self) -> int:

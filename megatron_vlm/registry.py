@@ -214,6 +214,7 @@ FAMILIES = {
     "internvl3": "megatron_vlm.models.families.internvl3:SPEC",
     "internlm2": "megatron_vlm.models.families.internlm2:SPEC",
     "qwen2_5_vl": "megatron_vlm.models.families.qwen2_5_vl:SPEC",
+    "qwen3_vl": "megatron_vlm.models.families.qwen3_vl:SPEC",
     "xcomposer2": "megatron_vlm.models.families.xcomposer2:SPEC",
     "smolvlm": "megatron_vlm.models.families.smolvlm:SPEC",
     "llava_internlm2": "megatron_vlm.models.families.llava_internlm2:SPEC",

@@ -101,6 +101,13 @@ def build_model(spec: FamilySpec, config: FamilyConfig, topology: Topology, opti
     problem = check_heads(text.num_attention_heads, text.num_query_groups, topology.cp, topology.tp)
     if topology.exchange == "heads" and problem:
         raise ConfigError(f"parallel.context_parallel_exchange is heads, but {problem}: set gather or auto")
+    if topology.vp > 1 and topology.layers[0] < text.deepstack:
+        raise ConfigError(
+            f"the first of {topology.vp} virtual stages of rank 0 holds {topology.layers[0]} decoder layers, but features of "
+            f"images are added behind the first {text.deepstack} (DeepStack), which virtual stages cannot hand on: raise "
+            "parallel.num_layers_per_virtual_pipeline_stage (or the first of decoder_layers_per_stage), or do without virtual "
+            "stages"
+        )
     mapping = spec.mapping(config, topology.tp).padded(options.make_vocab_size_divisible_by)
     if topology.whole_tower:
         mapping = mapping.whole("vision", "connector")

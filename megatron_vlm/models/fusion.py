@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_vlm.errors import DataError
@@ -23,13 +24,13 @@ def fuse(
 
     Args:
         embeddings: [T, 1, H].
-        features: [F, H], features of all images of the row.
+        features: [F, H], features of all images of the row; wider: with the levels of DeepStack (layers/deepstack.py).
         positions: int64 [F], where they go.
         num_images: images of the row, for the error.
         part: ``positions`` and the embeddings are of a slice of the row: see ``Row.part``.
 
     Returns:
-        [T, 1, H].
+        [T, 1, H], or as wide as the features, zeros behind the embeddings of text.
 
     Raises:
         DataError: as many features as positions are needed.
@@ -42,6 +43,8 @@ def fuse(
         )
     if part is not None:
         features = features.index_select(0, part[0])
+    if features.shape[1] > embeddings.shape[2]:
+        embeddings = F.pad(embeddings, (0, features.shape[1] - embeddings.shape[2]))
     return embeddings.index_copy(0, positions, features[:, None].to(embeddings.dtype))
 
 

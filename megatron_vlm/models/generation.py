@@ -162,7 +162,8 @@ def _forward(stages: Sequence[Any], row: Row, params: RowParams, topology: Topol
         if not stage.pre_process:
             config = stage.config
             length = len(row.input_ids) // (topology.tp if config.sequence_parallel else 1)
-            hidden = torch.empty(length, 1, config.hidden_size, dtype=config.params_dtype, device=topology.device)
+            width = stage.language_model.input_size if row.pixels else config.hidden_size
+            hidden = torch.empty(length, 1, width, dtype=config.params_dtype, device=topology.device)
             dist.recv(hidden, before)
             stage.set_input_tensor(hidden)
         batch = device_batch(topology, row, pixels=stage.pre_process, dtype=stage.config.params_dtype, whole=True)

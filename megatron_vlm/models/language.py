@@ -31,6 +31,7 @@ from torch import Tensor
 from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.layers.cross_entropy import linear_cross_entropy_sum
+from megatron_vlm.layers.deepstack import DeepStackLayer
 from megatron_vlm.layers.rope import RotaryAngles
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
@@ -150,6 +151,7 @@ class Decoder(GPTModel):
         layer: ModuleSpec | None = None,
     ):
         config = decoder_transformer_config(text, topology, options)
+        layer = ModuleSpec(DeepStackLayer) if text.deepstack else layer
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=topology.pp_rank)
         spec = TransformerBlockSubmodules(
             layer_specs=[layer_spec(config, causal=True, layer=layer, qk_norm=text.qk_norm)] * layers,
@@ -170,6 +172,9 @@ class Decoder(GPTModel):
         )
         self.rotates = backend_of(config).rotates
         self.true_vocab_size = text.vocab_size
+        self.feature_size = text.feature_size
+        before = sum(topology.layers[: topology.pp_rank + (vp_stage or 0) * topology.pp])
+        self.input_size = text.hidden_size * (1 + max(0, text.deepstack - before))
         self.tp_group = topology.tp_group
         self.rotary_angles = RotaryAngles(
             text.head_dim,

@@ -112,7 +112,7 @@ class VisionLanguageModel(MegatronModule):
         return self.language_model.logits(hidden, row.cu_seqlens_q[1:][: len(row.cache.lengths)].long() - 1)
 
     def image_features(self, pixels: Sequence[Tensor]) -> Tensor:
-        """[F, H], features of all images [C, h, w] of a row in order (first stage)."""
+        """[F, H] (DeepStack: wider), features of all images [C, h, w] of a row in order (first stage)."""
         with alike_over_context_ranks():
             return self._features(pixels, *self._vision_parts())
 
@@ -164,7 +164,8 @@ class VisionLanguageModel(MegatronModule):
         """[f, H], features of the images that this rank encodes of a row that ranks share; it may have none."""
         if batch.pixels:
             return self.filler.real(self.own_features(batch.pixels))
-        none = torch.empty(0, self.config.hidden_size, dtype=self.config.params_dtype, device=batch.input_ids.device)
+        width, dtype = self.language_model.feature_size, self.config.params_dtype
+        none = torch.empty(0, width, dtype=dtype, device=batch.input_ids.device)
         return self._beside_filler(none) if self._needs_filler() else none
 
     def _beside_filler(self, x: Tensor) -> Tensor:

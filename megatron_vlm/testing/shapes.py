@@ -10,13 +10,14 @@ from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
 from megatron_vlm.models.families.qwen2_5_vl.config import Qwen25VLConfig
+from megatron_vlm.models.families.qwen3_vl.config import Qwen3VLConfig
 from megatron_vlm.models.families.smolvlm.config import SmolVLMModelConfig
 from megatron_vlm.models.families.xcomposer2.config import XComposer2Config
 from megatron_vlm.models.parts.clip import ClipConfig
 from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.models.parts.internvit import InternVitConfig
 from megatron_vlm.models.parts.perceiver import PerceiverConfig
-from megatron_vlm.models.parts.qwen_vit import QwenVitConfig
+from megatron_vlm.models.parts.qwen_vit import Qwen3VitConfig, Qwen25VitConfig
 from megatron_vlm.models.parts.siglip import SiglipConfig
 
 _VIT: dict[str, Any] = dict(norm_type="layer_norm", qkv_bias=True, qk_norm=False)
@@ -37,7 +38,7 @@ def tower(kind: Any, hidden: int, ffn: int, layers: int, heads: int, size: int, 
     """A vision tower of class ``kind``."""
     return kind(
         hidden_size=hidden, ffn_hidden_size=ffn, num_layers=layers, num_attention_heads=heads, image_size=size,
-        patch_size=14, num_channels=3, norm_epsilon=1e-6, **more,
+        num_channels=3, norm_epsilon=1e-6, **{"patch_size": 14, **more},
     )  # fmt: skip
 
 
@@ -69,10 +70,19 @@ def qwen2_5_vl(text: TextConfig, hidden: int, ffn: int, layers: int, heads: int)
     """Qwen2.5-VL; the numbers are the tower's."""
     full = tuple(range(layers // 4 - 1, layers, layers // 4))
     vision = tower(
-        QwenVitConfig, hidden, ffn, layers, heads, 112, temporal_patch_size=2, block=2, window=4, full_layers=full,
+        Qwen25VitConfig, hidden, ffn, layers, heads, 112, temporal_patch_size=2, block=2, window=4, full_layers=full,
         rotary_base=10000.0,
     )  # fmt: skip
     return Qwen25VLConfig(text=text, vision=vision, image_token_id=5)
+
+
+def qwen3_vl(text: TextConfig, hidden: int, ffn: int, layers: int, levels: tuple[int, ...]) -> Qwen3VLConfig:
+    """Qwen3-VL; the numbers are the tower's."""
+    vision = tower(
+        Qwen3VitConfig, hidden, ffn, layers, 16 if hidden > 1000 else 4, 48 * 16, patch_size=16,
+        temporal_patch_size=2, block=2, levels=levels, rotary_base=10000.0,
+    )  # fmt: skip
+    return Qwen3VLConfig(text=text, vision=vision, image_token_id=5)
 
 
 def small() -> dict[str, Any]:
@@ -92,7 +102,11 @@ def small() -> dict[str, Any]:
         ),
         "internlm2": InternLM2ModelConfig(text=decoder),
         "qwen2_5_vl": qwen2_5_vl(text(256, 640, 4, 8, 4, 2048, qkv_bias=True, mrope_section=(4, 6, 6)), 128, 320, 4, 4),
-    }
+        "qwen3_vl": qwen3_vl(
+            text(256, 640, 4, 8, 4, 2048, qk_norm=True, mrope_section=(6, 5, 5), mrope_interleaved=True, deepstack=2),
+            128, 512, 4, (0, 2),
+        ),
+    }  # fmt: skip
 
 
 def published() -> dict[str, tuple[str, Any]]:
@@ -105,6 +119,7 @@ def published() -> dict[str, tuple[str, Any]]:
     clip = tower(ClipConfig, 1024, 4096, 24, 16, 336, **_CLIP)
     qwen: dict[str, Any] = dict(qkv_bias=True)
     mrope: dict[str, Any] = dict(qkv_bias=True, mrope_section=(16, 24, 24))
+    stacked: dict[str, Any] = dict(qk_norm=True, mrope_section=(24, 20, 20), mrope_interleaved=True, deepstack=3)
     return {
         "Idefics2-1.2B": ("idefics2", idefics2(text(2048, 5632, 16, 16, 8, 32003), siglip_small, 16, 4, 96)),
         "InternVL3-2B": ("internvl3", internvl3(text(1536, 8960, 28, 12, 2, 151674, **qwen), vit)),
@@ -116,5 +131,9 @@ def published() -> dict[str, tuple[str, Any]]:
             smolvlm(text(2048, 8192, 24, 32, 32, 49280), tower(SiglipConfig, 1152, 4304, 27, 16, 384), 3),
         ),
         "Qwen2.5-VL-7B": ("qwen2_5_vl", qwen2_5_vl(text(3584, 18944, 28, 28, 4, 152064, **mrope), 1280, 3420, 32, 16)),
+        "Qwen3-VL-8B": (
+            "qwen3_vl",
+            qwen3_vl(text(4096, 12288, 36, 32, 8, 151936, **stacked), 1152, 4304, 27, (8, 16, 24)),
+        ),
         "LLaVA-InternLM2-7B": ("llava_internlm2", llava(text(4096, 14336, 32, 32, 8, 92545), clip)),
     }

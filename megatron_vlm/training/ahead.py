@@ -72,7 +72,9 @@ def encode_ahead(model: Model, rows: Sequence[Row]) -> tuple[Row, ...]:
                 with stage.saved.of_a_pass():
                     outputs.append(stage.own_features(pixels))
     with torch.no_grad():
-        like = torch.empty(0, stage.config.hidden_size, dtype=stage.config.params_dtype, device=topology.device)
+        like = torch.empty(
+            0, stage.language_model.feature_size, dtype=stage.config.params_dtype, device=topology.device
+        )
         received = share.exchange(torch.cat(outputs or [like]))
     features = []
     if topology.first_stage:
@@ -91,7 +93,8 @@ def finish(model: Model) -> None:
     ahead, stage.ahead = stage.ahead, None
     if ahead is not None:
         gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in ahead.features]
-        none = torch.empty(0, stage.config.hidden_size, dtype=stage.config.params_dtype, device=topology.device)
+        width, dtype = stage.language_model.feature_size, stage.config.params_dtype
+        none = torch.empty(0, width, dtype=dtype, device=topology.device)
         gradient = ahead.share.bring_back(torch.cat(gradients or [none]))
         wide = torch.float32 if ddp.ddp_config.grad_reduce_in_fp32 else None
         sums = [torch.zeros_like(p, dtype=wide) for p in stage.trained] if stage.holds_copies else []

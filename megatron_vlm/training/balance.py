@@ -220,7 +220,9 @@ def _planned(
     if parallel.decoder_layers_per_stage == "auto":
         beside = [parts.before, *[0.0] * (grid.pp - 2), parts.after]
         num_layers = model_config.text.num_layers
-        found = spread_virtual(num_layers, beside, parts.layer, parallel.virtual_size(num_layers))
+        virtual = parallel.virtual_size(num_layers)
+        first = model_config.text.deepstack if virtual > 1 else 0  # virtual stages cannot hand levels on
+        found = spread_virtual(num_layers, beside, parts.layer, virtual, first)
         config = config.replace(parallel=parallel.staged(found))
     layers = config.parallel.stage_layers(model_config.text.num_layers)
     each, once = _shared(config, model_config, grid, adapted)

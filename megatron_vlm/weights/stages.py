@@ -10,13 +10,20 @@ the best there is.
 from collections.abc import Sequence
 
 
-def spread_virtual(num_layers: int, beside: Sequence[float], layer: float, virtual: int) -> tuple[int, ...]:
-    """Layers of each of ``virtual`` stages a rank, in order: ranks as of ``spread``, and each rank's stages likewise."""
+def spread_virtual(
+    num_layers: int, beside: Sequence[float], layer: float, virtual: int, first: int = 0
+) -> tuple[int, ...]:
+    """Layers of each of ``virtual`` stages a rank, in order: ranks as of ``spread``, and each rank's stages likewise.
+
+    The first stage has at least ``first``, which other stages are weighed against as what it holds beside layers.
+    """
+    held = [beside[0] + first * layer, *beside[1:]]
     chunks = []
-    for rank, count in enumerate(spread(num_layers, beside, layer)):
+    for rank, count in enumerate(spread(num_layers - first, held, layer)):
         own = [0.0] * virtual
-        own[0 if rank == 0 else -1] += beside[rank]
+        own[0 if rank == 0 else -1] += held[rank]
         chunks.append(spread(count, own, layer))
+    chunks[0] = (chunks[0][0] + first, *chunks[0][1:])
     return tuple(counts[chunk] for chunk in range(virtual) for counts in chunks)
 
 

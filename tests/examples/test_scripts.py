@@ -165,6 +165,7 @@ BATCHES = {
     "smolvlm/video_smolvlm": 16,
     "internvl3/finetune_internvl3_5": 512, "internvl3/pretrain_internvl3": 512,
     "qwen2_5_vl/finetune_qwen2_5_vl": 32, "qwen2_5_vl/lora_qwen2_5_vl": 16, "qwen2_5_vl/qlora_qwen2_5_vl": 16,
+    "qwen3_vl/finetune_qwen3_vl": 32, "qwen3_vl/lora_qwen3_vl": 16, "qwen3_vl/qlora_qwen3_vl": 16,
     "llava_internlm2/pretrain_llava_internlm2": 256, "llava_internlm2/finetune_llava_internlm2": 128,
     "llava_internlm2/qlora_llava_internlm2": 128, "xcomposer2/finetune_xcomposer2": 64, "xcomposer2/lora_xcomposer2": 64,
     "xcomposer2/finetune_xcomposer2_4khd": 64, "xcomposer2/lora_xcomposer2_4khd": 64, "quickstart/train": 1,

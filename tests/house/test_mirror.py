@@ -29,6 +29,7 @@ ELSEWHERE = {
     "models/families/idefics2/test_model.py": "layers/perceiver models/parts/perceiver models/parts/decoder",
     "models/families/idefics2/test_mutations.py": "layers/core_attention",
     "models/families/llava_internlm2/test_model.py": "layers/vision/clip",
+    "models/families/qwen3_vl/test_model.py": "layers/deepstack",
     "models/families/xcomposer2/test_model.py": "layers/partial_lora layers/vision/hd models/parts/partial_lora",
     "models/families/xcomposer2/test_processor.py": "models/processing/template_processor",
     "models/parts/test_clip.py": "models/parts/build",

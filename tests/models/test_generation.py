@@ -1,5 +1,7 @@
 """Answers equal those of transformers' ``generate``, token by token, in every layout, alone and together."""
 
+from functools import partial
+
 import pytest
 
 from megatron_vlm import registry
@@ -11,6 +13,7 @@ from megatron_vlm.testing.twins import internlm2 as twin_internlm2
 from megatron_vlm.testing.twins import internvl3 as twin_internvl3
 from megatron_vlm.testing.twins import llava_internlm2 as twin_llava_internlm2
 from megatron_vlm.testing.twins import qwen2_5_vl as twin_qwen2_5_vl
+from megatron_vlm.testing.twins import qwen3_vl as twin_qwen3_vl
 from megatron_vlm.testing.twins import xcomposer2 as twin_xcomposer2
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.testing.twins.xcomposer2_reference import Reference
@@ -92,15 +95,18 @@ def internvl3(directory):
     return prompts, [hf_answer(hf, prompt, NEW, twin_internvl3.hf_inputs) for prompt in prompts]
 
 
-def qwen2_5_vl(directory):
+def qwen2_5_vl(directory, write=twin_qwen2_5_vl.write_tiny_qwen2_5_vl):
     """The positions of an answer go on where those of the prompt end, which is below its number of tokens."""
-    hf = twin_qwen2_5_vl.write_tiny_qwen2_5_vl(directory)
-    config, inputs = (
-        registry.get("qwen2_5_vl").config(hf.config.to_dict()),
-        twin_qwen2_5_vl.inputs_of(hf.config.to_dict()),
-    )
+    hf_config = (hf := write(directory)).config.to_dict()
+    config, inputs = registry.get(hf_config["model_type"]).config(hf_config), twin_qwen2_5_vl.inputs_of(hf_config)
     prompts = twin_qwen2_5_vl.make_samples(config, [([(3, 4), (2, 2)], 9), ([], 13), ([(1, 5)], 4)])
     return prompts, [hf_answer(hf, prompt, NEW, inputs) for prompt in prompts]
+
+
+def qwen3_vl(directory):
+    """Three levels: the last is added on the second of two stages, as the first has two of the four layers."""
+    vision = dict(deepstack_visual_indexes=[0, 1, 2])
+    return qwen2_5_vl(directory, partial(twin_qwen3_vl.write_tiny_qwen3_vl, vision=vision))
 
 
 def internlm2(directory):
@@ -125,7 +131,7 @@ def xcomposer2(directory):
 
 
 @pytest.mark.parametrize(
-    "family", [internvl3, internlm2, llava_internlm2, qwen2_5_vl, xcomposer2], ids=lambda f: f.__name__
+    "family", [internvl3, internlm2, llava_internlm2, qwen2_5_vl, qwen3_vl, xcomposer2], ids=lambda f: f.__name__
 )
 def test_families_answer_as_their_references(tmp_path, family):
     prompts, whole = family(tmp_path)

@@ -27,6 +27,7 @@ def decoder(r: int, hidden: int, kv: int, ffn: int, *, fused: bool = False) -> i
 
 INTERNVL3 = 28 * decoder(32, 3584, 512, 18944)
 QWEN2_5_VL = 28 * decoder(16, 3584, 512, 18944)
+QWEN3_VL = 36 * decoder(16, 4096, 1024, 12288)
 IDEFICS2 = (
     32 * decoder(8, 4096, 1024, 14336)
     + pairs(8, (1152, 14336), (1152, 14336), (14336, 4096))
@@ -48,9 +49,9 @@ def xcomposer2(size: int, hd: bool) -> XComposer2Config:
     return XComposer2Config(text=decoder, vision=vision, hd=hd, plora_rank=256, plora_dropout=0.05)
 
 
-INTERNVL3_8B, IDEFICS2_8B, LLAVA, SMOLVLM_2B, QWEN_7B = (
+INTERNVL3_8B, IDEFICS2_8B, LLAVA, SMOLVLM_2B, QWEN_7B, QWEN3_VL_8B = (
     published()[name]
-    for name in ("InternVL3-8B", "Idefics2-8B", "LLaVA-InternLM2-1.8B", "SmolVLM-2.2B", "Qwen2.5-VL-7B")
+    for name in ("InternVL3-8B", "Idefics2-8B", "LLaVA-InternLM2-1.8B", "SmolVLM-2.2B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")
 )
 # recipe -> ((family, published model), numbers of its pairs, numbers trained in full, in 4 bits)
 CASES = {
@@ -58,6 +59,8 @@ CASES = {
     "internvl3/qlora_internvl3": (INTERNVL3_8B, INTERNVL3, 0, True),
     "qwen2_5_vl/lora_qwen2_5_vl": (QWEN_7B, QWEN2_5_VL, 0, False),
     "qwen2_5_vl/qlora_qwen2_5_vl": (QWEN_7B, QWEN2_5_VL, 0, True),
+    "qwen3_vl/lora_qwen3_vl": (QWEN3_VL_8B, QWEN3_VL, 0, False),
+    "qwen3_vl/qlora_qwen3_vl": (QWEN3_VL_8B, QWEN3_VL, 0, True),
     "lora_idefics2": (IDEFICS2_8B, IDEFICS2, 0, False),
     "qlora_idefics2": (IDEFICS2_8B, IDEFICS2, 0, True),
     "smolvlm/lora_smolvlm": (SMOLVLM_2B, SMOLVLM, 0, False),
@@ -117,7 +120,7 @@ def test_a_familys_defaults():
 
 
 def test_the_recipe_names_what_the_flag_names():
-    for family in ("internvl3", "qwen2_5_vl", "xcomposer2", "smolvlm"):
+    for family in ("internvl3", "qwen2_5_vl", "qwen3_vl", "xcomposer2", "smolvlm"):
         name = f"{family}/lora_{family}"
         assert config_of(name).peft.target_modules == registry.get(family).adapters.language
 

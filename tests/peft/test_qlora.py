@@ -226,6 +226,7 @@ def test_linears_of_every_family(tmp_path):
     from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
     from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava_internlm2
     from megatron_vlm.testing.twins.qwen2_5_vl import write_tiny_qwen2_5_vl
+    from megatron_vlm.testing.twins.qwen3_vl import write_tiny_qwen3_vl
     from megatron_vlm.testing.twins.smolvlm import write_tiny_smolvlm
     from megatron_vlm.testing.twins.xcomposer2 import write_tiny_xcomposer2
 
@@ -237,6 +238,7 @@ def test_linears_of_every_family(tmp_path):
         write_tiny_xcomposer2,
         write_tiny_smolvlm,
         write_tiny_qwen2_5_vl,
+        write_tiny_qwen3_vl,
     )
     directories = [tmp_path / writer.__name__ for writer in writers]
     for writer, directory in zip(writers, directories):

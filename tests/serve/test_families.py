@@ -14,7 +14,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.testing.parity import hf_inputs
-from megatron_vlm.testing.twins import internlm2, internvl3, llava_internlm2, qwen2_5_vl, smolvlm, xcomposer2
+from megatron_vlm.testing.twins import internlm2, internvl3, llava_internlm2, qwen2_5_vl, qwen3_vl, smolvlm, xcomposer2
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.testing.twins.xcomposer2_reference import Reference
 from tests.examples.shell import environment
@@ -27,6 +27,7 @@ WRITERS = {
         internvl3.hf_inputs,
     ),
     "qwen2_5_vl": (qwen2_5_vl.write_tiny_qwen2_5_vl, None),  # inputs by its config
+    "qwen3_vl": (qwen3_vl.write_tiny_qwen3_vl, None),
     "smolvlm": (smolvlm.write_tiny_smolvlm, smolvlm.hf_inputs),
     "internlm2": (internlm2.write_tiny_internlm2, internlm2.llama_inputs),
     "llava_internlm2": (llava_internlm2.write_tiny_llava_internlm2, llava_internlm2.llava_inputs),
@@ -55,7 +56,7 @@ def test_two_turns_of_each_family(family, picture, tmp_path):
     write, inputs = WRITERS[family]
     (tmp_path / "model").mkdir()
     hf, talk = write(tmp_path / "model"), tmp_path / "talk.json"
-    if family == "qwen2_5_vl":
+    if family.startswith("qwen"):
         inputs = qwen2_5_vl.inputs_of(hf.config.to_dict())
     images = [] if family == "internlm2" else ["--image", str(picture)]
     program = [sys.executable, "-m", "megatron_vlm"]

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from megatron_vlm.weights.megatron_dir import Stages
-from megatron_vlm.weights.stages import spread
+from megatron_vlm.weights.stages import spread, spread_virtual
 
 
 def largest(counts, beside, layer):
@@ -39,3 +39,11 @@ def test_files_of_stages_hold_any_number_of_layers():
     stages = Stages([f"language_model.decoder.layers.{n}.mlp.linear_fc1.weight" for n in range(5)], 2)
     assert [stages.of(f"language_model.decoder.layers.{n}.mlp.linear_fc1.weight") for n in range(5)] == [0, 0, 1, 1, 1]
     assert stages.of("vision_model.x") == 0 and stages.of("language_model.output_layer.weight") == 1
+
+
+def test_the_first_of_virtual_stages_has_as_many_as_are_asked_for():
+    tower = [6.0, 0.0]
+    assert spread_virtual(12, tower, 1.0, 2) == (0, 4, 3, 5)
+    assert spread_virtual(12, tower, 1.0, 2, first=3) == (3, 4, 0, 5)
+    assert spread_virtual(16, [0.0, 0.0], 1.0, 2, first=3) == spread_virtual(16, [0.0, 0.0], 1.0, 2)
+    assert spread_virtual(4, [9.0, 0.0], 1.0, 2, first=3)[0] == 3

@@ -1,11 +1,15 @@
-"""Qwen2.5-VL's tower over packed patches of images of any size: windows in most layers, whole images in some, 2D RoPE.
+"""Qwen's towers over packed patches of images of any size, 2D RoPE in all layers.
 
     pixels [C, h, w] each --patches in the order of the windows--> linear --encoder--> back in blocks --> [P, Hv]
-    patches of a block of m x m --PatchMerger: norm each, end to end, linear, GELU, linear--> one feature
+    patches of a block of m x m --PatchMerger: norm, end to end, linear, GELU, linear--> one feature
 
-Legend: P patches of all images of the row, Hv hidden size of the tower, m side of a block. An image is twice the same frame of a
-video, of which a patch spans two. Images are segments of one row, windows segments of their own: no padding, no attention across.
-Source of the semantics: transformers 5.23, models/qwen2_5_vl/modeling_qwen2_5_vl.py; arXiv 2502.13923.
+Qwen2.5-VL: windows in most layers, whole images in some. Qwen3-VL: whole images in all; learned positions, interpolated;
+DeepStack: what comes out of some layers, the levels, is merged as well, [P, (1 + n) Hv] to features of (1 + n) H.
+
+Legend: P patches of all images of the row, Hv hidden size of the tower, m side of a block, n levels. An image is twice the same
+frame of a video, of which a patch spans two. Images are segments of one row, windows segments of their own: no padding, no
+attention across. Source of the semantics: transformers 5.23, models/qwen2_5_vl/modeling_qwen2_5_vl.py and
+models/qwen3_vl/modeling_qwen3_vl.py; arXiv 2502.13923, 2406.04334 (DeepStack).
 """
 
 import functools
@@ -49,8 +53,11 @@ class QwenVisionModel(nn.Module):
         encoder: megatron-core TransformerBlock ([P, 1, Hv] with ``packed_seq_params``), some layers of it ``WindowLayer``.
         hidden_size, patch_size, temporal_patch_size, num_channels: of the tower.
         block: side of the connector's blocks of patches.
-        window: side of a window, in blocks.
+        window: side of a window, in blocks; None: there are none.
         rotary_base: of RoPE.
+        bias: of the patch embedding.
+        side: positions along one side of a square table, which is interpolated to the grid of an image; 0: none.
+        levels: layers whose output is given behind that of the last, in order.
         dtype, device: of the parameters.
     """
 
@@ -63,16 +70,22 @@ class QwenVisionModel(nn.Module):
         temporal_patch_size: int,
         num_channels: int,
         block: int,
-        window: int,
+        window: int | None,
         rotary_base: float,
+        bias: bool = False,
+        side: int = 0,
+        levels: Sequence[int] = (),
         dtype: torch.dtype,
         device: torch.device,
     ):
         super().__init__()
         kernel = (temporal_patch_size, patch_size, patch_size)
         self.patch_embedding = nn.Conv3d(
-            num_channels, hidden_size, kernel, stride=kernel, bias=False, dtype=dtype, device=device
+            num_channels, hidden_size, kernel, stride=kernel, bias=bias, dtype=dtype, device=device
         )
+        if side:
+            self.position_embedding = nn.Embedding(side * side, hidden_size, dtype=dtype, device=device)
+        self.side, self.levels = side, tuple(levels)
         self.patch_size, self.smallest, self.window, self.rotary_base = patch_size, block, window, rotary_base
         self.encoder = encoder
 
@@ -83,7 +96,7 @@ class QwenVisionModel(nn.Module):
             pixels: one [C, h, w] per image, normalised, of whole blocks; sizes differ freely.
 
         Returns:
-            (patch states [P, Hv] block by block, patches of each image).
+            (patch states [P, (1 + n) Hv] block by block, patches of each image).
 
         Raises:
             DataError: an image that is not of whole blocks.
@@ -100,16 +113,24 @@ class QwenVisionModel(nn.Module):
         index = _end_to_end([ordered.patches for ordered in orders]).to(weight.device, non_blocking=True)
         patches = torch.cat([patchify(image, size) for image in pixels])[index]
         frames = patches.to(weight.dtype).view(len(patches), weight.shape[1], 1, -1).expand(-1, -1, weight.shape[2], -1)
-        x = F.linear(frames.flatten(1), weight.flatten(1))
-        x = self.encoder(
-            x[:, None],
-            attention_mask=None,
-            rotary_pos_emb=None if self._rotates else self._angles(orders, x.device),
-            packed_seq_params=self._row(orders, x.device),
-        )
+        x = F.linear(frames.flatten(1), weight.flatten(1), self.patch_embedding.bias)
+        if self.side:
+            x = x + self._learned([ordered.learned(self.side) for ordered in orders]).to(x.dtype)
+        angles = None if self._rotates else self._angles(orders, x.device)
+        row, x, states = self._row(orders, x.device), x[:, None], []
+        for encoder in self.encoder.parts(self.levels) if self.levels else [self.encoder]:
+            x = encoder(x, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=row)
+            states.append(x)
+        x = torch.cat([x, *states[:-1]], -1) if self.levels else x
         blocks = x[:, 0].unflatten(0, (-1, block * block))
         back = _end_to_end([ordered.back for ordered in orders]).to(x.device, non_blocking=True)
         return blocks[back].flatten(0, 1), [len(ordered.patches) for ordered in orders]
+
+    def _learned(self, corners: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """fp32 [P, Hv]: the table between the corners around each patch."""
+        table = self.position_embedding.weight.float()
+        index, weights = (torch.cat(part).to(table.device, non_blocking=True) for part in zip(*corners))
+        return F.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
 
     @property
     def _rotates(self) -> bool:
@@ -141,14 +162,30 @@ class Order:
     Attributes:
         patches: int64 [P], of row-major patches, window by window, in a window block by block.
         positions: int64 [P, 2], row and column of each.
+        size: rows and columns of the image, in patches.
         windows: patches of each window.
         back: int64 [P / m^2], from blocks in that order to row-major blocks.
     """
 
     patches: Tensor
     positions: Tensor
+    size: tuple[int, int]
     windows: tuple[int, ...]
     back: Tensor
+
+    def learned(self, side: int) -> tuple[Tensor, Tensor]:
+        """Corners around each patch in a table of side x side, and their weights: int64 and fp32 [P, 4].
+
+        The outer patches lie on the outer positions. In fp32 as transformers has it, whose operations are repeated.
+        """
+        corners, weights = [], []
+        for index, count in zip(self.positions.T, self.size):
+            place = index.float() * (side - 1) / max(count - 1, 1)
+            low, next_to = place.floor()[:, None], torch.arange(2)
+            corners.append((low.long() + next_to).clamp(max=side - 1))
+            weights.append(1 - (place[:, None] - low - next_to).abs())
+        index = corners[0][:, :, None] * side + corners[1][:, None]
+        return index.flatten(1), (weights[0][:, :, None] * weights[1][:, None]).flatten(1)
 
 
 def _end_to_end(indices: Sequence[Tensor]) -> Tensor:
@@ -158,9 +195,10 @@ def _end_to_end(indices: Sequence[Tensor]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def order(rows: int, columns: int, block: int, window: int) -> Order:
+def order(rows: int, columns: int, block: int, window: int | None) -> Order:
     """Of an image of rows x columns blocks; windows at its right and lower edge are smaller."""
     number = torch.arange(rows * columns).view(rows, columns)
+    window = window or max(rows, columns)
     cut = [part for band in number.split(window, 0) for part in band.split(window, 1)]
     blocks = torch.cat([part.flatten() for part in cut])
     inner = torch.arange(block)
@@ -170,28 +208,54 @@ def order(rows: int, columns: int, block: int, window: int) -> Order:
     return Order(
         patches=row * columns * block + column,
         positions=torch.stack([row, column], 1),
+        size=(rows * block, columns * block),
         windows=tuple(part.numel() * block**2 for part in cut),
         back=torch.argsort(blocks),
     )
 
 
 class PatchMerger(nn.Module):
-    """RMSNorm of each patch; the patches of a block end to end through Linear, GELU (exact), Linear.
+    """A norm of each patch; the patches of a block end to end through Linear, GELU (exact), Linear.
 
     Args:
         config: of megatron-core: ``hidden_size`` of the output, ``add_bias_linear`` true, ``activation_func`` ``F.gelu``.
         hidden_size: of a patch.
         block: patches of a block.
         tp_group: ranks that the middle is split over.
-        norm_epsilon: of the norm.
+        norm: its kind, and its epsilon.
+        joined: it is a norm of the block, not of each patch.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, block: int, tp_group: Any, norm_epsilon: float):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        block: int,
+        tp_group: Any,
+        norm: tuple[str, float],
+        joined: bool = False,
+    ):
         super().__init__()
-        self.width = hidden_size * block
-        self.norm = backend_of(config).norms["RMSNorm"](config, hidden_size, norm_epsilon)
+        self.width, (kind, epsilon) = hidden_size * block, norm
+        self.normed = self.width if joined else hidden_size
+        self.norm = backend_of(config).norms[kind](config, self.normed, epsilon)
         self.mlp = ParallelMLP(config, self.width, self.width, tp_group)
 
     def forward(self, patches: Tensor, counts: Sequence[int]) -> Tensor:
         """patches [P, Hv], block by block -> features [F, H], whole on every rank."""
-        return self.mlp(self.norm(patches).view(-1, self.width))
+        return self.mlp(self.norm(patches.reshape(-1, self.normed)).view(-1, self.width))
+
+
+class DeepStackMerger(PatchMerger):
+    """A merger, and one more for each of ``levels`` levels, which norms blocks; arguments as of ``PatchMerger``."""
+
+    def __init__(self, levels: int, *args: Any):
+        super().__init__(*args)
+        merger = functools.partial(PatchMerger, joined=True)
+        self.levels = nn.ModuleList(merger(*args) for _ in range(levels))
+
+    def forward(self, patches: Tensor, counts: Sequence[int]) -> Tensor:
+        """patches [P, (1 + n) Hv], block by block -> features [F, (1 + n) H], whole on every rank."""
+        last, *levels = patches.chunk(1 + len(self.levels), -1)
+        merged = [merge(part, counts) for merge, part in zip(self.levels, levels)]
+        return torch.cat([super().forward(last, counts), *merged], -1)

@@ -20,14 +20,14 @@ from megatron_vlm.layers.vision import internvit
 from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu
 from megatron_vlm.layers.vision.encoder import Encoder
 from megatron_vlm.layers.vision.internvit import InternVisionModel
-from megatron_vlm.layers.vision.qwen_vit import PatchMerger, QwenVisionModel, WindowLayer
+from megatron_vlm.layers.vision.qwen_vit import DeepStackMerger, PatchMerger, QwenVisionModel, WindowLayer
 from megatron_vlm.layers.vision.siglip import SiglipVisionModel
 from megatron_vlm.models.language import gelu_tanh, layer_spec, process_groups, transformer_config
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.clip import ClipConfig
 from megatron_vlm.models.parts.internvit import InternVitConfig
 from megatron_vlm.models.parts.perceiver import PerceiverConfig
-from megatron_vlm.models.parts.qwen_vit import QwenVitConfig
+from megatron_vlm.models.parts.qwen_vit import Qwen3VitConfig, Qwen25VitConfig, QwenVitConfig
 from megatron_vlm.models.parts.siglip import SiglipConfig
 from megatron_vlm.models.parts.tower import TowerConfig
 from megatron_vlm.parallel.topology import SoloGroup, Topology
@@ -135,13 +135,23 @@ def build_internvit(
     )
 
 
-def build_qwen_vit(vit: QwenVitConfig, topology: Topology, options: ModelOptions) -> QwenVisionModel:
+def build_qwen25_vit(vit: Qwen25VitConfig, topology: Topology, options: ModelOptions) -> QwenVisionModel:
     """The tower; whole on every rank where its heads do not divide."""
 
     def layer(index: int, mcore: TransformerConfig, tp_group: Any) -> ModuleSpec:
         return layer_spec(mcore, causal=False, layer=None if index in vit.full_layers else ModuleSpec(WindowLayer))
 
     encoder = build_encoder(vit, topology, options, F.silu, layer=layer)
+    return _qwen_vit(vit, encoder, options, window=vit.window)
+
+
+def build_qwen3_vit(vit: Qwen3VitConfig, topology: Topology, options: ModelOptions) -> QwenVisionModel:
+    """The same."""
+    encoder = build_encoder(vit, topology, options, gelu_tanh)
+    return _qwen_vit(vit, encoder, options, window=None, bias=True, side=vit.side, levels=vit.levels)
+
+
+def _qwen_vit(vit: QwenVitConfig, encoder: Encoder, options: ModelOptions, **own: Any) -> QwenVisionModel:
     return QwenVisionModel(
         encoder,
         hidden_size=vit.hidden_size,
@@ -149,21 +159,22 @@ def build_qwen_vit(vit: QwenVitConfig, topology: Topology, options: ModelOptions
         temporal_patch_size=vit.temporal_patch_size,
         num_channels=vit.num_channels,
         block=vit.block,
-        window=vit.window,
         rotary_base=vit.rotary_base,
         dtype=options.torch_dtype,
         device=next(encoder.parameters()).device,
+        **own,
     )
 
 
 def build_patch_merger(vit: QwenVitConfig, hidden_size: int, topology: Topology, options: ModelOptions) -> PatchMerger:
-    """The merger to the decoder's ``hidden_size``, split by the width between its linears."""
-    mcore = _projector_config(hidden_size, topology, options)
-    return PatchMerger(mcore, vit.hidden_size, vit.block**2, topology.tower_group, vit.norm_epsilon)
+    """The mergers to the decoder's ``hidden_size``, split by the width between their linears."""
+    mcore, norm = _projector_config(hidden_size, topology, options), (vit.normalization, vit.norm_epsilon)
+    arguments = mcore, vit.hidden_size, vit.block**2, topology.tower_group, norm
+    levels = vit.num_mergers - 1
+    return DeepStackMerger(levels, *arguments) if levels else PatchMerger(*arguments)
 
 
 def _internvit_layer(vit: InternVitConfig, mcore: TransformerConfig, tp_group: Any, drop_path: float) -> ModuleSpec:
-
     spec = layer_spec(mcore, causal=False)
     attention = spec.submodules.self_attention
     linears = {} if vit.qkv_bias else {"linear_qkv": backend_of(mcore).unbiased_column}

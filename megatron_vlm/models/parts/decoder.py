@@ -11,7 +11,7 @@ from megatron_vlm.weights.mapping import ROW, VOCAB, Entry, direct, gated, qkv
 
 _MAX_TP = 64
 _NO_BOUND = 1 << 30
-_QWEN2, _QWEN3 = ("qwen2", "qwen2_5_vl_text"), ("qwen3",)
+_QWEN2, _QWEN3 = ("qwen2", "qwen2_5_vl_text"), ("qwen3", "qwen3_vl_text")
 _TYPES = ("llama", "mistral", *_QWEN2, *_QWEN3)
 
 
@@ -28,6 +28,8 @@ class TextConfig(Config):
         rope_scaling: of RoPE beyond trained positions; None: none.
         mrope_section: pairs of dimensions of a head that each of a token's three positions turns, one after the other (M-RoPE);
             empty: a token has one position.
+        mrope_interleaved: the three take turns pair by pair, rows and columns in as many turns as they have pairs.
+        deepstack: features of so many levels of the tower are added behind its first layers (layers/deepstack.py).
     """
 
     model_type: str
@@ -47,10 +49,19 @@ class TextConfig(Config):
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
     mrope_section: tuple[int, ...] = ()
+    mrope_interleaved: bool = False
+    deepstack: int = 0
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features of an image, levels included."""
+        return self.hidden_size * (1 + self.deepstack)
 
     @property
     def rope_axes(self) -> tuple[int, ...]:
         """Which of a token's positions turns each pair of dimensions; empty: it has one."""
+        if self.mrope_interleaved:
+            return tuple(i % 3 if i < 3 * self.mrope_section[i % 3] else 0 for i in range(sum(self.mrope_section)))
         return tuple(axis % 3 for axis, count in enumerate(self.mrope_section) for _ in range(count))
 
     @property
@@ -107,6 +118,7 @@ def text_config(hf: Any, tie_word_embeddings: bool | None = None) -> TextConfig:
         qk_norm=hf.model_type in _QWEN3,
         rope_scaling=RopeScaling.read(rope),
         mrope_section=section,
+        mrope_interleaved=hf.model_type == "qwen3_vl_text",
     )
 
 

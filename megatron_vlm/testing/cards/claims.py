@@ -3,6 +3,7 @@
 twins, reference --claim--> Outcome
 """
 
+import dataclasses
 import functools
 import io
 from collections.abc import Callable
@@ -43,9 +44,10 @@ ROWS = (((0, 23),), ((1, 14), (0, 9)), ((2, 7),), ((0, 17),))  # the first is te
 PROMPTS = ((2, 9), (0, 13), (1, 4))
 BARS = Bars(logits=2e-5)
 UPDATES, UPDATE_LR, UPDATE_BAR, NEW_TOKENS = 50, 1e-3, 2e-4, 12
-OPTIONS: dict[str, dict[str, Any]] = {  # so that the sliding window and dynamic NTK act
+OPTIONS: dict[str, dict[str, Any]] = {  # so that the sliding window, dynamic NTK and virtual stages act
     "idefics2": {"sliding_window": 11},
     "internlm2": {"max_position_embeddings": 20},
+    "qwen3_vl": {"text": {"num_hidden_layers": 8}},  # for virtual stages that hold the layers of all levels
 }
 
 
@@ -174,7 +176,12 @@ def _layouts(bench: Bench) -> Outcome:
         no_true_gradient=bench.no_true_gradient(bench.name),
     )
     text_alone = not hasattr(twin.config, "vision")
-    cases = [case for case in layouts.PAIRWISE_SMALL if not (text_alone and case.freeze)]
+    least = twin.config.text.deepstack
+    cases = [
+        dataclasses.replace(case, vp=case.vp and max(case.vp, least))
+        for case in layouts.PAIRWISE_SMALL
+        if not (text_alone and case.freeze)
+    ]
     found = {str(case): check.measure(case) for case in cases}
     loss, gradient, step, norm = (
         max(getattr(each, name) for each in found.values()) for name in ("loss", "gradient", "step_loss", "step_norm")

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_vlm import registry
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.families.qwen2_5_vl import reference
-from megatron_vlm.models.families.qwen2_5_vl.config import Qwen25VLConfig
 from megatron_vlm.testing.twins import internvl3
 from megatron_vlm.testing.twins.common import noise_samples, randomise
 
@@ -32,6 +32,12 @@ def tiny_config(tokenizer: Any, **options: Any):
     """Returns a tiny Qwen2_5_VLConfig; ``text`` and ``vision`` override values of those parts, ``tie`` ties the head."""
     from transformers import Qwen2_5_VLConfig
 
+    vision = {"window_size": 32, "fullatt_block_indexes": [1], **options.pop("vision", {})}
+    return Qwen2_5_VLConfig(**config_fields(tokenizer, [1, 2, 1], vision=vision, **options))
+
+
+def config_fields(tokenizer: Any, sections: Sequence[int], **options: Any) -> dict[str, Any]:
+    """What the tiny configs of Qwen's families share, with ``sections`` of M-RoPE; ``options`` as of ``tiny_config``."""
     ids = tokenizer.convert_tokens_to_ids
     text = dict(
         hidden_size=64,
@@ -42,7 +48,7 @@ def tiny_config(tokenizer: Any, **options: Any):
         vocab_size=len(tokenizer),
         max_position_embeddings=1024,
         rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 2, 1]},
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections},
         bos_token_id=None,
         eos_token_id=ids("<|im_end|>"),
         pad_token_id=ids("<|endoftext|>"),
@@ -53,12 +59,10 @@ def tiny_config(tokenizer: Any, **options: Any):
         intermediate_size=60,
         num_heads=4,
         patch_size=8,
-        window_size=32,
-        fullatt_block_indexes=[1],
         out_hidden_size=64,
     )
     marks = {name: ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
-    return Qwen2_5_VLConfig(
+    return dict(
         text_config={**text, **options.get("text", {})},
         vision_config={**vision, **options.get("vision", {})},
         image_token_id=marks["image_pad"],
@@ -72,7 +76,6 @@ def tiny_config(tokenizer: Any, **options: Any):
 def write_tiny_qwen2_5_vl(directory: str | Path, *, seed: int = 0, std: float = 0.15, **options: Any):
     """Writes a checkpoint (weights, config, tokenizer, processor) and returns the model."""
     from transformers import Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     tokenizer = internvl3.tiny_tokenizer(special=SPECIAL_TOKENS)
     config = tiny_config(tokenizer, **options)
@@ -81,32 +84,43 @@ def write_tiny_qwen2_5_vl(directory: str | Path, *, seed: int = 0, std: float = 
     for name, parameter in model.named_parameters():
         if name.endswith("ln_q.weight"):  # a norm by another name
             parameter.data.add_(1.0)
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model.save_pretrained(directory)
-    size = {"shortest_edge": PIXELS[0], "longest_edge": PIXELS[1]}
-    images = Qwen2VLImageProcessorPil(size=size, patch_size=config.vision_config.patch_size)
-    images.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    (Path(directory) / "chat_template.jinja").write_text(TEMPLATE)
+    write_files(directory, model, tokenizer, TEMPLATE)
     return model
 
 
-def hf_processor(directory: str | Path):
-    """transformers' processor of a twin; without its video processor, which needs torchvision."""
-    from transformers import AutoTokenizer, Qwen2_5_VLProcessor
+def write_files(directory: str | Path, model: Any, tokenizer: Any, template: str, **images: Any) -> None:
+    """Writes a model with tokenizer and processor; ``images``: settings of its image processor."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    class ImagesOnly(Qwen2_5_VLProcessor):
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.save_pretrained(directory)
+    vision, size = model.config.vision_config, {"shortest_edge": PIXELS[0], "longest_edge": PIXELS[1]}
+    sides = dict(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
+    Qwen2VLImageProcessorPil(size=size, **sides, **images).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (Path(directory) / "chat_template.jinja").write_text(template)
+
+
+def hf_processor(directory: str | Path, name: str = "Qwen2_5_VLProcessor"):
+    """transformers' processor of a twin; without its video processor, which needs torchvision."""
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    kind: Any = getattr(transformers, name)
+
+    class ImagesOnly(kind):
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
             super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
     images = Qwen2VLImageProcessorPil.from_pretrained(directory)
-    return ImagesOnly(images, AutoTokenizer.from_pretrained(directory), chat_template=TEMPLATE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    return ImagesOnly(images, tokenizer, chat_template=(Path(directory) / "chat_template.jinja").read_text())
 
 
 def inputs_of(hf_config: dict[str, Any]) -> Callable[..., dict[str, Tensor]]:
-    """``inputs(sample, dtype)``: transformers' arguments for a sample of the model of ``hf_config``."""
-    return functools.partial(reference.hf_inputs, Qwen25VLConfig.from_hf(hf_config))
+    """``inputs(sample, dtype)``: transformers' arguments for a sample of the model of ``hf_config``, of any family of Qwen's."""
+    config: Any = registry.get(hf_config["model_type"]).config(hf_config)
+    return functools.partial(reference.hf_inputs, config)
 
 
 def make_samples(
@@ -115,7 +129,7 @@ def make_samples(
     """Makes samples of random tokens and noise images.
 
     Args:
-        config: Qwen25VLConfig.
+        config: of the family.
         specs: one ((rows, columns of blocks) of each image, number of text tokens after the images) per sample.
         seed: of the numbers drawn.
     """

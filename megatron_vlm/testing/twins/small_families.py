@@ -13,6 +13,7 @@ from megatron_vlm.testing.twins import internlm2 as twin_internlm2
 from megatron_vlm.testing.twins import internvl3 as twin_internvl3
 from megatron_vlm.testing.twins import llava_internlm2 as twin_llava_internlm2
 from megatron_vlm.testing.twins import qwen2_5_vl as twin_qwen2_5_vl
+from megatron_vlm.testing.twins import qwen3_vl as twin_qwen3_vl
 from megatron_vlm.testing.twins import smolvlm as twin_smolvlm
 from megatron_vlm.testing.twins import xcomposer2 as twin_xcomposer2
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
@@ -33,6 +34,7 @@ NAMES = (
     "internvl3",
     "llava_internlm2",
     "qwen2_5_vl",
+    "qwen3_vl",
     "xcomposer2",
     "xcomposer2_hd",
     "smolvlm",
@@ -98,7 +100,7 @@ def _internvl3(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
     )
 
 
-def _qwen2_5_vl(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
+def _qwen_vl(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
     return twin_qwen2_5_vl.make_samples(
         twin.config, [([(1 + i % 2, 3) for i in range(images)], text) for images, text in specs], seed
     )
@@ -132,7 +134,8 @@ _TWINS: dict[str, tuple[str, Callable[..., object], Callable[[SmallTwin, Specs, 
     "idefics2_llama3": ("idefics2_llama3", _write_llama3, _idefics2),
     "internvl3": ("internvl3", write_tiny_internvl3, _internvl3),
     "llava_internlm2": ("llava_internlm2", write_tiny_llava, _llava),
-    "qwen2_5_vl": ("qwen2_5_vl", twin_qwen2_5_vl.write_tiny_qwen2_5_vl, _qwen2_5_vl),
+    "qwen2_5_vl": ("qwen2_5_vl", twin_qwen2_5_vl.write_tiny_qwen2_5_vl, _qwen_vl),
+    "qwen3_vl": ("qwen3_vl", twin_qwen3_vl.write_tiny_qwen3_vl, _qwen_vl),
     "xcomposer2": ("xcomposer2", write_tiny_xcomposer2, _xcomposer2),
     "xcomposer2_hd": ("xcomposer2", _write_xcomposer2_hd, _xcomposer2),
     "smolvlm": ("smolvlm", write_tiny_smolvlm, _smolvlm),

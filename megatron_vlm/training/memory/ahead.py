@@ -43,7 +43,7 @@ def ahead_bytes(model: Model, rows: Sequence[Row], device_kind: Any) -> AheadByt
             with gradients_of_copies(stage):
                 known[shapes] = measure_images(stage, shapes, device_kind)
         passes.append(known[shapes])
-    width = model.config.text.hidden_size * stage.config.params_dtype.itemsize
+    width = model.config.text.feature_size * stage.config.params_dtype.itemsize
     own, features = dealt.share.features * width, sum(dealt.held) * width if topology.first_stage else 0
     before = after = kept = 0
     for one in passes:
@@ -70,5 +70,5 @@ def encoded(row: Row, model: Model) -> Row:
     """``row`` of this rank as the schedule gets it: with features in place of pixels."""
     stage = model.stages[0]
     like = dict(dtype=stage.config.params_dtype, device="meta", requires_grad=bool(stage.trained))
-    features = torch.empty(len(row.image_positions), model.config.text.hidden_size, **like)
+    features = torch.empty(len(row.image_positions), model.config.text.feature_size, **like)
     return replace(row, features=features) if row.pixels else row

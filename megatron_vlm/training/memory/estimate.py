@@ -273,10 +273,11 @@ def _chunk_bytes(
         )
         return replace(made, pixels=tuple(made.pixels[i] for i in made.share.mine)) if made.share else made
 
+    received = local, 1, chunk.language_model.input_size
     if model.topology.encodes_ahead:
         made = encoded(batch(), model)  # outside of what is measured: held over the step
-        return measure_chunk(chunk, lambda: made, (local, 1, model.config.text.hidden_size), device_kind)
-    return measure_chunk(chunk, batch, (local, 1, model.config.text.hidden_size), device_kind, sharding)
+        return measure_chunk(chunk, lambda: made, received, device_kind)
+    return measure_chunk(chunk, batch, received, device_kind, sharding)
 
 
 def _tokens(config: RunConfig, row: RowShape) -> int:

@@ -18,6 +18,7 @@ TURN_ENDS = {
     "internvl3": "<|im_end|>",
     "llava_internlm2": "</s>",  # the twin's vocabulary has Vicuna's tokens alone
     "qwen2_5_vl": "<|im_end|>",
+    "qwen3_vl": "<|im_end|>",
     "xcomposer2": "[UNUSED_TOKEN_145]",
     "xcomposer2_hd": "[UNUSED_TOKEN_145]",
     "smolvlm": "<end_of_utterance>",

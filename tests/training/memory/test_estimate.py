@@ -21,6 +21,7 @@ IMAGES = {
     "internvl3": (3, 2 * 112, 112),
     "llava_internlm2": (3, 112, 112),
     "qwen2_5_vl": (3, 84, 140),
+    "qwen3_vl": (3, 96, 160),
 }
 
 
@@ -69,6 +70,8 @@ CASES = [
 ]
 MORE = [
     make_case("qwen2_5_vl", "three positions a token", alone=True),
+    make_case("qwen3_vl", "levels of features", alone=True),
+    make_case("qwen3_vl", "levels over stages", parallel=PP | dict(decoder_layers_per_stage=(1, 3))),
     make_case("idefics2", "sharded parameters", parallel=SHARDED, alone=True),
     make_case("llava_internlm2", "sharded gradients", parallel=dict(data_parallel_sharding="gradients"), alone=True),
     make_case(

@@ -1,37 +1,20 @@
 """Configuration of Qwen2.5-VL, resolved from an HF config.json (nested, or flat as published) through transformers' own class."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlm.config import Config
-from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.parts.decoder import TextConfig, text_config
-from megatron_vlm.models.parts.qwen_vit import QwenVitConfig
-from megatron_vlm.models.processing.image_cost import ImageCost
-
-_MAX_PIXELS = 12_845_056  # of the published models' processor files, where the data section does not say
+from megatron_vlm.models.parts.decoder import text_config
+from megatron_vlm.models.parts.qwen_vit import Qwen25VitConfig, QwenVLConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen25VLConfig(Config):
-    """The whole model; ``image_token_id`` is that of ``<|image_pad|>``."""
+class Qwen25VLConfig(QwenVLConfig):
+    """The whole model."""
 
-    text: TextConfig
-    vision: QwenVitConfig
-    image_token_id: int
+    MAX_PIXELS = 12_845_056
 
-    def expected_image(self, data: DataConfig) -> tuple[int, int, int]:
-        """[C, H, W] of the largest image that ``data`` lets through, near a square."""
-        unit = self.vision.unit
-        blocks = max(1, min((data.max_pixels or _MAX_PIXELS) // unit**2, data.seq_length - 1))
-        rows = math.isqrt(blocks)
-        return self.vision.num_channels, rows * unit, blocks // rows * unit
-
-    def image_cost(self, image: tuple[int, int, int]) -> ImageCost:
-        """Cost of one image [C, H, W]."""
-        return self.vision.image_cost(image, self.text.hidden_size)
+    vision: Qwen25VitConfig
 
     @classmethod
     def from_hf(cls, hf_config: dict[str, Any]) -> "Qwen25VLConfig":
@@ -51,6 +34,6 @@ class Qwen25VLConfig(Config):
         text = text_config(hf.text_config, bool(hf.tie_word_embeddings))
         return cls(
             text=text,
-            vision=QwenVitConfig.from_hf(hf.vision_config.to_dict(), text.hidden_size),
+            vision=Qwen25VitConfig.from_hf(hf.vision_config.to_dict(), text.hidden_size),
             image_token_id=hf.image_token_id,
         )

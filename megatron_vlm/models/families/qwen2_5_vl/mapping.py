@@ -2,7 +2,7 @@
 
 from megatron_vlm.models.families.qwen2_5_vl.config import Qwen25VLConfig
 from megatron_vlm.models.parts.decoder import check_tensor_parallel, llama_entries
-from megatron_vlm.models.parts.qwen_vit import qwen_vit_entries
+from megatron_vlm.models.parts.qwen_vit import qwen25_vit_entries
 from megatron_vlm.weights.mapping import Mapping, Prefixes
 
 NAMES = Prefixes((("model.language_model.", "model."), ("model.visual.", "visual.")))
@@ -17,7 +17,7 @@ def qwen2_5_vl_mapping(config: Qwen25VLConfig, tp: int = 1) -> Mapping:
     check_tensor_parallel(config.text, tp)
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.text.tie_word_embeddings else {}
     return Mapping(
-        entries=(*qwen_vit_entries(config.vision, tp, "visual."), *llama_entries(config.text)),
+        entries=(*qwen25_vit_entries(config.vision, tp, "visual."), *llama_entries(config.text)),
         vocab_size=config.text.vocab_size,
         hf_tied=tied,
         hf_aliases=NAMES.file_name,

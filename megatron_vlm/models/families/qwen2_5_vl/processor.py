@@ -1,176 +1,28 @@
-"""Qwen2.5-VL's processor: prompts, image tokens, pixels and positions equal to those of transformers' ``Qwen2_5_VLProcessor``.
+"""Qwen2.5-VL's processor: prompts, image tokens, pixels and positions equal to those of transformers' ``Qwen2_5_VLProcessor``."""
 
-    turns --chat template, <image> -> <|vision_start|><|image_pad|> x n<|vision_end|>--> ids, labels: answer, <|im_end|>
-    images --resize to whole blocks, between min and max pixels--> uint8 --table--> float32 [3, H, W]
-    ids, grids --M-RoPE--> positions [3, L]
-
-A conversation begins with the template's system line unless its first turn is a system turn. Videos are not built.
-"""
-
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from PIL import Image
-from torch import Tensor
 
 from megatron_vlm.data.config import DataConfig
-from megatron_vlm.data.images.pictures import size_of_blocks
-from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.data.sample import Turn
-from megatron_vlm.data.text.chat import Piece, Tokens, encode_pieces
-from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.families.qwen2_5_vl.config import Qwen25VLConfig
-from megatron_vlm.models.hf_config import require
-from megatron_vlm.models.processing.chat_template import chat_template, render
-from megatron_vlm.models.processing.conversation import ConversationProcessor, Size, data_fields
-from megatron_vlm.models.processing.mrope import mrope_positions
-from megatron_vlm.models.processing.pixels import CLIP, NormalisedPixels, pixel_fields
-from megatron_vlm.models.processing.processor_files import (
-    check_image_settings,
-    generation_stops,
-    load_tokenizer,
-    processor_settings,
-    read_json,
-    token_ids,
-    tokenizer_fields,
+from megatron_vlm.models.processing.qwen_vl import QwenKind, QwenVLProcessor, processor_fields, tokens_of
+
+KIND = QwenKind(
+    name="Qwen2.5-VL",
+    family="qwen2_5_vl",
+    system="You are a helpful assistant.",
+    config=Qwen25VLConfig.from_hf,
 )
 
-IMAGE = "<image>"
-START, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
-SYSTEM = "You are a helpful assistant."
-ASSISTANT = f"{OPEN}assistant\n"
-_PIXELS = (56 * 56, 28 * 28 * 1280)  # of transformers' image processor, where the files do not say
-_PROBE = [
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
-]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Qwen25VLProcessor(NormalisedPixels, ConversationProcessor):
-    """Encodes samples for Qwen2.5-VL. Plain values only: it travels to worker processes.
-
-    The plan of an image is its (columns, rows) of blocks.
-
-    Attributes:
-        mark_ids: ids of ``<|vision_start|>`` and ``<|vision_end|>``.
-        unit: pixels of a side of a block, which becomes one token.
-        block_patches: patches of a block.
-        min_pixels, max_pixels: of a resized image.
-    """
-
-    mark_ids: tuple[int, int]
-    unit: int
-    block_patches: int
-    min_pixels: int
-    max_pixels: int
+class Qwen25VLProcessor(QwenVLProcessor):
+    """Encodes samples for Qwen2.5-VL."""
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path, config: DataConfig) -> "Qwen25VLProcessor":
-        """Reads tokenizer, processor and model configuration of an HF folder.
-
-        Raises:
-            ConfigError: a file is missing, or a setting that is not built or cannot work.
-        """
-        hf_dir = Path(hf_dir)
-        model = Qwen25VLConfig.from_hf(read_json(hf_dir / "config.json"))
-        config.check_template("qwen2_5_vl")
-        check_image_settings(config, "Qwen2.5-VL", "max_image_num", "min_pixels", "max_pixels")
-        _, images = processor_settings(hf_dir)
-        vision, size = model.vision, images.get("size") or {}
-        for name, wanted in (
-            ("patch_size", vision.patch_size), ("merge_size", vision.block), ("temporal_patch_size", vision.temporal_patch_size),
-        ):  # fmt: skip
-            require(f"{hf_dir}: {name}", images.get(name, wanted), wanted, "this model's tower")
-        least, most = (
-            getattr(config, f"{name}_pixels") or images.get(f"{name}_pixels") or size.get(f"{edge}_edge") or default
-            for name, edge, default in zip(("min", "max"), ("shortest", "longest"), _PIXELS)
-        )
-        if not vision.unit**2 <= most or least > most:
-            raise ConfigError(
-                f"an image has {least} to {most} pixels, of which one block of {vision.unit}x{vision.unit} is the least: set "
-                "data.min_pixels and data.max_pixels, in order"
-            )
-        return cls(
-            **_tokens_of(hf_dir, model),
-            **pixel_fields(hf_dir, images, "Qwen2.5-VL", Image.Resampling.BICUBIC, CLIP),
-            **data_fields(config),
-            unit=vision.unit,
-            block_patches=vision.block**2,
-            min_pixels=least,
-            max_pixels=most,
-        )
-
-    @property
-    def never_cut(self) -> tuple[int, ...]:
-        return (self.image_token_id, *self.mark_ids)
-
-    def plans(self, turns: Sequence[Turn], sizes: Sequence[Size], options: Mapping[str, Any]) -> list[Size]:
-        return [size_of_blocks(*size, self.unit, self.min_pixels, self.max_pixels) for size in sizes]
-
-    def patches(self, plan: Size) -> int:
-        return plan[0] * plan[1] * self.block_patches
-
-    def views(self, image: Image.Image, plan: Size, draw: Any) -> list[Tensor]:
-        size = (plan[0] * self.unit, plan[1] * self.unit)
-        return [self.normalised(image.resize(size, resample=self.resample))]
-
-    def tokenise(self, turns: Sequence[Turn], plans: Sequence[Size], prompt: bool = False) -> Tokens:
-        """The whole conversation is tokenised as one text, as transformers does, with one ``<|image_pad|>`` an image."""
-        lines = list(turns) if turns and turns[0].role == "system" else [Turn(role="system", text=SYSTEM), *turns]
-        pieces: list[Piece] = []
-        for turn in lines:
-            text = turn.text.replace(IMAGE, f"{START}{PAD}{END}")
-            pieces += [
-                Piece(text=f"{OPEN}{turn.role}\n"),
-                Piece(text=f"{text}{CLOSE}", answer=turn.role == "assistant", loss=turn.loss),
-                Piece(text="\n"),
-            ]
-        if prompt:
-            pieces.append(Piece(text=ASSISTANT))
-        tokens = encode_pieces(
-            self.tokenizer, pieces, len(turns), answer_only=self.answer_loss_only, never=self.never_cut
-        )
-        images = tokens.ids == self.image_token_id
-        repeats = np.ones(len(images), dtype=np.int64)
-        repeats[images] = [columns * rows for columns, rows in plans[: int(images.sum())]]
-        return dataclasses.replace(
-            tokens,
-            ids=tokens.ids.repeat(repeats),
-            supervised=tokens.supervised.repeat(repeats),
-            answer_start=int(repeats[: tokens.answer_start].sum()),
-        )
-
-    def _sample(self, key: str, ids: Tensor, labels: Tensor, images: Any, plans: Any, draw: Any) -> EncodedSample:
-        sample = super()._sample(key, ids, labels, images, plans, draw)
-        grids = [(1, rows, columns) for columns, rows in plans]
-        return dataclasses.replace(sample, position_ids=mrope_positions(ids == self.image_token_id, grids))
-
-
-def _tokens_of(hf_dir: Path, model: Qwen25VLConfig) -> dict[str, Any]:
-    tokenizer = load_tokenizer(hf_dir)
-    ids = token_ids(hf_dir, tokenizer.get_vocab().get, (START, PAD, END, OPEN, CLOSE), "Qwen2.5-VL")
-    template = chat_template(hf_dir)
-    if template is not None:
-        text = render(template, _PROBE, hf_dir)
-        wanted = f"{OPEN}system\n{SYSTEM}{CLOSE}\n{OPEN}user\n{START}{PAD}{END}a{CLOSE}\n{ASSISTANT}b{CLOSE}\n"
-        if text != wanted:
-            raise ConfigError(
-                f"{hf_dir} has a chat template that is not Qwen2.5-VL's: it makes {text!r}, not {wanted!r}"
-            )
-    marks = (START, PAD, END, OPEN, CLOSE)
-    return {
-        **tokenizer_fields(hf_dir, tokenizer, ids[PAD], model.image_token_id, model.text.vocab_size, marks),
-        "mark_ids": (ids[START], ids[END]),
-        "stop_ids": generation_stops(hf_dir, ids[CLOSE]),
-    }
+        """Reads an HF folder; errors as of ``processor_fields``."""
+        return cls(**processor_fields(Path(hf_dir), config, KIND))
 
 
 def stop_ids(hf_dir: Path) -> tuple[int, ...]:
     """Ids that end an answer of a model with the tokenizer files of ``hf_dir``."""
-    return _tokens_of(hf_dir, Qwen25VLConfig.from_hf(read_json(hf_dir / "config.json")))["stop_ids"]
+    return tokens_of(hf_dir, KIND)["stop_ids"]

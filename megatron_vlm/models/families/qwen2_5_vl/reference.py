@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.data.row import EncodedSample
-from megatron_vlm.models.families.qwen2_5_vl.config import Qwen25VLConfig
 from megatron_vlm.models.hf_reference import Probe, Reference, decoder_probes, layer_probes, random_sample
+from megatron_vlm.models.parts.qwen_vit import QwenVLConfig
 from megatron_vlm.models.processing.mrope import mrope_positions
 
 
-def hf_inputs(config: Qwen25VLConfig, sample: EncodedSample, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def hf_inputs(config: QwenVLConfig, sample: EncodedSample, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """transformers' arguments for one sample: patches block by block, flat; positions are left to transformers."""
     inputs = {"input_ids": sample.input_ids[None]}
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
@@ -42,17 +42,22 @@ class Qwen25VLReference(Reference):
 
     hf_class = "Qwen2_5_VLForConditionalGeneration"
 
+    @property
+    def side(self) -> int:
+        """Blocks along a side of what images are larger than: a window."""
+        return self.config.vision.window
+
     def samples(self, seed: int = 0) -> list[EncodedSample]:
         """Random samples with no, one and two images, some larger than a window; from the config alone."""
         generator = torch.Generator().manual_seed(seed)
-        vision, image_id, most = self.config.vision, self.config.image_token_id, 2 * self.config.vision.window
+        vision, image_id = self.config.vision, self.config.image_token_id
 
         def draw(count: int) -> list[int]:
             # Special tokens lie at the end. transformers gives the padding token's embedding no gradient, which we do.
             return torch.randint(0, image_id // 2, (count,), generator=generator).tolist()
 
         samples = []
-        for number, grids in enumerate(([], [(2, 3)], [(vision.window + 1, 2), (1, most + 1)])):
+        for number, grids in enumerate(([], [(2, 3)], [(self.side + 1, 2), (1, 2 * self.side + 1)])):
             sample = random_sample(f"verify{number}", draw, [rows * wide for rows, wide in grids], image_id, words=16)
             sizes = [(vision.num_channels, rows * vision.unit, wide * vision.unit) for rows, wide in grids]
             pixels = tuple(torch.randn(size, generator=generator) for size in sizes)

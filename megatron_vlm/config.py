@@ -50,7 +50,12 @@ class Config:
             return cls(**values)
         except TypeError as error:
             missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in values]
-            raise ConfigError(f"{where or cls.__name__}: missing {', '.join(missing) or error}") from error
+            if not missing:
+                raise ConfigError(f"{where or cls.__name__}: {error}") from error
+            names = [f"{where}.{name}" if where else name for name in missing]
+            raise ConfigError(
+                f"missing {', '.join(names)}: set it as {names[0]}=VALUE, by its flag or in the config"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data that ``from_dict`` reads back."""

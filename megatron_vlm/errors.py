@@ -11,10 +11,12 @@ def printable(text: str) -> str:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """Returns ``" (did you mean 'x'?)"`` for the known name nearest to ``key``, or the list of known names."""
+    """Returns ``" (did you mean 'x'?)"`` for the known name nearest to ``key``, or the known names if they are few."""
     known = sorted(known)
     match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else f" (known: {', '.join(known)})"
+    if match:
+        return f" (did you mean {match[0]!r}?)"
+    return f" (known: {', '.join(known)})" if len(known) <= 40 else ""
 
 
 class MegatronVLMError(Exception):

@@ -2,7 +2,7 @@
 
 import pickle
 
-from megatron_vlm.errors import ConfigError, DataError, Reason
+from megatron_vlm.errors import ConfigError, DataError, Reason, nearest
 
 
 def test_reasons_are_told_by_number_and_never_renumbered():
@@ -29,3 +29,9 @@ def test_any_message_can_be_printed():
     for error in (DataError("name \ud800.png", key="\udcff"), ConfigError("name \udcff")):
         str(error).encode("utf-8")
     assert "\\ud800" in str(DataError("name \ud800.png")) and "\\udcff" in str(DataError("x", key="\udcff"))
+
+
+def test_the_nearest_name_or_a_list_that_can_be_read():
+    assert nearest("trian", ["train", "chat"]) == " (did you mean 'train'?)"
+    assert nearest("zzz", ["train", "chat"]) == " (known: chat, train)"
+    assert nearest("zzz", [f"name_{i}" for i in range(60)]) == ""

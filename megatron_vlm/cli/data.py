@@ -73,11 +73,9 @@ def _add_build(commands: Any) -> None:
 
 def _add_views(commands: Any) -> None:
     check = commands.add_parser("check", help="read every record and report each problem; exit 1 if any")
-    _add_common(check, "folder of shards, or with --format an input of `data build`")
-    check.add_argument(
-        "--format", help="format of inputs that are not shards: llava, xcomposer, internvl, openai, parquet, webdataset"
-    )
-    add_path(check, "--image-root", "folder that relative image paths start from (default: .)")
+    _add_common(check, "folder of shards, or raw file")
+    check.add_argument("--format", metavar="NAME", help="of raw files, as for `data build` (default: by their content)")
+    add_path(check, "--image-root", "folder that relative image paths start from (default: beside the file, or .)")
     check.add_argument("--missing-placeholder", choices=["refuse", "prepend"], default="refuse",
         help="as for `data build`")  # fmt: skip
     check.add_argument("--split", "--part", dest="part", default="", metavar="NAME", help="as for `data build`")

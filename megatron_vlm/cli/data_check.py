@@ -9,6 +9,8 @@ from megatron_vlm.data.formats import open_sources
 from megatron_vlm.data.types import Processor
 from megatron_vlm.data.view.check import check_folder, check_sources
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.launch.inputs import sources_of
+from megatron_vlm.options.launch_config import LaunchConfig
 
 
 def check(args: argparse.Namespace, processor: Processor | None = None) -> int:
@@ -36,11 +38,16 @@ def _found(args: argparse.Namespace, processor: Processor | None) -> Iterator[st
     if args.part and args.format is None:
         raise ConfigError("--split chooses among raw files: it goes with --format")
     if args.format is None:
+        launch = LaunchConfig(image_root=args.image_root, missing_placeholder=args.missing_placeholder)
         for path in args.paths:
-            if not os.path.isdir(path):
-                what = "is no folder of shards: say what it is with --format"
-                raise ConfigError(f"{path} {what if os.path.lexists(path) else 'does not exist'}")
-            yield from check_folder(path, processor)
+            if os.path.isdir(path):
+                yield from check_folder(path, processor)
+            elif os.path.exists(path):  # told by its content, as `launch` does
+                yield from check_sources(sources_of(path, launch, "llava"), processor)
+            else:
+                raise ConfigError(
+                    f"{path} does not exist: name a json, jsonl, data.txt or meta.json file, or a shard folder"
+                )
         return
     settings = {"root": args.image_root or ".", "prepend": args.missing_placeholder == "prepend"}
     yield from check_sources(open_sources(args.format, args.paths, part=args.part, **settings), processor)

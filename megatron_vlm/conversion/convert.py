@@ -27,6 +27,7 @@ from megatron_vlm.registry import FamilySpec
 from megatron_vlm.sources.hf import HFSource, open_hf
 from megatron_vlm.sources.quantised import quantised_names
 from megatron_vlm.sources.source import WeightSource, other_naming
+from megatron_vlm.weights.checkpoint_dir import holds_checkpoints
 from megatron_vlm.weights.hf_io import CONFIG_NAME, HFWriter, list_names, resolve_directory, write_config
 from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, TensorInfo
 from megatron_vlm.weights.model_folder import copy_hf_files
@@ -130,6 +131,11 @@ def open_projector(path: str | os.PathLike) -> HFModel:
     """
     path = Path(path)
     if path.is_dir():
+        if holds_checkpoints(path):
+            raise ConversionError(
+                f"--projector {path} is a training checkpoint of a whole model: `convert mg2hf --load {path} --out DIR` makes a "
+                "folder that its connector can be taken of; `launch` goes on from it as it is"
+            )
         return open_hf(path)
     tensors = load_weights_only(path)
     tensors = tensors.get("state_dict", tensors)

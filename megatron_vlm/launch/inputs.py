@@ -95,7 +95,7 @@ def open_inputs(
         if os.path.isfile(Path(path) / MANIFEST):
             folders.append(path)
         else:
-            sources += _sources_of(path, launch, record_format, own, part if os.path.isdir(path) else "")
+            sources += sources_of(path, launch, record_format, own, part if os.path.isdir(path) else "")
     if not sources:
         return Inputs(name=name, folders=tuple(folders))
     images = tuple(_states(dict.fromkeys(_files_of(sources))))
@@ -103,10 +103,14 @@ def open_inputs(
     return Inputs(name=name, folders=tuple(folders), sources=tuple(sources), shards=shards, images=images)
 
 
-def _sources_of(
-    path: str, launch: LaunchConfig, record_format: str, own: VideoSettings, part: str
+def sources_of(
+    path: str, launch: LaunchConfig, record_format: str, own: VideoSettings = OWN_VIDEO, part: str = ""
 ) -> list[RecordSource]:
-    """The sources of one raw input, with the folder that their images start from."""
+    """The sources of one raw input, with the folder that their images start from.
+
+    Raises:
+        ConfigError, DataError: as ``open_inputs``.
+    """
     format = launch.data_format or tell_format(path, record_format)
     policy = launch.missing_placeholder or ("prepend" if format in _PREPENDING else "refuse")
     frames: dict[str, Any] = {
@@ -135,7 +139,7 @@ def tell_format(path: str, record_format: str) -> str:
         ConfigError: it is none of the formats.
         DataError: it cannot be read.
     """
-    known = f"say which with --data_format {' | '.join(sorted((*FORMATS, WEBDATASET)))}"
+    known = f"say which with --data_format (of `data`: --format) {' | '.join(sorted((*FORMATS, WEBDATASET)))}"
     suffix = Path(path).suffix.lower()
     by_suffix = {".txt": "xcomposer", ".parquet": "parquet", ".tar": WEBDATASET}
     if suffix in by_suffix:

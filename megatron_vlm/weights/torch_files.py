@@ -79,7 +79,9 @@ def load_weights_only(path: str | os.PathLike) -> dict[str, Any]:
     except UnpicklingError as error:
         named = _CLASS.search(str(error))
         if named is None:
-            raise ConversionError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise ConversionError(
+                f"weights file {path} cannot be read: it is damaged, or no file that torch.save wrote"
+            ) from error
         raise ConversionError(
             f"{path} holds objects of class {named[1]}, which could run code: it is refused. Where you trust the file, strip "
             "it once: load it with weights_only=False in an environment of its own, and save its state_dict alone"

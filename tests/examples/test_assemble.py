@@ -1,8 +1,6 @@
 """docs/assemble.md on tiny parts and digits: a model of parts through two stages, and transformers' own class answers."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from megatron_vlm.testing.runs import metrics_of
 from megatron_vlm.testing.twins.internvl3 import hf_processor
 from megatron_vlm.testing.twins.parts import write_tiny_llm, write_tiny_tower
 from tests.examples.guides import run_guide
-from tests.examples.shell import EXAMPLES, environment
+from tests.launch.test_launch import write_digits
 
 SHARED = (
     "training.train_epochs=null training.precision=fp32 training.device=cpu data.seq_length=512 data.num_workers=1 "
@@ -36,12 +34,10 @@ def changed(before: dict, after: dict) -> set[str]:
 def test_page(tmp_path):
     write_tiny_tower(tmp_path / "tower", "internvit")
     write_tiny_llm(tmp_path / "llm", "qwen3")
-    make = [sys.executable, str(EXAMPLES / "quickstart" / "make_digits.py"), "--out", str(tmp_path / "digits")]
-    subprocess.run(make, check=True, env=environment(), timeout=120)
-    records = json.loads((tmp_path / "digits" / "train.json").read_text())
-    for name, some in (("captions", records[:200]), ("records", records[:800])):
+    records = json.loads(write_digits(tmp_path / "digits", 240).read_text())
+    for name, some in (("captions", records[:80]), ("records", records)):
         (tmp_path / f"{name}.json").write_text(json.dumps(some))
-    picture = next((tmp_path / "digits" / "heldout").glob("*.png"))
+    picture = tmp_path / "digits" / records[0]["image"]
     work, values = (
         tmp_path / "work",
         {"VISION": tmp_path / "tower", "LLM": tmp_path / "llm", "IMAGES": tmp_path / "digits"},

@@ -61,7 +61,7 @@ def test_command_line_starts_quickly(tmp_path):
 import sys
 from megatron_vlm.cli.main import main
 for words in ("--help", "recipe list", "recipe show lora_idefics2", "completion bash", "completion words -- data preview --",
-              "train --help", "launch --help", "data check {tmp_path}/a.json --format llava"):
+              "train --help", "launch --help", "data check {tmp_path}/a.json"):
     assert main(words.split()) == 0, words
     loaded = [name for name in ("torch", "megatron", "transformers", "tokenizers", "matplotlib") if name in sys.modules]
     assert not loaded, (words, loaded)

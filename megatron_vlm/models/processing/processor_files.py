@@ -124,7 +124,10 @@ def load_tokenizer(hf_dir: Path, **options: Any) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         except Exception as error:  # tokenizers raises plain Exception, transformers whatever its code runs into
             message = " ".join(str(error).replace(folder, str(hf_dir)).split())[:500]
-            raise ConfigError(f"cannot load the tokenizer of {hf_dir}: {message or type(error).__name__}") from error
+            raise ConfigError(
+                f"cannot load the tokenizer of {hf_dir}: {message or type(error).__name__}; compare its files with those the "
+                "model was published with"
+            ) from error
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer of {hf_dir} has no tokenizer.json, which exact loss masks need: save it as a fast one"

@@ -282,7 +282,7 @@ def test_preview_draws_tiles_apart(digits_dir, tmp_path):
         (["preview", "DIR", "--model", "MODEL", "--out", "MANIFEST"], "lies in the folder"),
         (["stats", "DIR", "--model", "MODEL", "--out", "CONFIG"], "lies in the folder"),
         (["stats", "DIR", "--model", "MODEL", "--config", "YAML", "--out", "YAML"], "is the file that --config names"),
-        (["check", "FILE"], "is no folder of shards: say what it is with --format"),
+        (["check", "FILE"], "is neither a shard folder"),
         (["check", "DIR", "--part", "val"], "it goes with --format"),
         (["stats", "DIR", "--model", "MODEL", "--set", "training.seed=1"], "only settings of the data section"),
         (["stats", "DIR", "--model", "MODEL", "--set", "data.sliding=1"], "unknown config key 'data.sliding'"),

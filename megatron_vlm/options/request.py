@@ -191,7 +191,7 @@ def read_request(
         if key not in directly:
             _put(run, key, value, given)
     said = {key: _at(run, key) for key in given}
-    sharding = read_sharding(flags, said, config).beside(said, adapts=_adapts(flags, run))
+    sharding = read_sharding(flags, said, config).beside(said, run.get("parallel") or {}, adapts=_adapts(flags, run))
     for key, value in sharding.settings.items():
         _put(run, key, value, given)
     return Request(

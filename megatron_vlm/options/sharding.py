@@ -19,6 +19,7 @@ from megatron_vlm.options.flag_values import FlagValues
 from megatron_vlm.options.launch_config import LaunchConfig
 
 _NONE = (None, "", "none", "None", "no", "False", "false")
+_SHARDS = "parallel.data_parallel_sharding"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +73,20 @@ class Sharding:
             notes.append(f"{self.source} becomes {', '.join(f'{key}={value}' for key, value in settings.items())}")
         return settings, tuple(notes)
 
-    def beside(self, given: Mapping[str, Any], *, adapts: bool) -> "Sharding":
-        """The same beside what the command line says, with ``start`` among its settings.
+    def beside(self, given: Mapping[str, Any], file: Mapping[str, Any], *, adapts: bool) -> "Sharding":
+        """The same beside what the command line says, with ``start`` among its settings, and "none" where the section
+        ``parallel`` of the ``file`` says otherwise.
 
         Raises:
             ConfigError: the command line says another sharding or offload.
         """
-        wanted = self._wanted(adapts=adapts)
+        wanted, settings = self._wanted(adapts=adapts), {**self.start, **self.settings}
+        if given.get("parallel.use_distributed_optimizer") and wanted.get(_SHARDS) == "none":
+            given = {**given, _SHARDS: "optimizer"}
         for key, value in wanted.items():
+            held = file.get(key.removeprefix("parallel.")) or (key == _SHARDS and file.get("use_distributed_optimizer"))
+            if value == "none" and held:
+                settings[key] = value
             if given.get(key) not in (None, value):
                 raise ConfigError(
                     f"{self.source}: it asks for {key} = {value}, but the command line says {given[key]}: change one, or leave "
@@ -88,21 +95,21 @@ class Sharding:
         notes = self.notes
         if self.stage == 2 and adapts:
             notes = (*notes, f"{self.source}: with adapters the distributed optimizer: nothing else has gradients")
-        settings = {key: value for key, value in {**self.start, **self.settings}.items() if given.get(key) is None}
-        named = any(given.get(key) is not None for key in ("parallel.data_parallel_sharding", "parallel.offload"))
+        settings = {key: value for key, value in settings.items() if given.get(key) is None}
+        named = any(given.get(key) is not None for key in (_SHARDS, "parallel.offload"))
         return replace(self, settings=settings, notes=notes, named=named)
 
     @property
     def start(self) -> dict[str, str]:
         """What the layout search has in its place: of each stage the distributed optimizer, which costs no time."""
-        return {"parallel.data_parallel_sharding": "optimizer"} if self.stage else {}
+        return {_SHARDS: "optimizer"} if self.stage else {}
 
     def _wanted(self, *, adapts: bool) -> dict[str, str]:
         """The keys of the run that say all that it asks for. With adapters stage 2 has next to no gradients to shard: stage 1."""
         wanted: dict[str, str] = {}
         if self.stage is not None:
             kinds = ("none", "optimizer", "optimizer" if adapts else "gradients", "parameters")
-            wanted["parallel.data_parallel_sharding"] = kinds[self.stage]
+            wanted[_SHARDS] = kinds[self.stage]
         if self._weights and self.stage == 3:
             wanted["parallel.offload"] = "optimizer+parameters"
         elif self.keeps or self._optimizer:

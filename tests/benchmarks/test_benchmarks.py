@@ -76,6 +76,13 @@ def test_cpu_cost_against_a_transformers_loop():
 
 
 @pytest.mark.full
+def test_saves_in_the_background_in_a_small_form():
+    """What it prints; the ratio of a step with a save under way is at most 1.05 where cores are idle."""
+    code, output = run("background_save.py", "--steps", "14", "--interval", "4", "--size", "64", timeout=600)
+    assert code == 0 and "ratio of a step with a save under way: " in output, output[-3000:]
+
+
+@pytest.mark.full
 def test_data_benchmarks_run_in_a_small_form():
     """What they print; their bars are held where they run in full. Exit code 1 says that a bar is missed."""
     code, output = run("loader.py", "--shards", "1000", "--images", "64", timeout=300)

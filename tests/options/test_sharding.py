@@ -58,6 +58,21 @@ def test_stage_0_shards_nothing(ask):
     assert "parallel" not in request.run and request.sharding_asked is None and "no sharding" in request.notes[0]
 
 
+def test_none_that_is_said_wins_over_the_file_of_the_run(ask):
+    """A recipe shards and offloads; the options say that nothing is, or no offload."""
+    both = {"parallel": {"data_parallel_sharding": "parameters", "offload": "optimizer"}}
+    off = {"stage": 0, "offload_optimizer": {"device": "none"}}
+    for file in (both, {"parallel": {"use_distributed_optimizer": True, "offload": "optimizer"}}):
+        run = ask({"zero_optimization": off}, file=file).run
+        assert run["parallel"] == {"data_parallel_sharding": "none", "offload": "none"}
+    assert ask(None, "--fsdp no_shard", both).run["parallel"]["data_parallel_sharding"] == "none"
+    request = ask({"zero_optimization": {**off, "stage": 3}}, file=both).complete({}, None, 1, keep_sharding=True)
+    assert request.run["parallel"] == {"data_parallel_sharding": "parameters", "offload": "none"}
+    assert ask({"zero_optimization": {"stage": 1}}, file=both).run["parallel"]["offload"] == "optimizer"
+    with pytest.raises(ConfigError, match=r"asks for parallel\.data_parallel_sharding = none, .* says optimizer"):
+        ask({"zero_optimization": off}, "--deepspeed FILE --use-distributed-optimizer")
+
+
 def test_numbers_of_the_file_are_taken_where_the_command_line_says_nothing(ask):
     data = {
         "gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3,

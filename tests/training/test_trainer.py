@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from megatron_vlm.line_files import json_lines
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.runs import damage_one_image, metrics_of, samples_of, train, train_with_signal
+from megatron_vlm.weights.rank_files import RankFiles
 
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
@@ -118,22 +119,66 @@ SHARDINGS = [
     "--use-distributed-optimizer",
     "--data-parallel-sharding parameters",
     f"{TP2} --sequence-parallel",
+    "--use-distributed-optimizer --offload optimizer",
+    "--data-parallel-sharding parameters --offload optimizer+parameters",
     "",
 ]
 
 
+def train_watched(argv: list[str], folder: str) -> tuple[int, str]:
+    """On a rank: ``train``, which writes down the samples of each step, and what it loaded as a checkpoint of its own."""
+    from megatron_vlm.training.checkpoint.save import save_checkpoint
+    from megatron_vlm.training.trainer import Trainer
+
+    restore, commit = Trainer._restore, Trainer._commit
+
+    def restored(self):
+        restore(self)
+        if self.found is not None:
+            again = self.config.checkpoint.replace(save=f"{folder}/loaded")
+            save_checkpoint(again, self.model, self.optimizer, {"iteration": self.iteration}, self.origin)
+
+    def committed(self, skipped):
+        if self.loader is not None:
+            with open(f"{folder}/samples{self.topology.rank}", "a") as file:
+                file.writelines(f"{self.iteration} {sample}\n" for sample in self.sample_ids)
+        commit(self, skipped)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_restore", restored)
+        patch.setattr(Trainer, "_commit", committed)
+        return train(argv)
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, rebuilt; main parameters of fp32 are its weights."""
+    with RankFiles(folder) as files:
+        kinds = ("model", "param", "exp_avg", "exp_avg_sq")
+        return {f"{kind}/{name}": files.read(name, kind) for kind in kinds for name in files.names(kind)}
+
+
+def samples(folder: Path) -> list[str]:
+    return sorted({line for path in folder.glob("samples*") for line in path.read_text().splitlines()})
+
+
 @pytest.mark.parametrize("layouts", [CONTEXTS, pytest.param(SHARDINGS, marks=pytest.mark.full)], ids=["cp", "sharding"])
 def test_a_run_goes_on_in_other_layouts(command, tmp_path, layouts):
-    """Other cp, or other shares of data parallel ranks: the same samples in the same order, and the losses of one rank."""
+    """Other cp, or other shares of data parallel ranks: each loads the state before bit for bit, and takes the same samples in
+    the same order; losses are those of one rank."""
     more = ["--lr-decay-iters 12 --save-interval 100"]
-    run(command("whole", f"--train-iters {2 * len(layouts)}", *more, f"--save {tmp_path / 'whole'}"))
-    for number, layout in enumerate(layouts):
-        load = {"load": tmp_path / "parts"} if number else {}
-        world = 1 if layout == "" else 2
-        run(
-            command("parts", f"--train-iters {2 * number + 2}", *more, layout, f"--save {tmp_path / 'parts'}", **load),
-            world,
-        )
+    for name, legs in (("whole", [""]), ("parts", layouts)):
+        (tmp_path / name).mkdir()
+        for number, layout in enumerate(legs):
+            load = {"load": tmp_path / name} if number else {}
+            end = 2 * len(layouts) if name == "whole" else 2 * number + 2
+            argv = command(name, f"--train-iters {end}", *more, layout, f"--save {tmp_path / name}", **load)
+            world = 1 if layout == "" else 2
+            assert run_distributed(train_watched, argv, str(tmp_path / name), dp=world) == [(0, "")] * world
+            if number:
+                before, after = (state_of(tmp_path / name / path / f"iter_{2 * number:07d}") for path in ("", "loaded"))
+                assert all(torch.equal(after[key], before[key]) for key in before.keys() & after.keys()), layout
+                assert {key for key in before.keys() ^ after.keys() if not key.startswith("param/")} == set(), layout
+    assert samples(tmp_path / "whole") == samples(tmp_path / "parts") != []
     whole, parts = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts")
     same = ("iteration", "tokens", "supervised_tokens", "images", "consumed_samples", "holes", "lr")
     assert [[line[key] for key in same] for line in parts] == [[line[key] for key in same] for line in whole]

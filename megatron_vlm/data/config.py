@@ -66,6 +66,8 @@ class DataConfig(Config):
             sample, and a data set may have its own. None: as the model's files say.
         use_thumbnail: an image of several tiles is seen as a whole, too; None: as the model's files say.
         min_pixels, max_pixels: of an image after it is resized (Qwen2.5-VL); None: as the model's files say.
+        video_min_pixels, video_max_pixels: of a frame of a video after it is resized; None: as the model's files say.
+        video_total_pixels: most of all frames of a video, of which each has the same share, a pair counted once; None: no limit.
         hd_num: most tiles of an image (InternLM-XComposer2-4KHD, which needs it); -1 is no value, as in that recipe's scripts.
         num_workers: processes that read and encode; 0: in the training process. Never changes what is read.
         prefetch_rows: most rows each worker keeps ready.
@@ -102,6 +104,9 @@ class DataConfig(Config):
     use_thumbnail: bool | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    video_min_pixels: int | None = None
+    video_max_pixels: int | None = None
+    video_total_pixels: int | None = None
     hd_num: int | None = None
     num_workers: int = 2
     prefetch_rows: int = 4
@@ -132,6 +137,9 @@ class DataConfig(Config):
             ("max_dynamic_patch", 1),
             ("min_pixels", 1),
             ("max_pixels", 1),
+            ("video_min_pixels", 1),
+            ("video_max_pixels", 1),
+            ("video_total_pixels", 1),
             ("bad_sample_consecutive", 0),
         ):
             value = getattr(self, name)

@@ -73,7 +73,7 @@ def qwen2_5_vl(text: TextConfig, hidden: int, ffn: int, layers: int, heads: int)
         Qwen25VitConfig, hidden, ffn, layers, heads, 112, temporal_patch_size=2, block=2, window=4, full_layers=full,
         rotary_base=10000.0,
     )  # fmt: skip
-    return Qwen25VLConfig(text=text, vision=vision, image_token_id=5)
+    return Qwen25VLConfig(text=text, vision=vision, image_token_id=5, video_token_id=6, tokens_per_second=2)
 
 
 def qwen3_vl(text: TextConfig, hidden: int, ffn: int, layers: int, levels: tuple[int, ...]) -> Qwen3VLConfig:

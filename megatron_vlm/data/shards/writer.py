@@ -242,7 +242,7 @@ def _turn(data: dict[str, Any]) -> Turn:
         Video(frames=tuple(map(int, video["frames"])), total=int(video["total"]), fps=float(video["fps"]))
         for video in data.get("videos", ())
     )
-    if any(not video.frames or not 0 < video.fps < inf for video in videos):
+    if not all(0 < len(video.frames) <= video.total and 0 < video.fps < inf for video in videos):
         raise ValueError(f"videos of turn {data!r:.200}")
     return Turn(role=role, text=text, loss=loss, videos=videos)
 

@@ -203,14 +203,17 @@ def _text(sample: EncodedSample, processor: Processor) -> str:
 
 
 def _picture(pixels: Tensor, processor: Processor) -> tuple[Image.Image, str]:
-    """Takes normalisation back: float32 [C, H, W] -> an RGB image, its tiles apart, and its caption."""
+    """Takes normalisation back: float32 [C, H, W] -> an RGB image, its tiles apart, and its caption; frames side by side."""
     mean = np.array(processor.mean, dtype=np.float32)[:, None, None]
     std = np.array(processor.std, dtype=np.float32)[:, None, None]
+    frames = len(pixels) // len(mean)  # a tower may see several of a video as one
+    pixels = pixels.unflatten(0, (frames, -1)).permute(1, 2, 0, 3).flatten(2)
     values = ((pixels.numpy() * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
     image = Image.fromarray(values.transpose(1, 2, 0))
     side, across = processor.tiles(pixels)
     if not side:
-        return image, f"{image.width} x {image.height}"
+        each = f"{image.width // frames} x {image.height}"
+        return image, f"{frames} frames of {each}" if frames > 1 else each
     columns, number = image.width // side, image.width // side * (image.height // side)
     gap = max(1, side // 24)
     size = (across * (side + gap) + gap, -(-number // across) * (side + gap) + gap)

@@ -6,10 +6,10 @@
 Qwen2.5-VL: windows in most layers, whole images in some. Qwen3-VL: whole images in all; learned positions, interpolated;
 DeepStack: what comes out of some layers, the levels, is merged as well, [P, (1 + n) Hv] to features of (1 + n) H.
 
-Legend: P patches of all images of the row, Hv hidden size of the tower, m side of a block, n levels. An image is twice the same
-frame of a video, of which a patch spans two. Images are segments of one row, windows segments of their own: no padding, no
-attention across. Source of the semantics: transformers 5.23, models/qwen2_5_vl/modeling_qwen2_5_vl.py and
-models/qwen3_vl/modeling_qwen3_vl.py; arXiv 2502.13923, 2406.04334 (DeepStack).
+Legend: P patches of all images of the row, Hv hidden size of the tower, m side of a block, n levels. A patch spans two frames of
+a video: two of them are an image here, and an image is twice the same frame. Images are segments of one row, windows segments of
+their own: no padding, no attention across. Source of the semantics: transformers 5.23, models/qwen2_5_vl/modeling_qwen2_5_vl.py
+and models/qwen3_vl/modeling_qwen3_vl.py; arXiv 2502.13923, 2406.04334 (DeepStack).
 """
 
 import functools
@@ -93,7 +93,8 @@ class QwenVisionModel(nn.Module):
         """Encodes the images of a row.
 
         Args:
-            pixels: one [C, h, w] per image, normalised, of whole blocks; sizes differ freely.
+            pixels: one [C, h, w] per image, of the frames of a video [2 C, h, w] per pair, normalised, of whole blocks; sizes
+                differ freely.
 
         Returns:
             (patch states [P, (1 + n) Hv] block by block, patches of each image).
@@ -111,9 +112,13 @@ class QwenVisionModel(nn.Module):
         weight = self.patch_embedding.weight
         orders = [order(p.shape[1] // unit, p.shape[2] // unit, block, self.window) for p in pixels]
         index = _end_to_end([ordered.patches for ordered in orders]).to(weight.device, non_blocking=True)
-        patches = torch.cat([patchify(image, size) for image in pixels])[index]
-        frames = patches.to(weight.dtype).view(len(patches), weight.shape[1], 1, -1).expand(-1, -1, weight.shape[2], -1)
-        x = F.linear(frames.flatten(1), weight.flatten(1), self.patch_embedding.bias)
+        channels, moments = weight.shape[1:3]
+        frames = [  # of each patch; where all are images they are the same
+            torch.cat([patchify(image[-channels:] if moment else image[:channels], size) for image in pixels])[index]
+            for moment in range(moments if any(len(image) > channels for image in pixels) else 1)
+        ]
+        x = torch.stack([frame.to(weight.dtype).unflatten(1, (channels, -1)) for frame in frames], 2)
+        x = F.linear(x.expand(-1, -1, moments, -1).flatten(1), weight.flatten(1), self.patch_embedding.bias)
         if self.side:
             x = x + self._learned([ordered.learned(self.side) for ordered in orders]).to(x.dtype)
         angles = None if self._rotates else self._angles(orders, x.device)

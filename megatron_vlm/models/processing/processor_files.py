@@ -16,7 +16,8 @@ from megatron_vlm.models.hf_config import check_numbers
 GENERATION = "generation_config.json"
 IMAGE_SETTINGS = (
     "max_image_num", "image_size", "shortest_edge", "image_splitting", "dynamic_image_size", "min_dynamic_patch",
-    "max_dynamic_patch", "use_thumbnail", "hd_num", "min_pixels", "max_pixels",
+    "max_dynamic_patch", "use_thumbnail", "hd_num", "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels",
+    "video_total_pixels",
 )  # fmt: skip
 """Fields of DataConfig that say how images are seen; each family uses some of them."""
 ALIASES = {"[UNUSED_TOKEN_146]": "<|im_start|>", "[UNUSED_TOKEN_145]": "<|im_end|>"}

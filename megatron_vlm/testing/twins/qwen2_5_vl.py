@@ -1,15 +1,18 @@
 """Tiny random Qwen2.5-VL twins, with tokenizer and processor."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_vlm import registry
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.models.families.qwen2_5_vl import reference
+from megatron_vlm.models.processing.mrope import mrope_positions
 from megatron_vlm.testing.twins import internvl3
 from megatron_vlm.testing.twins.common import noise_samples, randomise
 
@@ -124,19 +127,45 @@ def inputs_of(hf_config: dict[str, Any]) -> Callable[..., dict[str, Tensor]]:
 
 
 def make_samples(
-    config: Any, specs: Sequence[tuple[Sequence[tuple[int, int]], int]], seed: int = 0
+    config: Any, specs: Sequence[tuple[Sequence[Sequence[Any]], int]], seed: int = 0
 ) -> list[EncodedSample]:
-    """Makes samples of random tokens and noise images.
+    """Makes samples of random tokens, noise images and videos.
 
     Args:
         config: of the family.
-        specs: one ((rows, columns of blocks) of each image, number of text tokens after the images) per sample.
+        specs: of each sample what is seen, and the number of text tokens after it. An image is (rows, columns of blocks), a video
+            (rows, columns, pairs of frames, seconds of a pair).
         seed: of the numbers drawn.
     """
-    unit = config.vision.unit
-    made = [
-        ([(rows * wide, (3, rows * unit, wide * unit)) for rows, wide in images], num_text)
-        for images, num_text in specs
-    ]
+    unit, made = config.vision.unit, []
+    for seen, num_text in specs:
+        shapes = []
+        for rows, wide, *video in seen:
+            shape = (rows * unit, wide * unit)
+            tokens = rows * wide * (video[0] if video else 1)
+            shapes.append((tokens, (video[0], 6, *shape) if video else (3, *shape)))
+        made.append((shapes, num_text))
     samples = noise_samples(made, config.image_token_id, seed=seed)
-    return [reference.with_positions(sample, unit) for sample in samples]
+    return [_with_videos(config, sample, seen) for sample, (seen, _) in zip(samples, specs)]
+
+
+def _with_videos(config: Any, sample: EncodedSample, seen: Sequence[Sequence[Any]]) -> EncodedSample:
+    """Splits the pixels of videos into pairs of frames, marks their tokens, and counts positions by their seconds."""
+    ids, pixels, place = sample.input_ids.clone(), [], 0
+    grids, intervals = [], []
+    for (rows, wide, *video), noise in zip(seen, sample.pixels):
+        pairs, seconds = video or (1, 1.0)
+        held = sample.image_positions[place : (place := place + rows * wide * pairs)]
+        if video:
+            ids[held] = config.video_token_id
+        pixels += list(noise) if video else [noise]
+        grids.append((pairs, rows, wide))
+        intervals.append(config.tokens_per_second * seconds if video else 1.0)
+    images = torch.zeros(len(ids), dtype=torch.bool)
+    images[sample.image_positions] = True
+    return dataclasses.replace(
+        sample,
+        input_ids=ids,
+        pixels=tuple(pixels),
+        position_ids=mrope_positions(images, grids, intervals),
+    )

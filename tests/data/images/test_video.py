@@ -1,6 +1,7 @@
 """Videos become frames: evenly spread, announced, from folders and from files."""
 
 import io
+import json
 
 import av
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from megatron_vlm.data.formats.records import VideoSettings
 from megatron_vlm.data.images.video import announce, check_settings, read_frames, sampled, spread
 from megatron_vlm.data.sample import Turn, Video
+from megatron_vlm.data.shards.writer import parse_text
 from megatron_vlm.errors import ConfigError, DataError
 from tests.data.formats.make import built, picture, write_json, write_pictures
 from tests.models.processing.transformers_videos import metadata, video_processor
@@ -149,3 +151,18 @@ def test_images_and_videos_in_one_record(tmp_path):
     assert again["shards"][0]["sha256"] == built(
         tmp_path / "third", "llava", path, root=str(tmp_path), video=VideoSettings(max_frames=2)
     )[0]["shards"][0]["sha256"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        {"frames": [], "total": 3, "fps": 1.0},
+        {"frames": [0, 1], "total": 1, "fps": 1.0},
+        {"frames": [0], "total": 1, "fps": 0.0},
+        7,
+    ],
+)
+def test_a_shard_that_says_nonsense_of_a_video_is_named(video):
+    turns = [{"role": "user", "text": "<video>", "videos": [video]}, {"role": "assistant", "text": "x"}]
+    with pytest.raises(DataError, match=r"bad k\.json"):
+        parse_text("k.json", json.dumps({"turns": turns, "images": []}).encode())

@@ -3,11 +3,14 @@
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from megatron_vlm.cli.data import run
+from megatron_vlm.data.view.preview import _picture
 from tests.data.formats.make import picture, write_json, write_tar
 
 EVIL = '"\'><script>alert(1)</script><img src=x onerror=alert(2)><a href="javascript:alert(3)">&amp;'
@@ -153,3 +156,12 @@ def test_raw_records_as_a_run_trains_them(raw, tmp_path, idefics2_dir, capsys):
     assert "packed rows of 64 tokens" in checked(out.read_text())
     assert run(["stats", "--config", str(tmp_path / "run")]) == 0
     assert "of 2 rows packed" in capsys.readouterr().out
+
+
+def test_frames_that_are_seen_as_one_stand_side_by_side():
+    processor = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3, tiles=lambda pixels: (0, 0))
+    pixels = torch.cat([torch.full((3, 4, 5), value) for value in (-1.0, 1.0)])
+    image, caption = _picture(pixels, processor)
+    assert caption == "2 frames of 5 x 4" and image.size == (10, 4)
+    assert image.getpixel((4, 0)) == (0, 0, 0) and image.getpixel((5, 0)) == (255, 255, 255)
+    assert _picture(pixels[:3], processor)[1] == "5 x 4"

@@ -24,3 +24,14 @@ def test_neighbours_and_frames():
     ]
     with pytest.raises(ValueError, match=r"5 tokens of images for grids of \[\(1, 2, 2\)\]"):
         mrope_positions(images, [(1, 2, 2)])
+
+
+def test_time_of_a_video_goes_by_its_seconds():
+    """Of 2.6 positions a pair the whole ones; the text behind goes on at the larger side of a frame."""
+    held = torch.tensor([False] + [True] * 8 + [False] * 2)
+    found = mrope_positions(held, [(4, 1, 2)], [2.6])
+    assert found.tolist() == [
+        [0, 1, 1, 3, 3, 6, 6, 8, 8, 3, 4],
+        [0, 1, 1, 1, 1, 1, 1, 1, 1, 3, 4],
+        [0, 1, 2, 1, 2, 1, 2, 1, 2, 3, 4],
+    ]

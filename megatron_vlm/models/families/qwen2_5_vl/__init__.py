@@ -13,6 +13,7 @@ SPEC = FamilySpec(
     build=_part("model:build_qwen2_5_vl"),
     processor=_part("processor:Qwen25VLProcessor.from_pretrained"),
     stop_ids=_part("processor:stop_ids"),
+    video=_part("processor:video_settings"),
     mapping=_part("mapping:qwen2_5_vl_mapping"),
     reference=_part("reference:Qwen25VLReference"),
     adapters=AdapterSpec(

@@ -10,11 +10,18 @@ from megatron_vlm.models.parts.qwen_vit import Qwen25VitConfig, QwenVLConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen25VLConfig(QwenVLConfig):
-    """The whole model."""
+    """The whole model.
+
+    Attributes:
+        video_token_id: of ``<|video_pad|>``.
+        tokens_per_second: positions that a second of a video takes.
+    """
 
     MAX_PIXELS = 12_845_056
 
     vision: Qwen25VitConfig
+    video_token_id: int
+    tokens_per_second: float
 
     @classmethod
     def from_hf(cls, hf_config: dict[str, Any]) -> "Qwen25VLConfig":
@@ -36,4 +43,6 @@ class Qwen25VLConfig(QwenVLConfig):
             text=text,
             vision=Qwen25VitConfig.from_hf(hf.vision_config.to_dict(), text.hidden_size),
             image_token_id=hf.image_token_id,
+            video_token_id=hf.video_token_id,
+            tokens_per_second=hf.vision_config.tokens_per_second,
         )

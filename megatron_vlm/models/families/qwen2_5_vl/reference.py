@@ -12,21 +12,43 @@ from megatron_vlm.models.processing.mrope import mrope_positions
 
 
 def hf_inputs(config: QwenVLConfig, sample: EncodedSample, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """transformers' arguments for one sample: patches block by block, flat; positions are left to transformers."""
-    inputs = {"input_ids": sample.input_ids[None]}
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
-    if sample.pixels:
-        vision, patches, grids = config.vision, [], []
-        for image in sample.pixels:
-            rows, columns = image.shape[1] // vision.unit, image.shape[2] // vision.unit
-            cut = image.view(-1, rows, vision.block, vision.patch_size, columns, vision.block, vision.patch_size)
-            cut = cut.permute(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None].expand(
-                *(-1,) * 5, vision.temporal_patch_size, -1, -1
-            )
-            patches.append(cut.reshape(-1, vision.patch_numbers))
-            grids.append([1, rows * vision.block, columns * vision.block])
-        inputs |= {"pixel_values": torch.cat(patches).to(dtype), "image_grid_thw": torch.tensor(grids)}
+    """transformers' arguments for one sample: patches block by block, flat. Positions are given where it has videos.
+
+    Of a video transformers would ask for the seconds of a pair of frames, which the sample has as positions alone.
+    """
+    ids, block = sample.input_ids, config.vision.block
+    kinds = (ids == config.image_token_id).int() + 2 * (ids == getattr(config, "video_token_id", -1)).int()
+    inputs = {"input_ids": ids[None], "mm_token_type_ids": kinds[None]}
+    found: dict[int, tuple[list[Tensor], list[list[int]]]] = {1: ([], []), 2: ([], [])}
+    place, last = 0, -1
+    for image in sample.pixels:
+        rows, columns = image.shape[1] // config.vision.unit, image.shape[2] // config.vision.unit
+        first = int(sample.image_positions[place])
+        kind = int(kinds[first])
+        patches, grids = found[kind]
+        patches.append(_patches(config, image))
+        if kind == 2 and first == last + 1:  # another pair of a video
+            grids[-1][0] += 1
+        else:
+            grids.append([1, rows * block, columns * block])
+        place += rows * columns
+        last = int(sample.image_positions[place - 1])
+    for (patches, grids), names in zip(found.values(), (("pixel_values", "image"), ("pixel_values_videos", "video"))):
+        if patches:
+            inputs |= {names[0]: torch.cat(patches).to(dtype), f"{names[1]}_grid_thw": torch.tensor(grids)}
+    if found[2][0]:
+        inputs["position_ids"] = sample.position_ids[:, None]
     return inputs
+
+
+def _patches(config: QwenVLConfig, image: Tensor) -> Tensor:
+    """[C, H, W] of an image, or [2 C, H, W] of two frames -> [patches, C * 2 * p * p]."""
+    vision = config.vision
+    frames = image.unflatten(0, (-1, vision.num_channels)).expand(vision.temporal_patch_size, -1, -1, -1)
+    cut = frames.unflatten(2, (-1, vision.block, vision.patch_size)).unflatten(
+        -1, (-1, vision.block, vision.patch_size)
+    )
+    return cut.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(-1, vision.patch_numbers)
 
 
 def with_positions(sample: EncodedSample, unit: int) -> EncodedSample:

@@ -23,9 +23,12 @@ TRUE_ORDER = qwen_vit.order
 
 # (rows, columns) of the blocks of each image, and text tokens; windows are of 2 x 2 blocks.
 SAMPLES = [([(3, 5)], 14), ([], 23), ([(1, 2), (4, 4), (2, 7)], 9), ([(2, 2)], 5)]
+# Videos (rows, columns, pairs of frames, seconds of a pair), one between images; 1.3 x 4 positions are no whole number.
+VIDEOS = [([(2, 3), (3, 5, 3, 1.3), (1, 2)], 9), ([], 11), ([(1, 1, 1, 1.0), (2, 2, 4, 0.2)], 7)]
 TWINS = {
     "": {},
     "odd": dict(vision=dict(num_heads=3, fullatt_block_indexes=[0, 2], window_size=48), tie=True),
+    "videos": dict(vision=dict(num_heads=3, fullatt_block_indexes=[2])),
     "wide blocks": dict(vision=dict(spatial_merge_size=3, window_size=48)),
 }
 
@@ -40,13 +43,14 @@ def twins(tmp_path_factory):
             directory = str(tmp_path_factory.mktemp("twin"))
             hf = write_tiny_qwen2_5_vl(directory, **TWINS[name])
             config = registry.get("qwen2_5_vl").config(hf.config.to_dict())
-            made[name] = directory, hf, make_samples(config, SAMPLES), inputs_of(hf.config.to_dict())
+            samples = make_samples(config, VIDEOS if name == "videos" else SAMPLES)
+            made[name] = directory, hf, samples, inputs_of(hf.config.to_dict())
         return made[name]
 
     return make
 
 
-@pytest.mark.parametrize("name", ["", "odd", pytest.param("wide blocks", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["", "odd", "videos", pytest.param("wide blocks", marks=pytest.mark.full)])
 def test_forward_and_gradients_equal_hf(twins, name):
     directory, hf, samples, inputs = twins(name)
     loss, logits, grads = hf_reference(hf, samples, inputs=inputs)
@@ -131,6 +135,17 @@ def mutate(name, model, batch, patch):
     elif name == "text goes on after all tokens of an image":
         text = torch.cat([torch.arange(n) for n in batch.segments])
         return with_positions(batch, torch.where(positions[0] == positions[1], text, positions))
+    elif name == "time of a video stands still":
+        return with_positions(batch, torch.stack([positions.min(0)[0], *positions[1:]]))
+    elif name == "time of a video by its pairs":
+        held = (positions != positions[1:2]).any(0)
+        time = torch.where(held, positions[0] - (positions[0] - positions[1]).clamp(min=0) // 2, positions[0])
+        return with_positions(batch, torch.stack([time, *positions[1:]]))
+    elif name == "frames of a pair in the other order":
+        weight = tower.patch_embedding.weight
+        weight.data = weight.data.flip(2)
+    elif name == "attention across pairs":
+        patch(qwen_vit, "cumulative", lambda counts, device: torch.tensor([0, sum(counts)], dtype=torch.int32))
     elif name == "attention across samples":
         total = batch.starts[-1]
         return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), starts=(0, total))
@@ -160,12 +175,20 @@ MUTATIONS = [
 ]
 
 
+VIDEO_MUTATIONS = [
+    "time of a video stands still",
+    "time of a video by its pairs",
+    "frames of a pair in the other order",
+    "attention across pairs",
+]
+
+
 def mutated(directory, row, names):
     return mutated_logits(mutate, directory, row, names)
 
 
 def test_mistakes_show(twins):
-    for name, mistakes in (("", MUTATIONS), ("odd", ["merger gelu tanh"])):
+    for name, mistakes in (("", MUTATIONS), ("odd", ["merger gelu tanh"]), ("videos", VIDEO_MUTATIONS)):
         directory, hf, samples, inputs = twins(name)
         expected = hf_reference(hf, samples, gradients=False, inputs=inputs)[1]
         (logits,) = run_distributed(mutated, directory, row_from_samples(samples), mistakes)

@@ -1,22 +1,30 @@
 """Qwen25VLProcessor: ids, pixels and positions against transformers' own; labels by hand; limits of pixels; refusals."""
 
+import dataclasses
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.image_utils import load_image
 
 from megatron_vlm.data.config import DataConfig
+from megatron_vlm.data.formats.records import VideoSettings
 from megatron_vlm.data.images.pictures import size_of_blocks
+from megatron_vlm.data.images.video import sampled
 from megatron_vlm.data.row import IGNORE_INDEX
-from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.sample import Turn, Video
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.models.families.qwen2_5_vl.config import Qwen25VLConfig
 from megatron_vlm.models.families.qwen2_5_vl.processor import Qwen25VLProcessor
-from megatron_vlm.testing.twins.qwen2_5_vl import hf_processor, write_tiny_qwen2_5_vl
+from megatron_vlm.models.families.qwen2_5_vl.reference import hf_inputs
+from megatron_vlm.testing.twins.qwen2_5_vl import PIXELS, hf_processor, write_tiny_qwen2_5_vl
 from tests.models.families.internvl3.test_processor import CHINA, odd_images, turns_of
+from tests.models.processing.transformers_videos import metadata, video_processor
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +94,90 @@ def assert_equal_to_transformers(hf, ours, model):
     assert torch.equal(text.position_ids, torch.arange(len(text.input_ids)).expand(3, -1))
 
 
+@pytest.mark.parametrize(
+    "size, total, fps, more",
+    [
+        ((70, 45), 50, 23.976, {}),
+        ((33, 90), 7, 3.0, {}),
+        ((64, 64), 1, 24.0, {}),
+        ((120, 80), 300, 29.97, {"total": 9000}),
+    ],
+)
+def test_videos_equal_transformers(folder, size, total, fps, more):
+    """Frames, ids, pixels of pairs and positions of a video between images; an odd number of frames, a limit of all pixels."""
+    hf = hf_processor(folder)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).model
+    limits = {"video_total_pixels": more["total"]} if more else {}
+    ours = processor_of(folder, video_min_pixels=600, video_max_pixels=5000, **limits)
+    tokens = dict(cap_pixels_per_frame=True, max_video_tokens=more["total"] / 0.9 / 16**2) if more else {}
+    edges = {"shortest_edge": 600, "longest_edge": 5000}
+    theirs = video_processor(
+        "qwen2_vl", "Qwen2VLVideoProcessor", size=edges, patch_size=8, fps=2.0, max_frames=9, **tokens
+    )
+    whole = torch.randint(
+        0, 256, (total, 3, *size[::-1]), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    told, taken = metadata(total, fps), VideoSettings(sampling="pairs", fps=2.0, max_frames=9)
+    if total == 1:  # transformers divides by zero where it samples one frame
+        theirs.sample_frames = lambda metadata: torch.tensor([0])
+    data, told = theirs.frames(whole, told)
+    video = Video(frames=tuple(sampled(total, fps, taken)), total=total, fps=fps)
+    assert list(video.frames) == told.frames_indices.tolist()
+    frames = [Image.fromarray(whole[i].permute(1, 2, 0).numpy()) for i in video.frames]
+    pictures = [CHINA.resize((40, 20)), CHINA.resize((32, 48))]
+    turns = turns_of("<image>See <video> and <image>", "Two dogs.")
+    turns = [dataclasses.replace(turns[0], videos=(video,)), *turns[1:]]
+    sample = ours.encode("k", turns, [pictures[0], *frames, pictures[1]])
+    parts = [{"type": "image"}, {"type": "text", "text": "See "}, {"type": "video"}, {"type": "text", "text": " and "}]
+    text = hf.apply_chat_template(
+        [{"role": "user", "content": [*parts, {"type": "image"}]}, {"role": "assistant", "content": "Two dogs."}]
+    )
+    pad = type(hf).replace_video_token(SimpleNamespace(video_processor=theirs, video_token="<|video_pad|>"), data, 0)
+    assert text.count("<|video_pad|>") == 1
+    hf.video_token = None  # it would ask for the video's own processor
+    inputs = hf(text=[text.replace("<|video_pad|>", pad)], images=pictures, return_tensors="pt")
+    ids = inputs["input_ids"]
+    assert sample.input_ids.tolist() == ids[0].tolist()
+    # The seconds of a pair as the processor counts them, in 32 bits as a batch has them.
+    seconds = torch.tensor([theirs.temporal_patch_size / told.sampled_fps])
+    kinds = (ids == ours.image_token_id).int() + 2 * (ids == ours.video_token_id).int()
+    places, _ = model.get_rope_index(ids, kinds, inputs["image_grid_thw"], data["video_grid_thw"], seconds)
+    assert torch.equal(sample.position_ids, places[:, 0])
+    made = hf_inputs(Qwen25VLConfig.from_hf(model.config.to_dict()), sample)
+    assert torch.equal(made["pixel_values_videos"], data["pixel_values_videos"])
+    assert torch.equal(made["pixel_values"], inputs["pixel_values"])
+    assert torch.equal(made["video_grid_thw"], data["video_grid_thw"])
+    count = ours.count(turns, [image.size for image in (pictures[0], *frames, pictures[1])])
+    assert (count.tokens, count.image_tokens) == (len(sample.input_ids), len(sample.image_positions))
+    assert count.patches == len(data["pixel_values_videos"]) + len(inputs["pixel_values"])
+    assert ours.decode(sample.input_ids.tolist()).count("pad") == 0
+    # A conversation that is cut loses whole videos.
+    longer = [*turns, Turn(role="user", text="<video>?", videos=(video,)), Turn(role="assistant", text="No.")]
+    short = dataclasses.replace(ours, seq_length=len(ids[0]) + 3, truncate=True)
+    cut = short.encode("k", longer, [pictures[0], *frames, pictures[1], *frames])
+    assert torch.equal(cut.input_ids[: len(ids[0])], ids[0]) and len(cut.pixels) == len(sample.pixels)
+
+
+def test_settings_of_videos(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    # Without settings of videos those of images hold, as in transformers.
+    assert processor_of(tmp_path).frame_pixels == PIXELS and processor_of(tmp_path).total_pixels is None
+    own = {
+        "size": {"shortest_edge": 700, "longest_edge": 7000},
+        "fps": 3.0,
+        "max_frames": 20,
+        "cap_pixels_per_frame": True,
+    }
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(own))
+    processor = processor_of(tmp_path)
+    assert (processor.frame_pixels, processor.total_pixels) == ((700, 7000), int(128_000 * 16**2 * 0.9))
+    assert processor.video == VideoSettings(sampling="pairs", fps=3.0, max_frames=20)
+    assert processor.fingerprint != processor_of(tmp_path, video_max_pixels=6000).fingerprint
+    with pytest.raises(ConfigError, match=r"700 to 300 pixels.*data\.video_max_pixels"):
+        processor_of(tmp_path, video_max_pixels=300)
+
+
 def test_size_of_blocks_is_smart_resize():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -126,7 +218,7 @@ def test_labels_and_truncation(folder):
     # All of the text where every text counts, but no image token nor its marks.
     everything = processor_of(folder).encode("k", turns, images)
     hidden = everything.labels == IGNORE_INDEX
-    assert set(everything.input_ids[hidden].tolist()) == set(processor.never_cut)
+    assert set(everything.input_ids[hidden].tolist()) == {*processor.never_cut} - {processor.video_token_id}
     # The second exchange goes, with its image and its positions.
     short = processor_of(folder, seq_length=len(sample.input_ids) - 1, on_too_long="truncate").encode(
         "k", turns, images

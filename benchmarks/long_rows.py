@@ -1,7 +1,7 @@
 """What context parallelism costs: how evenly a row is dealt, what ranks exchange, and the CPU's work against one rank.
 
     python benchmarks/long_rows.py                 balance and bytes, of shapes of published decoders (no model is built)
-    python benchmarks/long_rows.py --run           a small Idefics2 on this machine: CPU seconds of cp 1 and of each rank of cp 2
+    python benchmarks/long_rows.py --run           a small Idefics2 on this machine: seconds, operations, bytes, cp 1 and 2
     python benchmarks/long_rows.py --run --tokens 512    the same, shorter
     python benchmarks/long_rows.py --data          CPU seconds of build, count, plan and encode at 256k tokens a row: a document
                                                    of 230k tokens, one of 200 exchanges, one of 512 images, and short ones
@@ -107,7 +107,7 @@ def step_seconds(directory: str, row: Any, size: int) -> tuple[float, int]:
 
 
 def run(tokens: int) -> None:
-    """Prints CPU seconds of cp 1 and of both ranks of cp 2 on one row of text, with their sum."""
+    """Prints what a row of text costs each rank of cp 1 and cp 2: CPU seconds, operations, bytes that come and go."""
     from megatron_vlm.conversion.open_source import open_source
     from megatron_vlm.data.row import row_from_samples
     from megatron_vlm.testing.distributed import run_distributed
@@ -118,17 +118,32 @@ def run(tokens: int) -> None:
         sizes: dict[str, Any] = dict(text_hidden=256, ffn=688, max_positions=65536)
         write_tiny_idefics2(directory, text="llama", **sizes)
         with open_source(directory) as source:
+            text = source.config.text
             samples = random_samples(source.config, [([], tokens * 5 // 8 - 1), ([], tokens * 3 // 8 - 1)])
         row = row_from_samples(samples, multiple_of=2)
-        ((alone, _),) = run_distributed(step_seconds, directory, row, 1, timeout=900)
-        ranks = run_distributed(step_seconds, directory, row, 2, cp=2, timeout=900)
-    print(f"| CPU seconds of a row of {tokens} tokens, forward and backward | |\n| --- | --- |")
-    print(f"| cp 1 | {alone:.2f} |")
-    for seconds, rank in ranks:
-        print(f"| cp 2, rank {rank} | {seconds:.2f} ({seconds / alone:.2f} of one rank's) |")
+        found = run_distributed(step_seconds, directory, row, 1, timeout=900)
+        found += run_distributed(step_seconds, directory, row, 2, cp=2, timeout=900)
+    starts, heads, width = (0, *accumulate(row.segments)), text.num_attention_heads, text.head_dim
+    pair = 2 * text.num_query_groups * width * 4  # a key and a value in fp32
+    projections = 2 * (heads + text.num_query_groups) * width + 3 * text.ffn_hidden_size
+    linears = 2 * text.hidden_size * (text.num_layers * projections + text.vocab_size)
     print(
-        f"| both | {sum(s for s, _ in ranks) / alone:.2f} of one rank's work; attention runs once more in the backward pass |"
+        f"A row of {starts[-1]} tokens, forward and backward\n\n| | CPU seconds | GFLOP | attention's share | MiB received | "
+        "of all keys and values |\n| --- | --- | --- | --- | --- | --- |"
     )
+    alone = (found[0][0], 0.0)
+    for size, (seconds, rank) in zip((1, 2, 2), found):
+        one = deal(starts, size, rank)
+        # Three times the forward pass, and under context parallelism attention once more.
+        attention = (3 + (size > 1)) * 4 * heads * width * text.num_layers * attention_work(starts, one.intervals[rank])
+        work = attention + 3 * linears * starts[-1] / size
+        alone = alone if alone[1] else (seconds, work)
+        # Keys and values come, come again in the backward pass, and as many gradients of this rank's own.
+        received = one.received_tokens(None) if size > 1 else 0
+        print(
+            f"| cp {size}, rank {rank} | {seconds:.2f} ({seconds / alone[0]:.2f}) | {work / 1e9:.1f} ({work / alone[1]:.2f}) | "
+            f"{attention / work:.2f} | {3 * received * pair * text.num_layers / 2**20:.1f} | {received / starts[-1]:.2f} |"
+        )
 
 
 def data(scale: float) -> None:

@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--layouts", action="store_true", help="print the layouts of published models")
     parser.add_argument("--small", action="store_true", help="small models; always so on the CPU")
-    parser.add_argument("--only", default="", help="cases whose family and name hold this")
+    parser.add_argument("--only", default="", help="cases whose family and name, or rows whose model, hold this")
     parser.add_argument("--estimates", action="store_true", help="print the estimates as JSON and stop")
     args = parser.parse_args()
     small = args.small or args.device == "cpu"
@@ -91,7 +91,7 @@ def main() -> None:
         print(json.dumps([estimated(case, args.device) for case in cases(small, args.only)]))
         return
     if args.layouts:
-        layouts()
+        layouts(args.only)
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("memory: torch sees no GPU; --device cpu tries the code without one")
@@ -116,10 +116,10 @@ def main() -> None:
     print(f"\nlargest difference {worst:.1%}; {time.monotonic() - start:.0f} s")
 
 
-def layouts() -> None:
+def layouts(only: str) -> None:
     """Prints the layout chosen for each model, machine and way of training."""
     print("| model | GPUs | training | layout |\n| --- | --- | --- | --- |")
-    for name in MODELS:
+    for name in (name for name in MODELS if only in name):
         family, model_config = shapes.published()[name]
         for gpus, gib in MACHINES:
             for way, peft in WAYS.items():

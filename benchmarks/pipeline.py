@@ -1,6 +1,6 @@
 """A pipeline of 4 stages that really runs, on a simulated clock: even stages, balanced ones, images ahead of the schedule.
 
-    python benchmarks/pipeline.py             a toy Idefics2 with a heavy tower, 4 gloo ranks, 1F1B; about two minutes
+    python benchmarks/pipeline.py             a toy Idefics2 with a heavy tower, 4 gloo ranks, 1F1B; two minutes of CPU time
 
 Ranks share this machine's processors, so that nobody's wall clock tells anything. Each rank takes the CPU seconds of its own
 thread in every forward and backward pass (the least of several steps); the step is what 1F1B makes of them
@@ -18,7 +18,7 @@ import torch
 RANKS, ROWS, STEPS, TOKENS = 4, 8, 3, 384
 IMAGES = [(112, 112)] * 8
 SHAPE: dict[str, Any] = dict(
-    text="llama", text_hidden=256, ffn=688, layers=16, vision_hidden=256, vision_ffn=688, vision_layers=3, patch_size=14,
+    text="llama", text_hidden=256, ffn=688, layers=16, vision_hidden=256, vision_ffn=688, vision_layers=6, patch_size=14,
     image_size=112,
 )  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {

@@ -1,10 +1,13 @@
 """What every test shares: the GPU tests that cannot run here are left out before they start, and counted at the end."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.matrix_table import table
 
 not_run: list[str] = []
 
@@ -59,7 +62,12 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says how many GPU tests were not run; a green run without a GPU must not look like one with it."""
+    """Says how many GPU tests were not run, and how far layouts were from one process: a green run without a GPU must not look
+    like one with it, nor one of a few layouts like the whole matrix."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    outputs = [("/".join(Path(r.nodeid.split("::")[0]).parts[-2:]), r.capstdout) for r in reports if r.when == "call"]
+    for line in table(outputs):
+        terminalreporter.write_line(line)
     if not_run:
         terminalreporter.write_line(f"gpu: {len(not_run)} tests were NOT run, no CUDA device here:", yellow=True)
         for nodeid in not_run:

@@ -178,7 +178,7 @@ def test_auto_beside_the_best_split_where_rows_differ(name, pp):
             print(
                 f"{name}, pp {pp}, m {microbatches}: {step.layers}, {auto / best:.3f} of the best, even {even / best:.2f}"
             )
-            assert auto <= 1.5 * best
+            assert auto <= 1.08 * best  # measured 1.022, but 1.069 where rows have 1 to 5 images on 8 stages
 
 
 @pytest.mark.parametrize("pp", [2, 4])

@@ -75,6 +75,9 @@ def test_layouts_train_and_evaluate_alike(command, tmp_path, valid_data, layout,
     one, many = (json_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
     work = [[line["tflops"] * line["step_seconds"] for line in lines if "tflops" in line] for lines in (one, many)]
     assert work[0] == pytest.approx(work[1], rel=1e-12) and len(work[0]) == 3  # every row once, whoever has it
+    if TP2 not in layout and PP2 not in layout:  # a copy of the model is counted once, as often as it is held
+        starts = [json_lines(tmp_path / name / "starts.jsonl")[0]["trained"] for name in ("one", "many")]
+        assert starts[0] == starts[1]
     if "auto" in layout:
         log, resolved = ((tmp_path / "many" / name).read_text() for name in ("train.log", "config.yaml"))
         assert "samples of the data" in log and isinstance(

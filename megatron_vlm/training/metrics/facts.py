@@ -36,14 +36,14 @@ class Facts:
         adapts: only adapters train, and what trains in full beside them.
 
     Attributes:
-        trained: group -> parameters that train, over all ranks.
+        trained: group -> parameters that train, over the ranks of one copy of the model.
     """
 
     def __init__(self, config: RunConfig, model: Model, loader: RowLoader | None, *, adapts: bool):
         self._config, self._model, self._loader, self._adapts = config, model, loader, adapts
-        counts = dict.fromkeys(GROUPS, 0)
+        counts, copy = dict.fromkeys(GROUPS, 0), model.topology.cp_rank or model.topology.dp_rank
         for name, parameter in model.named_parameters():
-            counts[group_of(name)] += parameter.numel() if parameter.requires_grad else 0
+            counts[group_of(name)] += parameter.numel() if parameter.requires_grad and not copy else 0
         values = torch.tensor(list(counts.values()), device=model.device)
         dist.all_reduce(values)
         self.trained = dict(zip(counts, values.tolist()))
@@ -55,7 +55,7 @@ class Facts:
         topology = self._model.topology
         return (
             f"{self._model.spec.name} on {topology.world_size} x {self._model.device.type}, {topology.name()}, "
-            f"{self._config.training.precision}; {sum(self.trained.values()):,} trainable parameters over all ranks"
+            f"{self._config.training.precision}; {sum(self.trained.values()):,} trainable parameters over the ranks of one copy"
         )
 
     def of_start(self, iteration: int, total: int) -> dict[str, Any]:

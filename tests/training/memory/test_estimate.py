@@ -34,6 +34,7 @@ def make_case(family: str, name: str, **settings) -> Case:
 TP, PP = dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)
 SHARDED = dict(data_parallel_sharding="parameters")
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=("core_attention", "mlp", "norm", "connector"))
+FULL = dict(recompute_granularity="full")
 HOST = dict(offload="optimizer")
 LORA = dict(target_modules="all-linear", r=4)
 CASES = [
@@ -151,6 +152,15 @@ LONG = [
     long_row("cp 2, tp 2, images shared", 4, **CP2, **TP, sequence_parallel=True, vision_parallel="share"),
     long_row("cp 2, images ahead", 2, **CP2, vision_parallel="ahead"),
     long_row("cp 2, pp 2, images ahead", 4, **CP2, **PP, vision_parallel="ahead"),
+    long_row("one rank, recompute", **FULL),
+    long_row("one rank, recompute", family="idefics2", **FULL),
+    long_row("cp 2, recompute", 2, **CP2, **FULL),
+    long_row("cp 4, recompute", 4, "idefics2", **CP4, **FULL),
+    long_row("cp 2, recompute 2 layers", 2, **CP2, **FULL, recompute_num_layers=2),
+    long_row("cp 2, recompute in part", 2, **CP2, **SELECTIVE),
+    long_row("cp 2, tp 2, recompute", 4, **CP2, **TP, **FULL, sequence_parallel=True),
+    long_row("cp 2, images ahead, recompute", 2, **CP2, **FULL, vision_parallel="ahead"),
+    replace(long_row("cp 2, LoRA, recompute", 2, **CP2, **FULL), peft=LORA),
 ]
 SLOW = (
     "distributed optimizer, recompute",
@@ -182,6 +192,9 @@ def check(case: Case, bar: float) -> None:
     """Compares the estimate with what is measured, stage by stage."""
     guesses = run_alone(estimated, case, "cpu", timeout=600)
     peaks = run_alone(measured, case, "cpu", timeout=600) if case.alone else measured(case, "cpu")
+    for stage, peak in peaks.items():
+        sizes = f"{peak / 2**20:.2f} | {guesses[stage] / 2**20:.2f} | {guesses[stage] / peak:.3f}"
+        print(f"| {case.family}, {case.name} | {stage} | {sizes} |")
     for stage in peaks:
         assert guesses[stage] == pytest.approx(peaks[stage], rel=bar), f"stage {stage}"
 

@@ -300,7 +300,7 @@ class ParallelConfig(Config):
         if num_layers < pp and given is None:
             raise ConfigError(
                 f"{num_layers} decoder layers for pipeline_model_parallel_size {pp}: lower it, or say "
-                "parallel.decoder_layers_per_stage, where 0 is allowed"
+                "parallel.decoder_layers_per_stage with 0 for the first or the last"
             )
         rest = num_layers - (first or 0) - (last or 0)
         between = pp - (first is not None) - (last is not None)

@@ -243,10 +243,11 @@ def unique_temporary(path: Path) -> Path:
     return path.with_name(f".{name}.{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def remove_abandoned(path: Path) -> None:
-    """Removes what processes of this host that no longer live left under ``unique_temporary(path)``."""
-    prefix = os.fsencode(path.name)[:150].decode(errors="ignore")
-    left = re.compile(rf"\.{re.escape(prefix)}\.{re.escape(_host())}\.(\d+)\.[0-9a-f]{{8}}\.tmp")
+def remove_abandoned(path: Path, *, others: bool = False) -> None:
+    """Removes what processes of this host that no longer live left under ``unique_temporary(path)``; ``others``: of any name in
+    its folder."""
+    prefix = ".+" if others else re.escape(os.fsencode(path.name)[:150].decode(errors="ignore"))
+    left = re.compile(rf"\.{prefix}\.{re.escape(_host())}\.(\d+)\.[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for entry in list(path.parent.iterdir()):
             match = left.fullmatch(entry.name)

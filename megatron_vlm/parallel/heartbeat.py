@@ -76,8 +76,9 @@ class Heartbeat:
             self._line = self._place.open_store()
         self._answered = time.monotonic()
         threading.Thread(target=self._watch, name="heartbeat watch", daemon=True).start()
+        self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         if self._line is not None:
-            threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+            self._beating.start()
 
     # ---- the main thread's side ----
 
@@ -126,6 +127,9 @@ class Heartbeat:
                 self._wait_for_all()
                 self.at("ended")
                 self._last_beat()  # rank 0 hears that the others have heard of its end, and may end what they speak through
+                self._closed.set()
+                if self._beating.is_alive():  # inside torch's store when Python ends it would abort the process
+                    self._beating.join(_LEAVE)
                 return
             while self._ending:  # what the watch does now: it has told why
                 time.sleep(_QUICK)

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.files import folder_beside, read_json, replace_folder, write_json, write_synced
+from megatron_vlm.files import (
+    folder_beside,
+    read_json,
+    remove_abandoned,
+    replace_folder,
+    write_json,
+    write_synced,
+)
 from megatron_vlm.log import get_logger
 from megatron_vlm.weights.checkpoint_dir import (
     MANIFEST,
@@ -115,6 +122,7 @@ def fetch(url: str, into: Path | None = None, ckpt_step: int | None = None) -> P
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".fetch.lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_abandoned(root / _MODEL, others=True)  # killed fetches, of iterations too that nobody asks for again
         store = Store(url)
         known = store.sequences()
         if not known and ckpt_step is None and into is None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def rank(number: int, world: int, port: int, folder: str, kind: str) -> None:
     out = os.open(f"{folder}/out.{number}", os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(out, 1), os.dup2(out, 2)
     os.environ.update(RANK=str(number), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    exchange = Heartbeat._exchange
+
+    def slow_exchange(self):
+        exchange(self)
+        time.sleep(0.3)
+
+    if kind == "slow":
+        Heartbeat._exchange = slow_exchange
     try:
         with Heartbeat(timeout=TIMEOUT) as heartbeat:
             heartbeat.folder = Path(folder)
@@ -43,6 +52,8 @@ def rank(number: int, world: int, port: int, folder: str, kind: str) -> None:
                 if int(total):
                     break
                 time.sleep(0.02)
+        if any(thread.name == "heartbeat" for thread in threading.enumerate()):
+            os._exit(7)  # it may be inside torch's store when Python ends
     except MegatronVLMError as error:
         if not getattr(error, "echo", False):
             os.write(2, f"error: {error}\n".encode())

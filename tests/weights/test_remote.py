@@ -1,10 +1,13 @@
 """Checkpoints in a store: whole there or not at all, the newest sound one brought here; on a server that speaks S3."""
 
+import os
 import shutil
+import subprocess
 
 import pytest
 
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.files import unique_temporary
 from megatron_vlm.weights import remote
 from megatron_vlm.weights.checkpoint_dir import TRACKER, iterations, verify
 from megatron_vlm.weights.checkpoint_write import begin, finish
@@ -55,6 +58,22 @@ def test_up_and_down_again_the_newest_sound_one_or_the_one_named(store, tmp_path
         remote.fetch(url, ckpt_step=15)
     with pytest.raises(CheckpointError, match=r"iter_0000007 has no manifest.json"):
         remote.fetch(url, ckpt_step=7)
+
+
+def test_killed_fetches_of_other_iterations_go(store, tmp_path):
+    """What a process that lives is fetching stays."""
+    url, cache = f"s3://{BUCKET}/killed", tmp_path / "cache" / "megatron_vlm" / "remote"
+    remote.upload(make(tmp_path / "here", 5), url, None)
+    root = remote.fetch(url).parent
+    assert root.parent == cache
+    alive, gone = unique_temporary(root / "iter_0000003"), subprocess.Popen(["true"])
+    gone.wait()
+    dead = alive.with_name(alive.name.replace(f".{os.getpid()}.", f".{gone.pid}."))
+    for folder in (alive, dead):
+        folder.mkdir()
+        (folder / "rank0.safetensors").write_bytes(b"half")
+    remote.fetch(url)
+    assert alive.exists() and not dead.exists()
 
 
 def test_what_is_no_training_checkpoint_comes_as_a_folder(store, tmp_path):

@@ -209,6 +209,7 @@ INTERNLM2_LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_
 
 # One line per family: name -> "module:attribute", imported when asked for.
 FAMILIES = {
+    "gemma3": "megatron_vlm.models.families.gemma3:SPEC",
     "idefics2": "megatron_vlm.models.families.idefics2:SPEC",
     "idefics2_llama3": "megatron_vlm.models.families.idefics2:LLAMA3_SPEC",
     "internvl3": "megatron_vlm.models.families.internvl3:SPEC",

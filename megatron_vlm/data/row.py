@@ -65,6 +65,7 @@ class Row:
         pixels: one tensor per image of the row; meta tensors where the row is without them.
         grids: as in EncodedSample.
         image_positions: int64, indices into ``input_ids`` that image features overwrite, in order of ``pixels``.
+        runs: [first, end) of tokens of images that follow one another within a sample, known on the host; of a slice, the row's.
         keys: one per real sample.
         num_filler: tokens of the filler segment at the end (0: none).
         holes: samples of the plan that could not be read.
@@ -84,6 +85,7 @@ class Row:
     pixels: tuple[Tensor, ...] = ()
     grids: tuple[tuple[int, ...], ...] = ()
     image_positions: Tensor = field(default_factory=_none)
+    runs: tuple[tuple[int, int], ...] = ()
     keys: tuple[str, ...] = ()
     num_filler: int = 0
     holes: int = 0
@@ -102,6 +104,7 @@ class Row:
             starts=starts,
             cu_seqlens=torch.tensor(starts, dtype=torch.int32),
             loss_positions=(tokens["labels"] != IGNORE_INDEX).nonzero()[:, 0],
+            runs=_runs(rest.get("image_positions", _none()), starts),
             **rest,
         )
 
@@ -217,6 +220,15 @@ class Row:
             part=(held, len(image_positions)),
             deal=deal,
         )
+
+
+def _runs(positions: Tensor, starts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    if not len(positions) or positions.is_meta:
+        return ()
+    edges = (positions.diff() != 1) | torch.isin(positions[1:], torch.tensor(starts))
+    first = positions[torch.cat([torch.tensor([True]), edges])].tolist()
+    last = positions[torch.cat([edges, torch.tensor([True])])].tolist()
+    return tuple((a, b + 1) for a, b in zip(first, last))
 
 
 def pack_pixels(pixels: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:

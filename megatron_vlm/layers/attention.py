@@ -42,16 +42,11 @@ def attention(
         cu_q, cu_k: int32 [N + 1], starts of the segments and the total at the end.
         max_q, max_k: longest segment, on the host.
         causal: mask keys after the query; with unequal lengths the ends are aligned (bottom right).
-        window: keys a query sees, itself included (causal only); None: all.
+        window: keys a query sees up to itself, itself included; None: all. Without ``causal`` it sees those after it as well.
 
     Returns:
         [Tq, H, D].
-
-    Raises:
-        ValueError: a window without causal.
     """
-    if window is not None and not causal:
-        raise ValueError(f"a window of {window} keys needs causal attention")
     if window is not None and window >= max_k:
         window = None
     backend = select_backend(q.device.type, q.dtype)
@@ -133,15 +128,15 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) ->
     if window is not None and window >= length_k:
         window = None
     gqa = q.shape[1] != k.shape[1]
-    if not causal or (window is None and length_q == length_k):
+    if window is None and (not causal or length_q == length_k):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
-    mask = _causal_mask(length_q, length_k, window, q.device)
+    mask = _mask(length_q, length_k, causal, window, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
 
 
-def _causal_mask(length_q: int, length_k: int, window: int | None, device: torch.device) -> Tensor:
+def _mask(length_q: int, length_k: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
     """bool [Lq, Lk], True where a key is seen; ends aligned."""
     query = torch.arange(length_k - length_q, length_k, device=device)[:, None]
     key = torch.arange(length_k, device=device)[None]
-    seen = key <= query
+    seen = key <= query if causal else key > query - length_k
     return seen if window is None else seen & (key > query - window)

@@ -13,10 +13,12 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_vlm.layers.attention import attention
 from megatron_vlm.layers.context.attention import Deal, context_attention
+from megatron_vlm.layers.context.blocks import Blocks
 
 
 @dataclass
@@ -29,14 +31,19 @@ class RowParams(PackedSeqParams):
 
     Attributes:
         image_positions: int64, tokens of the row that hold image features; None: not said, no layer needs to know.
+        blocks: tokens that see each other both ways, in a decoder whose images do; None: attention is causal.
         rotation: cos and sin of this rank's tokens, where an attention applies RoPE itself (``layers/fused.py``).
+        local: the same row for layers whose RoPE has a base of its own, and ``angles``, what these are given.
         cache: keys and values of the tokens before these, while generating; ``cu_seqlens_kv`` then counts them too.
         deal: the row lies over context parallel ranks; ``cu_seqlens_q`` is the whole row's, all else this rank's.
     """
 
     image_positions: Tensor | None = None
     deal: Deal | None = None
+    blocks: Blocks | None = None
     rotation: tuple[Tensor, Tensor] | None = None
+    local: "RowParams | None" = None
+    angles: Tensor | None = None
     cache: "KVCache | None" = None
 
     @classmethod
@@ -131,7 +138,10 @@ class CoreAttention(MegatronModule):
         # Of RoPE scaled by YaRN, which sharpens attention; scaled queries serve every kernel.
         scale = getattr(config, "softmax_scale", None)
         self.query_scale = None if scale is None else scale * config.kv_channels**0.5
-        self.window = config.window_size[0] + 1 if config.window_size is not None and self.causal else None
+        windowed = self.causal and is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window = config.window_size[0] + 1 if windowed and config.window_size is not None else None
 
     def forward(
         self,
@@ -153,7 +163,9 @@ class CoreAttention(MegatronModule):
             key, value = cache.extend(self.layer_number, key, value)
         deal = getattr(row, "deal", None)
         if deal is not None:
-            output = context_attention(query, key, value, deal, self.window, recompute=self.recompute)
+            output = context_attention(
+                query, key, value, deal, self.window, recompute=self.recompute, blocks=row.blocks
+            )
             return output.reshape(output.shape[0], -1)
         output = attention(
             query,
@@ -166,4 +178,7 @@ class CoreAttention(MegatronModule):
             self.causal,
             self.window,
         )
+        call = row.blocks.whole(self.window) if getattr(row, "blocks", None) is not None else None
+        if call is not None:
+            output = call.replace(output, query, key, value, self.window)
         return output.reshape(output.shape[0], -1)

@@ -5,6 +5,7 @@ that ``finalize_model_grads`` looks for, so that their gradients are summed over
 norms of heads, ``qk_layernorm``, goes by names: it would sum the weights of towers too, which are cut over the ranks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +15,19 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+
+    With ``config.layernorm_zero_centered_gamma`` times 1 + weight, in fp32 up to the result (Gemma).
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any):
         super().__init__()
-        self.eps = eps
+        self.eps, self.zero_centered = eps, config.layernorm_zero_centered_gamma
         self.weight = make_parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.zero_centered:
+            return F.rms_norm(x.float(), (x.shape[-1],), 1 + self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
@@ -36,6 +42,16 @@ class HeadRMSNorm(RMSNorm):
         super().__init__(config, hidden_size, eps)
         setattr(self.weight, "sequence_parallel", False)  # noqa: B010 - or they would be summed twice
         setattr(self.weight, "part_over_heads", True)  # noqa: B010
+
+
+class NormedResidual(RMSNorm):
+    """residual + norm(update), in the place of megatron-core's bias-dropout-add: the second norm of Gemma's sandwich."""
+
+    def forward(  # type: ignore[override]
+        self, training: bool, fused: bool
+    ) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+        """Returns the function that megatron-core's layer calls with (output, no bias), residual and dropout."""
+        return lambda update, residual, dropout: residual + RMSNorm.forward(self, update[0])
 
 
 class LayerNorm(nn.Module):

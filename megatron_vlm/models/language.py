@@ -32,6 +32,7 @@ from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.layers.cross_entropy import linear_cross_entropy_sum
 from megatron_vlm.layers.deepstack import DeepStackLayer
+from megatron_vlm.layers.norm import NormedResidual
 from megatron_vlm.layers.rope import RotaryAngles
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
@@ -39,7 +40,11 @@ from megatron_vlm.parallel.topology import SoloGroup, Topology
 
 
 def layer_spec(
-    config: TransformerConfig, causal: bool, layer: ModuleSpec | None = None, qk_norm: bool = False
+    config: TransformerConfig,
+    causal: bool,
+    layer: ModuleSpec | None = None,
+    qk_norm: bool = False,
+    sandwich: bool = False,
 ) -> ModuleSpec:
     """Spec of one transformer layer, of the classes that ``layers/backend.py`` chooses for ``config``.
 
@@ -48,10 +53,15 @@ def layer_spec(
         causal: of the attention.
         layer: a family's own class of layer, and what its constructor takes beside megatron-core's arguments.
         qk_norm: queries and keys are normed head by head.
+        sandwich: what attention and MLP give is normed too, before it is added.
     """
     mask, backend = AttnMaskType.causal if causal else AttnMaskType.no_mask, backend_of(config)
     column, row, norm = backend.column, backend.row, backend.norm(config)
     head_norm = backend.head_norm if qk_norm else None
+    add: Any = get_bias_dropout_add
+    if sandwich:
+        params = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        add = ModuleSpec(NormedResidual, params=params)
     return ModuleSpec(
         layer.module if layer else TransformerLayer,
         params=layer.params if layer else {},
@@ -68,10 +78,10 @@ def layer_spec(
                     k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(backend.mlp, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
         ),
     )
 
@@ -137,6 +147,16 @@ def process_groups(solo: bool = False) -> ProcessGroupCollection:
     return groups
 
 
+class LocalLayer(TransformerLayer):
+    """megatron-core's layer, which takes the RoPE of layers with a window where it has one."""
+
+    def forward(self, *args: Any, packed_seq_params: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+        if self.self_attention.core_attention.window is not None:
+            packed_seq_params = packed_seq_params.local
+            rotary_pos_emb = packed_seq_params.angles
+        return super().forward(*args, packed_seq_params=packed_seq_params, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+
 class Decoder(GPTModel):
     """megatron-core's GPTModel for packed rows: fused embeddings in; hidden states, loss sum or logits out."""
 
@@ -152,9 +172,11 @@ class Decoder(GPTModel):
     ):
         config = decoder_transformer_config(text, topology, options)
         layer = ModuleSpec(DeepStackLayer) if text.deepstack else layer
+        if text.local_rotary_base is not None:
+            layer = layer or ModuleSpec(LocalLayer)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=topology.pp_rank)
         spec = TransformerBlockSubmodules(
-            layer_specs=[layer_spec(config, causal=True, layer=layer, qk_norm=text.qk_norm)] * layers,
+            layer_specs=[layer_spec(config, True, layer, qk_norm=text.qk_norm, sandwich=text.gemma)] * layers,
             layer_norm=backend_of(config).norm(config),
         )
         super().__init__(
@@ -184,12 +206,20 @@ class Decoder(GPTModel):
             topology.device,
             text.rope_axes,
         )
+        self.local_rotary_angles = None
+        if text.local_rotary_base is not None:
+            sizes = text.head_dim, text.local_rotary_base, text.max_position_embeddings
+            self.local_rotary_angles = RotaryAngles(*sizes, None, topology.device)
+        # Rounded as transformers does.
+        self.embedding_scale = float(torch.tensor(text.embedding_scale, device="cpu").to(options.torch_dtype))
+        self.image_blocks = text.image_blocks
         if post and not pre and text.tie_word_embeddings:
             self.output_layer.weight.tied_copy = True
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[T] ids -> [T, 1, H], whole on every tensor parallel rank."""
-        return self.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
+        x = self.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
+        return x if self.embedding_scale == 1.0 else x * self.embedding_scale
 
     def forward(self, decoder_input: Tensor | None, position_ids: Tensor, row: RowParams) -> Tensor:
         """Runs this stage's layers (and the final norm on the last stage).
@@ -202,17 +232,24 @@ class Decoder(GPTModel):
         Returns:
             Hidden states [T(/tp), 1, H].
         """
-        segments = None if row.deal is None else row.deal.segments
-        angles = self.rotary_angles(position_ids, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_kv, segments)
-        if self.rotates:
-            half = angles[:, 0, :, : angles.shape[-1] // 2]
-            row = dataclasses.replace(row, rotation=(half.cos(), half.sin()))
+        row = self._turned(row, self.rotary_angles, position_ids)
+        if self.local_rotary_angles is not None:
+            row.local = self._turned(row, self.local_rotary_angles, position_ids)
         return self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
-            rotary_pos_emb=None if self.rotates else angles,
+            rotary_pos_emb=row.angles,
             packed_seq_params=row,
         )
+
+    def _turned(self, row: RowParams, rotary: RotaryAngles, position_ids: Tensor) -> RowParams:
+        """The row with the angles of its tokens, or what an attention that rotates by itself takes in their place."""
+        segments = None if row.deal is None else row.deal.segments
+        angles = rotary(position_ids, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_kv, segments)
+        if not self.rotates:
+            return dataclasses.replace(row, angles=angles)
+        half = angles[:, 0, :, : angles.shape[-1] // 2]
+        return dataclasses.replace(row, rotation=(half.cos(), half.sin()))
 
     def loss(self, hidden: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Sum of token losses at ``positions`` (int64 [N]) with shifted ``labels`` (int64 [T]): fp32 scalar."""
@@ -260,7 +297,10 @@ class Decoder(GPTModel):
 def decoder_transformer_config(text: TextConfig, topology: Topology, options: ModelOptions) -> TransformerConfig:
     """megatron-core's config of a Llama-shaped decoder."""
     window = (text.sliding_window - 1, 0) if text.sliding_window is not None else None
+    skipped = [int(i not in text.full_layers) for i in range(text.num_layers)] if text.full_layers else None
     sharper = text.rope_scaling.concentration**2 if text.rope_scaling is not None else 1.0
+    root = text.head_dim**0.5 if text.attention_scale is None else 1 / text.attention_scale
+    plain = sharper == 1.0 and root == text.head_dim**0.5
     return transformer_config(
         topology,
         options,
@@ -274,11 +314,13 @@ def decoder_transformer_config(text: TextConfig, topology: Topology, options: Mo
         normalization="RMSNorm",
         layernorm_epsilon=text.norm_epsilon,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=gelu_tanh if text.gemma else F.silu,
+        layernorm_zero_centered_gamma=text.gemma,
         add_bias_linear=False,
         add_qkv_bias=text.qkv_bias,
         window_size=window,
-        softmax_scale=None if sharper == 1.0 else sharper / text.head_dim**0.5,
+        window_attn_skip_freq=skipped,
+        softmax_scale=None if plain else sharper / root,
     )
 
 

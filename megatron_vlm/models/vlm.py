@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.data.row import Row
 from megatron_vlm.errors import DataError
+from megatron_vlm.layers.context.blocks import Blocks
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.models.fusion import Filler, filler_pixels, fuse
 from megatron_vlm.models.language import Decoder
@@ -138,6 +139,8 @@ class VisionLanguageModel(MegatronModule):
         embeddings = self._embeddings(batch) if self.pre_process else None
         row = row or RowParams.of(batch.cu_seqlens, max(batch.segments), len(batch.input_ids))
         row.image_positions, row.deal = batch.image_positions, batch.deal
+        if self.language_model.image_blocks and batch.runs:
+            row.blocks = Blocks(batch.starts, batch.runs, batch.input_ids.device)
         return self.language_model(embeddings, batch.position_ids, row)
 
     def _embeddings(self, batch: Row) -> Tensor:

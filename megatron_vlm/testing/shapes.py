@@ -5,6 +5,7 @@ What is told by shapes (memory, operations, layouts) needs no weights.
 
 from typing import Any
 
+from megatron_vlm.models.families.gemma3.config import Gemma3ModelConfig
 from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
 from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
@@ -85,6 +86,27 @@ def qwen3_vl(text: TextConfig, hidden: int, ffn: int, layers: int, levels: tuple
     return Qwen3VLConfig(text=text, vision=vision, image_token_id=5)
 
 
+def gemma3(
+    hidden: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    groups: int,
+    vocab: int,
+    head_dim: int,
+    local: tuple[int, int],
+    vision: Any,
+    pool: int,
+) -> Gemma3ModelConfig:
+    """Gemma 3; ``local``: window, and every how many layers one has none."""
+    decoder = text(
+        hidden, ffn, layers, heads, groups, vocab, head_dim=head_dim, sliding_window=local[0], qk_norm=True, gemma=True,
+        full_layers=tuple(range(local[1] - 1, layers, local[1])), local_rotary_base=10000.0, embedding_scale=hidden**0.5,
+        image_blocks=True, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Gemma3ModelConfig(text=decoder, vision=vision, pool=pool, image_token_id=5)
+
+
 def small() -> dict[str, Any]:
     """Family -> a few million parameters of it; 4 decoder layers."""
     decoder = text(256, 640, 4, 8, 4, 2048)
@@ -101,6 +123,7 @@ def small() -> dict[str, Any]:
             text(256, 640, 4, 8, 4, 2048, tie_word_embeddings=True), tower(SiglipConfig, 128, 512, 3, 4, 112), 2
         ),
         "internlm2": InternLM2ModelConfig(text=decoder),
+        "gemma3": gemma3(256, 640, 4, 8, 4, 2048, 48, (64, 2), tower(SiglipConfig, 128, 512, 3, 4, 112), 2),
         "qwen2_5_vl": qwen2_5_vl(text(256, 640, 4, 8, 4, 2048, qkv_bias=True, mrope_section=(4, 6, 6)), 128, 320, 4, 4),
         "qwen3_vl": qwen3_vl(
             text(256, 640, 4, 8, 4, 2048, qk_norm=True, mrope_section=(6, 5, 5), mrope_interleaved=True, deepstack=2),
@@ -134,6 +157,10 @@ def published() -> dict[str, tuple[str, Any]]:
         "Qwen3-VL-8B": (
             "qwen3_vl",
             qwen3_vl(text(4096, 12288, 36, 32, 8, 151936, **stacked), 1152, 4304, 27, (8, 16, 24)),
+        ),
+        "Gemma3-4B": (
+            "gemma3",
+            gemma3(2560, 10240, 34, 8, 4, 262208, 256, (1024, 6), tower(SiglipConfig, 1152, 4304, 27, 16, 896), 4),
         ),
         "LLaVA-InternLM2-7B": ("llava_internlm2", llava(text(4096, 14336, 32, 32, 8, 92545), clip)),
     }

@@ -88,3 +88,18 @@ def test_pixels_travel_in_the_models_dtype():
     assert same(moved, row) and all(torch.equal(a, b.bfloat16()) for a, b in zip(moved.pixels, row.pixels, strict=True))
     assert pack_pixels(row.pixels, torch.bfloat16).nbytes * 2 == pack_pixels(row.pixels).nbytes
     assert all(p.is_meta for p in row.to("cpu", pixels=False).pixels)
+
+
+def test_runs_of_images_are_known_on_the_host():
+    """Neighbours are one run, two samples' never; kept where a row travels, and the whole row's in a slice."""
+    samples = [sample_of(9, [0, 1, 4, 5, 6, 8]), sample_of(4, [0, 1]), sample_of(3, [])]
+    row = row_from_samples(samples, multiple_of=5)
+    wanted = ((0, 2), (4, 7), (8, 9), (9, 11))
+    assert row.runs == wanted == Row.unpack(*row.pack()).runs == row.to("cpu").runs
+    assert row.slice(torch.tensor([0, 5, 9])).runs == wanted
+    assert row_from_samples([samples[2]]).runs == ()
+
+
+def sample_of(length, images):
+    ids = torch.arange(length)
+    return EncodedSample(key="k", input_ids=ids, labels=ids, image_positions=torch.tensor(images, dtype=torch.int64))

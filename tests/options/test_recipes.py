@@ -33,6 +33,9 @@ IDEFICS2 = (
     + pairs(8, (1152, 14336), (1152, 14336), (14336, 4096))
     + 3 * pairs(8, (4096, 1536), (4096, 384), (4096, 384), (1536, 4096), (4096, 16384), (4096, 16384), (16384, 4096))
 )
+GEMMA3 = 34 * pairs(
+    16, (2560, 2048), (2560, 1024), (2560, 1024), (2048, 2560), (2560, 10240), (2560, 10240), (10240, 2560)
+)
 SMOLVLM = 24 * decoder(8, 2048, 2048, 8192)
 XCOMPOSER2 = 32 * decoder(64, 4096, 1024, 14336, fused=True)
 INTERNLM2 = 24 * decoder(64, 2048, 1024, 8192, fused=True) + pairs(64, (2048, 92544))
@@ -49,10 +52,10 @@ def xcomposer2(size: int, hd: bool) -> XComposer2Config:
     return XComposer2Config(text=decoder, vision=vision, hd=hd, plora_rank=256, plora_dropout=0.05)
 
 
-INTERNVL3_8B, IDEFICS2_8B, LLAVA, SMOLVLM_2B, QWEN_7B, QWEN3_VL_8B = (
-    published()[name]
-    for name in ("InternVL3-8B", "Idefics2-8B", "LLaVA-InternLM2-1.8B", "SmolVLM-2.2B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")
+INTERNVL3_8B, IDEFICS2_8B, LLAVA, SMOLVLM_2B = (
+    published()[name] for name in ("InternVL3-8B", "Idefics2-8B", "LLaVA-InternLM2-1.8B", "SmolVLM-2.2B")
 )
+QWEN_7B, QWEN3_VL_8B, GEMMA_4B = (published()[name] for name in ("Qwen2.5-VL-7B", "Qwen3-VL-8B", "Gemma3-4B"))
 # recipe -> ((family, published model), numbers of its pairs, numbers trained in full, in 4 bits)
 CASES = {
     "internvl3/lora_internvl3": (INTERNVL3_8B, INTERNVL3, 0, False),
@@ -61,6 +64,8 @@ CASES = {
     "qwen2_5_vl/qlora_qwen2_5_vl": (QWEN_7B, QWEN2_5_VL, 0, True),
     "qwen3_vl/lora_qwen3_vl": (QWEN3_VL_8B, QWEN3_VL, 0, False),
     "qwen3_vl/qlora_qwen3_vl": (QWEN3_VL_8B, QWEN3_VL, 0, True),
+    "gemma3/lora_gemma3": (GEMMA_4B, GEMMA3, 0, False),
+    "gemma3/qlora_gemma3": (GEMMA_4B, GEMMA3, 0, True),
     "lora_idefics2": (IDEFICS2_8B, IDEFICS2, 0, False),
     "qlora_idefics2": (IDEFICS2_8B, IDEFICS2, 0, True),
     "smolvlm/lora_smolvlm": (SMOLVLM_2B, SMOLVLM, 0, False),
@@ -120,7 +125,7 @@ def test_a_familys_defaults():
 
 
 def test_the_recipe_names_what_the_flag_names():
-    for family in ("internvl3", "qwen2_5_vl", "qwen3_vl", "xcomposer2", "smolvlm"):
+    for family in ("gemma3", "internvl3", "qwen2_5_vl", "qwen3_vl", "xcomposer2", "smolvlm"):
         name = f"{family}/lora_{family}"
         assert config_of(name).peft.target_modules == registry.get(family).adapters.language
 

@@ -223,6 +223,7 @@ def on_families(directories) -> list[tuple[int, int, list[str]]]:
 @pytest.mark.full
 def test_linears_of_every_family(tmp_path):
     """All but the head, by the names of the weight map; XComposer2's own branches stay in full beside them."""
+    from megatron_vlm.testing.twins.gemma3 import write_tiny_gemma3
     from megatron_vlm.testing.twins.internlm2 import write_tiny_internlm2
     from megatron_vlm.testing.twins.llava_internlm2 import write_tiny_llava_internlm2
     from megatron_vlm.testing.twins.qwen2_5_vl import write_tiny_qwen2_5_vl
@@ -237,6 +238,7 @@ def test_linears_of_every_family(tmp_path):
         write_tiny_llava_internlm2,
         write_tiny_xcomposer2,
         write_tiny_smolvlm,
+        write_tiny_gemma3,
         write_tiny_qwen2_5_vl,
         write_tiny_qwen3_vl,
     )

@@ -14,7 +14,16 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.testing.parity import hf_inputs
-from megatron_vlm.testing.twins import internlm2, internvl3, llava_internlm2, qwen2_5_vl, qwen3_vl, smolvlm, xcomposer2
+from megatron_vlm.testing.twins import (
+    gemma3,
+    internlm2,
+    internvl3,
+    llava_internlm2,
+    qwen2_5_vl,
+    qwen3_vl,
+    smolvlm,
+    xcomposer2,
+)
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.testing.twins.xcomposer2_reference import Reference
 from tests.examples.shell import environment
@@ -28,6 +37,7 @@ WRITERS = {
     ),
     "qwen2_5_vl": (qwen2_5_vl.write_tiny_qwen2_5_vl, None),  # inputs by its config
     "qwen3_vl": (qwen3_vl.write_tiny_qwen3_vl, None),
+    "gemma3": (gemma3.write_tiny_gemma3, gemma3.hf_inputs),
     "smolvlm": (smolvlm.write_tiny_smolvlm, smolvlm.hf_inputs),
     "internlm2": (internlm2.write_tiny_internlm2, internlm2.llama_inputs),
     "llava_internlm2": (llava_internlm2.write_tiny_llava_internlm2, llava_internlm2.llava_inputs),

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers.attention import attention
+from megatron_vlm.layers.context.blocks import BlockCall, Blocks
 
 Exchange = Literal["auto", "gather", "heads"]
 Intervals = tuple[tuple[int, int], ...]
@@ -138,10 +139,10 @@ class Deal:
     def _gathers(self) -> dict[int | None, "_Gather"]:
         return {}
 
-    def gather(self, window: int | None) -> "_Gather":
-        """What this rank's queries need under a window, made once a row."""
+    def gather(self, window: int | None, blocks: Blocks | None = None) -> "_Gather":
+        """What this rank's queries need under a window, made once a row, of which the ``blocks`` are."""
         if window not in self._gathers:
-            self._gathers[window] = _Gather.of(self, window)
+            self._gathers[window] = _Gather.of(self, window, blocks)
         return self._gathers[window]
 
     def received_tokens(self, window: int | None) -> int:
@@ -177,6 +178,7 @@ class _Gather:
         arrange: int64, from the order of arrival to the row's.
         slices: of what was arranged, the keys of each piece.
         cu_q, cu_k, max_q, max_k: of the call of ``attention``.
+        blocks: the call after it, for tokens that see each other.
     """
 
     sends: Tensor
@@ -188,19 +190,24 @@ class _Gather:
     cu_k: Tensor
     max_q: int
     max_k: int
+    blocks: BlockCall | None
 
     @classmethod
-    def of(cls, deal: Deal, window: int | None) -> "_Gather":
+    def of(cls, deal: Deal, window: int | None, blocks: Blocks | None = None) -> "_Gather":
         owner, local = torch.empty(2, deal.starts[-1], dtype=torch.int64)
         for rank, intervals in enumerate(deal.intervals):
             index = _index(intervals)
             owner[index], local[index] = rank, torch.arange(len(index))
         pieces = [_pieces(deal.starts, intervals, window) for intervals in deal.intervals]
+        seen = [[(key, last) for key, _, last in theirs] for theirs in pieces]
+        if blocks is not None:
+            for theirs, intervals in zip(seen, deal.intervals):
+                theirs += [(key, end) for key, _, _, end in blocks.pieces(intervals, window)]
         sends = []
-        for theirs in pieces:
+        for theirs in seen:
             need = _needed(theirs, deal.starts[-1])
             sends.append(local[need[owner[need] == deal.rank]])
-        need = _needed(pieces[deal.rank], deal.starts[-1])
+        need = _needed(seen[deal.rank], deal.starts[-1])
         order = torch.argsort(owner[need], stable=True)  # arrival: by rank, each rank's in the row's order
         first = torch.searchsorted(need, torch.tensor([key for key, _, _ in pieces[deal.rank]])).tolist()
         mine = pieces[deal.rank]
@@ -215,13 +222,14 @@ class _Gather:
             cu_k=_starts(keys).to(deal.device),
             max_q=max(queries),
             max_k=max(keys),
+            blocks=None if blocks is None else blocks.call(deal.intervals[deal.rank], window, deal.index, need),
         )
 
 
-def _needed(pieces: Sequence[tuple[int, int, int]], total: int) -> Tensor:
-    """Positions of all keys of some pieces, each once, ascending."""
+def _needed(pieces: Sequence[tuple[int, int]], total: int) -> Tensor:
+    """Positions of all keys [first, end) of some pieces, each once, ascending."""
     need = torch.zeros(total, dtype=torch.bool)
-    for key, _, last in pieces:
+    for key, last in pieces:
         need[key:last] = True
     return need.nonzero()[:, 0]
 
@@ -277,7 +285,14 @@ def check_heads(num_heads: int, num_query_groups: int, size: int, tp: int) -> st
 
 
 def context_attention(
-    q: Tensor, k: Tensor, v: Tensor, deal: Deal, window: int | None = None, *, recompute: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    deal: Deal,
+    window: int | None = None,
+    *,
+    recompute: bool = True,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """Causal attention of this rank's queries over the keys of all ranks. A collective of ``deal.group``, forward and backward.
 
@@ -288,6 +303,7 @@ def context_attention(
         window: keys a query sees, itself included; None: all of its segment.
         recompute: keys and values of other ranks are not kept for the backward pass but exchanged again, which costs one more
             attention; False where the caller recomputes the layer as a whole.
+        blocks: of the whole row, tokens that see each other both ways.
 
     Returns:
         [n, H, D].
@@ -303,27 +319,33 @@ def context_attention(
             raise ConfigError(
                 f"parallel.context_parallel_exchange is heads, but on a tensor parallel rank {problem}: set gather or auto"
             )
-        return _by_heads(q, k, v, deal, window)
+        return _by_heads(q, k, v, deal, window, blocks)
     if recompute and torch.is_grad_enabled():
-        return checkpoint(_by_keys, q, k, v, deal, window, use_reentrant=False, preserve_rng_state=False)
-    return _by_keys(q, k, v, deal, window)
+        return checkpoint(_by_keys, q, k, v, deal, window, blocks, use_reentrant=False, preserve_rng_state=False)
+    return _by_keys(q, k, v, deal, window, blocks)
 
 
-def _by_keys(q: Tensor, k: Tensor, v: Tensor, deal: Deal, window: int | None) -> Tensor:
-    gather, groups = deal.gather(window), k.shape[1]
+def _by_keys(q: Tensor, k: Tensor, v: Tensor, deal: Deal, window: int | None, blocks: Blocks | None) -> Tensor:
+    gather, groups = deal.gather(window, blocks), k.shape[1]
     both = _Send.apply(torch.cat([k, v], 1), gather)
     both = AllToAll.apply(both, gather.sent, gather.receives, deal.group).index_select(0, gather.arrange)
-    both = torch.cat([both[a:b] for a, b in gather.slices]) if len(gather.slices) != 1 else both
     keys, values = both.split(groups, 1)
-    return attention(q, keys, values, gather.cu_q, gather.cu_k, gather.max_q, gather.max_k, causal=True, window=window)
+    k, v = keys, values
+    if len(gather.slices) != 1 or gather.blocks is not None:
+        k, v = torch.cat([both[a:b] for a, b in gather.slices]).split(groups, 1)
+    sizes = gather.cu_q, gather.cu_k, gather.max_q, gather.max_k
+    out = attention(q, k, v, *sizes, causal=True, window=window)
+    return out if gather.blocks is None else gather.blocks.replace(out, q, keys, values, window)
 
 
-def _by_heads(q: Tensor, k: Tensor, v: Tensor, deal: Deal, window: int | None) -> Tensor:
+def _by_heads(q: Tensor, k: Tensor, v: Tensor, deal: Deal, window: int | None, blocks: Blocks | None) -> Tensor:
     to_row, to_ranks = deal.order
     lengths = [b - a for a, b in pairwise(deal.starts)]
     cu = _starts(lengths).to(deal.device)
     queries, keys, values = (_to_heads(x, deal).index_select(0, to_row) for x in (q, k, v))
     out = attention(queries, keys, values, cu, cu, max(lengths), max(lengths), causal=True, window=window)
+    call = blocks.whole(window) if blocks is not None else None
+    out = out if call is None else call.replace(out, queries, keys, values, window)
     size, count = deal.size, len(q)
     out = AllToAll.apply(out.index_select(0, to_ranks), [count] * size, [count] * size, deal.group)
     return out.view(size, count, -1, q.shape[2]).transpose(0, 1).reshape(count, -1, q.shape[2])

@@ -25,6 +25,7 @@ class SiglipVisionModel(nn.Module):
         hidden_size, patch_size, num_channels: of the tower.
         side: positions along one side of the square position table.
         smallest: patches along one side of the image that rows without images run on (models/fusion.py).
+        stretched: the table is stretched over images of any size; else an image has the positions of its corner.
         dtype, device: of the parameters.
     """
 
@@ -37,11 +38,12 @@ class SiglipVisionModel(nn.Module):
         num_channels: int,
         side: int,
         smallest: int = 1,
+        stretched: bool = True,
         dtype: torch.dtype,
         device: torch.device,
     ):
         super().__init__()
-        self.patch_size, self.side, self.smallest = patch_size, side, smallest
+        self.patch_size, self.side, self.smallest, self.stretched = patch_size, side, smallest, stretched
         self.patch_embedding = nn.Conv2d(
             num_channels, hidden_size, patch_size, stride=patch_size, dtype=dtype, device=device
         )
@@ -68,12 +70,18 @@ class SiglipVisionModel(nn.Module):
                 raise DataError(f"an image of {image.shape[2]}x{image.shape[1]} pixels holds no patch of {size}x{size}")
         counts = [rows * columns for rows, columns in grids]
         patches = torch.cat([patchify(image, size) for image in pixels]).to(weight.dtype)
-        positions = torch.cat([position_ids(*grid, self.side) for grid in grids])
+        place = position_ids if self.stretched else corner_ids
+        positions = torch.cat([place(*grid, self.side) for grid in grids])
         x = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
         x = x + self.position_embedding(positions.to(x.device, non_blocking=True))
         cu_seqlens = cumulative(counts, x.device)
         row = RowParams.of(cu_seqlens, max(counts), len(x))
         return self.encoder(x[:, None], attention_mask=None, packed_seq_params=row)[:, 0], counts
+
+
+def corner_ids(rows: int, columns: int, side: int) -> Tensor:
+    """Position of each patch of a rows x columns grid laid into the corner of a side x side table: int64 [rows * columns]."""
+    return (torch.arange(rows)[:, None] * side + torch.arange(columns)).reshape(-1)
 
 
 def cumulative(counts: Sequence[int], device: torch.device) -> Tensor:

@@ -97,9 +97,9 @@ def build_clip(
 
 
 def build_siglip(
-    siglip: SiglipConfig, topology: Topology, options: ModelOptions, *, smallest: int = 1
+    siglip: SiglipConfig, topology: Topology, options: ModelOptions, *, smallest: int = 1, stretched: bool = True
 ) -> SiglipVisionModel:
-    """The tower, with the norm after its last layer; arguments as of ``build_internvit``."""
+    """The tower, with the norm after its last layer; arguments as of ``build_internvit`` and ``SiglipVisionModel``."""
     encoder = build_encoder(siglip, topology, options, gelu_tanh, final_norm=True)
     return SiglipVisionModel(
         encoder,
@@ -108,6 +108,7 @@ def build_siglip(
         num_channels=siglip.num_channels,
         side=siglip.side,
         smallest=smallest,
+        stretched=stretched,
         dtype=options.torch_dtype,
         device=next(encoder.parameters()).device,
     )

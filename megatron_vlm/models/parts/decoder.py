@@ -17,7 +17,7 @@ _TYPES = ("llama", "mistral", *_QWEN2, *_QWEN3)
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(Config):
-    """A Llama-shaped decoder: RMSNorm, grouped query attention with RoPE, SwiGLU.
+    """A Llama-shaped decoder: RMSNorm, grouped query attention with RoPE, a gated MLP.
 
     Attributes:
         model_type: HF's.
@@ -30,6 +30,12 @@ class TextConfig(Config):
             empty: a token has one position.
         mrope_interleaved: the three take turns pair by pair, rows and columns in as many turns as they have pairs.
         deepstack: features of so many levels of the tower are added behind its first layers (layers/deepstack.py).
+        full_layers: numbers of the layers that see all keys, where the others have the sliding window; empty: all have it.
+        local_rotary_base: base of RoPE, unscaled, in layers with the window, where it is another there; None: it is not.
+        gemma: Gemma 3's layer: GELU (tanh) in the MLP, norms after attention and MLP too, weights of all norms 1 apart.
+        embedding_scale: what embeddings of tokens are times.
+        attention_scale: what products of queries and keys are times; None: 1 / sqrt(head_dim).
+        image_blocks: tokens of an image see each other both ways.
     """
 
     model_type: str
@@ -56,6 +62,13 @@ class TextConfig(Config):
     def feature_size(self) -> int:
         """Width of the features of an image, levels included."""
         return self.hidden_size * (1 + self.deepstack)
+
+    full_layers: tuple[int, ...] = ()
+    local_rotary_base: float | None = None
+    gemma: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    image_blocks: bool = False
 
     @property
     def rope_axes(self) -> tuple[int, ...]:
@@ -143,14 +156,20 @@ def check_tensor_parallel(text: TextConfig, tp: int) -> None:
 
 
 def llama_entries(text: TextConfig, prefix: str = "model.", head: str = "lm_head.weight") -> list[Entry]:
-    """Weight map of a decoder whose HF names are those of Llama, Mistral, Qwen2 and Qwen3.
+    """Weight map of a decoder whose HF names are those of Llama, Mistral, Qwen2, Qwen3 and Gemma 3.
 
     Args:
         text: the decoder.
         prefix: of the HF names of all but the head.
         head: HF name of the head; unused where it is tied.
     """
-    mg = "language_model."
+    mg, norms = "language_model.", [("pre_mlp_layernorm", "post_attention_layernorm")]
+    if text.gemma:
+        norms = [
+            ("self_attn_bda", norms[0][1]),
+            ("pre_mlp_layernorm", "pre_feedforward_layernorm"),
+            ("mlp_bda", "post_feedforward_layernorm"),
+        ]
     entries = [direct(mg + "embedding.word_embeddings.weight", prefix + "embed_tokens.weight", VOCAB)]
     for i in range(text.num_layers):
         h, m = f"{prefix}layers.{i}.", f"{mg}decoder.layers.{i}."
@@ -170,7 +189,7 @@ def llama_entries(text: TextConfig, prefix: str = "model.", head: str = "lm_head
             ]
         entries += [
             direct(m + "self_attention.linear_proj.weight", h + "self_attn.o_proj.weight", ROW),
-            direct(m + "pre_mlp_layernorm.weight", h + "post_attention_layernorm.weight"),
+            *(direct(f"{m}{own}.weight", f"{h}{name}.weight") for own, name in norms),
             gated(m + "mlp.linear_fc1.weight", [h + "mlp.gate_proj.weight", h + "mlp.up_proj.weight"]),
             direct(m + "mlp.linear_fc2.weight", h + "mlp.down_proj.weight", ROW),
         ]

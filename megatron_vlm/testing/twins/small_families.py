@@ -9,6 +9,7 @@ from typing import Any
 from megatron_vlm import registry
 from megatron_vlm.data.row import EncodedSample, Row, row_from_samples
 from megatron_vlm.files import read_json
+from megatron_vlm.testing.twins import gemma3 as twin_gemma3
 from megatron_vlm.testing.twins import internlm2 as twin_internlm2
 from megatron_vlm.testing.twins import internvl3 as twin_internvl3
 from megatron_vlm.testing.twins import llava_internlm2 as twin_llava_internlm2
@@ -29,6 +30,7 @@ Specs = Sequence[tuple[int, int]]
 _SIZES = ((24, 24), (40, 16), (16, 32))
 _GRIDS = ((1, 1), (1, 2), (2, 1))
 NAMES = (
+    "gemma3",
     "idefics2",
     "idefics2_llama3",
     "internvl3",
@@ -121,6 +123,10 @@ def _xcomposer2(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]
     )
 
 
+def _gemma3(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
+    return twin_gemma3.make_samples(twin.config, specs, seed)
+
+
 def _smolvlm(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
     return twin_smolvlm.make_samples(twin.config, specs, seed)
 
@@ -130,6 +136,7 @@ def _internlm2(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
 
 
 _TWINS: dict[str, tuple[str, Callable[..., object], Callable[[SmallTwin, Specs, int], list[EncodedSample]]]] = {
+    "gemma3": ("gemma3", twin_gemma3.write_tiny_gemma3, _gemma3),
     "idefics2": ("idefics2", write_tiny_idefics2, _idefics2),
     "idefics2_llama3": ("idefics2_llama3", _write_llama3, _idefics2),
     "internvl3": ("internvl3", write_tiny_internvl3, _internvl3),

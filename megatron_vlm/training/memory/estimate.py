@@ -8,6 +8,7 @@ So a family, a layout or an adapter is never described twice: what is counted is
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -300,12 +301,14 @@ def make_batch(row: RowShape, tokens: int, model_config: FamilyConfig, dtype: to
             "max_dynamic_patch, max_pixels or hd_num"
         )
     ids = torch.zeros(tokens, dtype=torch.int64)
-    return Row.of(
+    ends = accumulate((cost.features for cost in costs), initial=0)
+    made = Row.of(
         {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in segments]), "labels": ids},
         segments,
         pixels=tuple(torch.empty(image, dtype=dtype, device="meta") for image in row.images),
         image_positions=torch.arange(features),
     )
+    return replace(made, runs=tuple(pairwise(ends)))
 
 
 def passes(microbatches: int, pp: int, pp_rank: int, vp: int) -> Iterator[tuple[bool, int]]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
+from megatron_vlm.models.parts.decoder import TextConfig
 from megatron_vlm.models.processing.image_cost import mean_pairs, tower_flops, tower_operations
 
 Amount = Any
@@ -87,8 +88,9 @@ def forward_flops(
         causal_half: count the half of the score matrix that causal attention needs; False: all of it.
     """
     costs = [config.image_cost(image) for image in images] if has_tower(config) else []
-    window = config.text.sliding_window or max(segments, default=0)
-    pairs = sum(_causal_pairs(s, window) if causal_half else s * s for s in segments)
+    pairs = sum(_layer_pairs(config.text, s) if causal_half else s * s for s in segments)
+    if config.text.image_blocks:
+        pairs += sum(cost.features**2 for cost in costs) / (2 if causal_half else 1)
     return Flops(
         vision=tower_flops(config.vision, costs) if has_tower(config) else 0.0,
         connector=sum(cost.connector for cost in costs),
@@ -109,10 +111,14 @@ def counted_flops(config: FamilyConfig, data: DataConfig, counts: NDArray[Any]) 
     """
     names = ("tokens", "supervised", "image_tokens", "patches")
     tokens, supervised, features, patches = (counts[name].astype(np.float64) for name in names)
-    decoder = _decoder(config, tokens, _causal_pairs(tokens, config.text.sliding_window or np.inf), supervised)
+    attended = _layer_pairs(config.text, tokens)
     if not has_tower(config):
+        decoder = _decoder(config, tokens, attended, supervised)
         return Flops(vision=0.0 * tokens, connector=0.0 * tokens, **decoder)
     largest = config.image_cost(config.expected_image(data))
+    if config.text.image_blocks:
+        attended = attended + features * largest.features / 2
+    decoder = _decoder(config, tokens, attended, supervised)
     segments = features * (len(largest.segments) / largest.features)
     seen = patches + segments * ((sum(largest.segments) - largest.patches) / len(largest.segments))  # class tokens
     within = seen * (sum(n * n for n in largest.windows) / sum(largest.segments))
@@ -141,6 +147,13 @@ def _branches(config: FamilyConfig, tokens: Amount) -> Amount:
     kv = text.num_query_groups * text.head_dim
     qkv, projection, gate_up, down = h + q + 2 * kv, q + h, 2 * h + 2 * f, f + h
     return 2.0 * tokens * rank * (qkv + projection + gate_up + down)
+
+
+def _layer_pairs(text: TextConfig, length: Amount) -> Amount:
+    """Query-key pairs of one causal segment, the mean of layers with and without the window."""
+    full = len(text.full_layers) / text.num_layers
+    pairs = _causal_pairs(length, text.sliding_window or np.inf)
+    return pairs if not full else full * _causal_pairs(length, np.inf) + (1 - full) * pairs
 
 
 def _causal_pairs(length: Amount, window: float) -> Amount:

@@ -13,6 +13,7 @@ from megatron_vlm.models.processing.processor_files import add_stops
 from megatron_vlm.testing.twins.small_families import NAMES, write_small_twin
 
 TURN_ENDS = {
+    "gemma3": "<end_of_turn>",
     "idefics2": "<end_of_utterance>",
     "idefics2_llama3": "<end_of_utterance>",
     "internvl3": "<|im_end|>",

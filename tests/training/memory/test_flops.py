@@ -20,6 +20,7 @@ IMAGES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "xcomposer2": ((3, 112, 2 * 112),),
     "smolvlm": ((3, 112, 112),) * 3,
     "internlm2": (),
+    "gemma3": ((3, 112, 112),),
     "qwen2_5_vl": ((3, 84, 168), (3, 140, 56)),
     "qwen3_vl": ((3, 96, 192), (3, 160, 64)),
 }
@@ -89,7 +90,16 @@ def test_frozen_groups():
 
 
 @pytest.mark.parametrize(
-    "name", ["Idefics2-8B", "InternVL3-8B", "SmolVLM-2.2B", "LLaVA-InternLM2-7B", "Qwen2.5-VL-7B", "Qwen3-VL-8B"]
+    "name",
+    [
+        "Idefics2-8B",
+        "InternVL3-8B",
+        "SmolVLM-2.2B",
+        "LLaVA-InternLM2-7B",
+        "Qwen2.5-VL-7B",
+        "Qwen3-VL-8B",
+        "Gemma3-4B",
+    ],
 )
 def test_what_the_index_counts_gives_the_same(name):
     """Counts of a sample, without its images' sizes, against the images themselves."""

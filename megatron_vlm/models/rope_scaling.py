@@ -25,6 +25,11 @@ def scaled_config(hf_config: dict[str, Any], text: TextConfig, setting: RopeScal
     Raises:
         ConfigError: the setting has no effect, or the positions that the model was trained on are not known.
     """
+    if text.local_rotary_base is not None:
+        raise ConfigError(
+            "model.rope_scaling is not built for a decoder whose layers with and without a window have RoPE of their own: leave "
+            "it out, and write it into text_config of config.json"
+        )
     now, positions = text.rope_scaling, text.max_position_embeddings
     asked = {name: value for name, value in setting.to_dict().items() if value is not None}
     if now is not None and asked.items() <= now.to_dict().items() and ("factor" in asked or seq_length <= text.longest):

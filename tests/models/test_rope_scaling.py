@@ -12,6 +12,7 @@ from megatron_vlm.layers.rope import RopeScaling
 from megatron_vlm.models.rope_scaling import scaled_config
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import hf_reference, layout_logits, random_samples
+from megatron_vlm.testing.shapes import published
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 
 TRAINED, LENGTHS = 60, [150, 40]
@@ -155,3 +156,9 @@ def test_a_run_says_it_in_its_checkpoints_and_exports(twin, tmp_path, caplog):
     asked = {"prompt": {"text": "what is one and two and three? " * 10}, "sampling": {"max_new_tokens": 3}}
     config = GenerateConfig.from_dict({"load": str(save["full"]), "device": "cpu", **asked})
     assert run_distributed(run_generate, config) == [1]
+
+
+def test_layers_with_a_rope_of_their_own_are_refused():
+    text = published()["Gemma3-4B"][1].text
+    with pytest.raises(ConfigError, match="not built for a decoder whose layers with and without a window"):
+        scaled_config({}, text, SETTINGS["linear"], 8192)

@@ -66,8 +66,8 @@ VALUES = _inverted(
         # optimizer
         "optimizer.lr": "lr",
         "optimizer.min_lr": "min-lr",
-        "optimizer.vision_lr": "vision-lr",
-        "optimizer.connector_lr": "connector-lr",
+        "optimizer.vision_lr": "vision-lr vit-lr",
+        "optimizer.connector_lr": "connector-lr aligner-lr",
         "optimizer.lr_decay_style": "lr-decay-style",
         "optimizer.lr_decay_iters": "lr-decay-iters",
         "optimizer.lr_warmup_iters": "lr-warmup-iters",
@@ -97,7 +97,7 @@ VALUES = _inverted(
         "training.eval_iters": "eval-iters",
         "training.dry_run_world_size": "world-size",
         # adapters
-        "peft.adapter": "adapter",
+        "peft.adapter": "adapter adapter-name-or-path",
         "peft.quantize": "quantize",
         # checkpoint
         "checkpoint.load": "load",
@@ -106,7 +106,7 @@ VALUES = _inverted(
         "checkpoint.save_epochs": "save-epochs",
         "checkpoint.ckpt_step": "ckpt-step",
         "checkpoint.keep_last": "keep-last",
-        "checkpoint.keep_best": "keep-best",
+        "checkpoint.keep_best": "keep-best metric-for-best-model",
         "checkpoint.base": "base",
         # logging
         "logging.log_interval": "log-interval logging-steps",
@@ -166,6 +166,12 @@ LAUNCH_LISTS = _inverted(
 OUTPUT_DIR = "launch.output_dir"
 """What logging.output_dir's flags set for `megatron-vlm launch`."""
 
+_FREEZE_VISION = (
+    "freeze-vision freeze-clip-vision-tower freeze-backbone freeze-ViT freeze-vit freeze-vision-tower fix-vit"
+)
+_FREEZE_CONNECTOR = (
+    "freeze-connector freeze-perceiver freeze-mlp freeze-aligner freeze-multi-modal-projector fix-sampler"
+)
 # flag -> (config key, value); the flag stands alone, or says true or false
 SWITCHES: dict[str, tuple[str, Any]] = {
     "skip-train": ("training.skip_train", True),
@@ -181,36 +187,16 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", True),
     "no-accumulate-allreduce-grads-in-fp32": ("parallel.accumulate_allreduce_grads_in_fp32", False),
     **dict.fromkeys(("freeze-llm", "freeze-LM", "freeze-language-model"), ("model.freeze_llm", True)),
-    **dict.fromkeys(
-        (
-            "freeze-vision",
-            "freeze-clip-vision-tower",
-            "freeze-backbone",
-            "freeze-ViT",
-            "freeze-vit",
-            "freeze-vision-tower",
-            "fix-vit",
-        ),
-        ("model.freeze_vision", True),
-    ),
-    **dict.fromkeys(
-        (
-            "freeze-connector",
-            "freeze-perceiver",
-            "freeze-mlp",
-            "freeze-aligner",
-            "freeze-multi-modal-projector",
-            "fix-sampler",
-        ),
-        ("model.freeze_connector", True),
-    ),
+    **dict.fromkeys(_FREEZE_VISION.split(), ("model.freeze_vision", True)),
+    **dict.fromkeys(_FREEZE_CONNECTOR.split(), ("model.freeze_connector", True)),
     **dict.fromkeys(("dynamic-image-size", "use-tiling"), ("data.dynamic_image_size", True)),
     "use-thumbnail": ("data.use_thumbnail", True),
     "answer-loss-only": ("data.answer_loss_only", True),
     "allow-data-change": ("data.allow_data_change", True),
     "group-by-modality-length": ("data.group_by", "modality"),
-    **dict.fromkeys(("packing", "use-packed-ds"), ("data.packing", True)),
+    **dict.fromkeys(("packing", "use-packed-ds", "neat-packing"), ("data.packing", True)),
     "no-packing": ("data.packing", False),
+    **dict.fromkeys(("double-quantization", "bnb-4bit-use-double-quant"), ("peft.double_quant", True)),
     "finetune": ("checkpoint.finetune", True),
     "no-load-optim": ("checkpoint.no_load_optim", True),
     "no-load-rng": ("checkpoint.no_load_rng", True),
@@ -259,6 +245,12 @@ TRANSLATED: dict[str, dict[str, tuple[str, Any] | None]] = {
     "template": {"intern2": ("data.template", "internlm2_chat")},
     "stage": {"sft": None},
     "task-type": {"causal_lm": None},
+    **{key: {"bnb": None, "nf4": None} for key in ("quantization-method", "quant-method", "bnb-4bit-quant-type")},
+    **{key: {"true": None} for key in ("dataset-shuffle", "train-dataloader-shuffle", "init-weights")},
+    **{key: {"false": None, "concat": None} for key in ("mask-history", "mix-strategy", "use-unsloth", "streaming")},
+    "truncation-strategy": {"delete": ("data.on_too_long", "drop"), "right": ("data.on_too_long", "truncate")},
+    "train-on-prompt": {"true": ("data.answer_loss_only", False), "false": ("data.answer_loss_only", True)},
+    "metric-for-best-model": {"eval_loss": ("checkpoint.keep_best", "loss")},
     **{key: {"none": None, "": None} for key in ("llm-path", "vision-path", "mlp-path")},
 }
 
@@ -283,7 +275,8 @@ _IGNORED = {
         no-bias-swiglu-fusion no-bias-dropout-fusion bias-gelu-fusion no-gradient-accumulation-fusion no-rope-fusion
         no-async-tensor-model-parallel-allreduce no-persist-layer-norm apply-query-key-layer-scaling
         no-query-key-layer-scaling use-fused-rmsnorm use-fused-swiglu tp-comm-overlap flash-attn
-        attn-impl attn-implementation use-liger half-precision-backend fp16-opt-level""",
+        attn-impl attn-implementation use-liger half-precision-backend fp16-opt-level
+        use-liger-kernel enable-liger-kernel bnb-4bit-compute-dtype""",
     "there is one implementation here, which needs no switch": """
         use-mcore-models use-legacy-models distributed-backend local-rank use-cpu-initialization dataloader-type
         eod-mask-loss reset-position-ids reset-attention-mask
@@ -292,11 +285,12 @@ _IGNORED = {
         no-delay-grad-reduce overlap-p2p-communication no-overlap-p2p-communication deallocate-pipeline-outputs
         dataloader-save allow-missing-vision-projection-checkpoint use-custom-trainer use-loss-scale
         gradient-checkpointing-kwargs ddp-find-unused-parameters ddp-backend ddp-bucket-cap-mb ddp-broadcast-buffers
-        use-hf check-model model-type remove-unused-columns label-names lazy-preprocess trust-remote-code ddp-timeout""",
+        use-hf check-model model-type remove-unused-columns label-names lazy-preprocess trust-remote-code ddp-timeout
+        add-version create-checkpoint-symlink padding-free""",
     "workers, prefetching and pinning are chosen here; their settings are data.num_workers and data.prefetch_mb": """
         dataloader-pin-memory dataloader-persistent-workers dataloader-prefetch-factor dataloader-drop-last
         preprocessing-num-workers dataset-num-proc overwrite-cache num-images-expected max-buffer-size log-freq strict-mode
-        replacement allow-overflow""",
+        replacement allow-overflow lazy-tokenize load-from-cache-file""",
     "an evaluation lays held-out samples into rows as training does, which does not change its loss": """
         per-device-eval-batch-size eval-accumulation-steps bf16-full-eval fp16-full-eval""",
     "metrics.jsonl always has what this asks for, or it belongs to Megatron's timers": """
@@ -345,6 +339,13 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("100,0,0", "1,0,0", "100", "1"),
         "held-out data is named by itself, --valid-data-path DIR; `data build --val-fraction` makes it",
     ),
+    **dict.fromkeys(
+        ("val-size", "split-dataset-ratio"),
+        (("0", "0.0"), "held-out data is named by itself, --val_json FILE; `data build --val-fraction` makes it"),
+    ),
+    "max-samples": ((), "a data set is taken whole: name a shorter file"),
+    "dataset-dir": ((), "data sets are files here: --dataset FILE ..."),
+    **dict.fromkeys(("system", "default-system"), ((), "each record has its own system line, its first turn")),
     "optimizer": (("adam",), "AdamW is the only optimizer built; leave it out"),
     "expert-model-parallel-size": (("1",), f"expert parallelism {_NOT_BUILT}; set it to 1"),
     "start-weight-decay": ((), f"a weight decay that changes over the run {_NOT_BUILT}; use --weight-decay"),
@@ -381,7 +382,6 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "neftune-noise-alpha": (("0", "0.0", *_NONE), f"noise on embeddings {_NOT_BUILT}; leave it out"),
     "auto-find-batch-size": (_FALSE, "launch chooses by memory before it starts; leave it out"),
     "load-best-model-at-end": (_FALSE, f"going back to the best checkpoint {_NOT_BUILT}; leave it out"),
-    "metric-for-best-model": ((), f"choosing a best checkpoint {_NOT_BUILT}; leave it out"),
     "lr-scheduler-kwargs": (("{}",), "give the floor of the decay as --min-lr"),
     "torch-compile": (_FALSE, f"compilation {_NOT_BUILT}; leave it out"),
     "push-to-hub": (_FALSE, "upload what output_dir holds with the hub's own command; leave it out"),

@@ -197,3 +197,37 @@ def test_the_spellings_of_ms_swift_and_llama_factory(tmp_path):
 def test_a_config_may_stand_first():
     assert parse_flags(["a.yaml", "--lr", "1"]).config == "a.yaml"
     assert parse_flags(["optimizer.lr=1"]).config is None
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("--vit_lr 1e-5 --aligner_lr 2e-5", {"optimizer.vision_lr": 1e-5, "optimizer.connector_lr": 2e-5}),
+        (
+            "--truncation_strategy delete --train_on_prompt false",
+            {"data.on_too_long": "drop", "data.answer_loss_only": True},
+        ),
+        ("--quant_method bnb --bnb_4bit_quant_type nf4 --double_quantization true", {"peft.double_quant": True}),
+        ("--neat_packing true --mix_strategy concat --use_unsloth false --streaming false", {"data.packing": True}),
+        ("--metric_for_best_model eval_loss --split_dataset_ratio 0", {"checkpoint.keep_best": "loss"}),
+        ("--lazy_tokenize true --use_liger_kernel true --padding_free true --dataset_shuffle true", {}),
+    ],
+)
+def test_more_spellings_of_ms_swift_and_llama_factory(words, settings):
+    found = dict(parse_flags(words.split(), "launch").settings)
+    assert {key: type(settings[key])(value) for key, value in found.items()} == settings
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--max_samples 1000", "name a shorter file"),
+        ("--val_size 0.1", "held-out data is named by itself"),
+        ("--system hi", "its own system line"),
+        ("--use_unsloth true", "--use_unsloth true is not built"),
+        ("--truncation_strategy left", "known here: delete, right"),
+    ],
+)
+def test_what_ms_swift_and_llama_factory_mean_and_is_not_here(words, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_flags(words.split(), "launch")

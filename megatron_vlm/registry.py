@@ -219,6 +219,7 @@ FAMILIES = {
     "xcomposer2": "megatron_vlm.models.families.xcomposer2:SPEC",
     "smolvlm": "megatron_vlm.models.families.smolvlm:SPEC",
     "llava_internlm2": "megatron_vlm.models.families.llava_internlm2:SPEC",
+    "llava_next": "megatron_vlm.models.families.llava_next:SPEC",
 }
 
 

@@ -124,9 +124,9 @@ def build_model(spec: FamilySpec, config: FamilyConfig, topology: Topology, opti
     )
 
 
-def image_parts(config: ImageConfig, tower: Any, image: ImageShape) -> ImageParts:
-    """How an image is dealt: in the parts that its tower names (``tower.parts``), or whole."""
-    features, work = image_work(config, image)
+def image_parts(config: ImageConfig, tower: Any, image: ImageShape, grid: tuple[int, ...] = ()) -> ImageParts:
+    """How an image is dealt: in the parts that its tower names (``tower.parts``), or whole; ``grid``: its numbers in a row."""
+    features, work = image_work(config, image, grid)
     if hasattr(tower, "parts"):
         return tower.parts(image, features, work)
     return ImageParts(number=1, cut=lambda pixels: (pixels,), features=features, work=work)

@@ -36,12 +36,13 @@ class ImageConfig(FamilyConfig, Protocol):
         """The largest image that ``data`` lets through."""
 
     def image_cost(self, image: ImageShape) -> ImageCost:
-        """What one image costs."""
+        """What one image costs. A family whose images have numbers beside their pixels takes these as well, and without them
+        the most that such an image may cost."""
 
 
-def image_work(config: ImageConfig, image: ImageShape) -> tuple[int, float]:
-    """Features of an image, and operations of tower and connector on it."""
-    cost = config.image_cost(image)
+def image_work(config: ImageConfig, image: ImageShape, grid: tuple[int, ...] = ()) -> tuple[int, float]:
+    """Features of an image, and operations of tower and connector on it; ``grid``: its numbers in ``Row.grids``."""
+    cost = config.image_cost(image, *([grid] if grid else []))
     return cost.features, tower_flops(config.vision, [cost]) + cost.connector
 
 

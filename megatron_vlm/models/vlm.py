@@ -5,7 +5,7 @@
 The first stage owns tower and connector; where images are encoded ahead (training/ahead.py), later ones hold copies. The family
 gives both:
     vision_model(pixels: tuple of [C, h, w]) -> (patches [P, Hv], number of patches of each image)
-    connector(patches, counts) -> features [F, H]
+    connector(patches, counts) -> features [F, H]; of images with numbers beside their pixels (Row.grids) these in place of counts
 In training a row without images runs them on the smallest image of zeros, whose features go nowhere (models/fusion.py).
 """
 
@@ -112,12 +112,12 @@ class VisionLanguageModel(MegatronModule):
         assert row.cache is not None
         return self.language_model.logits(hidden, row.cu_seqlens_q[1:][: len(row.cache.lengths)].long() - 1)
 
-    def image_features(self, pixels: Sequence[Tensor]) -> Tensor:
-        """[F, H] (DeepStack: wider), features of all images [C, h, w] of a row in order (first stage)."""
+    def image_features(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """[F, H] (DeepStack: wider), features of all images [C, h, w] of a row in order (first stage); ``grids`` as of Row."""
         with alike_over_context_ranks():
-            return self._features(pixels, *self._vision_parts())
+            return self._features(pixels, grids, *self._vision_parts())
 
-    def own_features(self, pixels: Sequence[Tensor]) -> Tensor:
+    def own_features(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, ...]] = ()) -> Tensor:
         """The same of parts of images (layers.context.images.ImageParts) that no other rank encodes: it draws its own numbers."""
         vision, connector = self._vision_parts()
         vision, connector = getattr(vision, "encode_parts", vision), getattr(connector, "of_parts", connector)
@@ -125,11 +125,14 @@ class VisionLanguageModel(MegatronModule):
         with (
             get_cuda_rng_tracker().fork() if apart else nullcontext()
         ):  # as what is split draws: tensor parallel ranks apart
-            return self._features(pixels, vision, connector)
+            return self._features(pixels, grids, vision, connector)
 
-    def _features(self, pixels: Sequence[Tensor], vision: Any, connector: Any) -> Tensor:
+    def _features(
+        self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, ...]], vision: Any, connector: Any
+    ) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.vision_model)):
             patches, counts = vision(pixels)
+        counts = grids or counts
         if self.recompute_connector and self.training and _trains(self):
             # Non-reentrant: a frozen tower gives an input without gradient, which a reentrant one would answer with zeros.
             return checkpoint(connector, patches, counts, use_reentrant=False, context_fn=_same_numbers)
@@ -151,7 +154,7 @@ class VisionLanguageModel(MegatronModule):
             features = batch.share.exchange(self._shared_features(batch))
             x = fuse(x, features, batch.image_positions, len(batch.pixels))
         elif batch.pixels:
-            features = self.filler.real(self.image_features(batch.pixels))
+            features = self.filler.real(self.image_features(batch.pixels, batch.grids))
             x = fuse(x, features, batch.image_positions, len(batch.pixels), batch.part)
         elif self._needs_filler():
             x = self._beside_filler(x)
@@ -166,7 +169,7 @@ class VisionLanguageModel(MegatronModule):
     def _shared_features(self, batch: Row) -> Tensor:
         """[f, H], features of the images that this rank encodes of a row that ranks share; it may have none."""
         if batch.pixels:
-            return self.filler.real(self.own_features(batch.pixels))
+            return self.filler.real(self.own_features(batch.pixels, batch.grids))
         width, dtype = self.language_model.feature_size, self.config.params_dtype
         none = torch.empty(0, width, dtype=dtype, device=batch.input_ids.device)
         return self._beside_filler(none) if self._needs_filler() else none

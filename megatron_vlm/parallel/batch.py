@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from megatron_vlm.layers.context.images import ImageParts, ImageShare, holders, 
 from megatron_vlm.parallel.host import copy_stream
 from megatron_vlm.parallel.topology import Topology
 
-ImageWork = Callable[[tuple[int, ...]], ImageParts]
-"""Shape of an image -> how it is dealt."""
+ImageWork = Callable[[tuple[int, ...], tuple[int, ...]], ImageParts]
+"""Shape of an image, and its numbers in ``Row.grids`` -> how it is dealt."""
 
 
 def raise_together(error: BaseException | None, device: torch.device) -> None:
@@ -136,7 +137,8 @@ def device_batch(
     if not whole:
         row = own_tokens(topology, row, work if pixels else None)
     if row.share is not None:
-        row = replace(row, pixels=send_images(topology, row.pixels, row.share.owners, dtype))
+        pixels_here = send_images(topology, row.pixels, row.share.owners, dtype)
+        row = replace(row, pixels=pixels_here, grids=tuple(row.grids[i] for i in row.share.mine if row.grids))
     elif pixels and topology.grid.size("tp", "cp") > 1 and row.pixels:
         row = replace(row, pixels=_share_pixels(topology, row, dtype))
     stream = copy_stream(topology.device, "rows")
@@ -167,7 +169,7 @@ def own_tokens(topology: Topology, row: Row, work: ImageWork | None = None) -> R
     if work is None or not topology.shares_images or not row.pixels:
         return own
     dealt = deal_images(topology, [row], work)
-    return replace(own, pixels=tuple(dealt.images), share=dealt.share)
+    return replace(own, pixels=tuple(dealt.images), grids=dealt.grids, share=dealt.share)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -176,12 +178,14 @@ class DealtImages:
 
     Attributes:
         images: of all rows, in the parts that are dealt; meta tensors where the rows' are.
+        grids: of all rows, an image that has some being dealt whole.
         costs: work of each.
         held: features of each row whose tokens this rank's context parallel rank holds.
         share: who encodes which.
     """
 
     images: list[torch.Tensor]
+    grids: tuple[tuple[int, ...], ...]
     costs: list[float]
     held: list[int]
     share: ImageShare
@@ -201,8 +205,8 @@ def deal_images(topology: Topology, rows: Sequence[Row], work: ImageWork) -> Dea
     ordered = True
     for row in rows:
         tokens = 0
-        for image in row.pixels:
-            parts = work(tuple(image.shape))
+        for image, grid in zip(row.pixels, row.grids or repeat(())):
+            parts = work(tuple(image.shape), grid)
             features = parts.number * parts.features
             order = torch.arange(features) if parts.tokens is None else parts.tokens
             sources.append(order + sum(counts))
@@ -230,7 +234,8 @@ def deal_images(topology: Topology, rows: Sequence[Row], work: ImageWork) -> Dea
         source=None if ordered else torch.cat(sources),
     )
     held = [int((ranks == topology.cp_rank).sum()) for ranks in holder]
-    return DealtImages(images=images, costs=costs, held=held, share=share)
+    grids = tuple(grid for row in rows for grid in row.grids)
+    return DealtImages(images=images, grids=grids, costs=costs, held=held, share=share)
 
 
 def _deal(topology: Topology, row: Row) -> Deal:

@@ -5,11 +5,13 @@ What is told by shapes (memory, operations, layouts) needs no weights.
 
 from typing import Any
 
+from megatron_vlm.data.images.anyres import AnyRes
 from megatron_vlm.models.families.gemma3.config import Gemma3ModelConfig
 from megatron_vlm.models.families.idefics2.config import Idefics2ModelConfig
 from megatron_vlm.models.families.internlm2.config import InternLM2ModelConfig
 from megatron_vlm.models.families.internvl3.config import InternVL3ModelConfig
 from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
+from megatron_vlm.models.families.llava_next.config import LlavaNextModelConfig
 from megatron_vlm.models.families.qwen2_5_vl.config import Qwen25VLConfig
 from megatron_vlm.models.families.qwen3_vl.config import Qwen3VLConfig
 from megatron_vlm.models.families.smolvlm.config import SmolVLMModelConfig
@@ -67,6 +69,14 @@ def llava(text: TextConfig, vision: Any) -> LlavaModelConfig:
     )
 
 
+def llava_next(text: TextConfig, vision: Any) -> LlavaNextModelConfig:
+    """LLaVA-NeXT."""
+    size, grids = vision.image_size, ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    sizes = tuple((rows * size, columns * size) for rows, columns in grids)
+    anyres = AnyRes(sizes=sizes, tile=size, side=vision.side)
+    return LlavaNextModelConfig(text=text, vision=vision, anyres=anyres, image_token_id=5, kind="LlavaNext")
+
+
 def qwen2_5_vl(text: TextConfig, hidden: int, ffn: int, layers: int, heads: int) -> Qwen25VLConfig:
     """Qwen2.5-VL; the numbers are the tower's."""
     full = tuple(range(layers // 4 - 1, layers, layers // 4))
@@ -118,6 +128,7 @@ def small() -> dict[str, Any]:
             tower(InternVitConfig, 128, 512, 3, 4, 112, **_VIT),
         ),
         "llava_internlm2": llava(decoder, clip),
+        "llava_next": llava_next(decoder, clip),
         "xcomposer2": XComposer2Config(text=decoder, vision=clip, hd=True, plora_rank=16, plora_dropout=0.05),
         "smolvlm": smolvlm(
             text(256, 640, 4, 8, 4, 2048, tie_word_embeddings=True), tower(SiglipConfig, 128, 512, 3, 4, 112), 2
@@ -162,5 +173,6 @@ def published() -> dict[str, tuple[str, Any]]:
             "gemma3",
             gemma3(2560, 10240, 34, 8, 4, 262208, 256, (1024, 6), tower(SiglipConfig, 1152, 4304, 27, 16, 896), 4),
         ),
+        "LLaVA-NeXT-Mistral-7B": ("llava_next", llava_next(text(4096, 14336, 32, 32, 8, 32064), clip)),
         "LLaVA-InternLM2-7B": ("llava_internlm2", llava(text(4096, 14336, 32, 32, 8, 92545), clip)),
     }

@@ -70,7 +70,9 @@ def encode_ahead(model: Model, rows: Sequence[Row]) -> tuple[Row, ...]:
             pixels = send_images(topology, dealt.images, turn, stage.config.params_dtype)
             if pixels:
                 with stage.saved.of_a_pass():
-                    outputs.append(stage.own_features(pixels))
+                    outputs.append(
+                        stage.own_features(pixels, [dealt.grids[i] for i in turn[share.rank] if dealt.grids])
+                    )
     with torch.no_grad():
         like = torch.empty(
             0, stage.language_model.feature_size, dtype=stage.config.params_dtype, device=topology.device

@@ -165,6 +165,7 @@ BATCHES = {
     "smolvlm/video_smolvlm": 16,
     "internvl3/finetune_internvl3_5": 512, "internvl3/pretrain_internvl3": 512,
     "gemma3/finetune_gemma3": 32, "gemma3/lora_gemma3": 16, "gemma3/qlora_gemma3": 16,
+    "llava_next/finetune_llava_next": 128, "llava_next/lora_llava_next": 128, "llava_next/qlora_llava_next": 128,
     "qwen2_5_vl/finetune_qwen2_5_vl": 32, "qwen2_5_vl/lora_qwen2_5_vl": 16, "qwen2_5_vl/qlora_qwen2_5_vl": 16,
     "qwen3_vl/finetune_qwen3_vl": 32, "qwen3_vl/lora_qwen3_vl": 16, "qwen3_vl/qlora_qwen3_vl": 16,
     "llava_internlm2/pretrain_llava_internlm2": 256, "llava_internlm2/finetune_llava_internlm2": 128,

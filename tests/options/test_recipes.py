@@ -37,6 +37,7 @@ GEMMA3 = 34 * pairs(
     16, (2560, 2048), (2560, 1024), (2560, 1024), (2048, 2560), (2560, 10240), (2560, 10240), (10240, 2560)
 )
 SMOLVLM = 24 * decoder(8, 2048, 2048, 8192)
+LLAVA_NEXT = 32 * decoder(128, 4096, 1024, 14336)
 XCOMPOSER2 = 32 * decoder(64, 4096, 1024, 14336, fused=True)
 INTERNLM2 = 24 * decoder(64, 2048, 1024, 8192, fused=True) + pairs(64, (2048, 92544))
 LLAVA_LLM = 24 * decoder(512, 2048, 1024, 8192, fused=True) + pairs(
@@ -52,8 +53,9 @@ def xcomposer2(size: int, hd: bool) -> XComposer2Config:
     return XComposer2Config(text=decoder, vision=vision, hd=hd, plora_rank=256, plora_dropout=0.05)
 
 
-INTERNVL3_8B, IDEFICS2_8B, LLAVA, SMOLVLM_2B = (
-    published()[name] for name in ("InternVL3-8B", "Idefics2-8B", "LLaVA-InternLM2-1.8B", "SmolVLM-2.2B")
+INTERNVL3_8B, IDEFICS2_8B, LLAVA, LLAVA_NEXT_7B, SMOLVLM_2B = (
+    published()[name]
+    for name in ("InternVL3-8B", "Idefics2-8B", "LLaVA-InternLM2-1.8B", "LLaVA-NeXT-Mistral-7B", "SmolVLM-2.2B")
 )
 QWEN_7B, QWEN3_VL_8B, GEMMA_4B = (published()[name] for name in ("Qwen2.5-VL-7B", "Qwen3-VL-8B", "Gemma3-4B"))
 # recipe -> ((family, published model), numbers of its pairs, numbers trained in full, in 4 bits)
@@ -70,6 +72,8 @@ CASES = {
     "qlora_idefics2": (IDEFICS2_8B, IDEFICS2, 0, True),
     "smolvlm/lora_smolvlm": (SMOLVLM_2B, SMOLVLM, 0, False),
     "smolvlm/qlora_smolvlm": (SMOLVLM_2B, SMOLVLM, 0, True),
+    "llava_next/lora_llava_next": (LLAVA_NEXT_7B, LLAVA_NEXT, 0, False),
+    "llava_next/qlora_llava_next": (LLAVA_NEXT_7B, LLAVA_NEXT, 0, True),
     "xcomposer2/lora_xcomposer2": (("xcomposer2", xcomposer2(490, False)), XCOMPOSER2, 0, False),
     "xcomposer2/lora_xcomposer2_4khd": (("xcomposer2", xcomposer2(336, True)), XCOMPOSER2, 0, False),
     "internlm2/qlora_internlm2": (
@@ -125,7 +129,7 @@ def test_a_familys_defaults():
 
 
 def test_the_recipe_names_what_the_flag_names():
-    for family in ("gemma3", "internvl3", "qwen2_5_vl", "qwen3_vl", "xcomposer2", "smolvlm"):
+    for family in ("gemma3", "internvl3", "qwen2_5_vl", "qwen3_vl", "xcomposer2", "smolvlm", "llava_next"):
         name = f"{family}/lora_{family}"
         assert config_of(name).peft.target_modules == registry.get(family).adapters.language
 

@@ -19,6 +19,7 @@ from megatron_vlm.testing.twins import (
     internlm2,
     internvl3,
     llava_internlm2,
+    llava_next,
     qwen2_5_vl,
     qwen3_vl,
     smolvlm,
@@ -41,6 +42,7 @@ WRITERS = {
     "smolvlm": (smolvlm.write_tiny_smolvlm, smolvlm.hf_inputs),
     "internlm2": (internlm2.write_tiny_internlm2, internlm2.llama_inputs),
     "llava_internlm2": (llava_internlm2.write_tiny_llava_internlm2, llava_internlm2.llava_inputs),
+    "llava_next": (partial(llava_next.write_tiny_llava_next, kind="LlavaOnevision"), llava_next.hf_inputs),
     "xcomposer2": (lambda folder: xcomposer2.write_tiny_xcomposer2(folder, "7b"), None),
 }
 

@@ -111,4 +111,12 @@ TEMPLATES = {
     "vicuna": Template(
         name="vicuna", system="{} ", user="USER: {} ASSISTANT:", answer=" {}</s>", separator="", special=("</s>",), whole=True
     ),
+    "mistral": Template(
+        name="mistral", system="<<SYS>>\n{}\n<</SYS>>\n\n", user="[INST] {} [/INST]", answer=" {}</s>", separator="",
+        special=("</s>",), whole=True,
+    ),
+    "onevision": Template(
+        name="onevision", system="<|im_start|>system \n{}<|im_end|>", user="<|im_start|>user {}<|im_end|><|im_start|>assistant\n",
+        answer="{}<|im_end|>", separator="", special=("<|im_start|>", "<|im_end|>"), whole=True,
+    ),
 }  # fmt: skip

@@ -75,7 +75,8 @@ class ClipVisionModel(nn.Module):
         """Encodes the images of a row.
 
         Args:
-            pixels: one [C, S, S] per image, normalised; or one image of ``smallest`` patches a side, alone in its row.
+            pixels: one [C, S, S] per image, normalised, of which what lies beyond whole patches is dropped, as by a convolution;
+                or one image of ``smallest`` patches a side, alone in its row.
 
         Returns:
             (patch states [P, Hv], patches of each image, all equal).
@@ -86,7 +87,7 @@ class ClipVisionModel(nn.Module):
         side = self.side_of(pixels)
         size = side * self.patch_size
         for image in pixels:
-            if tuple(image.shape[1:]) != (size, size):
+            if (image.shape[1] // self.patch_size, image.shape[2] // self.patch_size) != (side, side):
                 raise DataError(
                     f"the tower has positions for {size}x{size} pixels, got an image of "
                     f"{image.shape[2]}x{image.shape[1]}: the processor's image size and the model's differ"

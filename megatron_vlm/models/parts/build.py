@@ -229,7 +229,7 @@ def build_perceiver(perceiver: PerceiverConfig, mcore: TransformerConfig, topolo
 
 
 def build_projector(
-    kind: type[P],
+    kind: Callable[..., P],
     width: int,
     hidden_size: int,
     topology: Topology,
@@ -239,7 +239,7 @@ def build_projector(
     """The projector, split by the width between its linears.
 
     Args:
-        kind: class to make.
+        kind: class to make, or what makes one of the same arguments.
         width: of the features.
         hidden_size: of the decoder.
         topology, options: of the model.

@@ -4,7 +4,8 @@ turns --data.templates--> pieces --each tokenised on its own--> ids, labels
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ LOGGER = get_logger(__name__)
 class TemplateProcessor(ConversationProcessor):
     """Encodes conversations. Plain values only: it travels to worker processes.
 
-    A family whose images are seen gives ``tokens_per_image``, ``patches_per_image`` and ``pixels``.
+    A family whose images are seen gives ``tokens_per_image``, ``patches_per_image`` and ``pixels``; one whose images are of many
+    sizes ``image_tokens``, ``patches`` and ``views`` in place of them.
 
     Attributes:
         template: prompt format.
@@ -49,6 +51,10 @@ class TemplateProcessor(ConversationProcessor):
         """Tokens that hold one image's features."""
         return 0
 
+    def image_tokens(self, plan: Any) -> int:
+        """The same of an image of which this is the plan."""
+        return self.tokens_per_image
+
     @property
     def patches_per_image(self) -> int:
         """Patches that the tower sees of one image."""
@@ -61,10 +67,10 @@ class TemplateProcessor(ConversationProcessor):
     def unusable(self, turns: Sequence[Turn], sizes: Sequence[Size]) -> Reason:
         return Reason.IMAGES_FOR_A_TEXT_MODEL if sizes and self.image_token_id < 0 else Reason.NONE
 
-    def patches(self, plan: Size) -> int:
+    def patches(self, plan: Any) -> int:
         return self.patches_per_image
 
-    def views(self, image: Image.Image, plan: Size, draw: Any) -> list[torch.Tensor]:
+    def views(self, image: Image.Image, plan: Any, draw: Any) -> list[torch.Tensor]:
         return [self.pixels(image)]
 
     def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> EncodedSample:
@@ -73,16 +79,22 @@ class TemplateProcessor(ConversationProcessor):
             raise DataError(message, reason=Reason.IMAGES_FOR_A_TEXT_MODEL)
         return super().encode_prompt(turns, images)
 
-    def tokenise(self, turns: Sequence[Turn], plans: Sequence[Size], prompt: bool = False) -> Tokens:
+    def tokenise(self, turns: Sequence[Turn], plans: Sequence[Any], prompt: bool = False) -> Tokens:
         """A template ends in the assistant's header by itself where the last turn is the user's."""
         pieces = self.template.pieces([self._placed(turn) for turn in turns], self.bos_token_id, self.eos_token_id)
         never = [self.image_token_id, *([] if self.bos_token_id is None else [self.bos_token_id])]
-        run = (self.image_token_id,) * self.tokens_per_image
+        counts = [self.image_tokens(plan) for plan in plans] if self.image_token_id >= 0 else []
         how = dict[str, Any](num_turns=len(turns), answer_only=self.answer_loss_only, never=never)
         if not self.template.whole:
-            split = [part for piece in pieces for part in _split(piece, run)]
+            runs = ((self.image_token_id,) * count for count in counts)
+            split = [part for piece in pieces for part in _split(piece, runs)] if counts else pieces
             return encode_separately(self.tokenizer, split, **how)
-        texts = [dataclasses.replace(p, text=p.text.replace(IMAGE, IMAGE * len(run))) for p in pieces if p.ids is None]
+        places = (IMAGE * count for count in counts)
+        texts = [
+            dataclasses.replace(p, text=re.sub(IMAGE, lambda _: next(places), p.text) if counts else p.text)
+            for p in pieces
+            if p.ids is None
+        ]
         tokens = encode_pieces(self.tokenizer, texts, **how)
         begin = [] if self.bos_token_id is None else [self.bos_token_id]
         return dataclasses.replace(
@@ -170,14 +182,14 @@ def write_tokenizer(
     return tokenizer
 
 
-def _split(piece: Piece, run: tuple[int, ...]) -> list[Piece]:
-    """Cuts a piece at its images, each of which becomes ``run``."""
-    if piece.ids is not None or not run:
+def _split(piece: Piece, runs: Iterator[tuple[int, ...]]) -> list[Piece]:
+    """Cuts a piece at its images, each of which becomes the next of ``runs``."""
+    if piece.ids is not None:
         return [piece]
     parts: list[Piece] = []
     for number, text in enumerate(piece.text.split(IMAGE)):
         if number:
-            parts.append(Piece(ids=run))
+            parts.append(Piece(ids=next(runs)))
         if text:
             parts.append(dataclasses.replace(piece, text=text))
     return parts

@@ -13,6 +13,7 @@ from megatron_vlm.testing.twins import gemma3 as twin_gemma3
 from megatron_vlm.testing.twins import internlm2 as twin_internlm2
 from megatron_vlm.testing.twins import internvl3 as twin_internvl3
 from megatron_vlm.testing.twins import llava_internlm2 as twin_llava_internlm2
+from megatron_vlm.testing.twins import llava_next as twin_llava_next
 from megatron_vlm.testing.twins import qwen2_5_vl as twin_qwen2_5_vl
 from megatron_vlm.testing.twins import qwen3_vl as twin_qwen3_vl
 from megatron_vlm.testing.twins import smolvlm as twin_smolvlm
@@ -35,6 +36,8 @@ NAMES = (
     "idefics2_llama3",
     "internvl3",
     "llava_internlm2",
+    "llava_next",
+    "llava_onevision",
     "qwen2_5_vl",
     "qwen3_vl",
     "xcomposer2",
@@ -112,6 +115,14 @@ def _llava(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
     return twin_llava_internlm2.make_samples(twin.config, specs, seed)
 
 
+def _llava_next(twin: SmallTwin, specs: Specs, seed: int) -> list[EncodedSample]:
+    return twin_llava_next.make_samples(twin.config, specs, seed)
+
+
+def _write_onevision(directory: Path, **options: Any) -> Any:
+    return twin_llava_next.write_tiny_llava_next(directory, "LlavaOnevision", **options)
+
+
 def _write_xcomposer2_hd(directory: Path, **options: Any) -> None:
     write_tiny_xcomposer2(directory, variant="4khd-7b", **options)
 
@@ -141,6 +152,8 @@ _TWINS: dict[str, tuple[str, Callable[..., object], Callable[[SmallTwin, Specs, 
     "idefics2_llama3": ("idefics2_llama3", _write_llama3, _idefics2),
     "internvl3": ("internvl3", write_tiny_internvl3, _internvl3),
     "llava_internlm2": ("llava_internlm2", write_tiny_llava, _llava),
+    "llava_next": ("llava_next", twin_llava_next.write_tiny_llava_next, _llava_next),
+    "llava_onevision": ("llava_next", _write_onevision, _llava_next),
     "qwen2_5_vl": ("qwen2_5_vl", twin_qwen2_5_vl.write_tiny_qwen2_5_vl, _qwen_vl),
     "qwen3_vl": ("qwen3_vl", twin_qwen3_vl.write_tiny_qwen3_vl, _qwen_vl),
     "xcomposer2": ("xcomposer2", write_tiny_xcomposer2, _xcomposer2),

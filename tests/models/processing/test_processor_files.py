@@ -18,6 +18,8 @@ TURN_ENDS = {
     "idefics2_llama3": "<end_of_utterance>",
     "internvl3": "<|im_end|>",
     "llava_internlm2": "</s>",  # the twin's vocabulary has Vicuna's tokens alone
+    "llava_next": "</s>",
+    "llava_onevision": "<|im_end|>",
     "qwen2_5_vl": "<|im_end|>",
     "qwen3_vl": "<|im_end|>",
     "xcomposer2": "[UNUSED_TOKEN_145]",
@@ -25,6 +27,7 @@ TURN_ENDS = {
     "smolvlm": "<end_of_utterance>",
     "internlm2": "<|im_end|>",
 }
+NAMED = {"xcomposer2_hd": "xcomposer2", "llava_onevision": "llava_next"}
 BASES = {
     "none": None,
     "without": {"top_k": 5},
@@ -37,7 +40,7 @@ def token_id(directory, family, token):
     from megatron_vlm.data.config import DataConfig
 
     data = DataConfig(seq_length=64, hd_num=4 if family == "xcomposer2_hd" else None)
-    spec = registry.get(family.removesuffix("_hd"))
+    spec = registry.get(NAMED.get(family, family))
     return spec.processor(directory, data).tokenizer.token_id(token)
 
 

@@ -19,6 +19,7 @@ IMAGES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "llava_internlm2": ((3, 112, 112),),
     "xcomposer2": ((3, 112, 2 * 112),),
     "smolvlm": ((3, 112, 112),) * 3,
+    "llava_next": ((3, 2 * 112, 112),),
     "internlm2": (),
     "gemma3": ((3, 112, 112),),
     "qwen2_5_vl": ((3, 84, 168), (3, 140, 56)),

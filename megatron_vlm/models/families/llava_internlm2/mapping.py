@@ -1,6 +1,7 @@
 """Weight maps of LLaVA: transformers' key names as files hold them, and the folders that XTuner writes."""
 
-from megatron_vlm.models.families.llava_internlm2.config import LlavaModelConfig
+from typing import Any
+
 from megatron_vlm.models.parts.clip import clip_entries
 from megatron_vlm.models.parts.decoder import check_tensor_parallel, llama_entries
 from megatron_vlm.models.parts.projector import projector_entries
@@ -21,8 +22,8 @@ NAMES = Prefixes(  # spellings of transformers 5 in memory; its files have the o
 )
 
 
-def llava_mapping(config: LlavaModelConfig, tp: int = 1) -> Mapping:
-    """Returns the map of a model; arguments as of ``FamilySpec.mapping``.
+def llava_mapping(config: Any, tp: int = 1) -> Mapping:
+    """Returns the map of a model; arguments as of ``FamilySpec.mapping``, the config of any LLaVA: ``text`` and ``vision``.
 
     Raises:
         ConfigError: the decoder cannot be cut into ``tp`` parts; with the sizes that can.

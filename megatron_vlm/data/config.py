@@ -68,9 +68,12 @@ class DataConfig(Config):
         min_pixels, max_pixels: of an image after it is resized (Qwen2.5-VL); None: as the model's files say.
         video_min_pixels, video_max_pixels: of a frame of a video after it is resized; None: as the model's files say.
         video_total_pixels: most of all frames of a video, of which each has the same share, a pair counted once; None: no limit.
+        jpeg_scaled_decoding: decode a JPEG that is resized to less at a half, a quarter or an eighth of its sides, as libjpeg
+            scales it: less work, and pixels that differ a little from those of the model's processor.
         hd_num: most tiles of an image (InternLM-XComposer2-4KHD, which needs it); -1 is no value, as in that recipe's scripts.
         num_workers: processes that read and encode; 0: in the training process. Never changes what is read.
-        prefetch_rows: most rows each worker keeps ready.
+        prefetch_rows: most rows each worker keeps ready; None: 4, and twice as many whenever a step waits for a row that
+            workers had time for (within ``prefetch_mb``).
         prefetch_mb: most memory that rows kept ready take on a rank, in MiB; one row is always being made.
         packing_window: stream positions that one packing plan covers.
         slice_size: neighbouring samples that are read in one go; 1 shuffles fully and reads at random.
@@ -107,9 +110,10 @@ class DataConfig(Config):
     video_min_pixels: int | None = None
     video_max_pixels: int | None = None
     video_total_pixels: int | None = None
+    jpeg_scaled_decoding: bool = False
     hd_num: int | None = None
     num_workers: int = 2
-    prefetch_rows: int = 4
+    prefetch_rows: int | None = None
     prefetch_mb: int = 1024
     packing_window: int = 4096
     slice_size: int = 128

@@ -4,7 +4,8 @@
 
 ``local``: megatron-core's linears with the seams of ``linear.py``, torch's norms, attention over packed rows. Which kernel
 attends is chosen at run time, by device and dtype (``attention.py``). ``fused``: the same, with what lies between the products
-in fewer kernels (``fused.py``).
+in fewer kernels (``fused.py``). ``transformer_engine`` and ``apex``: as ``fused``, with products and norms, or norms, of these
+packages (``engines.py``).
 """
 
 import dataclasses
@@ -16,6 +17,15 @@ from megatron.core.transformer.mlp import MLP
 from torch import nn
 
 from megatron_vlm.layers.core_attention import CoreAttention
+from megatron_vlm.layers.engines import (
+    ApexLayerNorm,
+    ApexRMSNorm,
+    EngineColumnLinear,
+    EngineLayerNorm,
+    EngineRMSNorm,
+    EngineRowLinear,
+    EngineUnbiasedColumnLinear,
+)
 from megatron_vlm.layers.fused import (
     FusedColumnLinear,
     FusedMLP,
@@ -67,17 +77,26 @@ _LOCAL = Backend(
     self_attention=SelfAttention,
     core_attention=CoreAttention,
 )
+_FUSED = dataclasses.replace(
+    _LOCAL,
+    column=FusedColumnLinear,
+    row=FusedRowLinear,
+    unbiased_column=FusedUnbiasedColumnLinear,
+    mlp=FusedMLP,
+    self_attention=FusedSelfAttention,
+    rotates=True,
+)
 BACKENDS = {
     "local": _LOCAL,
-    "fused": dataclasses.replace(
-        _LOCAL,
-        column=FusedColumnLinear,
-        row=FusedRowLinear,
-        unbiased_column=FusedUnbiasedColumnLinear,
-        mlp=FusedMLP,
-        self_attention=FusedSelfAttention,
-        rotates=True,
+    "fused": _FUSED,
+    "transformer_engine": dataclasses.replace(
+        _FUSED,
+        column=EngineColumnLinear,
+        row=EngineRowLinear,
+        unbiased_column=EngineUnbiasedColumnLinear,
+        norms={"RMSNorm": EngineRMSNorm, "LayerNorm": EngineLayerNorm},
     ),
+    "apex": dataclasses.replace(_FUSED, norms={"RMSNorm": ApexRMSNorm, "LayerNorm": ApexLayerNorm}),
 }
 
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_vlm.layers.attention import attention
+from megatron_vlm.layers.attention import attention, to_device
 from megatron_vlm.layers.context.attention import Deal, context_attention
 from megatron_vlm.layers.context.blocks import Blocks
 
@@ -120,7 +120,7 @@ class KVCache:
 
 
 def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
 class CoreAttention(MegatronModule):
@@ -138,6 +138,7 @@ class CoreAttention(MegatronModule):
         # Of RoPE scaled by YaRN, which sharpens attention; scaled queries serve every kernel.
         scale = getattr(config, "softmax_scale", None)
         self.query_scale = None if scale is None else scale * config.kv_channels**0.5
+        self.head_multiple = getattr(config, "head_multiple", 1)  # of a tower (models/parts/build.py)
         windowed = self.causal and is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
         )
@@ -177,6 +178,7 @@ class CoreAttention(MegatronModule):
             row.max_seqlen_kv,
             self.causal,
             self.window,
+            self.head_multiple,
         )
         call = row.blocks.whole(self.window) if getattr(row, "blocks", None) is not None else None
         if call is not None:

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_vlm.layers.attention import attention
+from megatron_vlm.layers.attention import attention, to_device
 from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.mlp import ParallelMLP
 
@@ -37,15 +37,13 @@ class Segments:
         ends = torch.tensor([0, *(count + num_latents for count in counts)], dtype=torch.int32).cumsum(
             0, dtype=torch.int32
         )
-        self.cu_k = ends.to(device, non_blocking=True)
+        self.cu_k = to_device(ends, device)
         self.max_q, self.max_k = num_latents, max(counts) + num_latents
         self.key_order: Tensor | None = None
         if images > 1:
             context = torch.arange(total).split(list(counts))
             latents = torch.arange(total, total + images * num_latents).split(num_latents)
-            self.key_order = torch.cat([x for pair in zip(context, latents) for x in pair]).to(
-                device, non_blocking=True
-            )
+            self.key_order = to_device(torch.cat([x for pair in zip(context, latents) for x in pair]), device)
 
 
 class PerceiverAttention(nn.Module):

@@ -301,7 +301,7 @@ def decoder_transformer_config(text: TextConfig, topology: Topology, options: Mo
     sharper = text.rope_scaling.concentration**2 if text.rope_scaling is not None else 1.0
     root = text.head_dim**0.5 if text.attention_scale is None else 1 / text.attention_scale
     plain = sharper == 1.0 and root == text.head_dim**0.5
-    return transformer_config(
+    config = transformer_config(
         topology,
         options,
         decoder=True,
@@ -322,6 +322,8 @@ def decoder_transformer_config(text: TextConfig, topology: Topology, options: Mo
         window_attn_skip_freq=skipped,
         softmax_scale=None if plain else sharper / root,
     )
+    setattr(config, "fp8_products", options.fp8)  # noqa: B010 - for layers/engines.py
+    return config
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -1,5 +1,11 @@
-"""How a model is built, beside its family's config and the topology: read by every part of it. Imports no megatron-core."""
+"""The section ``model`` of a run, and what parts of a model read of it and of others when they are built.
 
+    ModelConfig, ParallelConfig, precision --RunConfig.model_options--> ModelOptions --> parts, with the family's config, topology
+
+Imports no megatron-core.
+"""
+
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,6 +13,7 @@ import torch
 
 from megatron_vlm.config import Config
 from megatron_vlm.errors import ConfigError, nearest
+from megatron_vlm.layers.rope import RopeScaling
 from megatron_vlm.parallel.config import Recomputed
 from megatron_vlm.weights.mapping import GROUPS, Split
 from megatron_vlm.weights.safetensors_io import PARAMS_DTYPES
@@ -28,6 +35,8 @@ class ModelOptions(Config):
         freeze: parameter groups that do not train: llm, vision, connector.
         drop_path_rate: probability that the tower's last layer leaves out an image's update in training (stochastic depth).
         transformer_impl: what layers are made of (``layers/backend.py``).
+        fp8: scaling of the decoder's products in fp8 (``layers/engines.py``); None: they are in the parameters' dtype.
+        vision_head_multiple: attention of the tower runs with heads of a multiple of this size, filled up with zeros.
         build_on_cpu: parameters are made in the CPU's memory, which takes none before they are filled; the caller moves what
             it keeps to the device.
     """
@@ -41,7 +50,9 @@ class ModelOptions(Config):
     make_vocab_size_divisible_by: int = 128
     freeze: tuple[str, ...] = ()
     drop_path_rate: float = 0.0
-    transformer_impl: Literal["local", "fused"] = "local"
+    transformer_impl: Literal["local", "fused", "transformer_engine", "apex"] = "local"
+    fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None
+    vision_head_multiple: int = 1
     build_on_cpu: bool = False
 
     def __post_init__(self) -> None:
@@ -72,3 +83,71 @@ class ModelOptions(Config):
     def vocab_split(self) -> Split:
         """How embedding and head lie over tensor parallel ranks."""
         return Split(dim=0, vocab_multiple=self.make_vocab_size_divisible_by)
+
+
+ENGINES = {"transformer_engine": "transformer-engine[pytorch]", "apex": "apex (NVIDIA's, built from its repository)"}
+"""``transformer_impl`` that is a package of others -> how it is called."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """The model: what it is comes from ``checkpoint.load``; this says how it is treated.
+
+    Attributes:
+        family: name in the registry; None: as the checkpoint says. Another one than the checkpoint's is an error.
+        freeze_llm: keep embedding, decoder and head fixed.
+        freeze_vision: keep the vision tower fixed.
+        freeze_connector: keep projection and perceiver fixed.
+        make_vocab_size_divisible_by: pad the vocabulary to a multiple of this times tp.
+        drop_path_rate: stochastic depth of the vision tower: the rate of its last layer, growing from 0 at the first.
+        rope_scaling: stretches the positions beyond those of the checkpoint: transformers' ``rope_scaling``, which checkpoints
+            and exports then say; without a factor as far as ``data.seq_length`` needs. None: as the checkpoint says.
+        transformer_impl: ``local``; or ``fused``: bias, activation and gate of an MLP, and RoPE, as one kernel each, compiled
+            at the first step (by torch.compile, which needs a C compiler); ``transformer_engine``: as fused, products and norms
+            by Transformer Engine; ``apex``: as fused, norms by apex; ``auto``: fused on a GPU, else local.
+        fp8: products of the decoder's linears in fp8 by Transformer Engine, scaled by tensor, by block of 128, or by 32 numbers
+            (mxfp8); weights, gradients and all else stay as ``training.precision`` says. None: they are in bf16.
+        attention: kernel of attention: ``auto``, the newest that is installed and knows the GPU; FlashAttention 4 or 3 (through
+            torch's switch) or 2; ``torch_varlen``, torch's own; ``segments``, exact, segment by segment (CPU, and fp32).
+        vision_head_multiple: attention of the tower runs with heads of a multiple of this size, filled up with zeros, which
+            changes no result: 96 or 128 for heads of 72 or 80, where a kernel is faster so.
+    """
+
+    family: str | None = None
+    freeze_llm: bool = False
+    freeze_vision: bool = False
+    freeze_connector: bool = False
+    make_vocab_size_divisible_by: int = 128
+    drop_path_rate: float = 0.0
+    rope_scaling: RopeScaling | None = None
+    transformer_impl: Literal["auto", "local", "fused", "transformer_engine", "apex"] = "local"
+    fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None
+    attention: Literal["auto", "flash_attn_4", "flash_attn_3", "flash_attn", "torch_varlen", "segments"] = "auto"
+    vision_head_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.transformer_impl in ENGINES and importlib.util.find_spec(self.transformer_impl) is None:
+            raise ConfigError(
+                f"model.transformer_impl {self.transformer_impl} needs the package {ENGINES[self.transformer_impl]}, which is "
+                "not installed: install it, or set fused, which needs none"
+            )
+        if self.fp8 is not None and self.transformer_impl != "transformer_engine":
+            raise ConfigError(f"model.fp8 {self.fp8} needs model.transformer_impl=transformer_engine")
+        if self.vision_head_multiple < 1:
+            raise ConfigError(f"model.vision_head_multiple must be at least 1, got {self.vision_head_multiple}")
+        if self.make_vocab_size_divisible_by < 1:
+            raise ConfigError(
+                f"model.make_vocab_size_divisible_by must be at least 1, got {self.make_vocab_size_divisible_by}"
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ConfigError(f"model.drop_path_rate must be at least 0 and below 1, got {self.drop_path_rate}")
+
+    @property
+    def freeze(self) -> tuple[str, ...]:
+        """Names of the frozen parameter groups."""
+        return tuple(group for group in ("llm", "vision", "connector") if getattr(self, f"freeze_{group}"))
+
+    def layers_on(self, device: str) -> Any:
+        """``transformer_impl``, and what auto means on a device."""
+        choice = "fused" if device == "cuda" else "local"
+        return choice if self.transformer_impl == "auto" else self.transformer_impl

@@ -24,6 +24,9 @@ VALUES = _inverted(
         "model.rope_scaling.rope_type": "rope-scaling",
         "model.rope_scaling.factor": "rope-scaling-factor",
         "model.transformer_impl": "transformer-impl",
+        "model.fp8": "fp8-recipe",
+        "model.attention": "attention",
+        "model.vision_head_multiple": "vision-head-multiple",
         # data
         "data.seq_length": """
             seq-length max-length max-seq-length model-max-length decoder-seq-length max-packed-tokens
@@ -42,6 +45,7 @@ VALUES = _inverted(
         "data.template": "conv-style template",
         "data.num_workers": "num-workers dataloader-num-workers",
         "data.prefetch_mb": "prefetch-mb",
+        "data.prefetch_rows": "prefetch-rows",
         "data.max_patches_per_row": "max-patches-per-row",
         "data.on_too_long": "on-too-long",
         "data.on_bad_sample": "on-bad-sample",
@@ -190,6 +194,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(_FREEZE_VISION.split(), ("model.freeze_vision", True)),
     **dict.fromkeys(_FREEZE_CONNECTOR.split(), ("model.freeze_connector", True)),
     **dict.fromkeys(("dynamic-image-size", "use-tiling"), ("data.dynamic_image_size", True)),
+    "jpeg-scaled-decoding": ("data.jpeg_scaled_decoding", True),
     "use-thumbnail": ("data.use_thumbnail", True),
     "answer-loss-only": ("data.answer_loss_only", True),
     "allow-data-change": ("data.allow_data_change", True),
@@ -360,8 +365,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         f"offload of some layers' activations {_NOT_BUILT}; --offload-activations is of all",
     ),
     **dict.fromkeys(
-        ("fp8-format", "fp8", "fp8-recipe"),
-        ((), "fp8 needs Transformer Engine layers, which are not built yet; use --bf16"),
+        ("fp8-format", "fp8"),
+        ((), "give --fp8-recipe tensorwise, blockwise or mxfp8: E4M3 forward, and E5M2 backward but for mxfp8"),
     ),
     "use-precision-aware-optimizer": ((), f"a precision-aware optimizer {_NOT_BUILT}; leave it out"),
     # In evaluation a row without images runs no module of the tower: ranks would gather parameters in different orders.

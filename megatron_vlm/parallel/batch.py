@@ -11,7 +11,7 @@ everywhere.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_vlm.data.row import Row, pack_pixels, unpack_pixels
 from megatron_vlm.errors import DataError, MegatronVLMError
+from megatron_vlm.layers.attention import to_device
 from megatron_vlm.layers.context.attention import Deal, all_to_all
 from megatron_vlm.layers.context.images import ImageParts, ImageShare, holders, share_images
 from megatron_vlm.parallel.host import copy_stream
@@ -141,17 +142,36 @@ def device_batch(
         row = replace(row, pixels=pixels_here, grids=tuple(row.grids[i] for i in row.share.mine if row.grids))
     elif pixels and topology.grid.size("tp", "cp") > 1 and row.pixels:
         row = replace(row, pixels=_share_pixels(topology, row, dtype))
-    stream = copy_stream(topology.device, "rows")
-    if stream is None:
-        return row.to(topology.device, dtype, pixels=pixels)
-    with torch.cuda.stream(stream):  # it waits for nothing, so that a row travels while the one before it is at work
+    with _travelling(topology.device) as arrived:
         row = row.to(topology.device, dtype, pixels=pixels)
+        part = row.part[:1] if row.part else ()
+        arrived += (*row.tokens.values(), row.cu_seqlens, row.loss_positions, row.image_positions, *part, *row.pixels)
+    return row
+
+
+@contextmanager
+def _travelling(device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """Copies of a block to the device go through a stream that waits for nothing, so that a row travels while the one before it
+    is at work; what the block puts into the list is for the current stream, which waits for the copies."""
+    arrived: list[torch.Tensor] = []
+    stream = copy_stream(device, "rows")
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        yield arrived
+    if stream is None:
+        return
     torch.cuda.current_stream().wait_stream(stream)
-    part = row.part[:1] if row.part else ()
-    for tensor in (*row.tokens.values(), row.cu_seqlens, row.loss_positions, row.image_positions, *part, *row.pixels):
+    for tensor in arrived:
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream())
-    return row
+
+
+def _packed(pixels: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Images of the host as one flat tensor on the device."""
+    if not pixels:
+        return torch.empty(0, dtype=dtype, device=device)
+    with _travelling(device) as arrived:
+        arrived.append(pack_pixels([to_device(image, device, dtype) for image in pixels]))
+    return arrived[0]
 
 
 def own_tokens(topology: Topology, row: Row, work: ImageWork | None = None) -> Row:
@@ -264,7 +284,7 @@ def send_images(
     if not split or topology.tp_rank == 0:
         reads = topology.is_source
         order = [i for numbers in owners for i in numbers]
-        packed = pack_pixels([images[i] for i in order] if reads else (), dtype).to(topology.device)
+        packed = _packed([images[i] for i in order] if reads else (), dtype, topology.device)
         receives = [len(flat) if number == 0 else 0 for number in range(len(owners))]
         flat = all_to_all(packed, sizes if reads else [0] * len(owners), receives, topology.image_group)
     if split and mine:
@@ -275,7 +295,7 @@ def send_images(
 def _share_pixels(topology: Topology, row: Row, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     shapes, source = [p.shape for p in row.pixels], topology.replica_source
     if topology.rank == source:
-        flat = pack_pixels(row.pixels, dtype).to(topology.device)
+        flat = _packed(row.pixels, dtype, topology.device)
     else:
         flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=dtype, device=topology.device)
     dist.broadcast(flat, source, group=topology.stage_group)

@@ -16,6 +16,7 @@ from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.row import Row
 from megatron_vlm.models.built import build_model, global_parameters
 from megatron_vlm.models.family_config import FamilyConfig
+from megatron_vlm.models.options import ModelConfig
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.rng import seed_step
@@ -28,7 +29,7 @@ from megatron_vlm.training.memory.estimate import adapt, estimate, make_batch
 from megatron_vlm.training.memory.stages import RowShape
 from megatron_vlm.training.optimizer.build import build_optimizer, set_learning_rates, wrap_model
 from megatron_vlm.training.optimizer.config import OptimizerConfig
-from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
+from megatron_vlm.training.run_config import RunConfig, TrainingConfig
 from megatron_vlm.training.step import train_step
 from megatron_vlm.weights.mapping import GROUPS, TensorInfo
 

@@ -15,10 +15,9 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import check_output
-from megatron_vlm.layers.rope import RopeScaling
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
-from megatron_vlm.models.options import ModelOptions
+from megatron_vlm.models.options import ENGINES, ModelConfig, ModelOptions
 from megatron_vlm.models.rope_scaling import scaled_config
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.peft.config import PeftConfig
@@ -30,46 +29,6 @@ from megatron_vlm.training.metrics.config import LoggingConfig
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Config):
-    """The model: what it is comes from ``checkpoint.load``; this says how it is treated.
-
-    Attributes:
-        family: name in the registry; None: as the checkpoint says. Another one than the checkpoint's is an error.
-        freeze_llm: keep embedding, decoder and head fixed.
-        freeze_vision: keep the vision tower fixed.
-        freeze_connector: keep projection and perceiver fixed.
-        make_vocab_size_divisible_by: pad the vocabulary to a multiple of this times tp.
-        drop_path_rate: stochastic depth of the vision tower: the rate of its last layer, growing from 0 at the first.
-        rope_scaling: stretches the positions beyond those of the checkpoint: transformers' ``rope_scaling``, which checkpoints
-            and exports then say; without a factor as far as ``data.seq_length`` needs. None: as the checkpoint says.
-        transformer_impl: ``local``; or ``fused``: bias, activation and gate of an MLP, and RoPE, as one kernel each, compiled
-            at the first step (by torch.compile, which needs a C compiler).
-    """
-
-    family: str | None = None
-    freeze_llm: bool = False
-    freeze_vision: bool = False
-    freeze_connector: bool = False
-    make_vocab_size_divisible_by: int = 128
-    drop_path_rate: float = 0.0
-    rope_scaling: RopeScaling | None = None
-    transformer_impl: Literal["local", "fused"] = "local"
-
-    def __post_init__(self) -> None:
-        if self.make_vocab_size_divisible_by < 1:
-            raise ConfigError(
-                f"model.make_vocab_size_divisible_by must be at least 1, got {self.make_vocab_size_divisible_by}"
-            )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ConfigError(f"model.drop_path_rate must be at least 0 and below 1, got {self.drop_path_rate}")
-
-    @property
-    def freeze(self) -> tuple[str, ...]:
-        """Names of the frozen parameter groups."""
-        return tuple(group for group in ("llm", "vision", "connector") if getattr(self, f"freeze_{group}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +215,9 @@ class RunConfig(Config):
             make_vocab_size_divisible_by=self.model.make_vocab_size_divisible_by,
             freeze=self.model.freeze,
             drop_path_rate=self.model.drop_path_rate,
-            transformer_impl=self.model.transformer_impl,
+            transformer_impl=self.model.layers_on(self.training.torch_device),
+            fp8=self.model.fp8,
+            vision_head_multiple=self.model.vision_head_multiple,
             build_on_cpu=self.parallel.fully_sharded,
         )
 
@@ -285,6 +246,12 @@ class RunConfig(Config):
             ConfigError: they do not fit; raised alike on every rank, before any collective.
         """
         grid, training = self.parallel.grid(world_size), self.training
+        if self.model.transformer_impl in ENGINES and training.torch_device == "cpu":
+            raise ConfigError(
+                f"model.transformer_impl {self.model.transformer_impl} runs on a GPU alone, and this run is on the CPU: set local"
+            )
+        if self.model.fp8 is not None and training.precision != "bf16":
+            raise ConfigError(f"model.fp8 {self.model.fp8} needs training.precision=bf16, got {training.precision}")
         dp, pp = grid.dp, grid.pp
         unit = training.micro_batch_size * dp
         if training.global_batch_size % unit:
@@ -325,7 +292,14 @@ class RunConfig(Config):
             raise ConfigError(
                 f"parallel.recompute_num_layers {count} leaves no layer of a stage of {most} out: drop it, or set it below {most}"
             )
-        if not has_tower(model_config):
+        if has_tower(model_config):
+            if (multiple := self.model.vision_head_multiple) > 1 and (
+                size := model_config.vision.head_size
+            ) % multiple == 0:
+                raise ConfigError(
+                    f"model.vision_head_multiple {multiple} has no effect on the tower's heads of {size}: leave it out"
+                )
+        else:
             settings = {
                 **{
                     f"recompute_modules {part}": part in self.parallel.recompute_modules
@@ -336,6 +310,8 @@ class RunConfig(Config):
                 "vision_lr": self.optimizer.vision_lr,
                 "connector_lr": self.optimizer.connector_lr,
                 "vision_parallel": self.parallel.vision_parallel != "auto",
+                "vision_head_multiple": self.model.vision_head_multiple > 1,
+                "jpeg_scaled_decoding": self.data.jpeg_scaled_decoding,
             }
             for name in (name for name, given in settings.items() if given):
                 raise ConfigError(f"{name} has no effect on a text model, which has no tower: leave it out")

@@ -16,6 +16,7 @@ from megatron_vlm.conversion.load import outline
 from megatron_vlm.data.row import Row
 from megatron_vlm.data.stream.counts import check_share
 from megatron_vlm.data.stream.loader import DataState, RowLoader, StepRows, evaluation_rows
+from megatron_vlm.layers.attention import choose
 from megatron_vlm.log import get_logger, setup_logging
 from megatron_vlm.parallel.batch import any_rank, share_rows, together
 from megatron_vlm.parallel.heartbeat import Heartbeat
@@ -68,13 +69,13 @@ class Trainer:
         self.config, self.heartbeat = config, heartbeat
         heartbeat.timeout, heartbeat.folder = config.parallel.heartbeat_timeout_seconds, config.output_dir
         self.device = start_device(config.training.torch_device)
-        if config.training.tf32:
-            torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 |= config.training.tf32
         minutes, start = config.parallel.distributed_timeout_minutes, config.parallel.start_timeout_seconds
         init_process_group(self.device, minutes, heartbeat, start)
         check_writable(config, self.device)
         self.closing, self.locks = ExitStack(), RunLocks()
         with together(self.device):  # before the first file of the run is touched
+            choose(config.model.attention, self.device.type, config.model_options.torch_dtype)
             if dist.get_rank() == 0 and not config.training.skip_train:
                 self.locks = RunLocks(config.run_folders)
         self.closing.callback(self.locks.close)
@@ -388,8 +389,7 @@ class Trainer:
         return rows
 
     def _commit(self, skipped: bool) -> None:
-        self.previous_samples = self.consumed_samples
-        self.iteration += 1
+        self.previous_samples, self.iteration = self.consumed_samples, self.iteration + 1
         self.num_skipped += skipped
         self.scores = {}
         self.data_state = self.next_state

@@ -261,8 +261,10 @@ def test_a_run_says_what_layers_are_made_of():
     sections = {"data": {"seq_length": 64, "train": ["x"]}, "training": {"train_iters": 1}, "checkpoint": {"load": "x"}}
     run = RunConfig.from_dict({"model": {"transformer_impl": "fused"}, **sections})
     assert run.model_options.transformer_impl == "fused"
-    with pytest.raises(ConfigError, match="transformer_impl must be one of local, fused, got 'transformer_engine'"):
-        RunConfig.from_dict({"model": {"transformer_impl": "transformer_engine"}})
+    run = RunConfig.from_dict({"model": {"transformer_impl": "auto"}, **sections})
+    assert (run.model.layers_on("cuda"), run.model.layers_on("cpu")) == ("fused", "local")
+    with pytest.raises(ConfigError, match="transformer_impl must be one of auto, local, fused"):
+        RunConfig.from_dict({"model": {"transformer_impl": "fast"}})
 
 
 def kernels_of_a_row(hf_dir, rows):

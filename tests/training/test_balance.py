@@ -10,6 +10,7 @@ import pytest
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.stream.counts import COUNT_DTYPE
 from megatron_vlm.data.stream.packing import deal, sample_costs
+from megatron_vlm.models.options import ModelConfig
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.grid import Grid
 from megatron_vlm.parallel.pipeline_time import step_seconds, step_work
@@ -17,7 +18,7 @@ from megatron_vlm.testing import shapes
 from megatron_vlm.training.balance import PartWork, RowWork, costs_of, planned, settled
 from megatron_vlm.training.checkpoint.config import CheckpointConfig
 from megatron_vlm.training.memory.stages import RowShape, StepWork
-from megatron_vlm.training.run_config import ModelConfig, RunConfig, TrainingConfig
+from megatron_vlm.training.run_config import RunConfig, TrainingConfig
 from megatron_vlm.weights.stages import spread
 from tests.parallel.closed_form import closed_form, through
 

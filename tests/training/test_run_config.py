@@ -141,6 +141,16 @@ def test_recomputed_layers_leave_some_out():
         run.check_model(SimpleNamespace(text=text, vision=None))
 
 
+def test_heads_that_need_no_zeros_are_said():
+    text = SimpleNamespace(longest=64)
+    with pytest.raises(
+        ConfigError, match="vision_head_multiple 8 has no effect on the tower's heads of 72: leave it out"
+    ):
+        config(model={"vision_head_multiple": 8}).check_model(
+            SimpleNamespace(text=text, vision=SimpleNamespace(head_size=72))
+        )
+
+
 def test_samples_must_fit_the_positions():
     text = SimpleNamespace(longest=32)
     with pytest.raises(ConfigError, match="seq_length 64 is above the model's max_position_embeddings 32"):
@@ -155,6 +165,8 @@ def test_samples_must_fit_the_positions():
         {"optimizer": {"vision_lr": 1e-5}},
         {"optimizer": {"connector_lr": 1e-5}},
         {"parallel": {"recompute_granularity": "selective", "recompute_modules": ["tower"]}},
+        {"model": {"vision_head_multiple": 96}},
+        {"data": {"jpeg_scaled_decoding": True}},
     ],
 )
 def test_settings_of_a_tower_are_refused_for_a_text_model(sections):
@@ -162,6 +174,6 @@ def test_settings_of_a_tower_are_refused_for_a_text_model(sections):
     ((_, values),) = sections.items()
     name = list(values)[-1]
     config().check_model(SimpleNamespace(text=text))
-    config(**sections).check_model(SimpleNamespace(text=text, vision=None))
+    config(**sections).check_model(SimpleNamespace(text=text, vision=SimpleNamespace(head_size=72)))
     with pytest.raises(ConfigError, match=f"{name}.* has no effect on a text model"):
         config(**sections).check_model(SimpleNamespace(text=text))

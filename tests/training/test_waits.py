@@ -4,6 +4,7 @@ Host tensors are the rows and what is made of them alone; all others stand for t
 """
 
 import dataclasses
+import inspect
 import traceback
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from megatron_vlm.layers import attention, fused
+from megatron_vlm.layers.attention import to_device
 from megatron_vlm.parallel import batch
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.parity import build_for_test, wrapped_for_test
@@ -21,6 +23,8 @@ from megatron_vlm.training import step
 from megatron_vlm.training.optimizer.config import OptimizerConfig
 
 ASK = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
+FACTORIES = {"arange", "full", "zeros", "ones", "empty"}  # of the CPU, where no device is named
+LOCKS = {"to_device", "move", "send"}  # page-lock what they copy: layers/attention.py, data/row.py, parallel/host.py
 TO_HOST = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 
 
@@ -51,6 +55,8 @@ class Waits(TorchDispatchMode):
         masks = name in ("index", "index_put", "index_put_") and any(
             t is not None and t.dtype == torch.bool for t in args[1]
         )
+        if masks and name != "index" and args[2].dim() == 0:  # x[mask] = number: masked_fill on a GPU
+            masks = False
         if not host and (name in ASK or masks or (name == "repeat_interleave" and kwargs.get("output_size") is None)):
             self.note(name)
         output = func(*args, **kwargs)
@@ -77,8 +83,13 @@ class Calls(TorchFunctionMode):
             return made
         if name in TO_HOST and not waits.on_host(args[:1]):
             waits.note(name)
+        if name in FACTORIES and not any(isinstance(x, torch.Tensor) for x in args) and "device" not in kwargs:
+            made = func(*args, **kwargs)
+            waits.add(made)
+            return made
         if name == "to" and any(isinstance(x, torch.device) for x in (*args[1:], *kwargs.values())):
-            if waits.on_host(args[:1]) and not kwargs.get("non_blocking"):
+            # What is not page-locked first is copied with a wait whatever is asked for.
+            if waits.on_host(args[:1]) and not (kwargs.get("non_blocking") and inspect.stack()[1].function in LOCKS):
                 waits.note("a blocking copy to the device")
             with _disable_current_modes():
                 return func(*args, **kwargs).clone()
@@ -117,26 +128,32 @@ def waits_of_a_step(directory, rows, parallel):
 )
 def test_a_step_waits_for_nothing(name, tmp_path):
     twin = write_small_twin(name, tmp_path)
-    specs = [[(1, 9), (0, 5)], [(0, 12)]] if name != "internlm2" else [[(0, 9), (0, 5)], [(0, 12)]]
+    specs = [[(1, 9), (0, 6)], [(0, 13)]] if name != "internlm2" else [[(0, 9), (0, 6)], [(0, 13)]]
     rows = [twin.row(samples, seed=i) for i, samples in enumerate(specs)]
     (found,) = run_distributed(waits_of_a_step, twin.directory, rows, {})
     assert not found, found
     if name == "idefics2":
-        for rank in run_distributed(
-            waits_of_a_step, twin.directory, rows, {"data_parallel_sharding": "optimizer"}, dp=2
+        two, cp = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
+        for parallel, sizes in (
+            ({"data_parallel_sharding": "optimizer"}, {"dp": 2}),
+            (two, {"tp": 2}),
+            (cp, {"cp": 2}),
+            ({**cp, "vision_parallel": "ahead"}, {"cp": 2}),
         ):
-            assert not rank, rank
+            for rank in run_distributed(waits_of_a_step, twin.directory, rows, parallel, **sizes):
+                assert not rank, (parallel, rank)
 
 
 def test_what_waits_is_counted():
     cpu, row = torch.device("cpu"), torch.arange(3)
     waits = Waits([row])
     with waits, Calls(waits):
-        there = row.to(cpu, non_blocking=True) * 1.0
+        there = to_device(row, cpu) * 1.0
         assert not waits.found and int(row.sum()) == 3 and not waits.found
         _ = (
             torch.tensor(3, device=cpu),
             row.to(cpu),
+            row.to(cpu, non_blocking=True),
             there[there > 1],
             there.nonzero(),
             bool(there.sum() > 0),
@@ -146,6 +163,11 @@ def test_what_waits_is_counted():
     kinds = {name for name, _ in waits.found}
     assert {"index", "nonzero", "__bool__", "tolist", "repeat_interleave", "a blocking copy to the device"} <= kinds
     assert any("made of numbers" in kind for kind in kinds)
+    assert sum("blocking copy" in kind for kind, _ in waits.found) == 4  # from memory that is not page-locked, too
+    waits.found.clear()
+    with waits, Calls(waits):
+        to_device(row, cpu), to_device(torch.arange(3), cpu)
+    assert not waits.found
 
 
 def told(directory, rows):

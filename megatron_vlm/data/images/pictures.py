@@ -100,17 +100,40 @@ def _not_an_image(data: bytes) -> str:
     return what_it_is(data) or f"not a readable {', '.join(_KNOWN[:-1])} or {_KNOWN[-1]} image"
 
 
-def decode_image(data: bytes, name: str = "image") -> Image.Image:
+def decode_image(data: bytes, name: str = "image", least: tuple[int, int] | None = None) -> Image.Image:
     """Decodes an image upright, as RGB.
+
+    Args:
+        data, name: of the file.
+        least: (width, height) that are enough: of a JPEG only a half, a quarter or an eighth of the pixels of a side are made
+            where that is no less. None: all.
 
     Raises:
         DataError: as ``open_image``, or broken pixel data.
     """
     image = open_image(data, name)
     try:
+        if least is not None:
+            image.draft(None, least[::-1] if _turned(image) else least)
         return upright_rgb(image)
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise _unreadable(f"{name} cannot be decoded: {error}") from error
+
+
+class _Scaled(Image.Image):
+    """A JPEG of its full size to whoever asks, whose pixels are made when needed; for ``resize``, as many as that needs."""
+
+    def __init__(self, data: bytes, name: str, size: tuple[int, int]):
+        super().__init__()
+        self._size, self._mode, self._file = size, "RGB", (data, name)
+
+    def resize(self, size: Any, *args: Any, **kwargs: Any) -> Image.Image:
+        return decode_image(*self._file, least=tuple(size)).resize(size, *args, **kwargs)
+
+    def load(self) -> Any:
+        if self._im is None:
+            self.im = decode_image(*self._file).im
+        return super().load()
 
 
 class StoredImages(Sequence[Image.Image]):
@@ -119,22 +142,37 @@ class StoredImages(Sequence[Image.Image]):
     Args:
         files, names: encoded, and what each is called.
         sizes: [(width, height)] of each upright, as its index says.
+        scaled: JPEGs are decoded at a fraction of their sides where they are resized to less (``data.jpeg_scaled_decoding``).
 
     Indexing raises DataError as ``decode_image``, or where an image has another size.
     """
 
-    def __init__(self, files: Sequence[bytes], names: Sequence[str], sizes: Sequence[tuple[int, int]]):
-        self.files, self.names, self.sizes = files, names, sizes
+    def __init__(
+        self, files: Sequence[bytes], names: Sequence[str], sizes: Sequence[tuple[int, int]], *, scaled: bool = False
+    ):
+        self.files, self.names, self.sizes, self.scaled = files, names, sizes, scaled
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, number: Any) -> Any:
-        name = f"image {self.names[number]}"
-        image = decode_image(self.files[number], name)
+        name, file = f"image {self.names[number]}", self.files[number]
+        if self.scaled and file[:2] == b"\xff\xd8":
+            image: Image.Image = _Scaled(file, name, _upright_size(open_image(file, name)))
+        else:
+            image = decode_image(file, name)
         if image.size != tuple(self.sizes[number]):
             raise _unreadable(f"{name} is {image.size}, its index says {self.sizes[number]}: build the folder again")
         return image
+
+
+def _turned(image: Image.Image) -> bool:
+    """Upright, its width is its height."""
+    return image.getexif().get(_ORIENTATION) in _UPRIGHT_SWAPS
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    return image.size[::-1] if _turned(image) else image.size
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -166,7 +204,7 @@ def probe_image(data: bytes, name: str = "image") -> tuple[str, int, int]:
     try:
         image.draft(None, (1, 1))  # a JPEG's whole stream is still read, but only an eighth of its pixels are made
         image.load()
-        turned = image.getexif().get(_ORIENTATION) in _UPRIGHT_SWAPS
+        turned = _turned(image)
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise _unreadable(f"{name} cannot be decoded: {error}") from error
     return (extension, height, width) if turned else (extension, width, height)

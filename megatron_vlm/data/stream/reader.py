@@ -38,7 +38,7 @@ class RowReader:
         dataset: the samples.
         processor: of the model.
         seed: of the run, for keyed augmentation.
-        config: ``on_bad_sample``.
+        config: ``on_bad_sample``, ``jpeg_scaled_decoding``.
         multiple_of, fill_to: length of every row, see ``row_from_samples``.
     """
 
@@ -46,7 +46,7 @@ class RowReader:
         self, dataset: Dataset, processor: Processor, config: DataConfig, *, seed: int, multiple_of: int, fill_to: int
     ):
         self._dataset, self._processor, self._seed = dataset, processor, seed
-        self._skip = config.on_bad_sample == "skip"
+        self._skip, self._scaled = config.on_bad_sample == "skip", config.jpeg_scaled_decoding
         self._multiple_of, self._fill_to = multiple_of, fill_to
 
     def __getitem__(self, plan: RowPlan) -> Fetched:
@@ -83,7 +83,8 @@ class RowReader:
         sample = self._dataset.read(sample_id)
         seed = int(digest_of(f"{self._seed}/{epoch}/{sample_id}")[:15], 16)
         try:
-            images = StoredImages(sample.images, sample.image_names, self._dataset.sizes_of(shard, row))
+            sizes = self._dataset.sizes_of(shard, row)
+            images = StoredImages(sample.images, sample.image_names, sizes, scaled=self._scaled)
             encoded = self._processor.encode(sample.key, sample.turns, images, seed, sample.options)
             if len(encoded.input_ids) != tokens:
                 raise DataError(

@@ -37,6 +37,8 @@ log = get_logger(__name__)
 _FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 2.0  # between looks at whether the other side still lives
 _STOPPED_SECONDS = 20.0  # a worker that a signal stopped has this long to go on
+_ROWS = 4  # that each worker keeps ready at first
+_MOST_ROWS = 128  # together, each of which takes two file descriptors
 _SLOW_SECONDS = 300.0  # between warnings of a row that does not come
 
 
@@ -44,8 +46,9 @@ class RowWorkers(Iterator[Fetched]):
     """What ``reader`` makes of each plan, in order, from ``config.num_workers`` processes (0: this one).
 
     Each worker makes up to ``prefetch_rows`` rows ahead, as long as those that wait and those being made (each taken for as
-    large as the largest so far) stay within ``prefetch_mb``; at first each makes one. ``close`` ends the processes; it is
-    called at the end of the program if nobody else does.
+    large as the largest so far) stay within ``prefetch_mb``; at first each makes one. Where that is not told, it is what the run
+    turns out to need: a row that is waited for although workers had nothing left to do doubles it. ``close`` ends the processes;
+    it is called at the end of the program if nobody else does.
     """
 
     def __init__(self, reader: RowReader, plans: Iterable[RowPlan], config: DataConfig):
@@ -53,7 +56,9 @@ class RowWorkers(Iterator[Fetched]):
         self._open, self._workers = True, []
         if config.num_workers == 0:
             return
-        self._most_rows = config.num_workers * config.prefetch_rows
+        self._most_rows = config.num_workers * (config.prefetch_rows or _ROWS)
+        self._may_grow = config.prefetch_rows is None
+        self._full = -1  # number of the first row that was not made yet when workers had last made all that they may
         self._most_bytes = config.prefetch_mb * 2**20
         self._sent = self._taken = 0  # plans given to workers, rows given to the caller
         self._ready: dict[int, tuple[Fetched, _Packed]] = {}
@@ -93,6 +98,15 @@ class RowWorkers(Iterator[Fetched]):
             self._send()
             if self._taken == self._sent:
                 raise StopIteration
+            while wait(self._results, 0):
+                self._receive()
+            self._send()
+            if self._may_grow and len(self._ready) >= self._most_rows:
+                self._full = self._taken + len(self._ready)
+            if self._taken == self._full and self._taken not in self._ready and self._most_rows < _MOST_ROWS:
+                self._most_rows *= 2
+                log.info("data workers keep up to %d rows ready now: a step waited for one", self._most_rows)
+                self._send()
             while self._taken not in self._ready:
                 self._receive()
                 self._send()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.layers.attention import attention
+from megatron_vlm.layers.attention import attention, to_device
 from megatron_vlm.layers.context.blocks import BlockCall, Blocks
 
 Exchange = Literal["auto", "gather", "heads"]
@@ -127,13 +127,14 @@ class Deal:
     @functools.cached_property
     def segments(self) -> Tensor:
         """int64 [n] on the device: number of the segment of each of this rank's tokens."""
-        return torch.searchsorted(torch.tensor(self.starts), self.index, right=True).sub_(1).to(self.device)
+        numbers = torch.searchsorted(torch.tensor(self.starts), self.index, right=True).sub_(1)
+        return to_device(numbers, self.device)
 
     @functools.cached_property
     def order(self) -> tuple[Tensor, Tensor]:
         """Tokens as the ranks hold them, rank after rank, -> the row, and back: two permutations, int64 [T] on the device."""
         held = torch.cat([_index(intervals) for intervals in self.intervals])
-        return torch.argsort(held).to(self.device), held.to(self.device)
+        return to_device(torch.argsort(held), self.device), to_device(held, self.device)
 
     @functools.cached_property
     def _gathers(self) -> dict[int | None, "_Gather"]:
@@ -213,13 +214,13 @@ class _Gather:
         mine = pieces[deal.rank]
         queries, keys = [last - query for _, query, last in mine], [last - key for key, _, last in mine]
         return cls(
-            sends=torch.cat(sends).to(deal.device),
+            sends=to_device(torch.cat(sends), deal.device),
             sent=[len(part) for part in sends],
             receives=torch.bincount(owner[need], minlength=deal.size).tolist(),
-            arrange=torch.argsort(order).to(deal.device),
+            arrange=to_device(torch.argsort(order), deal.device),
             slices=[(start, start + length) for start, length in zip(first, keys)],
-            cu_q=_starts(queries).to(deal.device),
-            cu_k=_starts(keys).to(deal.device),
+            cu_q=to_device(_starts(queries), deal.device),
+            cu_k=to_device(_starts(keys), deal.device),
             max_q=max(queries),
             max_k=max(keys),
             blocks=None if blocks is None else blocks.call(deal.intervals[deal.rank], window, deal.index, need),
@@ -341,7 +342,7 @@ def _by_keys(q: Tensor, k: Tensor, v: Tensor, deal: Deal, window: int | None, bl
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, deal: Deal, window: int | None, blocks: Blocks | None) -> Tensor:
     to_row, to_ranks = deal.order
     lengths = [b - a for a, b in pairwise(deal.starts)]
-    cu = _starts(lengths).to(deal.device)
+    cu = to_device(_starts(lengths), deal.device)
     queries, keys, values = (_to_heads(x, deal).index_select(0, to_row) for x in (q, k, v))
     out = attention(queries, keys, values, cu, cu, max(lengths), max(lengths), causal=True, window=window)
     call = blocks.whole(window) if blocks is not None else None

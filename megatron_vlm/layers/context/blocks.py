@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vlm.layers.attention import attention
+from megatron_vlm.layers.attention import attention, to_device
 
 Intervals = Sequence[tuple[int, int]]
 
@@ -101,12 +101,12 @@ class Blocks:
         begins = accumulate(whole[:-1], initial=0)
         kept = [torch.arange(begin, begin + n) for begin, n in zip(begins, real)]
         return BlockCall(
-            queries=torch.cat(filled).to(self.device),
-            kept=None if real == whole else torch.cat(kept).to(self.device),
-            rows=rows.to(self.device),
+            queries=to_device(torch.cat(filled), self.device),
+            kept=None if real == whole else to_device(torch.cat(kept), self.device),
+            rows=to_device(rows, self.device),
             slices=[(a, a + n) for a, n in zip(key_at, lengths)],
-            cu_q=_starts(whole).to(self.device),
-            cu_k=_starts(lengths).to(self.device),
+            cu_q=to_device(_starts(whole), self.device),
+            cu_k=to_device(_starts(lengths), self.device),
             max_q=max(whole),
             max_k=max(lengths),
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.errors import DataError
+from megatron_vlm.layers.attention import to_device
 from megatron_vlm.layers.context.attention import Deal, all_to_all
 
 
@@ -67,10 +68,10 @@ class Route:
     def of(cls, sends: Sequence[Tensor], come_from: Tensor, device: torch.device) -> Self:
         """``sends``: rows for each rank; ``come_from``: the rank that each row of the result comes from."""
         return cls(
-            sends=torch.cat(list(sends)).to(device),
+            sends=to_device(torch.cat(list(sends)), device),
             sent=[len(part) for part in sends],
             receives=torch.bincount(come_from, minlength=len(sends)).tolist(),
-            arrange=torch.argsort(torch.argsort(come_from, stable=True)).to(device),
+            arrange=to_device(torch.argsort(torch.argsort(come_from, stable=True)), device),
         )
 
     def carry(self, x: Tensor, group: Any) -> Tensor:
@@ -192,7 +193,7 @@ def share_images(
         features=int(own.sum()),
         there=Route.of(sends, come_from, device),
         back=Route.of(returns, wanted_by * copies + rank % copies, device),
-        takes=None if source is None else takes.to(device),
+        takes=None if source is None else to_device(takes, device),
         rank=rank,
         group=group,
     )

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_vlm.errors import DataError
+from megatron_vlm.layers.attention import to_device
 from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.layers.mlp import ParallelMLP
@@ -111,7 +112,7 @@ class QwenVisionModel(nn.Module):
                 )
         weight = self.patch_embedding.weight
         orders = [order(p.shape[1] // unit, p.shape[2] // unit, block, self.window) for p in pixels]
-        index = _end_to_end([ordered.patches for ordered in orders]).to(weight.device, non_blocking=True)
+        index = to_device(_end_to_end([ordered.patches for ordered in orders]), weight.device)
         channels, moments = weight.shape[1:3]
         frames = [  # of each patch; where all are images they are the same
             torch.cat([patchify(image[-channels:] if moment else image[:channels], size) for image in pixels])[index]
@@ -128,13 +129,13 @@ class QwenVisionModel(nn.Module):
             states.append(x)
         x = torch.cat([x, *states[:-1]], -1) if self.levels else x
         blocks = x[:, 0].unflatten(0, (-1, block * block))
-        back = _end_to_end([ordered.back for ordered in orders]).to(x.device, non_blocking=True)
+        back = to_device(_end_to_end([ordered.back for ordered in orders]), x.device)
         return blocks[back].flatten(0, 1), [len(ordered.patches) for ordered in orders]
 
     def _learned(self, corners: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """fp32 [P, Hv]: the table between the corners around each patch."""
         table = self.position_embedding.weight.float()
-        index, weights = (torch.cat(part).to(table.device, non_blocking=True) for part in zip(*corners))
+        index, weights = (to_device(torch.cat(part), table.device) for part in zip(*corners))
         return F.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
 
     @property
@@ -145,7 +146,7 @@ class QwenVisionModel(nn.Module):
         """fp32 [P, 1, 1, D]: row and column of each patch turn a quarter of the dimensions each, and the halves are alike."""
         quarter = torch.arange(0, self.encoder.config.kv_channels // 2, 2, dtype=torch.float32, device=device)
         inverse = 1.0 / self.rotary_base ** (quarter / (2 * len(quarter)))
-        positions = torch.cat([ordered.positions for ordered in orders]).to(device, non_blocking=True)
+        positions = to_device(torch.cat([ordered.positions for ordered in orders]), device)
         half = (positions.float()[:, :, None] * inverse).flatten(1)
         return torch.cat((half, half), -1)[:, None, None]
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_vlm.errors import DataError
+from megatron_vlm.layers.attention import to_device
 from megatron_vlm.layers.core_attention import RowParams
 
 
@@ -73,7 +74,7 @@ class SiglipVisionModel(nn.Module):
         place = position_ids if self.stretched else corner_ids
         positions = torch.cat([place(*grid, self.side) for grid in grids])
         x = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
-        x = x + self.position_embedding(positions.to(x.device, non_blocking=True))
+        x = x + self.position_embedding(to_device(positions, x.device))
         cu_seqlens = cumulative(counts, x.device)
         row = RowParams.of(cu_seqlens, max(counts), len(x))
         return self.encoder(x[:, None], attention_mask=None, packed_seq_params=row)[:, 0], counts
@@ -86,7 +87,7 @@ def corner_ids(rows: int, columns: int, side: int) -> Tensor:
 
 def cumulative(counts: Sequence[int], device: torch.device) -> Tensor:
     """int32 [N + 1]: starts of segments of the given lengths, and the total."""
-    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+    return to_device(torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
 
 
 def patchify(image: Tensor, size: int) -> Tensor:

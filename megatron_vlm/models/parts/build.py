@@ -69,6 +69,7 @@ def build_encoder(
         gated_linear_unit=tower.gated_mlp,
         add_bias_linear=True,
     )
+    setattr(mcore, "head_multiple", options.vision_head_multiple)  # noqa: B010 - for core attention
     plain = layer_spec(mcore, causal=False)
     layers = [layer(i, mcore, groups.tp) if layer else plain for i in range(tower.num_layers)]
     spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend_of(mcore).norm(mcore))

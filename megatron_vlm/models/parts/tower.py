@@ -47,6 +47,11 @@ class TowerConfig(Config):
         return "LayerNorm"
 
     @property
+    def head_size(self) -> int:
+        """Numbers of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
     def gated_mlp(self) -> bool:
         """The MLP of a layer is gated: it has a third linear."""
         return False

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from sklearn.datasets import load_sample_image
 
 from megatron_vlm.data.config import DataConfig
@@ -151,3 +152,38 @@ def test_images_of_a_sample_are_decoded_one_at_a_time(make_processor, monkeypatc
     assert len(sample.pixels) == len(seen) == 5
     with pytest.raises(DataError, match=r"image b is \(20, 10\), its index says \(9, 9\): build the folder again"):
         StoredImages([file] * 2, list("ab"), [(20, 10), (9, 9)])[1]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_jpegs_are_decoded_at_a_fraction_where_they_are_resized_to_less(orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    CHINA.save(buffer, "JPEG", quality=90, exif=exif)
+    file, upright = buffer.getvalue(), CHINA.size if orientation == 1 else CHINA.size[::-1]
+    plain = StoredImages([file], ["a"], [upright])[0]
+    made = []
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda self: (made.append(self.size), load(self))[1])
+
+    def scaled():
+        return StoredImages([file], ["a"], [upright], scaled=True)[0]
+
+    small = (upright[0] // 5, upright[1] // 5)
+    image = scaled()
+    assert image.size == upright and not made  # nothing is decoded to know it
+    ours, exact = (np.asarray(x.resize(small, Image.Resampling.BICUBIC)).astype(int) for x in (image, plain))
+    assert made[0] == (CHINA.width // 4, -(-CHINA.height // 4)) and ours.shape == exact.shape
+    assert 0 < np.abs(ours - exact).mean() < 3  # of 255: the same picture, other pixels
+    large = (upright[0] * 3 // 4, upright[1])  # more than a half: all of it is needed
+    assert scaled().resize(large).tobytes() == plain.resize(large).tobytes()
+    for use in (np.asarray, lambda x: x.crop((3, 4, 90, 80)), lambda x: x.transpose(Image.Transpose.TRANSPOSE)):
+        assert (np.asarray(use(scaled())) == np.asarray(use(plain))).all()
+    square = pad_to_square(scaled(), (1, 2, 3)), pad_to_square(plain, (1, 2, 3))
+    assert square[0].tobytes() == square[1].tobytes()
+    png = encoded(CHINA.resize((40, 20)), "PNG")
+    assert not isinstance(StoredImages([png], ["a"], [(40, 20)], scaled=True)[0], pictures._Scaled)
+    with pytest.raises(DataError, match="image a cannot be decoded"):
+        StoredImages([file[:9000]], ["a"], [upright], scaled=True)[0].resize(small)
+    with pytest.raises(DataError, match="its index says"):
+        StoredImages([file], ["a"], [(9, 9)], scaled=True)[0]

@@ -72,6 +72,23 @@ def test_rows_ahead_are_bounded_by_bytes_and_by_number(tmp_path, mib, bound, ahe
     rows.close()
 
 
+@pytest.mark.parametrize("told, most", [(None, 32), (2, 2)])
+def test_a_step_of_many_rows_has_them_made_while_the_one_before_runs(tmp_path, told, most):
+    """Steps of 20 rows: what workers have ready grows to what a step takes, and no further; a number that is told stays."""
+    config = DataConfig(seq_length=8, num_workers=1, prefetch_rows=told)
+    rows, ready = RowWorkers(Maker(tmp_path, 0), plans_of(range(101, 401, 2)), config), []
+    for _ in range(6):
+        for _ in range(20):
+            next(rows)
+        deadline = time.monotonic() + 10
+        while len(list(tmp_path.iterdir())) < rows._sent and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.1)  # the step
+        ready.append(rows._sent - rows._taken)
+    rows.close()
+    assert ready[-1] == min(most, 30) and rows._most_rows == most, ready
+
+
 def test_a_bug_is_told(tmp_path):
     config = DataConfig(seq_length=8, num_workers=1, prefetch_rows=1)
     rows = RowWorkers(Maker(tmp_path, 1), plans_of([0, 99, 1, 2, 3]), config)

@@ -23,7 +23,7 @@ _CAUSES = {
     Reason.BAD_RECORD: "most likely --format is another than that of the records, or their keys have other names",
     Reason.BAD_JSON: "most likely the file is no json, or its end is missing: look at the place that the first line names",
     Reason.MISSING_IMAGE: "most likely the paths of their pictures start from another folder than --image-root",
-    Reason.UNREADABLE_IMAGE: "most likely the pictures were not fetched whole: open the first that is named",
+    Reason.UNREADABLE_IMAGE: "most likely the files were not fetched whole, unless the first line says more: open it",
     Reason.PLACEHOLDERS: "most likely the records have no <image> in their texts: --missing-placeholder prepend puts it there",
     Reason.DAMAGED_SHARD: "most likely the file was not fetched whole, or is of another kind than --format says",
 }

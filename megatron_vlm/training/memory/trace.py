@@ -107,30 +107,35 @@ class _Kernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return _Attention.apply(*args[:3])
+            return _Attention.apply(*args[:3], None if self.cuda else kwargs.get("attn_mask"))
         if func is F.rms_norm and self.cuda and args[0].is_meta:
             return _RmsNorm.apply(args[0], args[2] if len(args) > 2 else kwargs.get("weight"))
         return func(*args, **kwargs)
 
 
 class _Attention(torch.autograd.Function):
-    """[n, H, Lq, D], [n, G, Lk, D] twice -> [n, H, Lq, D]."""
+    """[n, H, Lq, D], [n, G, Lk, D] twice, the CPU's mask [Lq, Lk] -> [n, H, Lq, D]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        made = (
+            ()
+            if mask is None
+            else (mask.new_empty(mask.shape), torch.empty(mask.shape, dtype=q.dtype, device=q.device))
+        )
         out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device))
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device), *made[1:])
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        q, k, v, _, _ = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, *_ = ctx.saved_tensors
         heads = (*k.shape[:1], q.shape[1], *k.shape[2:])
         # Gradients of keys and values come out by query head, and those of queries are summed in fp32 (flash-attn 2).
         work = [k.new_empty(heads), v.new_empty(heads), torch.empty_like(q, dtype=torch.float32)]
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         del work
-        return grads
+        return *grads, None
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_vlm.layers.attention import attention
 from megatron_vlm.testing import shapes
 from megatron_vlm.testing.distributed import run_alone, run_distributed
 from megatron_vlm.testing.memory import Case, PeakOnCpu, estimated, measured
 from megatron_vlm.training.memory.estimate import estimate, passes, step_peak
 from megatron_vlm.training.memory.stages import RowShape
 from megatron_vlm.training.memory.trace import SMALL, ChunkBytes, Meter
+from megatron_vlm.training.memory.trace import _Kernels as Kernels
 
 IMAGES = {
     "idefics2": (3, 84, 112),
@@ -315,6 +317,19 @@ def test_the_meter_counts_storages_once_and_lets_go():
         assert positions.tolist() == [3, 4] and y[positions].shape == (2, 500)
         del y, view, positions
     assert meter.now <= 64
+
+
+def test_masks_are_made_on_the_cpu_alone():
+    """Of a piece of a cut sample, and under a window: bool, and once more in the dtype of the queries."""
+    q, k = torch.empty(100, 4, 8, device="meta"), torch.empty(400, 4, 8, device="meta")
+    ends = torch.tensor([0, 100]), torch.tensor([0, 400])
+    for window in (None, 16):
+        peaks = []
+        for kind in ("cuda", "cpu"):
+            with Meter() as meter, Kernels(kind):
+                attention(q, k, k, *ends, 100, 400, True, window)
+            peaks.append(meter.peak)
+        assert peaks[1] - peaks[0] == 100 * 400 * (1 + 4)
 
 
 def test_expected_rows_respect_the_data_section():

@@ -185,11 +185,12 @@ class ParallelConfig(Config):
         if not self.fully_sharded:
             return
         if self.pipeline_model_parallel_size > 1:
+            host = " and offload optimizer" if self.offloads_parameters else ""
+            stages = self.pipeline_model_parallel_size
             raise ConfigError(
-                f"{what} with pipeline_model_parallel_size {self.pipeline_model_parallel_size} is not built: stages would gather "
-                "their layers for each microbatch. Set data_parallel_sharding optimizer, or pipeline_model_parallel_size 1 (with "
-                f"tensor_model_parallel_size {self.tensor_model_parallel_size * self.pipeline_model_parallel_size} where a layer "
-                "is too large for a rank)"
+                f"{what} with pipeline_model_parallel_size {stages} is not built: stages would gather their layers for each "
+                f"microbatch. Set data_parallel_sharding optimizer{host}, or pipeline_model_parallel_size 1 (with "
+                f"tensor_model_parallel_size {self.tensor_model_parallel_size * stages} where a layer is too large for a rank)"
             )
         if self.vision_parallel == "ahead":
             raise ConfigError(

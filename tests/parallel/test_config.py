@@ -91,6 +91,18 @@ def test_what_does_not_go_with_sharded_parameters(settings, wanted):
         ParallelConfig(data_parallel_sharding="parameters", **settings)
 
 
+@pytest.mark.parametrize(
+    ("host", "wanted"),
+    [("optimizer+parameters", "optimizer and offload optimizer, or pipeline"), ("optimizer", "optimizer, or pipeline")],
+)
+def test_what_stands_in_for_shards_over_stages_is_taken(host, wanted):
+    asked = dict(pipeline_model_parallel_size=2, data_parallel_sharding="parameters", offload=host)
+    with pytest.raises(ConfigError, match=f"Set data_parallel_sharding {wanted}"):
+        ParallelConfig(**asked)
+    ParallelConfig(**{**asked, "data_parallel_sharding": "optimizer", "offload": "optimizer"})
+    ParallelConfig(**{**asked, "pipeline_model_parallel_size": 1, "tensor_model_parallel_size": 2})
+
+
 def test_sharding_groups_divide_the_ranks():
     config = ParallelConfig(data_parallel_sharding="parameters", sharding_group_size=4, tensor_model_parallel_size=2)
     assert config.grid(16).dp == 8

@@ -1,6 +1,6 @@
 """This trainer's step against a hand-written transformers loop, on the CPU, in turn in one run.
 
-    python benchmarks/cpu_vs_hf.py [--steps 8] [--threads 1] [--text mistral]
+    python benchmarks/cpu_vs_hf.py [--steps 8] [--threads 1] [--text mistral] [--fused]
 
 Both train the same 30M-parameter Idefics2 from the same weights on the same batches in fp32, AdamW and clipping
 included: ours through megatron-core's schedule, DDP and optimizer on packed rows, the other as users write it, with
@@ -8,6 +8,7 @@ sdpa and padding. Counted are CPU seconds of the process: a busy machine lengthe
 """
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -77,7 +78,7 @@ def make_samples(kind: str, number: int, latents: int, image_token: int, seed: i
     return samples
 
 
-def our_step(model_dir: Path) -> Callable[[Sequence[EncodedSample]], float]:
+def our_step(model_dir: Path, fused: bool) -> Callable[[Sequence[EncodedSample]], float]:
     """Builds our model, optimizer and schedule on one process; returns a function that trains on one batch."""
     cpu.install()
     device = torch.device("cpu")
@@ -85,10 +86,10 @@ def our_step(model_dir: Path) -> Callable[[Sequence[EncodedSample]], float]:
     source = open_source(str(model_dir))
     config = source.config
     topology = build_topology(ParallelConfig(), num_layers=config.text.num_layers, device=device)
-    model = build_model(source.spec, config, topology, ModelOptions())
+    model = build_model(source.spec, config, topology, ModelOptions(transformer_impl="fused" if fused else "local"))
     load_into(source, model)
     model = wrap_model(model, ParallelConfig())
-    optimizer = build_optimizer(OPTIMIZER, model)
+    optimizer = build_optimizer(dataclasses.replace(OPTIMIZER, fused=fused or None), model)
     set_learning_rates(optimizer, dict.fromkeys(("llm", "vision", "connector"), OPTIMIZER.lr), 0.0)
 
     def step(samples: Sequence[EncodedSample]) -> float:
@@ -97,16 +98,15 @@ def our_step(model_dir: Path) -> Callable[[Sequence[EncodedSample]], float]:
     return step
 
 
-def pack(samples: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
-    """Fills rows of at most ROW tokens, first fit by falling length."""
+def pack(samples: Sequence[EncodedSample], most: int = ROW) -> list[list[EncodedSample]]:
+    """Fills rows of at most ``most`` tokens, first fit by falling length."""
     rows: list[list[EncodedSample]] = []
     for sample in sorted(samples, key=lambda s: -len(s.input_ids)):
-        for row in rows:
-            if sum(len(s.input_ids) for s in row) + len(sample.input_ids) <= ROW:
-                row.append(sample)
-                break
-        else:
-            rows.append([sample])
+        fits = (row for row in rows if sum(len(s.input_ids) for s in row) + len(sample.input_ids) <= most)
+        row = next(fits, None)
+        if row is None:
+            rows.append(row := [])
+        row.append(sample)
     return rows
 
 
@@ -129,8 +129,8 @@ def hf_step(model_dir: Path) -> Callable[[Sequence[EncodedSample]], float]:
     return step
 
 
-def padded(samples: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
-    """The batch as transformers wants it: texts padded to the longest, images to the largest and to the most."""
+def padded(samples: Sequence[EncodedSample], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The batch as transformers wants it: texts padded to the longest, images to the largest and to the most, in ``dtype``."""
     length = max(len(s.input_ids) for s in samples)
     ids, mask = torch.zeros(len(samples), length, dtype=torch.long), torch.zeros(len(samples), length, dtype=torch.long)
     labels = torch.full_like(ids, IGNORE_INDEX)
@@ -142,7 +142,7 @@ def padded(samples: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
     if images:
         most = max(len(s.pixels) for s in samples)
         height, width = max(p.shape[1] for p in images), max(p.shape[2] for p in images)
-        batch["pixel_values"] = torch.zeros(len(samples), most, 3, height, width)
+        batch["pixel_values"] = torch.zeros(len(samples), most, 3, height, width, dtype=dtype)
         batch["pixel_attention_mask"] = torch.zeros(len(samples), most, height, width, dtype=torch.long)
         for i, sample in enumerate(samples):
             for j, image in enumerate(sample.pixels):
@@ -182,6 +182,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each loop and kind")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--kinds", nargs="+", choices=("equal", "mixed"), default=["equal", "mixed"])
+    parser.add_argument(
+        "--fused", action="store_true", help="ours with transformer_impl=fused and optimizer.fused=true"
+    )
     parser.add_argument("--text", choices=("mistral", "llama"), default="mistral")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -189,10 +193,10 @@ def main() -> None:
         model = write_tiny_idefics2(directory, args.text, std=0.02, **MODEL)
         parameters, image_token = sum(p.numel() for p in model.parameters()), model.config.image_token_id
         del model
-        loops = {"ours": our_step(Path(directory)), "hf": hf_step(Path(directory))}
+        loops = {"ours": our_step(Path(directory), args.fused), "hf": hf_step(Path(directory))}
     print(f"{parameters / 1e6:.1f}M parameters, {BATCH} samples a step, fp32, {args.threads} thread(s), seed {SEED}")
     results = {}
-    for kind in ("equal", "mixed"):
+    for kind in args.kinds:
         number = args.steps + args.warm_up
         samples = make_samples(kind, number * BATCH, MODEL["latents"], image_token, SEED)
         batches = [samples[i * BATCH : (i + 1) * BATCH] for i in range(number)]

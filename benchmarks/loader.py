@@ -9,7 +9,7 @@ whole loader (order, packing, tar shards, crc32, checks) with a processor that m
 of the process; times to open and to resume are by the clock. *demand* reads photographs (scikit-learn's two, cut and scaled,
 640 to 1600 pixels wide, JPEG) with a question and an answer each into packed rows of 8,192 tokens for a model in SmolVLM2-2.2B's
 shape, through its processor: images/s that one GPU needs at an MFU, by the operations of these rows, and images/s that cores
-deliver, by CPU seconds of one process and, beside it, by the clock with that many worker processes.
+deliver, by CPU seconds of one process.
 """
 
 import argparse
@@ -246,42 +246,28 @@ def demand(num_images: int, mfu: float, cores: int, peak_tflops: float) -> dict[
         write_tiny_smolvlm(folder / "hf", most=4, **sizes)  # for its tokenizer and processor
         for kind, splitting in (("whole", False), ("in_tiles", True)):
             for scaled in (False, True):
+                config = DataConfig(
+                    seq_length=8192, packing=True, num_workers=0, image_splitting=splitting, jpeg_scaled_decoding=scaled
+                )
+                whose = dict(global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1)
+                processor = spec.open_processor(folder / "hf", config)
+                loader = RowLoader(config, processor, paths=[folder / "shards"], seed=1, **whose)
+                loader.next_step()
                 seconds, flops, images = 0.0, 0.0, 0
-                for workers in (0, cores):
-                    config = DataConfig(
-                        seq_length=8192,
-                        packing=True,
-                        num_workers=workers,
-                        image_splitting=splitting,
-                        jpeg_scaled_decoding=scaled,
-                    )
-                    sizes = dict(global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1)
-                    processor = spec.open_processor(folder / "hf", config)
-                    loader = RowLoader(config, processor, paths=[folder / "shards"], seed=1, **sizes)
-                    loader.next_step()
-                    began, before, seen = time.perf_counter(), time.process_time(), 0
-                    while seen < num_images:
-                        (row,) = loader.next_step().rows
-                        seen += len(row.keys)
-                        if not workers:
-                            shapes = [(3, side, side) for pixels in row.pixels]
-                            work = forward_flops(
-                                model,
-                                images=shapes,
-                                segments=row.segments[: len(row.keys)],
-                                supervised=row.num_supervised,
-                            )
-                            flops, images = flops + work.training(), images + len(row.keys)
-                    if not workers:
-                        seconds = time.process_time() - before
-                    clock = time.perf_counter() - began
-                    loader.close()
-                needed = images / (flops / (mfu * peak_tflops * 1e12))
+                while images < num_images:
+                    before = time.process_time()
+                    (row,) = loader.next_step().rows
+                    seconds += time.process_time() - before
+                    shapes = [(3, side, side) for pixels in row.pixels]
+                    segments = row.segments[: len(row.keys)]
+                    work = forward_flops(model, images=shapes, segments=segments, supervised=row.num_supervised)
+                    flops, images = flops + work.training(), images + len(row.keys)
+                loader.close()
+                needed, delivered = images / (flops / (mfu * peak_tflops * 1e12)), cores * images / seconds
                 name = f"{kind}{'_scaled' if scaled else ''}"
                 figures |= {f"{name}_needed_images_per_s": round(needed, 1)}
-                figures |= {f"{name}_delivered_by_{cores}_cores": round(cores * images / seconds, 1)}
-                figures |= {f"{name}_by_the_clock_{cores}_workers": round(seen / clock, 1)}
-                figures |= {f"{name}_delivered_of_needed": round(cores * images / seconds / needed, 2)}
+                figures |= {f"{name}_delivered_by_{cores}_cores": round(delivered, 1)}
+                figures |= {f"{name}_delivered_of_needed": round(delivered / needed, 2)}
     return figures
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_vs_hf import pack, padded
 from PIL import Image
 
 from megatron_vlm import registry
@@ -68,20 +69,16 @@ def hf_config(family: str, tiny: bool) -> Any:
         model_type="llama" if family == "smolvlm" else "mistral", vocab_size=49280 if family == "smolvlm" else 32003,
         max_position_embeddings=32768, rms_norm_eps=1e-5, pad_token_id=0,
     )  # fmt: skip
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     if tiny:
-        text |= dict(
-            hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-        )
-        text["vocab_size"] = 512
-        vision = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+        text |= dict(zip(names, (64, 176, 2, 4, 2)), vocab_size=512)
     elif family == "smolvlm":
-        text |= dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32)
-        text |= dict(num_key_value_heads=32, rope_parameters={"rope_type": "default", "rope_theta": 130000.0})
-        vision = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+        text |= dict(
+            zip(names, (2048, 8192, 24, 32, 32)), rope_parameters=dict(rope_type="default", rope_theta=130000.0)
+        )
     else:
-        text |= dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
-        text |= dict(num_key_value_heads=8, sliding_window=4096)
-        vision = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+        text |= dict(zip(names, (4096, 14336, 32, 32, 8)), sliding_window=4096)
+    vision: dict[str, Any] = dict(zip(names, (48, 96, 2, 4) if tiny else (1152, 4304, 27, 16)))
     vision |= dict(image_size=side(family, tiny), patch_size=PATCH)
     common = dict(image_token_id=IMAGE_TOKEN, tie_word_embeddings=False)
     if family == "smolvlm":
@@ -128,13 +125,10 @@ def make_samples(family: str, tiny: bool, number: int, image_tokens: int, vocabu
         scale = most / max(decoded.size) if tiny else min(1.0, most / max(decoded.size))
         fits = [max(PATCH, round(edge * scale) // PATCH * PATCH) for edge in decoded.size]
         decoded = decoded.resize((most, most) if family == "smolvlm" else (fits[0], fits[1]))
-        return (
-            torch.frombuffer(bytearray(decoded.tobytes()), dtype=torch.uint8)
-            .view(decoded.height, decoded.width, 3)
-            .permute(2, 0, 1)
-            / 127.5
-            - 1
+        values = torch.frombuffer(bytearray(decoded.tobytes()), dtype=torch.uint8).view(
+            decoded.height, decoded.width, 3
         )
+        return values.permute(2, 0, 1) / 127.5 - 1
 
     samples = []
     for index in range(number):
@@ -199,18 +193,6 @@ def train_ours(
     return seconds, losses, trained
 
 
-def pack(samples: list[EncodedSample], most: int) -> list[list[EncodedSample]]:
-    """Rows of at most ``most`` tokens, first fit by falling length."""
-    rows: list[list[EncodedSample]] = []
-    for sample in sorted(samples, key=lambda s: -len(s.input_ids)):
-        fits = (row for row in rows if sum(len(s.input_ids) for s in row) + len(sample.input_ids) <= most)
-        row = next(fits, None)
-        if row is None:
-            rows.append(row := [])
-        row.append(sample)
-    return rows
-
-
 def train_hf(
     args: argparse.Namespace, config: Any, batches: list[list[EncodedSample]]
 ) -> tuple[list[float], list[float], int]:
@@ -247,7 +229,7 @@ def train_hf(
     class InOrder(transformers.Trainer):
         def get_train_dataloader(self) -> DataLoader:
             samples: Any = [sample for batch in batches for sample in batch]
-            return DataLoader(samples, batch_size=args.hf_batch, collate_fn=padded)
+            return DataLoader(samples, batch_size=args.hf_batch, collate_fn=partial(padded, dtype=torch.bfloat16))
 
     arguments = transformers.TrainingArguments(
         output_dir=str(args.out / "hf"), per_device_train_batch_size=args.hf_batch, max_steps=len(batches), logging_steps=1,
@@ -279,28 +261,6 @@ def quantize(model: torch.nn.Module) -> None:
                 made.weight = codes.to(place)
                 made.bias = linear.bias
                 setattr(module, child, made)
-
-
-def padded(samples: list[EncodedSample]) -> dict[str, torch.Tensor]:
-    """A microbatch as transformers wants it: texts padded to the longest, images to the largest and to the most."""
-    length = max(len(s.input_ids) for s in samples)
-    ids = torch.zeros(len(samples), length, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
-    for i, sample in enumerate(samples):
-        n = len(sample.input_ids)
-        ids[i, :n], labels[i, :n], mask[i, :n] = sample.input_ids, sample.labels, 1
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    images = [image for sample in samples for image in sample.pixels]
-    if images:
-        height, width = (max(p.shape[dim] for p in images) for dim in (1, 2))
-        most = max(len(s.pixels) for s in samples)
-        batch["pixel_values"] = torch.zeros(len(samples), most, 3, height, width, dtype=torch.bfloat16)
-        batch["pixel_attention_mask"] = torch.zeros(len(samples), most, height, width, dtype=torch.long)
-        for i, sample in enumerate(samples):
-            for j, image in enumerate(sample.pixels):
-                batch["pixel_values"][i, j, :, : image.shape[1], : image.shape[2]] = image
-                batch["pixel_attention_mask"][i, j, : image.shape[1], : image.shape[2]] = 1
-    return batch
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -162,7 +162,6 @@ LONG = [
     long_row("cp 2, recompute in part", 2, **CP2, **SELECTIVE),
     long_row("cp 2, tp 2, recompute", 4, **CP2, **TP, **FULL, sequence_parallel=True),
     long_row("cp 2, images ahead, recompute", 2, **CP2, **FULL, vision_parallel="ahead"),
-    replace(long_row("cp 2, LoRA, recompute", 2, **CP2, **FULL), peft=LORA),
 ]
 SLOW = (
     "distributed optimizer, recompute",

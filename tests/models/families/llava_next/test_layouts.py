@@ -20,8 +20,7 @@ def make_check(name, directory):
 @pytest.mark.parametrize(
     "case",
     [
-        *PAIRWISE_SMALL,
-        Case(tp=2, twin="onevision", updates=3),
+        PAIRWISE_SMALL[1],
         Case(tp=2, cp=2, vision="share", updates=2),
         Case(cp=2, pp=2, vision="ahead", updates=2, twin="onevision"),
     ],
@@ -32,6 +31,8 @@ def test_layout_equals_one_process(checks, case):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [*PAIRWISE_MORE, *whole_matrix(), *whole_matrix("onevision")], ids=str)
+@pytest.mark.parametrize(
+    "case", [*PAIRWISE_SMALL, *PAIRWISE_MORE, *whole_matrix(), *whole_matrix("onevision")], ids=str
+)
 def test_whole_matrix(checks, case):
     checks(case.twin).check(case)

@@ -62,6 +62,7 @@ def adapters(twins):
     return samples, model, tensors
 
 
+@pytest.mark.full
 def test_adapters_equal_peft(twins, adapters):
     samples, model, tensors = adapters
     _, logits, _ = peft_gradients(model, samples, hf_inputs)

@@ -45,6 +45,7 @@ PROMPTS = ((2, 9), (0, 13), (1, 4))
 BARS = Bars(logits=2e-5)
 UPDATES, UPDATE_LR, UPDATE_BAR, NEW_TOKENS = 50, 1e-3, 2e-4, 12
 OPTIONS: dict[str, dict[str, Any]] = {  # so that the sliding window, dynamic NTK and virtual stages act
+    "gemma3": {"text": {"head_dim": 16}},  # attention's output in whole blocks of 64, as bitsandbytes' CPU kernel needs
     "idefics2": {"sliding_window": 11},
     "internlm2": {"max_position_embeddings": 20},
     "qwen3_vl": {"text": {"num_hidden_layers": 8}},  # for virtual stages that hold the layers of all levels

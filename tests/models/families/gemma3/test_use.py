@@ -80,11 +80,10 @@ FOUR_BITS = {"quantize": "nf4", "quantize_groups": ("vision", "llm")}
 @pytest.mark.parametrize(
     ("case", "more"),
     [
-        (CASES[1], FOUR_BITS),
         *(pytest.param(case, more, marks=pytest.mark.full) for case in MORE for more in ({}, FOUR_BITS)),
         *(
             pytest.param(case, more, marks=pytest.mark.full)
-            for case, more in ((CASES[0], {}), (CASES[0], FOUR_BITS), (CASES[1], {}))
+            for case, more in ((CASES[0], {}), (CASES[0], FOUR_BITS), (CASES[1], {}), (CASES[1], FOUR_BITS))
         ),
     ],
     ids=lambda value: "nf4" if value == FOUR_BITS else "lora" if value == {} else str(value),

@@ -21,13 +21,13 @@ from megatron_vlm.conversion.write_megatron import write_megatron
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.files import check_output, read_json
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.processing.processor_files import add_stops
+from megatron_vlm.models.processing.processor_files import add_stops, set_pixels
 from megatron_vlm.peft.export import export_adapter
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.sources.hf import HFSource, open_hf
 from megatron_vlm.sources.quantised import quantised_names
 from megatron_vlm.sources.source import WeightSource, other_naming
-from megatron_vlm.weights.checkpoint_dir import holds_checkpoints
+from megatron_vlm.weights.checkpoint_dir import STATE, holds_checkpoints
 from megatron_vlm.weights.hf_io import CONFIG_NAME, HFWriter, list_names, resolve_directory, write_config
 from megatron_vlm.weights.mapping import DerivedTensors, Entry, HFModel, TensorInfo
 from megatron_vlm.weights.model_folder import copy_hf_files
@@ -341,6 +341,14 @@ def export_hf(
             for folder in infos:
                 write_config(directory / folder, read_json(directory / folder / CONFIG_NAME, ConversionError), changed)
         _end_answers(source, directory)
+        set_pixels(directory, _pixels_of(source))
+
+
+def _pixels_of(source: WeightSource) -> dict[str, int]:
+    """What the run that trained the weights set of ``data.min_pixels`` and ``data.max_pixels``."""
+    states = [read_json(path) for folder in reversed(source.folders()) if (path := Path(folder, STATE)).is_file()]
+    data = {k: v for state in states for k, v in ((state.get("run") or {}).get("config") or {}).get("data", {}).items()}
+    return {name: data[name] for name in ("min_pixels", "max_pixels") if data.get(name)}
 
 
 def _end_answers(source: WeightSource, directory: Path) -> None:

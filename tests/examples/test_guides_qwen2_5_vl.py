@@ -47,6 +47,7 @@ def test_guide(tmp_path):
 
     merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(work / "hf", attn_implementation="eager").eval()
     processor = Qwen25VLProcessor.from_pretrained(work / "hf", DataConfig(seq_length=256))
+    assert (processor.min_pixels, processor.max_pixels) == (512, 6144)  # the run's
     image = Image.open(next((tmp_path / "digits" / "heldout").glob("*.png")))
     turns = [Turn(role="user", text="<image>What digit is this?"), Turn(role="assistant", text="seven")]
     sample = processor.encode("k", turns, [image])

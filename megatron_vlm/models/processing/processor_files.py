@@ -211,6 +211,23 @@ def add_stops(directory: Path, ends: Iterable[int]) -> None:
         write_json(path, {**content, "eos_token_id": [*known, *missing]})
 
 
+def set_pixels(directory: Path, bounds: Mapping[str, int]) -> None:
+    """Has the image processor of the model in ``directory`` keep to the ``min_pixels`` and ``max_pixels`` it was trained with."""
+    for path, section in (
+        (directory / "processor_config.json", "image_processor"),
+        (directory / "preprocessor_config.json", ""),
+    ):
+        content = read_json(path) if path.is_file() else {}
+        images = (content.get(section) or {}) if section else content
+        if not images or not bounds:
+            continue
+        images.update(bounds)
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if name in bounds and edge in (images.get("size") or {}):
+                images["size"][edge] = bounds[name]
+        write_json(path, content)
+
+
 def _derived_generation(config: dict[str, Any]) -> dict[str, Any]:
     """What transformers takes from config.json for generation: settings of the model, and of its decoder where it has none."""
     from transformers import GenerationConfig

@@ -48,7 +48,13 @@ OPTIONS: dict[str, dict[str, Any]] = {  # so that the sliding window, dynamic NT
     "gemma3": {"text": {"head_dim": 16}},  # attention's output in whole blocks of 64, as bitsandbytes' CPU kernel needs
     "idefics2": {"sliding_window": 11},
     "internlm2": {"max_position_embeddings": 20},
-    "qwen3_vl": {"text": {"num_hidden_layers": 8}},  # for virtual stages that hold the layers of all levels
+    "qwen3_vl": {
+        "text": {
+            "num_hidden_layers": 8,  # virtual stages hold the layers of all levels
+            "head_dim": 16,  # rows of whole blocks, which _write_whole_blocks needs
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2]},
+        }
+    },
 }
 
 

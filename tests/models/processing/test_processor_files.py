@@ -9,7 +9,7 @@ import torch
 from megatron_vlm import registry
 from megatron_vlm.conversion.convert import export_hf, hf2mg
 from megatron_vlm.conversion.open_source import open_source
-from megatron_vlm.models.processing.processor_files import add_stops
+from megatron_vlm.models.processing.processor_files import add_stops, set_pixels
 from megatron_vlm.testing.twins.small_families import NAMES, write_small_twin
 
 TURN_ENDS = {
@@ -125,3 +125,21 @@ def test_weights_without_a_tokenizer_are_exported_with_a_warning(tmp_path, caplo
     with open_source(twin.directory) as source:
         export_hf(source, tmp_path / "out")
     assert "what ends an answer is not known" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, section", [("preprocessor_config.json", None), ("processor_config.json", "image_processor")]
+)
+def test_bounds_of_pixels(tmp_path, name, section):
+    """As transformers reads them: its own edges, and the older names, which count before these."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    for images in ({"size": {"shortest_edge": 64, "longest_edge": 640}}, {"min_pixels": 64, "max_pixels": 640}):
+        content = {section: images} if section else images
+        (tmp_path / name).write_text(json.dumps(content))
+        set_pixels(tmp_path, {})
+        assert json.loads((tmp_path / name).read_text()) == content
+        set_pixels(tmp_path, {"max_pixels": 500})
+        found = json.loads((tmp_path / name).read_text())
+        size = Qwen2VLImageProcessorPil(**(found[section] if section else found)).size
+        assert (size["shortest_edge"], size["longest_edge"]) == (64, 500)

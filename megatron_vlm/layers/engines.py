@@ -84,6 +84,7 @@ class EngineRMSNorm(RMSNorm):
         if x.is_meta:
             return super().forward(x)
         size, how = x.shape[-1], dict(eps=self.eps, dtype=self.weight.dtype, device="meta")
+        how["zero_centered_gamma"] = self.zero_centered
         return _lent(self, lambda te: te.RMSNorm(size, **how), weight=self.weight)(x)
 
 
@@ -98,10 +99,10 @@ class EngineLayerNorm(LayerNorm):
 
 
 class ApexRMSNorm(RMSNorm):
-    """By apex's kernel."""
+    """By apex's kernel, which knows no weight around zero: such a one by torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_meta:
+        if x.is_meta or self.zero_centered:
             return super().forward(x)
         apex: Any = importlib.import_module("apex.normalization.fused_layer_norm")
         return apex.fused_rms_norm_affine(x, self.weight, self.weight.shape, self.eps)

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.layers.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
+from megatron_vlm.parallel.topology import SoloGroup
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -179,6 +181,11 @@ class FusedRowLinear(_AddsInPlace, RowLinear):
 
 class FusedMLP(MLP):
     """megatron-core's MLP with bias, activation and gate in one kernel."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        if config.tensor_model_parallel_size == 1:  # a layer hands the group of its ranks to no class but MLP itself
+            kwargs.setdefault("tp_group", SoloGroup())
+        super().__init__(config, *args, **kwargs)
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: None = None, **unused: Any

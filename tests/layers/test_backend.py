@@ -41,7 +41,7 @@ def classes(family: str) -> tuple[set[str], set[str], list[str]]:
 @pytest.mark.parametrize("family", sorted(shapes.small()))
 def test_every_part_is_of_the_backends_classes(family):
     ((others, linears, plain),) = run_distributed(classes, family)
-    assert others <= {"WidthRMSNorm"} and {"ColumnLinear", "RowLinear"} <= linears
+    assert others <= {"WidthRMSNorm", "NormedResidual"} and {"ColumnLinear", "RowLinear"} <= linears
     assert plain == ["language_model.output_layer"]  # megatron-core's GPTModel makes the head, and nothing calls it
 
 

@@ -6,7 +6,7 @@ E4M3 by one scale a tensor.
 
 import contextlib
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.layers import fused
+from megatron_vlm.layers import engines, fused, norm
 from megatron_vlm.options.flags import parse_flags
 from megatron_vlm.testing.distributed import run_distributed
 from megatron_vlm.testing.layouts import GRADIENT
@@ -68,10 +68,11 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, normalized_shape, eps=1e-5, sequence_parallel=None, zero_centered_gamma=False, *, device, dtype):
         super().__init__()
         self.eps, self.weight = eps, torch.nn.Parameter(torch.empty(normalized_shape, device=device, dtype=dtype))
+        self.around_zero = zero_centered_gamma
 
     def forward(self, x):
         Calls.note("RMSNorm")
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight + self.around_zero, self.eps)
 
 
 class LayerNorm(RMSNorm):
@@ -169,6 +170,24 @@ def test_layers_equal_plain_ones_under_the_same_names(twin, impl, parallel, ran)
         assert not nothing and set(counts) == ran
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert max(gradient_errors(ours["grads"], theirs["grads"]).values()) < GRADIENT
+
+
+@pytest.mark.parametrize("kind", [engines.EngineRMSNorm, engines.ApexRMSNorm])
+@pytest.mark.parametrize("around_zero", [False, True])
+def test_norms_know_of_a_weight_around_zero(kind, around_zero):
+    config = SimpleNamespace(
+        layernorm_zero_centered_gamma=around_zero,
+        params_dtype=torch.float32,
+        sequence_parallel=False,
+        use_cpu_initialization=True,
+    )
+    made = kind(config, 6)
+    with torch.no_grad():
+        made.weight.copy_(torch.linspace(-0.5, 0.5, 6))
+    x = torch.randn(5, 6)
+    with stand_ins():
+        ours = made(x)
+    torch.testing.assert_close(ours, norm.RMSNorm.forward(made, x))
 
 
 def fp8_names(directory, options):

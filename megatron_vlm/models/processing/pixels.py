@@ -1,5 +1,6 @@
 """Pixels as image processors of transformers make them: what the families' processors share of their settings and fields."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,7 +66,10 @@ def pixel_fields(
     """
     for name in (*_STEPS, *steps):
         if not images.get(name, True):
-            raise ConfigError(f"{hf_dir}: {name} false is not built for {family}")
+            raise ConfigError(f"{hf_dir}: {name} {json.dumps(images[name])} is not built for {family}")
+    for name in ("resample", "rescale_factor"):
+        if images.get(name, 0) is None:
+            raise ConfigError(f"{hf_dir}: {name} null is no number: leave it out for the default")
     return {
         "resample": int(images.get("resample", resample)),
         "rescale": float(images.get("rescale_factor", 1 / 255)),

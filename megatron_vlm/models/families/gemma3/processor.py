@@ -84,6 +84,7 @@ class Gemma3Processor(NormalisedPixels, ConversationProcessor):
         side = model.vision.image_size
         size = images.get("size") or {"height": 224, "width": 224}
         require(f"{hf_dir}: size", {**size}, {"height": side, "width": side}, "this model's tower")
+        images["do_convert_rgb"] = True  # by transformers' processor, whatever the file says: published ones say null
         require(f"{hf_dir}: image_seq_length", settings.get("image_seq_length", 256), model.image_tokens, "this model")
         return cls(
             **_tokens_of(hf_dir, model),

@@ -172,7 +172,9 @@ def test_images_are_never_cut(made):
 @pytest.mark.parametrize(
     "file, change, message",
     [
-        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize false"),
+        ("preprocessor_config.json", {"do_resize": None}, "do_resize null"),
+        ("preprocessor_config.json", {"resample": None}, "resample null"),
         ("preprocessor_config.json", {"size": {"height": 24, "width": 36}}, "this model's tower"),
         ("processor_config.json", {"image_seq_length": 7}, "image_seq_length 7 is not built for this model: only 9"),
         ("config.json", {"image_token_index": 3}, "image_token_id 3"),
@@ -190,6 +192,15 @@ def test_files(tmp_path, file, change, message):
     path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ConfigError, match=message):
         ours(tmp_path)
+
+
+def test_what_the_published_files_leave_to_transformers(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    names = ("do_convert_rgb", "do_pan_and_scan", "pan_and_scan_max_num_crops")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **dict.fromkeys(names)}))
+    picture = Image.new("RGB", (40, 30), (200, 10, 90))
+    assert_equal(ours(tmp_path), hf_processor(tmp_path), turns_of("<image>What?", "x"), [picture])
 
 
 def test_data_settings(made):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.perceiver import PerceiverAttention, PerceiverLayer, PerceiverResampler
-from megatron_vlm.layers.projector import LinearProjector, Projector
+from megatron_vlm.layers.projector import LinearProjector, PooledProjector, Projector
 from megatron_vlm.layers.vision import internvit
 from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu
 from megatron_vlm.layers.vision.encoder import Encoder
@@ -254,7 +254,17 @@ def build_linear_projector(width: int, hidden_size: int, topology: Topology, opt
     return LinearProjector(_projector_config(hidden_size, topology, options), width, topology.tower_group)
 
 
-def _projector_config(hidden_size: int, topology: Topology, options: ModelOptions) -> TransformerConfig:
+def build_pooled_projector(
+    width: int, hidden_size: int, norm_epsilon: float, pool: int, topology: Topology, options: ModelOptions
+) -> PooledProjector:
+    """Gemma 3's connector, whose norm's weight is 1 apart; arguments as of ``PooledProjector``."""
+    zero_centered = dict(normalization="RMSNorm", layernorm_zero_centered_gamma=True)
+    return PooledProjector(
+        _projector_config(hidden_size, topology, options, **zero_centered), width, norm_epsilon, pool
+    )
+
+
+def _projector_config(hidden_size: int, topology: Topology, options: ModelOptions, **fields: Any) -> TransformerConfig:
     """megatron-core's config of a connector of linears with biases and GELU between them."""
     return transformer_config(
         topology,
@@ -266,4 +276,5 @@ def _projector_config(hidden_size: int, topology: Topology, options: ModelOption
         num_attention_heads=1,
         activation_func=F.gelu,
         add_bias_linear=True,
+        **fields,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_vlm.layers.core_attention import RowParams
 from megatron_vlm.layers.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
-from megatron_vlm.parallel.topology import SoloGroup
+from megatron_vlm.layers.solo import SoloGroup
 
 Activation = Callable[[Tensor], Tensor]
 

@@ -34,9 +34,10 @@ from megatron_vlm.layers.cross_entropy import linear_cross_entropy_sum
 from megatron_vlm.layers.deepstack import DeepStackLayer
 from megatron_vlm.layers.norm import NormedResidual
 from megatron_vlm.layers.rope import RotaryAngles
+from megatron_vlm.layers.solo import SoloGroup
 from megatron_vlm.models.options import ModelOptions
 from megatron_vlm.models.parts.decoder import TextConfig
-from megatron_vlm.parallel.topology import SoloGroup, Topology
+from megatron_vlm.parallel.topology import Topology
 
 
 def layer_spec(

@@ -12,20 +12,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.layers.context.attention import Exchange
+from megatron_vlm.layers.solo import SoloGroup
 from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.parallel.grid import COPIES, REPLICA, Axis, Grid
 from megatron_vlm.parallel.heartbeat import Heartbeat
 from megatron_vlm.parallel.place import START_TIMEOUT
-
-
-class SoloGroup:
-    """Stands for a tensor parallel group of this rank alone: modules built with it hold full, replicated weights."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_vlm.layers.backend import backend_of
 from megatron_vlm.layers.perceiver import PerceiverAttention, PerceiverLayer, PerceiverResampler
 from megatron_vlm.layers.projector import LinearProjector, PooledProjector, Projector
+from megatron_vlm.layers.solo import SoloGroup
 from megatron_vlm.layers.vision import internvit
 from megatron_vlm.layers.vision.clip import ClipVisionModel, quick_gelu
 from megatron_vlm.layers.vision.encoder import Encoder
@@ -30,7 +31,7 @@ from megatron_vlm.models.parts.perceiver import PerceiverConfig
 from megatron_vlm.models.parts.qwen_vit import Qwen3VitConfig, Qwen25VitConfig, QwenVitConfig
 from megatron_vlm.models.parts.siglip import SiglipConfig
 from megatron_vlm.models.parts.tower import TowerConfig
-from megatron_vlm.parallel.topology import SoloGroup, Topology
+from megatron_vlm.parallel.topology import Topology
 
 P = TypeVar("P", bound=Projector)
 

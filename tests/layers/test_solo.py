@@ -1,17 +1,18 @@
-"""A group of one rank is taken by megatron-core's exchanges as it is: they leave what they are given alone."""
+"""A group of one rank, beside real groups, is taken by megatron-core's exchanges: they leave what they are given alone."""
 
 import torch
-from megatron.core.tensor_parallel import mappings
 
 from megatron_vlm.layers.solo import SoloGroup
+from megatron_vlm.testing.distributed import run_distributed
+
+
+def exchanged():
+    from megatron.core.tensor_parallel import mappings
+
+    x, names = torch.randn(3, 4), ("copy_to", "reduce_from", "scatter_to", "gather_from")
+    found = [getattr(mappings, f"{name}_tensor_model_parallel_region")(x, group=SoloGroup()) for name in names]
+    return [torch.equal(y, x) for y in found]
 
 
 def test_nothing_is_exchanged():
-    x = torch.randn(3, 4)
-    for exchange in (
-        mappings.copy_to_tensor_model_parallel_region,
-        mappings.reduce_from_tensor_model_parallel_region,
-        mappings.scatter_to_tensor_model_parallel_region,
-        mappings.gather_from_tensor_model_parallel_region,
-    ):
-        assert torch.equal(exchange(x, group=SoloGroup()), x)
+    assert run_distributed(exchanged, tp=2) == [[True] * 4] * 2

@@ -199,7 +199,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "answer-loss-only": ("data.answer_loss_only", True),
     "allow-data-change": ("data.allow_data_change", True),
     "group-by-modality-length": ("data.group_by", "modality"),
-    **dict.fromkeys(("packing", "use-packed-ds", "neat-packing"), ("data.packing", True)),
+    **dict.fromkeys(("packing", "use-packed-ds"), ("data.packing", True)),
     "no-packing": ("data.packing", False),
     **dict.fromkeys(("double-quantization", "bnb-4bit-use-double-quant"), ("peft.double_quant", True)),
     "finetune": ("checkpoint.finetune", True),
@@ -253,6 +253,7 @@ TRANSLATED: dict[str, dict[str, tuple[str, Any] | None]] = {
     **{key: {"bnb": None, "nf4": None} for key in ("quantization-method", "quant-method", "bnb-4bit-quant-type")},
     **{key: {"true": None} for key in ("dataset-shuffle", "train-dataloader-shuffle", "init-weights")},
     **{key: {"false": None, "concat": None} for key in ("mask-history", "mix-strategy", "use-unsloth", "streaming")},
+    "neat-packing": {"": ("data.packing", True), "true": ("data.packing", True), "false": None},
     "truncation-strategy": {"delete": ("data.on_too_long", "drop"), "right": ("data.on_too_long", "truncate")},
     "train-on-prompt": {"true": ("data.answer_loss_only", False), "false": ("data.answer_loss_only", True)},
     "metric-for-best-model": {"eval_loss": ("checkpoint.keep_best", "loss")},
@@ -281,7 +282,7 @@ _IGNORED = {
         no-async-tensor-model-parallel-allreduce no-persist-layer-norm apply-query-key-layer-scaling
         no-query-key-layer-scaling use-fused-rmsnorm use-fused-swiglu tp-comm-overlap flash-attn
         attn-impl attn-implementation use-liger half-precision-backend fp16-opt-level
-        use-liger-kernel enable-liger-kernel bnb-4bit-compute-dtype""",
+        use-liger-kernel enable-liger-kernel""",
     "there is one implementation here, which needs no switch": """
         use-mcore-models use-legacy-models distributed-backend local-rank use-cpu-initialization dataloader-type
         eod-mask-loss reset-position-ids reset-attention-mask

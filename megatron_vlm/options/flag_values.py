@@ -20,6 +20,7 @@ class FlagValues(Config):
             gradient_checkpointing, do_train, do_eval, save_strategy, save_steps, save_total_limit, eval_strategy,
             eval_steps, report_to, group_by_length: of transformers.TrainingArguments.
         use_lora, lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_bias, load_in_4bit: of finetune.py, FT.py and PEFT.
+        bnb_4bit_compute_dtype: of ms-swift and LLaMA-Factory: checked against the run's precision.
         use_llm_lora, use_backbone_lora, unfreeze_lm_head: of InternVL: ranks of adapters in the language model and the tower.
         vision_select_layer, ps_version, down_sample_ratio: of InternVL: checked against the model's config.json.
         recompute_activations, recompute_method, recompute_num_layers, recompute_modules: of Megatron.
@@ -56,6 +57,7 @@ class FlagValues(Config):
     lora_target_modules: tuple[str, ...] = ()
     lora_bias: str | None = None
     load_in_4bit: bool | None = None
+    bnb_4bit_compute_dtype: str | None = None
     use_llm_lora: int | None = None
     use_backbone_lora: int | None = None
     unfreeze_lm_head: bool | None = None

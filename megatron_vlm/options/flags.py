@@ -50,6 +50,14 @@ SAME_AS = {
 }
 """field of FlagValues -> the setting that it is another name of"""
 
+_DIFFERS = {
+    (
+        "truncation-strategy",
+        "right",
+    ): "here whole turns are removed from the end, tokens only of an answer that stays too long"
+}
+"""(flag, its value) of ``TRANSLATED`` -> what is not quite the same here"""
+
 Command = Literal["train", "launch"]
 
 
@@ -68,7 +76,7 @@ def parse_flags(argv: Sequence[str], command: Command = "train") -> ParsedFlags:
     Raises:
         ConfigError: unknown or refused flag, missing or surplus value, two flags that say different things of one setting.
     """
-    parsed, words, said = ParsedFlags(), list(argv), dict[str, tuple[str, Any]]()
+    parsed, words, said = ParsedFlags(), list(argv), dict[str, tuple[str, Any, Any]]()
     if names_config(words):
         parsed.config = words.pop(0)
     while words:
@@ -85,8 +93,11 @@ def parse_flags(argv: Sequence[str], command: Command = "train") -> ParsedFlags:
         if flag == "config":
             parsed.config = _one(word, values)
         elif flag in TRANSLATED and " ".join(values).lower() in TRANSLATED[flag]:
-            meant = TRANSLATED[flag][" ".join(values).lower()]
-            parsed.settings += [meant] if meant else []
+            meant = TRANSLATED[flag][value := " ".join(values).lower()]
+            if meant:
+                parsed.settings.append(_agreed(said, flag, *meant, as_written=value))
+            if (flag, value) in _DIFFERS:
+                parsed.notes.append(f"--{name} {value}: {_DIFFERS[flag, value]}")
         elif flag in TRANSLATED and not {flag} & {*VALUES, *LAUNCH_VALUES, *FLAG_FIELDS}:
             known = ", ".join(TRANSLATED[flag])
             raise ConfigError(f"--{name} {' '.join(values)}".rstrip() + f" is not built; known here: {known}")
@@ -97,16 +108,22 @@ def parse_flags(argv: Sequence[str], command: Command = "train") -> ParsedFlags:
         elif flag in IGNORED:
             parsed.notes.append(f"--{name} has no effect here: {IGNORED[flag]}")
         else:
-            key, value = _setting(flag, name, values, command)
-            of = SAME_AS.get(key, key)
-            before = said.setdefault(of, (flag, value))
-            if before[0] != flag and not _same(before[1], value):
-                raise ConfigError(
-                    f"--{before[0]} {_text(before[1])} and --{flag} {_text(value)} say different things of {of}: leave one out"
-                )
-            said[of] = (flag, value)
-            parsed.settings.append((key, value))
+            parsed.settings.append(_agreed(said, flag, *_setting(flag, name, values, command)))
     return parsed
+
+
+def _agreed(
+    said: dict[str, tuple[str, Any, Any]], flag: str, key: str, value: Any, as_written: str | None = None
+) -> tuple[str, Any]:
+    """The setting, which no other flag in ``said`` contradicts."""
+    of, written = SAME_AS.get(key, key), value if as_written is None else as_written
+    before = said.get(of, (flag, value, written))
+    if before[0] != flag and not _same(before[1], value):
+        raise ConfigError(
+            f"--{before[0]} {_text(before[2])} and --{flag} {_text(written)} say different things of {of}: leave one out"
+        )
+    said[of] = (flag, value, written)
+    return key, value
 
 
 def names_config(argv: Sequence[str]) -> bool:
@@ -209,7 +226,7 @@ def flags_help(command: Command = "train") -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return one == other or (isinstance(one, str) and isinstance(other, str) and _number(one) == _number(other))
+    return one == other or (not isinstance(one, list) and _number(str(one)) == _number(str(other)))
 
 
 def _number(text: str) -> Any:

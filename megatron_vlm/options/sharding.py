@@ -20,6 +20,8 @@ from megatron_vlm.options.launch_config import LaunchConfig
 
 _NONE = (None, "", "none", "None", "no", "False", "false")
 _SHARDS = "parallel.data_parallel_sharding"
+_WITH_STAGE = {"parallel.offload": "none", "parallel.offload_fraction": 1.0, "parallel.sharding_group_size": None}
+"""What goes with a kind of sharding, and its default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class Sharding:
 
     def beside(self, given: Mapping[str, Any], file: Mapping[str, Any], *, adapts: bool) -> "Sharding":
         """The same beside what the command line says, with ``start`` among its settings, and "none" where the section
-        ``parallel`` of the ``file`` says otherwise.
+        ``parallel`` of the ``file`` says otherwise: options that name a stage say all of sharding and offload.
 
         Raises:
             ConfigError: the command line says another sharding or offload.
@@ -93,10 +95,17 @@ class Sharding:
                     "one out"
                 )
         notes = self.notes
+        stays = wanted.get("parallel.offload") == file.get("offload") == "optimizer"
+        for key, none in _WITH_STAGE.items() if self.stage is not None else ():
+            held = file.get(key.removeprefix("parallel."))
+            if given.get(key) is None and held not in (None, none) and not (stays and "offload" in key):
+                settings[key] = none
+                if key not in wanted:
+                    notes = (*notes, f"{self.source}: {key} {held} of the config is left out; its flag would keep it")
         if self.stage == 2 and adapts:
             notes = (*notes, f"{self.source}: with adapters the distributed optimizer: nothing else has gradients")
         settings = {key: value for key, value in settings.items() if given.get(key) is None}
-        named = any(given.get(key) is not None for key in (_SHARDS, "parallel.offload"))
+        named = any(given.get(key) is not None for key in (_SHARDS, "parallel.offload", "parallel.sharding_group_size"))
         return replace(self, settings=settings, notes=notes, named=named)
 
     @property

@@ -14,6 +14,7 @@ from megatron_vlm.training.metrics.trackers import TRACKERS
 # lr_scheduler_type -> optimizer.lr_decay_style
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_hf", "adamw_apex_fused")
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 REPORTS = ("tensorboard", *TRACKERS)
 STRATEGIES = ("no", "steps", "epoch")
 _MODULES = {"core_attn": "core_attention", "layernorm": "norm"}  # Megatron's name -> ours
@@ -55,6 +56,12 @@ def settle(flags: FlagValues, run: dict[str, Any], given: frozenset[str]) -> lis
     notes = []
     training, data = run.setdefault("training", {}), run.setdefault("data", {})
     precision = training.get("precision") or "fp32"
+    dtype = (flags.bnb_4bit_compute_dtype or "auto").lower().removeprefix("torch.")
+    if dtype != "auto" and DTYPES.get(dtype, dtype) != precision:
+        raise ConfigError(
+            f"--bnb_4bit_compute_dtype {dtype}: this run computes in {precision}, layers in 4 bits too (--bf16, --fp16, "
+            "training.precision): change one, or leave it out"
+        )
     if flags.tf32 and precision == "fp32":
         training.setdefault("tf32", True)
     elif flags.tf32:

@@ -208,6 +208,9 @@ def test_a_config_may_stand_first():
             {"data.on_too_long": "drop", "data.answer_loss_only": True},
         ),
         ("--quant_method bnb --bnb_4bit_quant_type nf4 --double_quantization true", {"peft.double_quant": True}),
+        ("--packing true --neat_packing false", {"data.packing": True}),
+        ("--neat_packing", {"data.packing": True}),
+        ("--torch_dtype bfloat16 --bf16 true --train_type lora --use_lora", {"--bf16": "true", "--use_lora": True}),
         ("--neat_packing true --mix_strategy concat --use_unsloth false --streaming false", {"data.packing": True}),
         ("--metric_for_best_model eval_loss --split_dataset_ratio 0", {"checkpoint.keep_best": "loss"}),
         ("--lazy_tokenize true --use_liger_kernel true --padding_free true --dataset_shuffle true", {}),
@@ -226,8 +229,23 @@ def test_more_spellings_of_ms_swift_and_llama_factory(words, settings):
         ("--system hi", "its own system line"),
         ("--use_unsloth true", "--use_unsloth true is not built"),
         ("--truncation_strategy left", "known here: delete, right"),
+        (
+            "--train_on_prompt true --answer-loss-only",
+            "--train-on-prompt true and --answer-loss-only True say different",
+        ),
+        (
+            "--on-too-long truncate --truncation_strategy delete",
+            "--on-too-long truncate and --truncation-strategy delete",
+        ),
+        ("--metric_for_best_model eval_loss --keep-best score", "different things of checkpoint.keep_best"),
+        ("--neat_packing true --packing false", "different things of data.packing"),
     ],
 )
 def test_what_ms_swift_and_llama_factory_mean_and_is_not_here(words, said):
     with pytest.raises(ConfigError, match=said):
         parse_flags(words.split(), "launch")
+
+
+def test_a_value_that_means_something_else_here_says_so():
+    assert "whole turns are removed" in parse_flags(["--truncation_strategy", "right"]).notes[0]
+    assert not parse_flags(["--truncation_strategy", "delete"]).notes

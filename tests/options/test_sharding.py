@@ -10,6 +10,7 @@ from megatron_vlm import registry
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.options.flags import parse_flags
 from megatron_vlm.options.request import read_request
+from megatron_vlm.parallel.config import ParallelConfig
 from megatron_vlm.training.optimizer.config import OptimizerConfig, Schedule
 
 # As published with InternVL (zero_stage1_config.json), shortened by nothing.
@@ -68,9 +69,31 @@ def test_none_that_is_said_wins_over_the_file_of_the_run(ask):
     assert ask(None, "--fsdp no_shard", both).run["parallel"]["data_parallel_sharding"] == "none"
     request = ask({"zero_optimization": {**off, "stage": 3}}, file=both).complete({}, None, 1, keep_sharding=True)
     assert request.run["parallel"] == {"data_parallel_sharding": "parameters", "offload": "none"}
-    assert ask({"zero_optimization": {"stage": 1}}, file=both).run["parallel"]["offload"] == "optimizer"
+    request = ask({"zero_optimization": {"stage": 1}}, file=both)  # a key that is absent means none to DeepSpeed
+    assert request.run["parallel"] == {"data_parallel_sharding": "optimizer", "offload": "none"}
+    assert "parallel.offload optimizer of the config is left out" in request.notes[-1]
     with pytest.raises(ConfigError, match=r"asks for parallel\.data_parallel_sharding = none, .* says optimizer"):
         ask({"zero_optimization": off}, "--deepspeed FILE --use-distributed-optimizer")
+
+
+def test_what_goes_with_a_recipes_sharding_goes_with_it(ask):
+    shards = {"data_parallel_sharding": "parameters", "sharding_group_size": 2}
+    for more in ({"offload": "optimizer+parameters"}, {"offload": "optimizer", "offload_fraction": 0.5}):
+        recipe = {"parallel": {**shards, **more}}
+        for data, words in [({"zero_optimization": {"stage": n}}, "--deepspeed FILE") for n in (0, 1, 3)] + [
+            (None, "--fsdp no_shard"),
+            (None, "--fsdp full_shard offload"),
+        ]:
+            request = ask(data, words, recipe)
+            start = ParallelConfig.from_dict(request.run["parallel"])  # what the layout search starts with
+            kept = request.complete({}, None, 1, keep_sharding=True).run["parallel"]
+            assert start.offload == "none" and start.sharding_group_size is None
+            assert ParallelConfig.from_dict(kept).offload == ("optimizer+parameters" if "offload" in words else "none")
+            assert "sharding_group_size 2 of the config is left out" in "".join(request.notes)
+    host = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert ask(host, file=recipe).run["parallel"]["offload_fraction"] == 0.5  # the same offload
+    parallel = ask(host, "--deepspeed FILE --sharding-group-size 4", recipe).run["parallel"]
+    assert parallel["sharding_group_size"] == "4"
 
 
 def test_numbers_of_the_file_are_taken_where_the_command_line_says_nothing(ask):

@@ -64,8 +64,9 @@ def test_the_trainers_flags_set_other_sections(words, key, value):
     [
         ("--recompute-method uniform --recompute-num-layers 2", "chunks of several layers are not built yet"),
         ("--recompute-method other", "must be uniform or block, got other"),
+        ("--bnb_4bit_compute_dtype float16 --bf16 True", "compute_dtype float16: this run computes in bf16"),
     ],
 )
-def test_ways_to_recompute_that_are_not_built(words, named):
+def test_what_is_not_built(words, named):
     with pytest.raises(ConfigError, match=named):
         resolve(f"--model_name_or_path M {words}", VL)

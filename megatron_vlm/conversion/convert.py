@@ -21,7 +21,7 @@ from megatron_vlm.conversion.write_megatron import write_megatron
 from megatron_vlm.errors import ConfigError, ConversionError, MegatronVLMError
 from megatron_vlm.files import check_output, read_json
 from megatron_vlm.log import get_logger
-from megatron_vlm.models.processing.processor_files import add_stops, set_pixels
+from megatron_vlm.models.processing.processor_files import PIXELS, add_stops, set_pixels
 from megatron_vlm.peft.export import export_adapter
 from megatron_vlm.registry import FamilySpec
 from megatron_vlm.sources.hf import HFSource, open_hf
@@ -341,14 +341,14 @@ def export_hf(
             for folder in infos:
                 write_config(directory / folder, read_json(directory / folder / CONFIG_NAME, ConversionError), changed)
         _end_answers(source, directory)
-        set_pixels(directory, _pixels_of(source))
+        set_pixels(directory, pixels_of(source))
 
 
-def _pixels_of(source: WeightSource) -> dict[str, int]:
-    """What the run that trained the weights set of ``data.min_pixels`` and ``data.max_pixels``."""
+def pixels_of(source: WeightSource) -> dict[str, int]:
+    """Bounds of pixels (``PIXELS``) that the run which trained the weights set in ``data``; of a run upon a run its own."""
     states = [read_json(path) for folder in reversed(source.folders()) if (path := Path(folder, STATE)).is_file()]
     data = {k: v for state in states for k, v in ((state.get("run") or {}).get("config") or {}).get("data", {}).items()}
-    return {name: data[name] for name in ("min_pixels", "max_pixels") if data.get(name)}
+    return {name: data[name] for name in PIXELS if data.get(name)}
 
 
 def _end_answers(source: WeightSource, directory: Path) -> None:

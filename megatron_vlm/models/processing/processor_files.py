@@ -1,5 +1,6 @@
 """Tokenizer and processor files of an HF folder, read alike by the families' processors."""
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,13 +12,15 @@ from megatron_vlm.data.text import sentencepiece
 from megatron_vlm.data.text.chat import plain_tokenizer
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import read_json, write_json
+from megatron_vlm.log import get_logger
 from megatron_vlm.models.hf_config import check_numbers
 
-GENERATION = "generation_config.json"
+GENERATION, VIDEOS = "generation_config.json", "video_preprocessor_config.json"
+PIXELS = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "video_total_pixels")
+"""Fields of DataConfig that bound the size of images and of frames: the processor's files have them, too."""
 IMAGE_SETTINGS = (
     "max_image_num", "image_size", "shortest_edge", "image_splitting", "dynamic_image_size", "min_dynamic_patch",
-    "max_dynamic_patch", "use_thumbnail", "hd_num", "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels",
-    "video_total_pixels",
+    "max_dynamic_patch", "use_thumbnail", "hd_num", *PIXELS,
 )  # fmt: skip
 """Fields of DataConfig that say how images are seen; each family uses some of them."""
 ALIASES = {"[UNUSED_TOKEN_146]": "<|im_start|>", "[UNUSED_TOKEN_145]": "<|im_end|>"}
@@ -54,9 +57,9 @@ def video_processor_settings(hf_dir: Path) -> dict[str, Any]:
         ConfigError: as ``processor_settings``.
     """
     settings, images = processor_settings(hf_dir)
-    file = hf_dir / "video_preprocessor_config.json"
-    if "video_processor" in settings or not file.is_file():
-        return settings.get("video_processor") or images
+    file, nested = hf_dir / VIDEOS, settings.get("video_processor")
+    if nested is not None or not file.is_file():
+        return images if nested is None else nested
     try:
         found = read_json(file)
         check_numbers(found)
@@ -212,20 +215,55 @@ def add_stops(directory: Path, ends: Iterable[int]) -> None:
 
 
 def set_pixels(directory: Path, bounds: Mapping[str, int]) -> None:
-    """Has the image processor of the model in ``directory`` keep to the ``min_pixels`` and ``max_pixels`` it was trained with."""
-    for path, section in (
-        (directory / "processor_config.json", "image_processor"),
-        (directory / "preprocessor_config.json", ""),
-    ):
-        content = read_json(path) if path.is_file() else {}
-        images = (content.get(section) or {}) if section else content
-        if not images or not bounds:
-            continue
-        images.update(bounds)
-        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            if name in bounds and edge in (images.get("size") or {}):
-                images["size"][edge] = bounds[name]
+    """Has the processors of the model in ``directory`` keep to the bounds it was trained with, of those named by ``PIXELS``.
+
+    Frames of videos keep theirs, where transformers would take those of images for them: they get a file of their own.
+    """
+    if not bounds:
+        return
+    images = {name: bounds[name] for name in PIXELS[:2] if name in bounds}
+    frames = {name: bounds[f"video_{name}"] for name in PIXELS[:2] if f"video_{name}" in bounds}
+    processor, file = directory / "processor_config.json", directory / VIDEOS
+    videos = video_processor_settings(directory)
+    if total := bounds.get("video_total_pixels"):
+        frames |= _cap(videos, total)
+    content = read_json(processor) if processor.is_file() else {}
+    if frames and content.get("video_processor") is not None:
+        _bound(content["video_processor"], frames)
+    elif frames or (images and videos and not file.is_file() and content.get("video_processor") is None):
+        _bound(videos, frames)
+        write_json(file, videos)
+    if images and content.get("image_processor"):
+        _bound(content["image_processor"], images)
+    if content:
+        write_json(processor, content)  # what none of this concerns is as it was
+    path = directory / "preprocessor_config.json"
+    content = read_json(path) if path.is_file() else {}
+    if images and content:
+        _bound(content, images)
         write_json(path, content)
+
+
+def _bound(settings: dict[str, Any], bounds: Mapping[str, Any]) -> None:
+    """Sets them, in the edges of ``size`` too where it has these."""
+    settings.update(bounds)
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if name in bounds and edge in (settings.get("size") or {}):
+            settings["size"][edge] = bounds[name]
+
+
+def _cap(videos: Mapping[str, Any], total: int) -> dict[str, Any]:
+    """``Qwen2VLVideoProcessor``'s settings of a limit of all frames, which it counts in tokens of 0.9 blocks."""
+    block = (videos.get("patch_size", 14) * videos.get("merge_size", 2)) ** 2
+    tokens = math.ceil(total / (block * 0.9))
+    if int(tokens * block * 0.9) > total:
+        tokens -= 1
+    if (kept := int(tokens * block * 0.9)) != total:
+        message = (
+            "%d video_total_pixels of training are no number of tokens: transformers keeps to %d by max_video_tokens %d"
+        )
+        get_logger(__name__).warning(message, total, kept, tokens)
+    return {"cap_pixels_per_frame": True, "max_video_tokens": tokens}
 
 
 def _derived_generation(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.config import Config, PathText
+from megatron_vlm.conversion.convert import pixels_of
 from megatron_vlm.conversion.load import load_model
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.config import DataConfig
@@ -59,7 +60,7 @@ class AskConfig(Config):
         parallel: the layout; data parallel ranks share the records.
         precision: dtype of the weights.
         device: where to run; None: cuda if there is a GPU.
-        data: how images are treated, as in training (``image_size`` and the like).
+        data: how images are treated, as in training (``image_size`` and the like); bounds of pixels are those of training.
     """
 
     load: PathText
@@ -179,9 +180,18 @@ def load_for_answers(
     """
     options = ModelOptions(params_dtype=precision, sequence_parallel=sequence_parallel, make_vocab_size_divisible_by=1)
     with together(topology.device):
-        config = DataConfig.from_dict({"seq_length": source.config.text.longest, **data}, "data")
-        processor = source.spec.open_processor(source.hf_dir, config)
-        return load_model(source, topology, options), processor
+        return load_model(source, topology, options), processor_for(source, data)
+
+
+def processor_for(source: WeightSource, data: Mapping[str, Any]) -> Processor:
+    """The model's processor; bounds of pixels that ``data`` leaves out are those of the run that trained it.
+
+    Raises:
+        ConfigError: a setting that cannot be used.
+    """
+    given = {name: value for name, value in data.items() if value is not None}
+    config = DataConfig.from_dict({"seq_length": source.config.text.longest, **pixels_of(source), **given}, "data")
+    return source.spec.open_processor(source.hf_dir, config)
 
 
 @contextmanager

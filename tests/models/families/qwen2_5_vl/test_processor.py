@@ -22,6 +22,7 @@ from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.families.qwen2_5_vl.config import Qwen25VLConfig
 from megatron_vlm.models.families.qwen2_5_vl.processor import Qwen25VLProcessor
 from megatron_vlm.models.families.qwen2_5_vl.reference import hf_inputs
+from megatron_vlm.models.processing.processor_files import set_pixels
 from megatron_vlm.testing.twins.qwen2_5_vl import PIXELS, hf_processor, write_tiny_qwen2_5_vl
 from tests.models.families.internvl3.test_processor import CHINA, odd_images, turns_of
 from tests.models.processing.transformers_videos import metadata, video_processor
@@ -176,6 +177,29 @@ def test_settings_of_videos(folder, tmp_path):
     assert processor.fingerprint != processor_of(tmp_path, video_max_pixels=6000).fingerprint
     with pytest.raises(ConfigError, match=r"700 to 300 pixels.*data\.video_max_pixels"):
         processor_of(tmp_path, video_max_pixels=300)
+
+
+@pytest.mark.parametrize("place", ["images", "file", "nested"])
+def test_an_export_sees_images_and_frames_as_its_run_did(folder, tmp_path, caplog, place):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    own = {"size": {"shortest_edge": 300, "longest_edge": 9000}, "fps": 3.0, "patch_size": 8, "merge_size": 2}
+    if place == "file":
+        (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(own))
+    elif place == "nested":
+        (tmp_path / "processor_config.json").write_text(json.dumps({"video_processor": own}))
+    bounds = {"min_pixels": 512, "max_pixels": 3000}
+    for more in ({}, {"video_max_pixels": 2048, "video_total_pixels": 9216}):
+        trained = processor_of(tmp_path, **bounds | more)
+        set_pixels(tmp_path, bounds | more)
+        exported = processor_of(tmp_path)
+        assert (exported.min_pixels, exported.max_pixels) == (512, 3000)
+        assert (exported.frame_pixels, exported.video) == (trained.frame_pixels, trained.video)
+        assert exported.total_pixels == trained.total_pixels
+    assert not caplog.text
+    set_pixels(tmp_path, {"video_total_pixels": 9217})
+    assert "9217 video_total_pixels" in caplog.text and "keeps to 9216 by max_video_tokens 40" in caplog.text
+    assert (place == "nested") is not (tmp_path / "video_preprocessor_config.json").exists()
 
 
 def test_size_of_blocks_is_smart_resize():

@@ -2,10 +2,11 @@
 
     attention(q, k, v, cu_q, cu_k, max_q, max_k, causal, window)
         CPU, and fp32 anywhere -> per-segment SDPA, equal neighbours batched (the exact one, the oracle of the tests)
-        CUDA bf16 and fp16     -> the newest kernel that is installed and knows the device: FlashAttention 4, 3, 2, torch's own
+        CUDA bf16 and fp16     -> the newest of FlashAttention 3, 2 and torch's own that is installed and knows the device
 
 Shapes: Tq, Tk tokens of the row; H heads, G key/value heads (H % G == 0), D dimension of a head.
-``choose`` (``model.attention``) or MEGATRON_VLM_ATTENTION names one of BACKENDS instead.
+``choose`` (``model.attention``) or MEGATRON_VLM_ATTENTION names one of BACKENDS instead, FlashAttention 4 as well: it takes heads
+of some sizes only, which depend on the device.
 """
 
 import functools
@@ -117,7 +118,7 @@ def select_backend(device_type: str, dtype: torch.dtype) -> str:
         raise ConfigError(f"MEGATRON_VLM_ATTENTION={variable}, but model.attention={_chosen}: say one of them")
     setting, wanted = ("MEGATRON_VLM_ATTENTION", variable) if variable != "auto" else ("model.attention", _chosen)
     if wanted == "auto":
-        found = next(kernel for kernel in BACKENDS if _missing(kernel, device_type, dtype) is None)
+        found = next(kernel for kernel in BACKENDS[1:] if _missing(kernel, device_type, dtype) is None)
         if device_type == "cuda":
             log.info("attention runs on %s", found)
         return found
@@ -134,16 +135,25 @@ def _missing(kernel: str, device_type: str, dtype: torch.dtype) -> str | None:
         return None
     if device_type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return f"needs a CUDA device and bf16 or fp16, got {device_type} {dtype}"
-    if kernel in _MODULES and not _installed(_MODULES[kernel][0]):
-        return f"needs the package {_MODULES[kernel][1]}, which is not installed"
-    return _switch(kernel)
+    if kernel in _SWITCHES and (major_minor := torch.cuda.get_device_capability())[0] not in _SWITCHES[kernel][1]:
+        known = " or ".join(f"{number}.x" for number in _SWITCHES[kernel][1])
+        return "needs a GPU of compute capability {}, this one has {}.{}".format(known, *major_minor)
+    return (_not_installed(*_MODULES[kernel]) if kernel in _MODULES else None) or _switch(kernel)
 
 
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:  # of a package above it
-        return False
+def _not_installed(module: str, package: str) -> str | None:
+    try:  # imports the packages above it
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    except Exception as error:  # whatever a package made for other versions raises
+        return _unusable(package, error)
+    return None if found else f"needs the package {package}, which is not installed"
+
+
+def _unusable(package: str, error: Exception) -> str:
+    log.warning("%s is installed, but torch cannot use it: %s", package, error)
+    return f"is installed, but torch cannot use it: {error}"
 
 
 def _switch(kernel: str) -> str | None:
@@ -151,23 +161,18 @@ def _switch(kernel: str) -> str | None:
     from torch.nn import attention as switches
 
     current = getattr(switches, "current_flash_attention_impl", lambda: None)()
-    name, capabilities = _SWITCHES.get(kernel, (None, ()))
+    name = _SWITCHES[kernel][0] if kernel in _SWITCHES else None
     if name is None:
         if current is not None:
             switches.restore_flash_attention_impl()
         return None
     if not hasattr(switches, "activate_flash_attention_impl"):
         return f"needs a newer torch than {torch.__version__}, whose attention cannot be switched to it"
-    major, minor = torch.cuda.get_device_capability()
-    if major not in capabilities:
-        known = " or ".join(f"{number}.x" for number in capabilities)
-        return f"needs a GPU of compute capability {known}, this one has {major}.{minor}"
     if current != name:
         try:
             switches.activate_flash_attention_impl(name)
-        except Exception as error:  # whatever a package made for other versions raises
-            log.warning("FlashAttention %s is installed, but torch cannot use it: %s", name[2:], error)
-            return f"is installed, but torch cannot use it: {error}"
+        except Exception as error:
+            return _unusable(_MODULES[kernel][1], error)
     return None
 
 
@@ -225,7 +230,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, sc
 
 def _mask(length_q: int, length_k: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
     """bool [Lq, Lk], True where a key is seen; ends aligned."""
-    if device.type == "meta":  # kernels of a GPU make none: training/memory/trace.py counts it where it is
+    if device.type == "meta":  # training/memory/trace.py counts it where it is made
         return torch.empty((), dtype=torch.bool, device=device).expand(length_q, length_k)
     query = torch.arange(length_k - length_q, length_k, device=device)[:, None]
     key = torch.arange(length_k, device=device)[None]

@@ -40,12 +40,15 @@ class _EngineProduct:
     """Before a linear: its product by Transformer Engine."""
 
     def _forward_impl(self, input: Tensor, weight: Any, bias: Tensor | None = None, **rest: Any) -> Tensor:
-        if self.product is not None or input.is_meta:  # type: ignore[attr-defined]  # in 4 bits; only shapes are asked for
+        if self.product is not None:  # type: ignore[attr-defined]  # in 4 bits
             return super()._forward_impl(input=input, weight=weight, bias=bias, **rest)  # type: ignore[misc, no-any-return]
         if rest["sequence_parallel"]:
             input = gather_from_sequence_parallel_region(input, group=rest["tp_group"])
         elif rest["allreduce_dgrad"]:
             input = copy_to_tensor_model_parallel_region(input, group=rest["tp_group"])
+        if input.is_meta:  # what is kept for the backward pass is asked for: as by te.Linear, the whole input
+            output = F.linear(input, weight)
+            return output if bias is None else output + bias
         (out, size), x = weight.shape, input.flatten(0, -2)
         fp8 = getattr(self.config, "fp8_products", None)  # type: ignore[attr-defined]
         fp8 = None if out % _BLOCK or size % _BLOCK else fp8

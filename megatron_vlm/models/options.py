@@ -5,7 +5,7 @@
 Imports no megatron-core.
 """
 
-import importlib.util
+import importlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,8 +85,17 @@ class ModelOptions(Config):
         return Split(dim=0, vocab_multiple=self.make_vocab_size_divisible_by)
 
 
-ENGINES = {"transformer_engine": "transformer-engine[pytorch]", "apex": "apex (NVIDIA's, built from its repository)"}
-"""``transformer_impl`` that is a package of others -> how it is called."""
+ENGINES = {
+    "transformer_engine": ("transformer-engine[pytorch]", "transformer_engine.pytorch"),
+    "apex": (
+        "apex (NVIDIA's, built from its repository with its CUDA extensions)",
+        "apex.normalization.fused_layer_norm",
+        "fused_layer_norm_cuda",
+    ),
+}
+"""``transformer_impl`` that is a package of others -> how it is called, and its modules that layers/engines.py needs."""
+_FP8_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""Least compute capability of a GPU. Source: Transformer Engine 2.x, pytorch/fp8.py, check_*_support."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +116,9 @@ class ModelConfig(Config):
             by Transformer Engine; ``apex``: as fused, norms by apex; ``auto``: fused on a GPU, else local.
         fp8: products of the decoder's linears in fp8 by Transformer Engine, scaled by tensor, by block of 128, or by 32 numbers
             (mxfp8); weights, gradients and all else stay as ``training.precision`` says. None: they are in bf16.
-        attention: kernel of attention: ``auto``, the newest that is installed and knows the GPU; FlashAttention 4 or 3 (through
-            torch's switch) or 2; ``torch_varlen``, torch's own; ``segments``, exact, segment by segment (CPU, and fp32).
+        attention: kernel of attention: ``auto``, the newest that is installed and knows the GPU, but for FlashAttention 4, whose
+            heads are of some sizes only; FlashAttention 4 or 3 (through torch's switch) or 2; ``torch_varlen``, torch's own;
+            ``segments``, exact, segment by segment (CPU, and fp32).
         vision_head_multiple: attention of the tower runs with heads of a multiple of this size, filled up with zeros, which
             changes no result: 96 or 128 for heads of 72 or 80, where a kernel is faster so.
     """
@@ -126,11 +136,6 @@ class ModelConfig(Config):
     vision_head_multiple: int = 1
 
     def __post_init__(self) -> None:
-        if self.transformer_impl in ENGINES and importlib.util.find_spec(self.transformer_impl) is None:
-            raise ConfigError(
-                f"model.transformer_impl {self.transformer_impl} needs the package {ENGINES[self.transformer_impl]}, which is "
-                "not installed: install it, or set fused, which needs none"
-            )
         if self.fp8 is not None and self.transformer_impl != "transformer_engine":
             raise ConfigError(f"model.fp8 {self.fp8} needs model.transformer_impl=transformer_engine")
         if self.vision_head_multiple < 1:
@@ -146,6 +151,33 @@ class ModelConfig(Config):
     def freeze(self) -> tuple[str, ...]:
         """Names of the frozen parameter groups."""
         return tuple(group for group in ("llm", "vision", "connector") if getattr(self, f"freeze_{group}"))
+
+    def check_device(self) -> None:
+        """What only a process of the run can tell: its packages and its GPU.
+
+        Raises:
+            ConfigError: ``transformer_impl`` or ``fp8`` cannot run here.
+        """
+        package, *modules = ENGINES.get(self.transformer_impl, ("",))
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        except Exception as error:  # whatever a package of that name, or one made for other versions, raises
+            raise ConfigError(
+                f"model.transformer_impl {self.transformer_impl} needs the package {package}, which cannot be used here "
+                f"({error}): install it, or set fused, which needs none"
+            ) from error
+        if self.fp8 is not None and (found := torch.cuda.get_device_capability()) < (
+            least := _FP8_CAPABILITY[self.fp8]
+        ):
+            raise ConfigError(
+                "model.fp8 {} needs a GPU of compute capability {}.{} or above, this one has {}.{}: set {}".format(
+                    self.fp8,
+                    *least,
+                    *found,
+                    "tensorwise or blockwise" if found >= (9, 0) else "bf16 alone (no model.fp8)",
+                )
+            )
 
     def layers_on(self, device: str) -> Any:
         """``transformer_impl``, and what auto means on a device."""

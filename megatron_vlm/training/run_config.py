@@ -15,6 +15,7 @@ from megatron_vlm.config import Config
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import check_output
+from megatron_vlm.layers.attention import choose
 from megatron_vlm.log import get_logger
 from megatron_vlm.models.family_config import FamilyConfig, has_tower
 from megatron_vlm.models.options import ENGINES, ModelConfig, ModelOptions
@@ -274,6 +275,15 @@ class RunConfig(Config):
                 f"and tensor parallel with sequence_parallel): set data.seq_length to a multiple of {self.row_multiple}"
             )
         return dp
+
+    def check_device(self, device_type: str) -> None:
+        """Checks the model's kernels against this process's packages and device, and has attention run on what is asked for.
+
+        Raises:
+            ConfigError: one cannot run here.
+        """
+        choose(self.model.attention, device_type, self.model_options.torch_dtype)
+        self.model.check_device()
 
     def check_model(self, model_config: FamilyConfig) -> None:
         """Checks the settings against the model.

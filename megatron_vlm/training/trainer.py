@@ -16,7 +16,6 @@ from megatron_vlm.conversion.load import outline
 from megatron_vlm.data.row import Row
 from megatron_vlm.data.stream.counts import check_share
 from megatron_vlm.data.stream.loader import DataState, RowLoader, StepRows, evaluation_rows
-from megatron_vlm.layers.attention import choose
 from megatron_vlm.log import get_logger, setup_logging
 from megatron_vlm.parallel.batch import any_rank, share_rows, together
 from megatron_vlm.parallel.heartbeat import Heartbeat
@@ -75,7 +74,7 @@ class Trainer:
         check_writable(config, self.device)
         self.closing, self.locks = ExitStack(), RunLocks()
         with together(self.device):  # before the first file of the run is touched
-            choose(config.model.attention, self.device.type, config.model_options.torch_dtype)
+            config.check_device(self.device.type)
             if dist.get_rank() == 0 and not config.training.skip_train:
                 self.locks = RunLocks(config.run_folders)
         self.closing.callback(self.locks.close)

@@ -150,8 +150,10 @@ for name in ("fwd", "bwd"):
 
 @pytest.mark.usefixtures("fresh")
 def test_auto_takes_the_newest_that_is_installed_and_knows_the_gpu(tmp_path, monkeypatch):
-    """Up to a kernel's launch everything is real but the packages' contents and the GPU's number."""
+    """Up to a kernel's launch everything is real but the packages' contents and the GPU's number. FlashAttention 4, which knows
+    heads of some sizes alone, runs where it is asked for."""
     half = ("cuda", torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for name, wanted in (
         ("flash_attn_4", "flash-attn-4"),
         ("flash_attn_3", "flash-attn-3"),
@@ -171,11 +173,11 @@ def test_auto_takes_the_newest_that_is_installed_and_knows_the_gpu(tmp_path, mon
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         taken[capability] = module.choose("auto", *half), switches.current_flash_attention_impl()
     two = ("flash_attn", None)
-    assert taken == {(8, 0): two, (9, 0): ("flash_attn_4", "FA4"), (10, 3): ("flash_attn_4", "FA4"), (12, 0): two}
+    assert taken == {(8, 0): two, (9, 0): ("flash_attn_3", "FA3"), (10, 3): two, (12, 0): two}
     with pytest.raises(ConfigError, match=r"needs a GPU of compute capability 9.x, this one has 12.0"):
         module.choose("flash_attn_3", *half)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert module.choose("flash_attn_3", *half) == "flash_attn_3" and switches.current_flash_attention_impl() == "FA3"
+    assert module.choose("flash_attn_4", *half) == "flash_attn_4" and switches.current_flash_attention_impl() == "FA4"
     # Back to torch's own kernel, in a process that was switched before; FlashAttention 4 alone is no FlashAttention 2.
     assert module.choose("torch_varlen", *half) == "torch_varlen" and switches.current_flash_attention_impl() is None
     (tmp_path / "flash_attn/flash_attn_interface.py").unlink()
@@ -184,6 +186,17 @@ def test_auto_takes_the_newest_that_is_installed_and_knows_the_gpu(tmp_path, mon
     forget()
     assert module.choose("auto", *half) == "torch_varlen"  # of a package that torch cannot use
     with pytest.raises(ConfigError, match=r"is installed, but torch cannot use it: .* does not expose FA4"):
+        module.choose("flash_attn_4", *half)
+    for error in ("AttributeError", "RuntimeError", "ImportError"):  # importing the package above the kernel's module
+        (tmp_path / "flash_attn/__init__.py").write_text(f"raise {error}('made for torch 1')")
+        forget()
+        assert module.choose("auto", *half) == "torch_varlen"
+        with pytest.raises(ConfigError, match=r"flash_attn is installed, but torch cannot use it: made for torch 1"):
+            module.choose("flash_attn", *half)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))  # a package is asked after the GPU
+    with pytest.raises(
+        ConfigError, match=r"flash_attn_4 needs a GPU of compute capability 9.x or 10.x, this one has 8.0"
+    ):
         module.choose("flash_attn_4", *half)
 
 

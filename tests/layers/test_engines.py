@@ -12,15 +12,22 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.layers import engines, fused, norm
+from megatron_vlm.layers.linear import ColumnLinear
+from megatron_vlm.models.options import ModelConfig
 from megatron_vlm.options.flags import parse_flags
-from megatron_vlm.testing.distributed import run_distributed
+from megatron_vlm.parallel.config import ParallelConfig
+from megatron_vlm.testing import shapes
+from megatron_vlm.testing.distributed import run_alone, run_distributed
 from megatron_vlm.testing.layouts import GRADIENT
 from megatron_vlm.testing.parity import build_for_test, gradient_errors, layout_gradients
 from megatron_vlm.testing.twins.idefics2 import write_tiny_idefics2
 from megatron_vlm.testing.twins.small_families import write_small_twin
+from megatron_vlm.training.memory.estimate import _World
+from megatron_vlm.training.memory.trace import Meter
 from megatron_vlm.training.run_config import RunConfig
 
 
@@ -218,9 +225,9 @@ SECTIONS = {"data": {"seq_length": 64, "train": ["x"]}, "training": {"train_iter
 def test_what_is_not_installed_is_refused_by_name():
     for impl, package in (("transformer_engine", r"transformer-engine\[pytorch\]"), ("apex", "apex")):
         with pytest.raises(
-            ConfigError, match=f"model.transformer_impl {impl} needs the package {package}.*not installed"
+            ConfigError, match=f"model.transformer_impl {impl} needs the package {package}.*cannot be used here"
         ):
-            RunConfig.from_dict({"model": {"transformer_impl": impl}, **SECTIONS})
+            ModelConfig(transformer_impl=impl).check_device()  # a run is planned where it is not installed
     with pytest.raises(ConfigError, match=r"model.fp8 mxfp8 needs model.transformer_impl=transformer_engine"):
         RunConfig.from_dict({"model": {"fp8": "mxfp8", "transformer_impl": "fused"}, **SECTIONS})
     assert parse_flags(["--fp8-recipe", "tensorwise"]).settings == [("model.fp8", "tensorwise")]
@@ -228,8 +235,55 @@ def test_what_is_not_installed_is_refused_by_name():
         parse_flags(["--fp8-format", "hybrid"])
 
 
-def test_they_run_on_a_gpu_alone(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+def test_another_package_of_that_name_and_an_older_gpu_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex/__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"NVIDIA's.*No module named 'apex.normalization'"):
+        ModelConfig(transformer_impl="apex").check_device()
+    sys.modules.pop("apex")
+    with stand_ins():
+        for fp8, least, below in (
+            ("tensorwise", (8, 9), (8, 0)),
+            ("blockwise", (9, 0), (8, 9)),
+            ("mxfp8", (10, 0), (9, 0)),
+        ):
+            model = ModelConfig(transformer_impl="transformer_engine", fp8=fp8)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda least=least: least)
+            model.check_device()
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda below=below: below)
+            with pytest.raises(ConfigError, match=f"model.fp8 {fp8} needs a GPU of compute capability"):
+                model.check_device()
+
+
+def kept_under_sequence_parallelism():
+    """Bytes that one more pass of a column parallel linear keeps for its backward pass, plain and by Transformer Engine; its
+    input is not new."""
+    found = []
+    with _World(ParallelConfig(**TWO), shapes.small()["idefics2"], 2, 0) as topology:
+        options = dict(bias=False, skip_bias_add=False, gather_output=False, init_method=lambda weight: None)
+        settings = TransformerConfig(
+            num_layers=1, hidden_size=64, num_attention_heads=4, tensor_model_parallel_size=2, sequence_parallel=True
+        )
+        for kind in (ColumnLinear, engines.EngineColumnLinear):
+            with torch.device("meta"):
+                linear = kind(64, 96, config=settings, tp_group=topology.tp_group, **options)
+            x = torch.empty(1000, 1, 64, device="meta", requires_grad=True)
+            with Meter() as meter:
+                first, _ = linear(x)
+                before = meter.now
+                output, _ = linear(x)
+                found.append(meter.now - before - output.nbytes)
+            del first
+    return found
+
+
+def test_what_is_kept_is_counted_as_transformer_engine_keeps_it():
+    """The whole input; megatron-core's product keeps a rank's tokens and gathers them once more."""
+    assert run_alone(kept_under_sequence_parallelism) == [0, 2000 * 64 * 4]
+
+
+def test_they_run_on_a_gpu_alone():
     model = {"transformer_impl": "transformer_engine", "fp8": "tensorwise"}
     run = RunConfig.from_dict({"model": model, **SECTIONS})
     with pytest.raises(ConfigError, match="runs on a GPU alone, and this run is on the CPU: set local"):

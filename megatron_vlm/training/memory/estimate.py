@@ -275,10 +275,11 @@ def _chunk_bytes(
         return replace(made, pixels=tuple(made.pixels[i] for i in made.share.mine)) if made.share else made
 
     received = local, 1, chunk.language_model.input_size
+    exact = config.model.attention == "segments"
     if model.topology.encodes_ahead:
         made = encoded(batch(), model)  # outside of what is measured: held over the step
-        return measure_chunk(chunk, lambda: made, received, device_kind)
-    return measure_chunk(chunk, batch, received, device_kind, sharding)
+        return measure_chunk(chunk, lambda: made, received, device_kind, exact=exact)
+    return measure_chunk(chunk, batch, received, device_kind, sharding, exact)
 
 
 def _tokens(config: RunConfig, row: RowShape) -> int:

@@ -97,24 +97,27 @@ class _Kernels(TorchFunctionMode):
     """What is one kernel on the device, and would fall apart into several on meta.
 
     Attention keeps its operands, its output and one fp32 number per query and head (flash attention, arXiv 2307.08691), on the
-    CPU as well. RMSNorm on CUDA keeps its input and one number per row.
+    CPU as well; the exact attention, which fp32 takes anywhere, makes masks. RMSNorm on CUDA keeps its input and one number per
+    row.
     """
 
-    def __init__(self, device_kind: str) -> None:
+    def __init__(self, device_kind: str, exact: bool = False) -> None:
         super().__init__()
         self.cuda = device_kind == "cuda"
+        self.exact = exact or not self.cuda
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return _Attention.apply(*args[:3], None if self.cuda else kwargs.get("attn_mask"))
+            masks = self.exact or args[0].dtype == torch.float32
+            return _Attention.apply(*args[:3], kwargs.get("attn_mask") if masks else None)
         if func is F.rms_norm and self.cuda and args[0].is_meta:
             return _RmsNorm.apply(args[0], args[2] if len(args) > 2 else kwargs.get("weight"))
         return func(*args, **kwargs)
 
 
 class _Attention(torch.autograd.Function):
-    """[n, H, Lq, D], [n, G, Lk, D] twice, the CPU's mask [Lq, Lk] -> [n, H, Lq, D]."""
+    """[n, H, Lq, D], [n, G, Lk, D] twice, the exact attention's mask [Lq, Lk] -> [n, H, Lq, D]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
@@ -157,6 +160,7 @@ def measure_chunk(
     hidden: tuple[int, ...],
     device_kind: Literal["cpu", "cuda"],
     sharding: Sharding | None = None,
+    exact: bool = False,
 ) -> ChunkBytes:
     """Runs one microbatch forward and backward.
 
@@ -166,6 +170,7 @@ def measure_chunk(
         hidden: shape of what the stage before hands over.
         device_kind: device that is meant.
         sharding: of its parameters, which are not counted whole by whoever asks then.
+        exact: attention in 16 bits is the exact one as well (``model.attention=segments``).
     """
     from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 
@@ -179,7 +184,7 @@ def measure_chunk(
             deallocate_output_tensor(output, chunk.config.deallocate_pipeline_outputs)
         return output
 
-    found = _measure(chunk, run, None if chunk.post_process else hidden, device_kind, sharding)
+    found = _measure(chunk, run, None if chunk.post_process else hidden, device_kind, sharding, exact)
     chunk.set_input_tensor(None)
     return found
 
@@ -200,6 +205,7 @@ def _measure(
     gradient: tuple[int, ...] | None,
     device_kind: Literal["cpu", "cuda"],
     sharding: Sharding | None = None,
+    exact: bool = False,
 ) -> ChunkBytes:
     """``gradient``: shape of the output's; (): its own; None: the output is a loss."""
     cross_entropy.meta_stands_for = device_kind
@@ -213,7 +219,7 @@ def _measure(
             if parameter.requires_grad:  # as DDP does: into the gradient buffer, and gone
                 hook = parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
                 stack.callback(hook.remove)
-        stack.enter_context(_Kernels(device_kind))
+        stack.enter_context(_Kernels(device_kind, exact))
         stack.enter_context(meter)
         output = run()
         kept, forward = meter.now, meter.peak

@@ -318,17 +318,22 @@ def test_the_meter_counts_storages_once_and_lets_go():
     assert meter.now <= 64
 
 
-def test_masks_are_made_on_the_cpu_alone():
-    """Of a piece of a cut sample, and under a window: bool, and once more in the dtype of the queries."""
-    q, k = torch.empty(100, 4, 8, device="meta"), torch.empty(400, 4, 8, device="meta")
+def test_masks_are_made_by_the_exact_attention_alone():
+    """Of a piece of a cut sample, and under a window: bool, and once more in the dtype of the queries. On the CPU, in fp32 on a
+    GPU as well, and where a run asks for it."""
     ends = torch.tensor([0, 100]), torch.tensor([0, 400])
+
+    def peak(dtype, *kernels, window=None) -> int:
+        q, k = (torch.empty(length, 4, 8, device="meta", dtype=dtype) for length in (100, 400))
+        with Meter() as meter, Kernels(*kernels):
+            attention(q, k, k, *ends, 100, 400, True, window)
+        return meter.peak
+
     for window in (None, 16):
-        peaks = []
-        for kind in ("cuda", "cpu"):
-            with Meter() as meter, Kernels(kind):
-                attention(q, k, k, *ends, 100, 400, True, window)
-            peaks.append(meter.peak)
-        assert peaks[1] - peaks[0] == 100 * 400 * (1 + 4)
+        least = peak(torch.bfloat16, "cuda", window=window)
+        for kernels in (("cpu",), ("cuda", True)):
+            assert peak(torch.bfloat16, *kernels, window=window) - least == 100 * 400 * (1 + 2)
+        assert peak(torch.float32, "cuda", window=window) == peak(torch.float32, "cpu", window=window) > 100 * 400 * 5
 
 
 def test_expected_rows_respect_the_data_section():

@@ -387,4 +387,12 @@ def _kind(mode: int) -> str:
 
 
 def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:40] or "host"
+    """Where process ids mean what they mean here: the host, what tells it from others of its name, and the pid namespace.
+
+    What was left before a restart of the host or container stays: whose it is cannot be told.
+    """
+    host, facts = socket.gethostname(), []
+    with contextlib.suppress(OSError):  # not Linux
+        facts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    digest = hashlib.sha256(repr([host, *facts]).encode()).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9_-]", "-", host)[:40] + f"-{digest}"

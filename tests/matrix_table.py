@@ -16,7 +16,8 @@ HEAD = (
 
 
 def table(outputs: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines of the table, one for each name and twin with the worst of its cases; none where nothing was checked.
+    """Lines of the table, one for each name and twin with the worst of its cases, "-" where no case came so far; none where
+    nothing was checked.
 
     Args:
         outputs: (name, what a test printed), any number of a name.
@@ -32,8 +33,10 @@ def table(outputs: Iterable[tuple[str, str]]) -> list[str]:
                 found[where][-1] += [float(match["loss"]), float(match["norm"])]
     rows = []
     for where, cases in sorted(found.items()):
-        worst = (max(column) for column in zip(*(case for case in cases if len(case) == 4)))
-        rows.append(f"| {where} | {len(cases)} | " + " | ".join(f"{value:.1e}" for value in worst) + " |")
+        columns = [[case[column] for case in cases if len(case) > column] for column in range(4)]
+        worst = [f"{max(values):.1e}" if values else "-" for values in columns]
+        short = len(cases) - len(columns[-1])
+        rows.append(f"| {where} | {len(cases)}{f' ({short} cut short)' * bool(short)} | {' | '.join(worst)} |")
     return [HEAD, "|" + " --- |" * 6, *rows] if rows else []
 
 

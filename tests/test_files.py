@@ -98,6 +98,22 @@ def test_temporary_names_are_nobody_elses_and_those_of_the_dead_go(tmp_path):
     assert list(tmp_path.iterdir()) == [mine]
 
 
+def test_temporary_names_of_another_host_or_pid_namespace_stay(tmp_path, monkeypatch):
+    """Pods with long names on one shared folder: each has a process 1."""
+    out = tmp_path / "out"
+    theirs = []
+    for host, space in (("p" * 40 + "-a", "pid:[1]"), ("p" * 40 + "-b", "pid:[1]"), ("p" * 40 + "-b", "pid:[2]")):
+        monkeypatch.setattr(files.socket, "gethostname", lambda host=host: host)
+        monkeypatch.setattr(files.os, "readlink", lambda path, space=space: space)
+        monkeypatch.setattr(files, "process_lives", lambda pid: False)
+        files.remove_abandoned(out, others=True)
+        theirs.append(files.unique_temporary(out))
+        theirs[-1].mkdir()
+    assert sorted(tmp_path.iterdir()) == sorted(theirs)
+    files.remove_abandoned(out, others=True)
+    assert sorted(tmp_path.iterdir()) == sorted(theirs[:2])
+
+
 def test_names_in_messages_are_text(tmp_path):
     assert files.describe(os.fsencode(tmp_path) + b"/\xff") == f"{tmp_path}/\\xff"
     assert len(files.describe("x" * 4000)) < 300

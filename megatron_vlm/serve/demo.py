@@ -28,10 +28,12 @@ _LEAST_STORED = 1 << 16  # that a picture counts as, however small
 
 @dataclass(eq=False)
 class Session:
-    """A page: its conversation, whether it has been used, the pictures that were uploaded from it, their bytes as they count."""
+    """A page: its conversation, whether it has been used, its questions that are answered or wait, the pictures that were
+    uploaded from it, their bytes as they count."""
 
     talk: Conversation
     used: bool = False
+    pending: int = 0
     pictures: dict[str, Path] = field(default_factory=dict)
     stored: int = 0
 
@@ -92,20 +94,25 @@ class Demo:
         number = secrets.token_hex(8)
         path = self.folder / f"{number}.{extension}"
         with self._lock:
+            size = max(len(data), _LEAST_STORED)
             if session is not None:
                 if session not in self.sessions.values():
                     raise ConfigError(_FORGOTTEN)
-                size = max(len(data), _LEAST_STORED)
                 self._make_room(size, session, name)
-                session.stored += size
-            path.write_bytes(data)
+            try:
+                path.write_bytes(data)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
             (self.pictures if session is None else session.pictures)[number] = path
+            if session is not None:
+                session.stored += size
         return number
 
     def _make_room(self, size: int, session: Session, name: str) -> None:
         """Forgets the sessions that were used longest ago until there is room for ``size`` more bytes."""
         while sum(other.stored for other in self.sessions.values()) + size > _MOST_STORED:
-            others = (n for n, s in self.sessions.items() if s.stored and s is not session and n != self._asking)
+            others = (n for n, s in self.sessions.items() if s.stored and s is not session and not s.pending)
             if (oldest := next(others, None)) is None:
                 raise DataError(f"{name}: there is no room beside {session.stored >> 20} MB of pictures: Reset")
             self.sessions.pop(oldest).forget()
@@ -132,7 +139,7 @@ class Demo:
         )
 
     def _forget_oldest(self, used: bool) -> None:
-        names = [name for name, session in self.sessions.items() if session.used == used and name != self._asking]
+        names = [name for name, session in self.sessions.items() if session.used == used and not session.pending]
         for name in names[:-_MOST_SESSIONS]:
             self.sessions.pop(name).forget()
 
@@ -157,7 +164,17 @@ class Demo:
         Raises:
             MegatronVLMError: it cannot be answered.
         """
-        session, text = self.session(request.get("session")), request.get("text")
+        with self._lock:
+            session = self.session(request.get("session"))
+            session.pending += 1  # not forgotten before it is answered
+        try:
+            yield from self._answer(session, request)
+        finally:
+            with self._lock:
+                session.pending -= 1
+
+    def _answer(self, session: Session, request: dict[str, Any]) -> Generator[dict[str, Any]]:
+        text = request.get("text")
         images, sampling = request.get("images") or [], request.get("sampling") or {}
         if not isinstance(text, str) or not text.strip():
             raise ConfigError("a question is a text")

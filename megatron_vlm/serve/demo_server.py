@@ -63,7 +63,7 @@ class DemoServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A caller that leaves, or a fault of ours, ends that request alone; the terminal gets at most a line."""
         error = sys.exception()
-        if not isinstance(error, OSError):
+        if not isinstance(error, (ConnectionError, TimeoutError)):
             log.warning("a request failed: %s: %s", type(error).__name__, printable(str(error)))
 
 
@@ -130,6 +130,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
         except (MegatronVLMError, ValueError, RecursionError) as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+        except (ConnectionError, TimeoutError):  # the caller has left
+            raise
+        except OSError as error:  # a full disk, say
+            log.warning("a request failed: %s", printable(str(error)))
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"the server failed: {error.strerror or error}")
 
     def _stream(self, events: Generator[dict[str, Any]]) -> None:
         first: dict[str, Any] | None = next(events)  # what cannot be asked is told with a status of its own

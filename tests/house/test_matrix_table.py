@@ -29,3 +29,8 @@ def test_the_worst_of_each_twin(capsys):
         "| idefics2, tied | 2 | 1.0e-08 | 5.0e-06 | 2.0e-07 | 3.0e-06 |",
     ]
     assert table([("other", "")]) == []
+    first = "tp2pp1dp1: loss 1e-07, worst gradient 9.0e-01 of a.weight"  # and it failed
+    assert table([*outputs, ("idefics2", first), ("llava", first)])[2::2] == [
+        "| idefics2 | 2 (1 cut short) | 1.0e-07 | 9.0e-01 | 2.0e-07 | 3.0e-06 |",
+        "| llava | 1 (1 cut short) | 1.0e-07 | 9.0e-01 | - | - |",
+    ]

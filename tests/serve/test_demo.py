@@ -2,6 +2,8 @@
 
 import io
 import json
+import threading
+import time
 from pathlib import Path
 
 from PIL import Image
@@ -72,6 +74,36 @@ def test_uploads_take_so_much_room_and_the_oldest_go(serve, monkeypatch, tmp_pat
     assert call("POST", "/upload", png(), {"X-Session": first})[0] == 400
     assert call("POST", "/reset", json.dumps({"session": second}).encode())[0] == 200
     assert not list(tmp_path.glob("*.png")) and call("POST", "/upload", png(), {"X-Session": second})[0] == 200
+
+
+def test_a_picture_that_cannot_be_written_is_told_and_takes_no_room(serve, tmp_path, caplog):
+    demo, call = serve()
+    call("GET", "/")
+    (name,) = demo.sessions
+    demo.folder = tmp_path / "gone"
+    status, answer, _ = call("POST", "/upload", png(), {"X-Session": name})
+    assert status == 500 and b"the server failed: No such file" in answer
+    assert "a request failed: [Errno 2]" in caplog.text and not demo.sessions[name].stored
+
+
+def test_a_conversation_that_waits_for_its_turn_is_not_forgotten(serve, monkeypatch):
+    demo, call = serve()
+    for _ in range(4):
+        call("GET", "/")
+        demo.session(list(demo.sessions)[-1])
+    first, second, _, fourth = demo.sessions
+    answered, answers = demo.ask({"session": first, "text": "a"}), []
+    next(answered)
+    waiting = threading.Thread(target=lambda: answers.extend(demo.ask({"session": second, "text": "b"})))
+    waiting.start()
+    while not demo.sessions[second].pending:
+        time.sleep(0.01)
+    monkeypatch.setattr("megatron_vlm.serve.demo._MOST_SESSIONS", 1)
+    demo.session(fourth)
+    assert set(demo.sessions) == {first, second, fourth}
+    list(answered)
+    waiting.join(10)
+    assert answers[-1]["done"]["text"] == "you said: b" and not demo.sessions[second].pending
 
 
 def test_curves_of_a_run_and_held_out_examples(serve, tmp_path):

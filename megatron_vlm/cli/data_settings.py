@@ -16,7 +16,7 @@ from typing import Any
 from megatron_vlm.config import parse_value
 from megatron_vlm.conversion.open_source import open_source
 from megatron_vlm.data.config import DataConfig, SourceConfig
-from megatron_vlm.data.formats.records import OWN_VIDEO
+from megatron_vlm.data.formats.records import OWN_VIDEO, VideoSettings
 from megatron_vlm.data.types import Processor
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import read_json
@@ -61,13 +61,16 @@ class ViewSettings:
 
     def raw(self) -> Inputs:
         """What the inputs are, by their content."""
-        record_format, own = "llava", OWN_VIDEO
-        if self.model is not None:
-            with opened_model(self.model) as (folder, _, spec):
-                record_format, own = spec.record_format, spec.video(folder)
         return open_inputs(
-            "preview", [str(getattr(item, "path", item)) for item in self.inputs], self.launch, record_format, own
+            "preview", [str(getattr(item, "path", item)) for item in self.inputs], self.launch, *self.videos()
         )
+
+    def videos(self) -> tuple[str, VideoSettings]:
+        """Format of records that do not tell theirs, and how frames of a video are taken, as the model has them."""
+        if self.model is None:
+            return "llava", OWN_VIDEO
+        with opened_model(self.model) as (folder, _, spec):
+            return spec.record_format, spec.video(folder)
 
     def processor(self) -> Processor | None:
         """Of the model, its files compared with the digests that were recorded of them; None without a model."""

@@ -20,7 +20,7 @@ def check(args: argparse.Namespace) -> int:
     settings = settings_of(args, recipe=False)
     args.paths = [str(getattr(item, "path", item)) for item in settings.inputs]
     args.model = settings.model
-    return data_check.check(args, settings.processor())
+    return data_check.check(args, settings.processor(), settings.videos()[0])
 
 
 def stats(args: argparse.Namespace) -> int:

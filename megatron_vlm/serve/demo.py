@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_vlm.data.formats import open_sources, read_source
 from megatron_vlm.data.images.pictures import probe_image
+from megatron_vlm.data.images.video import announce
 from megatron_vlm.data.shards.writer import load_record
 from megatron_vlm.errors import ConfigError, DataError, TrainingError
 from megatron_vlm.serve.conversation import Conversation
@@ -227,6 +228,8 @@ def held_out(
 ) -> list[tuple[str, str, list[str]]]:
     """The first question of some records: (question, answer, ids of its pictures, which the demo keeps).
 
+    A video is asked as its frames, a line each: a page shows pictures alone.
+
     Raises:
         DataError: a record or a picture that cannot be read.
     """
@@ -237,7 +240,7 @@ def held_out(
                 raise record
             turns, pictures = load_record(source, record)
             place = next(i for i, turn in enumerate(turns) if turn.role == "user")
-            shown = pictures[: turns[place].text.count("<image>")]
-            ids = [demo.keep(data, name) for name, data in shown]
-            found.append((turns[place].text, turns[place + 1].text, ids))
+            text = announce(turns[place]).text
+            ids = [demo.keep(data, name) for name, data in pictures[: text.count("<image>")]]
+            found.append((text, turns[place + 1].text, ids))
     return found

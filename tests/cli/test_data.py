@@ -5,12 +5,15 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from megatron_vlm.cli import data_check
 from megatron_vlm.cli.data import run
 from megatron_vlm.cli.main import main
+from megatron_vlm.data.formats.records import VideoSettings
 
 
 @pytest.fixture
@@ -66,6 +69,18 @@ def test_check_reports_and_exits_1(records, capsys):
     assert "shard-000000.tar, at 0: damaged: its crc32 differs" in out and "1 sound samples, 2 problems" in out
     assert run(["check", str(records)]) == 1
     assert "no manifest.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", [None, "llava"])
+def test_check_takes_frames_as_the_model_does(records, monkeypatch, format):
+    """As `launch` takes them, whose shards are what is checked."""
+    taken, own = [], VideoSettings(sampling="pairs", fps=3.0, max_frames=20)
+    monkeypatch.setattr(data_check, "check_sources", lambda sources, processor: taken.extend(sources) or ())
+    args = SimpleNamespace(
+        paths=[str(records / "a.json")], part="", format=format, image_root=None, missing_placeholder=None
+    )
+    assert data_check.check(args, SimpleNamespace(video=own), "internvl") == 0
+    assert [source.video for source in taken] == [own]
 
 
 @pytest.mark.parametrize(

@@ -123,3 +123,15 @@ def test_curves_of_a_run_and_held_out_examples(serve, tmp_path):
     call("GET", "/")
     assert call("GET", f"/picture/{next(iter(demo.sessions))}/{demo.examples[0][2][0]}")[1] == png()
     assert HOSTILE not in demo.page("nonce")
+    # A video is its frames, and an image behind it its own.
+    (tmp_path / "clip").mkdir()
+    for index in range(2):
+        (tmp_path / "clip" / f"{index}.png").write_bytes(png())
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 3)).save(buffer, "PNG")
+    (tmp_path / "b.png").write_bytes(buffer.getvalue())
+    turns = [{"from": "human", "value": "<video> and <image>?"}, {"from": "gpt", "value": "cat"}]
+    (tmp_path / "val.json").write_text(json.dumps([{"video": "clip", "image": "b.png", "conversations": turns}]))
+    ((text, _, ids),) = held_out(demo, "llava", [str(tmp_path / "val.json")], str(tmp_path))
+    assert "<video>" not in text and text.count("<image>") == len(ids) == 3
+    assert [demo.pictures[number].read_bytes() == buffer.getvalue() for number in ids] == [False, False, True]

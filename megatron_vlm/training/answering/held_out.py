@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vlm.data.formats.records import VideoSettings
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.files import read_json, write_json, write_synced, writing
 from megatron_vlm.line_files import json_lines
@@ -75,7 +76,7 @@ def run_evaluate(config: ScoreConfig) -> dict[str, Any]:
             said["majority"] = [majority(asked)] * len(asked)
         scores = {who: score(asked, texts, config.metrics) for who, texts in said.items()}
         with together(job.model.device):
-            found = _report(config, asked, said["model"], scores, write=job.first)
+            found = _report(config, asked, said["model"], scores, job.processor.video, write=job.first)
     return found
 
 
@@ -163,6 +164,7 @@ def _report(
     asked: Sequence[Question],
     texts: Sequence[str],
     scores: Mapping[str, Mapping[str, Mapping[str, Score]]],
+    video: VideoSettings,
     *,
     write: bool,
 ) -> dict[str, Any]:
@@ -184,7 +186,9 @@ def _report(
     if write:
         with writing(config.out):
             write_json(config.out / SCORES, found)
-            html = mistakes_page(config.load, asked, texts, config.metrics, head, rows, most=config.mistakes)
+            html = mistakes_page(
+                config.load, asked, texts, config.metrics, head, rows, most=config.mistakes, video=video
+            )
             write_synced(config.out / PAGE, html.encode())
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         for row in [head, *rows]:

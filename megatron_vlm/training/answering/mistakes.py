@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from megatron_vlm.data.formats.records import OWN_VIDEO, VideoSettings
 from megatron_vlm.data.images.pictures import decode_image
 from megatron_vlm.errors import DataError
 from megatron_vlm.pages import escape, page, picture, table
@@ -21,6 +22,7 @@ def mistakes_page(
     rows: Sequence[Sequence[str]],
     *,
     most: int,
+    video: VideoSettings = OWN_VIDEO,
 ) -> str:
     """Returns the page.
 
@@ -30,12 +32,13 @@ def mistakes_page(
         metrics: their values stand beside each answer; the first decides what is a mistake.
         head, rows: of the table of scores.
         most: mistakes on the page, the worst first.
+        video: how the model takes frames.
     """
     right = 0.0 if metrics[0] in LOWER_IS_BETTER else 1.0
     values = [METRICS[metrics[0]](text, q.references)[0] for q, text in zip(asked, texts)]
     wrong = [place for place, value in enumerate(values) if abs(value - right) > 1e-9]
     wrong.sort(key=lambda place: -abs(values[place] - right))
-    cards = "".join(_card(asked[place], texts[place], metrics) for place in wrong[:most])
+    cards = "".join(_card(asked[place], texts[place], metrics, video) for place in wrong[:most])
     shown = f", the {most} worst of them here" if len(wrong) > most else ""
     return page(
         f"Mistakes of {model}",
@@ -45,11 +48,11 @@ def mistakes_page(
     )
 
 
-def _card(question: Question, text: str, metrics: Sequence[str]) -> str:
+def _card(question: Question, text: str, metrics: Sequence[str], video: VideoSettings) -> str:
     references = list(dict.fromkeys(question.references))
     more = f" and {len(references) - _REFERENCES} more" if len(references) > _REFERENCES else ""
     try:
-        turns, files = question.load()
+        turns, files = question.load(video)
         pictures = [picture(decode_image(data, name), name) for name, data in files]
     except DataError as error:  # it was there when the question was asked
         turns, pictures = question.record.turns[:-1], [f'<p class="bad">{escape(error)}</p>']

@@ -101,8 +101,8 @@ def forward_flops(
 def counted_flops(config: FamilyConfig, data: DataConfig, counts: NDArray[Any]) -> Flops:
     """Counts one forward pass of each sample by what the index knows of it.
 
-    The images of a sample are taken to be equally large where the tower sees them whole: tokens of features tell how many
-    there are.
+    The images of a sample are taken to be as large as they may be where the tower sees them whole: tokens of features tell how
+    many there are, at least one. Several small ones count as one of their size.
 
     Args:
         config: the model's configuration.
@@ -120,6 +120,7 @@ def counted_flops(config: FamilyConfig, data: DataConfig, counts: NDArray[Any]) 
         attended = attended + features * largest.features / 2
     decoder = _decoder(config, tokens, attended, supervised)
     segments = features * (len(largest.segments) / largest.features)
+    segments = np.where(features > 0, np.maximum(segments, 1), 0)  # smaller than the largest is no part of an image
     seen = patches + segments * ((sum(largest.segments) - largest.patches) / len(largest.segments))  # class tokens
     within = seen * (sum(n * n for n in largest.windows) / sum(largest.segments))
     pairs = mean_pairs(config.vision, seen**2 / np.maximum(segments, 1e-9), within)

@@ -120,6 +120,19 @@ def test_what_the_index_counts_gives_the_same(name):
     assert found.mean(2).llm == pytest.approx(sum(one.llm for one in exact) / 2)
 
 
+def test_images_smaller_than_the_largest_are_no_parts_of_an_image():
+    _, config = shapes.published()["Qwen3-VL-8B"]
+    cost, counts = config.image_cost((3, 256, 256)), np.zeros(2, dtype=COUNT_DTYPE)
+    counts["tokens"], counts["image_tokens"], counts["patches"] = (
+        900,
+        *([n, 2 * n] for n in (cost.features, cost.patches)),
+    )
+    found = counted_flops(config, DataConfig(seq_length=16384), counts).vision
+    exact = [forward_flops(config, images=[(3, 256, 256)] * n, segments=[900], supervised=0).vision for n in (1, 2)]
+    assert found[0] == pytest.approx(exact[0])
+    assert exact[1] < found[1] < 1.1 * exact[1]  # two are taken for one of their size
+
+
 @pytest.mark.parametrize(("length", "window", "pairs"), [(8, 8, 32), (8, 100, 32), (8, 2, 14), (0, 4, 0)])
 def test_sliding_window(length, window, pairs):
     assert _causal_pairs(length, window) == pairs

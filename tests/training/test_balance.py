@@ -137,8 +137,8 @@ def on_the_clock(works: list[PartWork], layers: tuple[int, ...]) -> float:
 
 
 def best_of_all(works: list[PartWork], layers: tuple[int, ...]) -> float:
-    """The least time of any split into stages that have something to do; by moves of one layer from ``layers`` where there are
-    8 of them, whose splits are millions."""
+    """The least time of any split into stages that have something to do; by moves of one layer where there are 8 of them, whose
+    splits are millions: from ``layers``, from an even split and from two that are drawn."""
     pp, total, best = len(layers), sum(layers), on_the_clock(works, layers)
     whole = PartWork(**{part: sum(getattr(w, part) for w in works) for part in ("before", "layer", "after")})
     if pp < 8:
@@ -147,10 +147,18 @@ def best_of_all(works: list[PartWork], layers: tuple[int, ...]) -> float:
             if min(split[1:-1], default=1) and max(whole.loads(split, pp)) < best:
                 best = min(best, on_the_clock(works, split))
         return best
-    moved = True
+    draw = np.random.default_rng(0)
+    starts = [layers, tuple(spread(total, [0.0] * pp))]
+    starts += [tuple((1 + draw.multinomial(total - pp, [1 / pp] * pp)).tolist()) for _ in range(2)]
+    return min(descend(works, start) for start in starts)
+
+
+def descend(works: list[PartWork], layers: tuple[int, ...]) -> float:
+    """The time of a split that no move of one layer betters."""
+    best, moved = on_the_clock(works, layers), True
     while moved:
         moved = False
-        for source, target in itertools.permutations(range(pp), 2):
+        for source, target in itertools.permutations(range(len(layers)), 2):
             split = [n - (s == source) + (s == target) for s, n in enumerate(layers)]
             if min(split) >= 0 and min(split[1:-1]) and (time := on_the_clock(works, tuple(split))) < best:
                 best, layers, moved = time, tuple(split), True
@@ -179,7 +187,8 @@ def test_auto_beside_the_best_split_where_rows_differ(name, pp):
             print(
                 f"{name}, pp {pp}, m {microbatches}: {step.layers}, {auto / best:.3f} of the best, even {even / best:.2f}"
             )
-            assert auto <= 1.08 * best  # measured 1.022, but 1.069 where rows have 1 to 5 images on 8 stages
+            # measured 1.022, but 1.069 where rows have 1 to 5 images on 8 stages
+            assert auto <= (1.08 if name == "InternVL3-8B" and pp == 8 else 1.03) * best
 
 
 @pytest.mark.parametrize("pp", [2, 4])

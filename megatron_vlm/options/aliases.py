@@ -367,7 +367,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     **dict.fromkeys(
         ("fp8-format", "fp8"),
-        ((), "give --fp8-recipe tensorwise, blockwise or mxfp8: E4M3 forward, and E5M2 backward but for mxfp8"),
+        ((), "give --fp8-recipe tensorwise, blockwise or mxfp8: E4M3, and E5M2 for the gradients of tensorwise"),
     ),
     "use-precision-aware-optimizer": ((), f"a precision-aware optimizer {_NOT_BUILT}; leave it out"),
     # In evaluation a row without images runs no module of the tower: ranks would gather parameters in different orders.

@@ -278,6 +278,7 @@ def kept_under_sequence_parallelism():
     return found
 
 
+@pytest.mark.full
 def test_what_is_kept_is_counted_as_transformer_engine_keeps_it():
     """The whole input; megatron-core's product keeps a rank's tokens and gathers them once more."""
     assert run_alone(kept_under_sequence_parallelism) == [0, 2000 * 64 * 4]

@@ -227,7 +227,7 @@ def evaluation_rows(
 ) -> Iterator[Row]:
     """Yields this rank's held-out rows: every usable sample once over all ranks, in the order of the shards.
 
-    Every rank gets the same number of rows: filler rows without loss make up the difference.
+    Every rank gets the same number of rows: filler rows without loss make up the difference. Images are decoded in full.
 
     Args:
         max_rows: rows over all ranks; None: all.
@@ -237,6 +237,7 @@ def evaluation_rows(
         as RowLoader.
     """
     check_rows(config, micro_batch_size, multiple_of, fill_to)
+    config = config.replace(jpeg_scaled_decoding=False)
     opened = open_data(config, processor, paths, seed=None, cache_dir=cache_dir, rank=dp_rank, num_ranks=dp_size)
     dataset, stream = opened.dataset, opened.stream
     survey(opened.counts, config, None)

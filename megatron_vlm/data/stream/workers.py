@@ -104,7 +104,7 @@ class RowWorkers(Iterator[Fetched]):
             if self._may_grow and len(self._ready) >= self._most_rows:
                 self._full = self._taken + len(self._ready)
             if self._taken == self._full and self._taken not in self._ready and self._most_rows < _MOST_ROWS:
-                self._most_rows *= 2
+                self._most_rows = min(2 * self._most_rows, _MOST_ROWS)
                 log.info("data workers keep up to %d rows ready now: a step waited for one", self._most_rows)
                 self._send()
             while self._taken not in self._ready:

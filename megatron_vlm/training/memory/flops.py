@@ -119,8 +119,12 @@ def counted_flops(config: FamilyConfig, data: DataConfig, counts: NDArray[Any]) 
     if config.text.image_blocks:
         attended = attended + features * largest.features / 2
     decoder = _decoder(config, tokens, attended, supervised)
-    segments = features * (len(largest.segments) / largest.features)
-    segments = np.where(features > 0, np.maximum(segments, 1), 0)  # smaller than the largest is no part of an image
+    views = len(largest.segments)
+    if views > 1:  # equal squares, whose features depend on the image's shape
+        segments = patches * (views / largest.patches)
+    else:
+        segments = features / largest.features
+        segments = np.where(features > 0, np.maximum(segments, 1), 0)  # smaller than the largest is no part of an image
     seen = patches + segments * ((sum(largest.segments) - largest.patches) / len(largest.segments))  # class tokens
     within = seen * (sum(n * n for n in largest.windows) / sum(largest.segments))
     pairs = mean_pairs(config.vision, seen**2 / np.maximum(segments, 1e-9), within)

@@ -399,6 +399,16 @@ def test_evaluation_of_some_rows(digits_dir, make_processor):
     assert sorted(keys) == [f"digits-{i:09d}" for i in range(5)]
 
 
+def test_evaluation_decodes_images_in_full(digits_dir, make_processor, monkeypatch):
+    seen = []
+    reader = loader_module.RowReader
+    monkeypatch.setattr(loader_module, "RowReader", lambda *a, **k: seen.append(a[2]) or reader(*a, **k))
+    config = DataConfig(seq_length=96, num_workers=0, jpeg_scaled_decoding=True)
+    options = dict(paths=[digits_dir], dp_rank=0, dp_size=1, micro_batch_size=1, max_rows=1)
+    assert len(list(evaluation_rows(config, make_processor(config), **options))) == 1
+    assert not seen[0].jpeg_scaled_decoding
+
+
 @pytest.mark.slow
 def test_evaluation_can_stop_early(digits_dir, make_processor, monkeypatch):
     monkeypatch.setattr(loader_module, "FEW", 0)

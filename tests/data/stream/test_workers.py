@@ -72,9 +72,13 @@ def test_rows_ahead_are_bounded_by_bytes_and_by_number(tmp_path, mib, bound, ahe
     rows.close()
 
 
-@pytest.mark.parametrize("told, most", [(None, 32), (2, 2)])
-def test_a_step_of_many_rows_has_them_made_while_the_one_before_runs(tmp_path, told, most):
-    """Steps of 20 rows: what workers have ready grows to what a step takes, and no further; a number that is told stays."""
+@pytest.mark.parametrize(
+    "told, bound, most", [(None, 128, 32), pytest.param(None, 24, 24, marks=pytest.mark.full), (2, 128, 2)]
+)
+def test_a_step_of_many_rows_has_them_made_while_the_one_before_runs(tmp_path, monkeypatch, told, bound, most):
+    """Steps of 20 rows: what workers have ready grows to what a step takes, and no further, nor above a
+    bound; a number that is told stays."""
+    monkeypatch.setattr(workers, "_MOST_ROWS", bound)
     config = DataConfig(seq_length=8, num_workers=1, prefetch_rows=told)
     rows, ready = RowWorkers(Maker(tmp_path, 0), plans_of(range(101, 401, 2)), config), []
     for _ in range(6):

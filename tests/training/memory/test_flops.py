@@ -133,6 +133,27 @@ def test_images_smaller_than_the_largest_are_no_parts_of_an_image():
     assert exact[1] < found[1] < 1.1 * exact[1]  # two are taken for one of their size
 
 
+@pytest.mark.parametrize("grid", [(1, 2, 336, 336), (2, 2, 480, 640)])
+def test_views_are_counted_by_their_patches(grid):
+    """LLaVA-NeXT's views have fewer features where an image leaves a part of them empty."""
+    _, config = shapes.published()["LLaVA-NeXT-Mistral-7B"]
+    views = 1 + grid[0] * grid[1]
+    image = (3, views * 336, 336)
+    cost, whole = config.image_cost(image, grid), config.image_cost(image)
+    assert cost.features < whole.features
+    counts = np.zeros(1, dtype=COUNT_DTYPE)
+    counts["tokens"], counts["supervised"], counts["image_tokens"], counts["patches"] = (
+        9000,
+        300,
+        cost.features,
+        cost.patches,
+    )
+    found = counted_flops(config, DataConfig(seq_length=16384), counts)
+    exact = forward_flops(config, images=[image], segments=[9000], supervised=300)
+    for part in vars(found):
+        assert float(getattr(found, part)[0]) == pytest.approx(getattr(exact, part)), part
+
+
 @pytest.mark.parametrize(("length", "window", "pairs"), [(8, 8, 32), (8, 100, 32), (8, 2, 14), (0, 4, 0)])
 def test_sliding_window(length, window, pairs):
     assert _causal_pairs(length, window) == pairs

@@ -50,6 +50,11 @@ class LlavaProcessor(NormalisedPixels, TemplateProcessor):
         if config.image_size not in (None, side):
             raise ConfigError(f"data.image_size {config.image_size}: the CLIP tower takes {side} only; leave it out")
         _, images = processor_settings(hf_dir)
+        if images.get("do_pad") and config.jpeg_scaled_decoding:
+            raise ConfigError(
+                f"data.jpeg_scaled_decoding has no effect here: with do_pad ({hf_dir}) images are padded to squares in full size "
+                "before they are resized: leave it out"
+            )
         pixels = pixel_fields(hf_dir, images, "LLaVA", Image.Resampling.BICUBIC, CLIP, steps=["do_center_crop"])
         for name in ("size", "crop_size"):
             if name in images and set(_sides(images[name])) != {side}:

@@ -52,6 +52,9 @@ def test_pixels_equal_transformers(folders, template):
 
     theirs = AutoProcessor.from_pretrained(folders[template]).image_processor
     ours = processor_of(folders[template])
+    if ours.pad:
+        with pytest.raises(ConfigError, match=r"jpeg_scaled_decoding has no effect.*do_pad"):
+            processor_of(folders[template], jpeg_scaled_decoding=True)
     assert ours.pad == (template == "internlm2_chat") == bool(getattr(theirs, "do_pad", False))
     for number, size in enumerate(SIZES):
         image = image_of(size, number)

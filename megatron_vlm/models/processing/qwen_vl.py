@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_vlm.data.config import DataConfig
 from megatron_vlm.data.formats.records import OWN_VIDEO, VideoSettings
 from megatron_vlm.data.images.pictures import size_of_blocks
+from megatron_vlm.data.images.video import LEAST_PAIRS
 from megatron_vlm.data.row import EncodedSample
 from megatron_vlm.data.sample import Turn, Video
 from megatron_vlm.data.text.chat import Piece, Tokens, encode_pieces
@@ -242,8 +243,12 @@ def processor_fields(hf_dir: Path, config: DataConfig, kind: QwenKind) -> dict[s
     check_image_settings(config, kind.name, "max_image_num", "min_pixels", "max_pixels", *names)
     _, images = processor_settings(hf_dir)
     vision, size = model.vision, images.get("size") or {}
-    for name, wanted in zip(_SIDES, (vision.patch_size, vision.block, vision.temporal_patch_size)):
-        require(f"{hf_dir}: {name}", images.get(name, _SIDES[name]), wanted, "this model's tower")
+    sides = dict(zip(_SIDES, (vision.patch_size, vision.block, vision.temporal_patch_size)))
+    pixels = _pixel_fields(hf_dir, images, kind, sides)
+    if kind.videos:
+        videos = video_processor_settings(hf_dir)
+        for name, value in _pixel_fields(hf_dir, videos, kind, sides, " of videos").items():
+            require(f"{hf_dir}: {name} of videos", value, pixels[name], "images with this one")
     least, most = (
         getattr(config, f"{name}_pixels") or images.get(f"{name}_pixels") or size.get(f"{edge}_edge") or default
         for name, edge, default in zip(("min", "max"), ("shortest", "longest"), _PIXELS)
@@ -255,7 +260,7 @@ def processor_fields(hf_dir: Path, config: DataConfig, kind: QwenKind) -> dict[s
         )
     return dict(
         **tokens_of(hf_dir, kind),
-        **pixel_fields(hf_dir, images, kind.name, Image.Resampling.BICUBIC, CLIP),
+        **pixels,
         **data_fields(config),
         system=kind.system,
         unit=vision.unit,
@@ -264,6 +269,14 @@ def processor_fields(hf_dir: Path, config: DataConfig, kind: QwenKind) -> dict[s
         max_pixels=most,
         **(_video_fields(hf_dir, config, vision.unit) if kind.videos else {}),
     )
+
+
+def _pixel_fields(
+    hf_dir: Path, settings: dict[str, Any], kind: QwenKind, sides: Mapping[str, int], of: str = ""
+) -> dict[str, Any]:
+    for name, wanted in sides.items():
+        require(f"{hf_dir}: {name}{of}", settings.get(name, _SIDES[name]), wanted, "this model's tower")
+    return pixel_fields(hf_dir, settings, f"{kind.name}{of}", Image.Resampling.BICUBIC, CLIP)
 
 
 def _video_fields(hf_dir: Path, config: DataConfig, unit: int) -> dict[str, Any]:
@@ -285,8 +298,17 @@ def _video_fields(hf_dir: Path, config: DataConfig, unit: int) -> dict[str, Any]
 
 
 def video_settings(hf_dir: Path) -> VideoSettings:
-    """How the model's own processor takes frames of a video; two a second where the files do not say."""
+    """How the model's own processor takes frames of a video; two a second where the files do not say.
+
+    Raises:
+        ConfigError: a fixed number of frames, or another least one.
+    """
     settings = video_processor_settings(hf_dir)
+    for name, wanted in (("num_frames", None), ("min_frames", LEAST_PAIRS)):
+        if settings.get(name) not in (None, wanted):
+            raise ConfigError(
+                f"{hf_dir}: {name} {settings[name]!r} of videos is not built: leave it out, and say fps or max_frames"
+            )
     return VideoSettings(sampling="pairs", max_frames=settings.get("max_frames"), fps=settings.get("fps"))
 
 

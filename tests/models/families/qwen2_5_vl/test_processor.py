@@ -169,8 +169,21 @@ def test_settings_of_videos(folder, tmp_path):
         "fps": 3.0,
         "max_frames": 20,
         "cap_pixels_per_frame": True,
+        "patch_size": 8,
+        "merge_size": 2,
     }
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(own))
+    for wrong, words in (
+        ({"num_frames": 8}, "num_frames 8 of videos"),
+        ({"min_frames": 6}, "min_frames 6 of videos"),
+        ({"image_mean": [0.1, 0.2, 0.3]}, r"mean of videos \(0\.1, 0\.2, 0\.3\)"),
+        ({"resample": 2}, "resample of videos 2"),
+        ({"patch_size": 14}, "patch_size of videos 14"),
+    ):
+        (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({**own, **wrong}))
+        with pytest.raises(ConfigError, match=words):
+            processor_of(tmp_path)
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({**own, "min_frames": 4, "num_frames": None}))
     processor = processor_of(tmp_path)
     assert (processor.frame_pixels, processor.total_pixels) == ((700, 7000), int(128_000 * 16**2 * 0.9))
     assert processor.video == VideoSettings(sampling="pairs", fps=3.0, max_frames=20)

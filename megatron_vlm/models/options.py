@@ -170,12 +170,10 @@ class ModelConfig(Config):
         if self.fp8 is not None and (found := torch.cuda.get_device_capability()) < (
             least := _FP8_CAPABILITY[self.fp8]
         ):
+            fit = " or ".join(name for name, other in _FP8_CAPABILITY.items() if other <= found)
             raise ConfigError(
-                "model.fp8 {} needs a GPU of compute capability {}.{} or above, this one has {}.{}: set {}".format(
-                    self.fp8,
-                    *least,
-                    *found,
-                    "tensorwise or blockwise" if found >= (9, 0) else "bf16 alone (no model.fp8)",
+                "model.fp8 {} needs a GPU of compute capability {}.{} or above, this one has {}.{}: {}".format(
+                    self.fp8, *least, *found, f"set {fit}" if fit else "leave it out"
                 )
             )
 

@@ -243,16 +243,16 @@ def test_another_package_of_that_name_and_an_older_gpu_are_refused(tmp_path, mon
         ModelConfig(transformer_impl="apex").check_device()
     sys.modules.pop("apex")
     with stand_ins():
-        for fp8, least, below in (
-            ("tensorwise", (8, 9), (8, 0)),
-            ("blockwise", (9, 0), (8, 9)),
-            ("mxfp8", (10, 0), (9, 0)),
+        for fp8, least, below, instead in (
+            ("tensorwise", (8, 9), (8, 0), "leave it out"),
+            ("blockwise", (9, 0), (8, 9), "set tensorwise"),
+            ("mxfp8", (10, 0), (9, 0), "set tensorwise or blockwise"),
         ):
             model = ModelConfig(transformer_impl="transformer_engine", fp8=fp8)
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda least=least: least)
             model.check_device()
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda below=below: below)
-            with pytest.raises(ConfigError, match=f"model.fp8 {fp8} needs a GPU of compute capability"):
+            with pytest.raises(ConfigError, match=f"model.fp8 {fp8} needs a GPU of compute capability .*: {instead}$"):
                 model.check_device()
 
 

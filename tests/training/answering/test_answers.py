@@ -1,6 +1,7 @@
 """Sample answers during training, and `generate` on a checkpoint: equal to transformers', at every place they are written."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from megatron_vlm.cli.main import main
+from megatron_vlm.data.formats.records import OWN_VIDEO
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.testing import commands
 from megatron_vlm.testing.distributed import RankError, run_distributed
@@ -218,4 +220,4 @@ def test_prompts_that_cannot_be(twin, picture):
     with pytest.raises(DataError, match=r"cannot read nowhere\.png"):
         from megatron_vlm.training.answering.prompts import encode_prompt
 
-        encode_prompt(None, Prompt(text="a", images=("nowhere.png",)))
+        encode_prompt(SimpleNamespace(video=OWN_VIDEO), Prompt(text="a", images=("nowhere.png",)))

@@ -217,7 +217,7 @@ def test_prompts_that_cannot_be(twin, picture):
     asked("beyond the model's 1024 positions", text="cats " * 1000)
     with pytest.raises(ConfigError, match=r"evaluate\.interval has no effect"):
         EvaluateConfig(interval=3)
-    with pytest.raises(DataError, match=r"cannot read nowhere\.png"):
+    with pytest.raises(DataError, match=r"cannot read image nowhere\.png"):
         from megatron_vlm.training.answering.prompts import encode_prompt
 
         encode_prompt(SimpleNamespace(video=OWN_VIDEO), Prompt(text="a", images=("nowhere.png",)))

@@ -130,9 +130,9 @@ def count_images(*args: Any) -> Any:
         received.extend(image.numel() for image in images)
         return images
 
-    def counted(self: Any, pixels: Any) -> Any:
+    def counted(self: Any, pixels: Any, *grids: Any) -> Any:
         encoded.extend(image.numel() for image in pixels)
-        return encode(self, pixels)
+        return encode(self, pixels, *grids)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead, "send_images", sent)

@@ -25,6 +25,15 @@ EXPECTED = {
         "ok</s>",
     ),
     "vicuna": ("<s>Be {brief}. USER: Hi {}\n ASSISTANT: ok</s>USER: and ASSISTANT:", " ok</s>"),
+    "mistral": (
+        "<s><<SYS>>\nBe {brief}.\n<</SYS>>\n\n[INST] Hi {}\n [/INST] ok</s>[INST] and [/INST]",
+        " ok</s>",
+    ),
+    "onevision": (
+        "<s><|im_start|>system \nBe {brief}.<|im_end|><|im_start|>user Hi {}\n<|im_end|><|im_start|>assistant\nok<|im_end|>"
+        "<|im_start|>user and<|im_end|><|im_start|>assistant\n",
+        "ok<|im_end|>",
+    ),
 }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_vlm.data.formats.records import OWN_VIDEO
 from megatron_vlm.errors import DataError
 from megatron_vlm.training.answering.questions import questions
 
@@ -44,6 +45,8 @@ def test_right_answers_and_subsets(tmp_path):
 
 class Processor:
     """Keeps what it is asked to encode."""
+
+    video = OWN_VIDEO
 
     def encode_prompt(self, turns, images):
         self.asked = [turn.text for turn in turns], len(images)

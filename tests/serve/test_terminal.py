@@ -22,7 +22,8 @@ def spawn(tmp_path, *words):
         "PROMPT_TOOLKIT_NO_CPR": "1",
     }
     command = ["-m", "megatron_vlm", "chat", *map(str, words), "--device", "cpu"]
-    return pexpect.spawn(sys.executable, command, env=variables, timeout=60, dimensions=(50, 160), encoding="utf-8")
+    options = dict(env=variables, timeout=60, dimensions=(50, 160), encoding="utf-8")
+    return pexpect.spawn(sys.executable, command, codec_errors="replace", **options)  # the terminal's ^C falls anywhere
 
 
 def test_a_talk_with_two_models(twins, picture, tmp_path):

@@ -238,18 +238,14 @@ def test_bytes_and_kernels_of_a_layer():
     assert ours <= 220_000 and kernels <= 12, (ours, kernels, plain_kernels)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "case",
     [
         Case(tp=2, vision="share", updates=1),  # a whole tower beside a decoder in parts
-        *(
-            pytest.param(case, marks=pytest.mark.full)
-            for case in (
-                Case(tp=2, sp=True, pp=2, recompute=True, updates=3),
-                Case(tp=4, updates=3),  # more ranks than key/value heads
-                Case(cp=2, dp=2, do=True, overlap=True, updates=3),
-            )
-        ),
+        Case(tp=2, sp=True, pp=2, recompute=True, updates=3),
+        Case(tp=4, updates=3),  # more ranks than key/value heads
+        Case(cp=2, dp=2, do=True, overlap=True, updates=3),
     ],
     ids=str,
 )

@@ -177,7 +177,6 @@ def check(
 @pytest.mark.parametrize(
     ("what", "victim", "when", "layout"),
     [
-        ("SIGSTOP", "rank 1", "step", "tp 2"),
         ("SIGKILL", "agent", "step", "dp 2"),
     ],
     ids=lambda value: value.replace(" ", "_"),

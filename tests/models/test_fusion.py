@@ -77,7 +77,19 @@ def visits(directory, rows, options, peft):
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "internlm2"])
+SLOW = (
+    "smolvlm",
+    "qwen2_5_vl",
+    "xcomposer2_hd",
+    "llava_internlm2",
+    "llava_onevision",
+)  # of parts that others have, too
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.full if name in SLOW else ()) for name in NAMES if name != "internlm2"],
+)
 def test_gradients_come_in_the_same_order_with_and_without_images(twins, name):
     twin = twins(name)
     rows = [twin.row(specs, seed=i) for i, specs in enumerate([*WITH_IMAGES, *WITHOUT])]

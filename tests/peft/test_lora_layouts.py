@@ -59,8 +59,6 @@ def checks(tmp_path_factory):
 
 PAIRWISE = [
     Case(tp=2, dp=2, sp=True, do=True, overlap=True, updates=3),
-    Case(tp=2, pp=2, sp=True, vp=1, recompute=True, twin="mixed", updates=2),
-    Case(tp=4, twin="one_kv_head", updates=1),
     Case(pp=4, twin="last", updates=2),
     Case(cp=2, dp=2, do=True, twin="nf4", updates=2),
     Case(tp=2, cp=2, sp=True, recompute=True, twin="mixed", updates=2),
@@ -77,6 +75,8 @@ OTHERS = [
     dict(tp=2, dp=2, vision="share", do=True, overlap=True),
 ]
 WHOLE = [
+    Case(tp=2, pp=2, sp=True, vp=1, recompute=True, twin="mixed", updates=2),
+    Case(tp=4, twin="one_kv_head", updates=1),
     *whole_matrix(recomputes=(False, True)),
     *(Case(twin=name, **layout) for name in TWINS if name for layout in OTHERS),
 ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ from megatron_vlm.data.stream.mixture import exactly
 from megatron_vlm.errors import DataError, Reason
 from megatron_vlm.files import open_regular, read_json
 
+_PARSING = (
+    Lock()
+)  # of headers, by ast, which threads of Python 3.11 disturb in one another ("recursion depth mismatch")
 _MOST = 2**48  # of samples, images or bytes of a shard
 MAX_OPEN = 128  # shards whose file and index stay open in each process
 TEXT_BYTES = 8192  # read at first for a sample's text: most fit
@@ -244,7 +248,8 @@ def read_table(path: Path, dtype: np.dtype, length: int) -> NDArray[Any]:
     open_regular(path, DataError).close()
     try:
         # An empty array cannot be mapped, and a text-only shard has one.
-        array: Any = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
+        with _PARSING:
+            array: Any = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
     except Exception as error:  # a damaged header is a small program text: whatever Python makes of it
         raise _damaged(f"cannot read the index: {error}", shard=str(path)) from error
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (length,):

@@ -128,7 +128,7 @@ CHAINS = {
     ),
 }
 
-BY_DEFAULT = ("plain", "context", "shared_tower", "fully_sharded")
+BY_DEFAULT = ("plain", "shared_tower", "fully_sharded")
 
 
 def mapping_of(hf_dir, tp, whole=()):
